@@ -1,0 +1,1 @@
+"""Records -> tokens -> pool -> packed rows. numpy only: importing it starts no device."""

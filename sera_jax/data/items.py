@@ -1,0 +1,48 @@
+"""What the packer packs: one prompt with its responses, as token ids."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """A prompt and one or more responses.
+
+    Attributes:
+        id: stable id of the record (unique in its pool).
+        prompt: i32[P], P >= 1, exactly the tokens that generation is given.
+        responses: i32[n_k] each, n_k >= 1; a complete response ends in EOS.
+    """
+
+    id: str
+    prompt: np.ndarray
+    responses: tuple[np.ndarray, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a row that the item fills when its responses share the prompt."""
+        return len(self.prompt) + sum(len(r) for r in self.responses)
+
+
+@dataclasses.dataclass(frozen=True)
+class PairItem:
+    """An item and the preference pairs among its responses.
+
+    Attributes:
+        item: the prompt and its responses.
+        pairs: (chosen, rejected) indices into `item.responses`.
+        ref_logp: f32[len(responses)] summed reference log-probs, or None before they are known.
+        weight: weight of each of the pairs in the loss.
+        flipped: the label-noise knob exchanged chosen and rejected.
+        source: `offline` or `bootstrap`.
+    """
+
+    item: Item
+    pairs: tuple[tuple[int, int], ...] = ((0, 1),)
+    ref_logp: np.ndarray | None = None
+    weight: float = 1.0
+    flipped: bool = False
+    source: str = "offline"

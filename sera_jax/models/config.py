@@ -1,0 +1,61 @@
+"""The shape of a decoder, independent of where its weights come from."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """The `llama3` rotary scaling of Llama 3.1 and later (config.json `rope_type: llama3`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """One decoder-only transformer of the Llama kind. Field names are those of Hugging Face's config.json.
+
+    Attributes:
+        dtype: compute dtype of the matmuls; `param_dtype` that of the stored parameters; `logits_dtype` that of
+            the vocabulary projection's output. Log-probs and sums over tokens are float32 always.
+        remat: what the backward pass recomputes: `none`, `full` (keep only layer inputs), `dots` (keep matmuls).
+        attn_implementation: a name in `decoder.ATTENTION`.
+    """
+
+    family: str = "llama"
+    vocab_size: int = 512
+    hidden_size: int = 64
+    intermediate_size: int = 176
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 16
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    logits_dtype: str = "float32"
+    remat: str = "none"
+    attn_implementation: str = "xla"
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}; choose one that divides it"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd; rotary embeddings need an even number")
+        if self.remat not in REMAT:
+            raise ValueError(f"remat={self.remat!r} is unknown; choose one of {', '.join(REMAT)}")
+
+
+REMAT = ("none", "full", "dots")

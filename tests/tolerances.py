@@ -1,0 +1,12 @@
+"""How close two ways of computing the same thing must be, one entry per kind of comparison, each with its reason."""
+
+TOLERANCES: dict[str, dict] = {
+    "exact": dict(rtol=0.0, atol=0.0, reason="the same program on the same hardware, or integer arithmetic"),
+    "closed_form": dict(rtol=1e-5, atol=1e-6, reason="a few float32 operations against float64 numpy"),
+    "packing": dict(
+        rtol=2e-5, atol=2e-4, reason="sums over tokens in another order; a response log-prob is a sum of tens of float32"
+    ),
+    "mesh": dict(rtol=2e-4, atol=2e-4, reason="cross-device sums in another order"),
+    "microbatch": dict(rtol=1e-4, atol=1e-6, reason="gradients summed in another order, float32"),
+    "huggingface_logits": dict(rtol=1e-4, atol=1e-4, reason="float32 matmuls of another library; the issue's bound"),
+}
