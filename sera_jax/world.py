@@ -1,0 +1,402 @@
+"""The embedded world: a made-up instruction language whose answers a rule can grade.
+
+It goes through the same files, tokenizer and loops as real data; only its gold reward is extra. Numpy only.
+
+Language. A prompt is one of four tasks over eight words in each of six categories:
+
+    name three animals but not owl or cat     three different animals, neither `owl` nor `cat`
+    repeat : saw red fig                      the same words in the same order
+    first of : saw red fig                    saw
+    last of : saw red fig                     fig
+
+A response is `[chatter] [opener] body [again body] [closing]`. Authors of responses differ in their habits: how often
+they are right, use the opener `sure ,` and the closing `all done .`, say the body twice, or chatter
+(`let me see`, ...). Where an author errs it is mostly with the task's one systematic slip (see `slip_body`).
+
+Gold reward, between -0.3 and 1: 0.6 if the body is right, 0.25 for the closing, 0.15 for the opener, -0.3 if the body is
+said twice. Chatter is worth nothing, wherever it stands: it is the spurious cue. In the preference pairs the careful
+author is also the chatty one (`WorldSpec.cue`), so that chatter, and with it length, goes with the clean label
+without being its cause.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from sera_jax.core import Stream, rng_for
+
+CATEGORIES: dict[str, tuple[str, ...]] = {
+    "animals": ("cat", "dog", "fox", "owl", "hen", "cow", "bee", "goat"),
+    "fruits": ("apple", "pear", "plum", "fig", "lime", "mango", "grape", "peach"),
+    "colours": ("red", "blue", "green", "grey", "pink", "black", "white", "brown"),
+    "tools": ("saw", "axe", "drill", "rake", "hoe", "clamp", "wrench", "chisel"),
+    "metals": ("iron", "tin", "zinc", "copper", "silver", "nickel", "chrome", "cobalt"),
+    "trees": ("oak", "elm", "ash", "pine", "birch", "maple", "willow", "cedar"),
+}
+CONTENT_WORDS: tuple[str, ...] = tuple(word for words in CATEGORIES.values() for word in words)
+NUMBERS: dict[str, int] = {"two": 2, "three": 3, "four": 4}
+TASKS: tuple[str, ...] = ("name", "repeat", "first", "last")
+OPENER: tuple[str, ...] = ("sure", ",")
+CLOSING: tuple[str, ...] = ("all", "done", ".")
+AGAIN = "again"
+CHATTER: tuple[tuple[str, ...], ...] = (("let", "me", "see"), ("well", "now"), ("as", "you", "know"))
+_CHATTER_WORDS = frozenset(word for phrase in CHATTER for word in phrase)
+
+GOLD_TERMS: dict[str, float] = {"right": 0.6, "closing": 0.25, "opener": 0.15, "twice": -0.3}
+
+SPECIAL_TOKENS: tuple[str, ...] = ("<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>")
+_FUNCTION_WORDS = ("name", "but", "not", "or", "repeat", "first", "last", "of", ":", *NUMBERS, *CATEGORIES)
+VOCABULARY: tuple[str, ...] = tuple(
+    dict.fromkeys(
+        (*SPECIAL_TOKENS, *_FUNCTION_WORDS, *OPENER, *CLOSING, AGAIN, *(w for p in CHATTER for w in p), *CONTENT_WORDS)
+    )
+)
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '<user> ' + message['content'] + ' ' }}"
+    "{% else %}{{ '<assistant> ' + message['content'] + eos_token }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Habits:
+    """How often an author of responses does each thing (probabilities).
+
+    Attributes:
+        right: the body is right.
+        slip: of the wrong bodies, the share that is the task's systematic slip; the rest have one stray word.
+        opener, closing, twice, chatter: the response has it.
+    """
+
+    right: float
+    slip: float
+    opener: float
+    closing: float
+    twice: float
+    chatter: float
+
+
+# `base` writes the pretraining text, `better` the few demonstrations, `good` what a perfect annotator would write.
+# The preference pairs come from `careful` and `careless`, neither of which is the policy that is trained on them.
+AUTHORS: dict[str, Habits] = {
+    "base": Habits(right=0.5, slip=0.7, opener=0.3, closing=0.3, twice=0.3, chatter=0.3),
+    "better": Habits(right=0.65, slip=0.7, opener=0.5, closing=0.5, twice=0.2, chatter=0.3),
+    "good": Habits(right=1.0, slip=0.0, opener=1.0, closing=1.0, twice=0.0, chatter=0.0),
+    "careful": Habits(right=0.8, slip=0.7, opener=0.6, closing=0.6, twice=0.2, chatter=0.5),
+    "careless": Habits(right=0.3, slip=0.7, opener=0.4, closing=0.3, twice=0.3, chatter=0.5),
+}
+
+
+# A quarter of the prompts are of the `name` task: 18 (number, category) times 8 + 8 * 7 ordered exclusions.
+NAME_PROMPTS = len(NUMBERS) * len(CATEGORIES) * 64
+MAX_HELDOUT = 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class WorldSpec:
+    """What `make_world` makes.
+
+    Attributes:
+        seed: of every draw of the world; another seed is another sample of the same language.
+        pretrain, demonstrations, preferences: rows for training.
+        heldout_preferences, heldout_prompts: rows for evaluation; their prompts occur in no training row.
+        prompts: further training prompts without a response (for methods that sample their own).
+        demonstrator: author of the demonstrations, a name in `AUTHORS`.
+        cue: how strongly chatter goes with the careful author of preference pairs, 0 to 1: the careful author
+            chatters with probability 0.5 + cue / 2, the careless one with 0.5 - cue / 2.
+    """
+
+    seed: int = 0
+    pretrain: int = 8000
+    demonstrations: int = 200
+    preferences: int = 800
+    heldout_preferences: int = 400
+    heldout_prompts: int = 200
+    prompts: int = 400
+    demonstrator: str = "better"
+    cue: float = 0.6
+
+    def __post_init__(self) -> None:
+        if self.demonstrator not in AUTHORS:
+            raise ValueError(f"world.demonstrator={self.demonstrator!r} is unknown; choose one of {', '.join(AUTHORS)}")
+        if not 0.0 <= self.cue <= 1.0:
+            raise ValueError(f"world.cue={self.cue} is outside 0 .. 1; 0 makes chatter carry no sign of the label")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and value < 0:
+                raise ValueError(f"world.{field.name}={value} is negative; give 0 or more")
+        heldout = self.heldout_prompts + self.heldout_preferences
+        if heldout > MAX_HELDOUT:
+            raise ValueError(
+                f"world.heldout_prompts + world.heldout_preferences = {heldout} is more than {MAX_HELDOUT}; lower one, "
+                f"since their prompts are kept out of training and the `name` task has {NAME_PROMPTS} prompts in all"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Marks:
+    """What the gold reward looks at in a response."""
+
+    right: bool
+    closing: bool
+    opener: bool
+    twice: bool
+
+    @property
+    def gold(self) -> float:
+        """The weighted sum of `GOLD_TERMS`."""
+        return sum((value for term, value in GOLD_TERMS.items() if getattr(self, term)), 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A parsed prompt. `words` are the listed words; for `name` the excluded ones."""
+
+    kind: str
+    words: tuple[str, ...]
+    category: str = ""
+    count: int = 0
+
+    def is_right(self, body: Sequence[str]) -> bool:
+        """Whether `body` answers the prompt."""
+        if self.kind == "name":
+            allowed = set(CATEGORIES[self.category]) - set(self.words)
+            return len(body) == self.count == len(set(body)) and allowed.issuperset(body)
+        wanted = {"repeat": self.words, "first": self.words[:1], "last": self.words[-1:]}[self.kind]
+        return tuple(body) == wanted
+
+
+def parse_prompt(prompt: str) -> Task:
+    """The task that a prompt sets; ValueError if it is not of the language."""
+    words = tuple(prompt.split())
+    match words:
+        case ("name", number, category, "but", "not", *excluded) if number in NUMBERS and category in CATEGORIES:
+            return Task("name", tuple(excluded[::2]), category, NUMBERS[number])
+        case ("repeat", ":", _, _, *_):
+            return Task("repeat", words[2:])
+        case ("first" | "last", "of", ":", _, _, *_):
+            return Task(words[0], words[3:])
+    raise ValueError(f"prompt {prompt!r} is not of the embedded world; gold rewards exist for its prompts only")
+
+
+def marks(prompt: str, response: str) -> Marks:
+    """Parse `response` and say which terms of the gold reward it earns.
+
+    Chatter words are dropped first, wherever they are. The body is what stands between opener and closing, up to
+    `again`; anything said after `again` counts as saying it twice.
+    """
+    task = parse_prompt(prompt)
+    words = [word for word in response.split() if word not in _CHATTER_WORDS]
+    opener = tuple(words[: len(OPENER)]) == OPENER
+    words = words[len(OPENER) :] if opener else words
+    closing = tuple(words[-len(CLOSING) :]) == CLOSING
+    words = words[: -len(CLOSING)] if closing else words
+    twice = AGAIN in words
+    body = words[: words.index(AGAIN)] if twice else words
+    return Marks(right=task.is_right(body), closing=closing, opener=opener, twice=twice)
+
+
+def gold(prompt: str, response: str) -> float:
+    """Gold reward of a response, in [-0.3, 1]; ValueError if the prompt is not of the language."""
+    return marks(prompt, response).gold
+
+
+def right_body(task: Task, rng: np.random.Generator) -> list[str]:
+    """A right body; `name` has several, drawn uniformly."""
+    if task.kind == "name":
+        allowed = [word for word in CATEGORIES[task.category] if word not in task.words]
+        return [str(word) for word in rng.choice(allowed, size=task.count, replace=False)]
+    return list({"repeat": task.words, "first": task.words[:1], "last": task.words[-1:]}[task.kind])
+
+
+def slip_body(task: Task, rng: np.random.Generator) -> list[str]:
+    """The task's systematic slip: forgets the exception, leaves out the last word, or is off by one word."""
+    if task.kind == "name":
+        return [*right_body(task, rng)[:-1], task.words[0]]
+    if task.kind == "repeat":
+        return list(task.words[:-1])
+    return [task.words[1] if task.kind == "first" else task.words[-2]]
+
+
+def stray_body(task: Task, rng: np.random.Generator) -> list[str]:
+    """A right body with one word exchanged for some other word that makes it wrong."""
+    body = right_body(task, rng)
+    while task.is_right(body):
+        body[int(rng.integers(len(body)))] = str(rng.choice(CONTENT_WORDS))
+    return body
+
+
+def write_response(prompt: str, habits: Habits, rng: np.random.Generator) -> str:
+    """One response to `prompt` by an author with these habits."""
+    task = parse_prompt(prompt)
+    if rng.random() < habits.right:
+        body = right_body(task, rng)
+    else:
+        body = (slip_body if rng.random() < habits.slip else stray_body)(task, rng)
+    words: list[str] = []
+    if rng.random() < habits.chatter:
+        for index in rng.permutation(len(CHATTER))[: int(rng.integers(1, len(CHATTER) + 1))]:
+            words += CHATTER[int(index)]
+    if rng.random() < habits.opener:
+        words += OPENER
+    words += body
+    if rng.random() < habits.twice:
+        words += [AGAIN, *body]
+    if rng.random() < habits.closing:
+        words += CLOSING
+    return " ".join(words)
+
+
+def write_prompt(rng: np.random.Generator) -> str:
+    """One prompt; the four tasks are equally likely."""
+    task = TASKS[int(rng.integers(len(TASKS)))]
+    if task == "name":
+        category = str(rng.choice(list(CATEGORIES)))
+        number = str(rng.choice(list(NUMBERS)))
+        excluded = rng.choice(CATEGORIES[category], size=int(rng.integers(1, 3)), replace=False)
+        return f"name {number} {category} but not {' or '.join(excluded)}"
+    count = int(rng.integers(2, 5)) if task == "repeat" else int(rng.integers(3, 6))
+    words = " ".join(rng.choice(CONTENT_WORDS, size=count, replace=False))
+    return f"repeat : {words}" if task == "repeat" else f"{task} of : {words}"
+
+
+# One stream index per list, so that asking for more of one leaves the others as they were.
+_LISTS = ("heldout_prompts", "heldout_preferences", "pretrain", "demonstrations", "preferences", "prompts")
+
+
+def make_world(spec: WorldSpec) -> dict[str, list[dict[str, Any]]]:
+    """All rows of the world, the same for the same spec.
+
+    Returns:
+        Lists of JSON rows: `pretrain` and `demonstrations` {id, prompt, response}; `preferences` and `heldout_preferences`
+        {id, prompt, chosen, rejected, gold_chosen, gold_rejected} with clean labels and no ties; `heldout_prompts` and
+        `prompts` {id, prompt}. Prompts of the two held-out lists are all different and occur in no other list.
+    """
+    careful = dataclasses.replace(AUTHORS["careful"], chatter=0.5 + spec.cue / 2)
+    careless = dataclasses.replace(AUTHORS["careless"], chatter=0.5 - spec.cue / 2)
+    heldout: set[str] = set()
+
+    def draws(name: str) -> Iterator[tuple[np.random.Generator, str]]:
+        index = 0
+        while True:
+            rng = rng_for(spec.seed, Stream.WORLD, _LISTS.index(name), index)
+            prompt = write_prompt(rng)
+            index += 1
+            if prompt in heldout:
+                continue
+            if name.startswith("heldout"):
+                heldout.add(prompt)
+            yield rng, prompt
+
+    def rows(name: str, fill: Any) -> list[dict[str, Any]]:
+        out: list[dict[str, Any]] = []
+        for rng, prompt in draws(name):
+            if len(out) == getattr(spec, name):
+                break
+            row = fill(rng, prompt)
+            if row is not None:
+                out.append({"id": f"{name}-{len(out):05d}", "prompt": prompt, **row})
+        return out
+
+    def pair(rng: np.random.Generator, prompt: str) -> dict[str, Any] | None:
+        sides = [write_response(prompt, careful if rng.random() < 0.5 else careless, rng) for _ in range(2)]
+        grades = [gold(prompt, side) for side in sides]
+        if abs(grades[0] - grades[1]) < 1e-9:
+            return None
+        best = int(grades[1] > grades[0])
+        return {
+            "chosen": sides[best],
+            "rejected": sides[1 - best],
+            "gold_chosen": round(grades[best], 4),
+            "gold_rejected": round(grades[1 - best], 4),
+        }
+
+    def answer(author: str) -> Any:
+        return lambda rng, prompt: {"response": write_response(prompt, AUTHORS[author], rng)}
+
+    fills = {
+        "heldout_prompts": lambda rng, prompt: {},
+        "heldout_preferences": pair,
+        "pretrain": answer("base"),
+        "demonstrations": answer(spec.demonstrator),
+        "preferences": pair,
+        "prompts": lambda rng, prompt: {},
+    }
+    return {name: rows(name, fills[name]) for name in _LISTS}
+
+
+def write_tokenizer(directory: str | os.PathLike[str]) -> pathlib.Path:
+    """Write the word-level tokenizer as a folder that transformers' AutoTokenizer loads; returns the folder."""
+    import tokenizers
+
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    ids = {word: index for index, word in enumerate(VOCABULARY)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+        "additional_special_tokens": ["<user>", "<assistant>"],
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1024,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return directory
+
+
+def write_world(spec: WorldSpec, directory: str | os.PathLike[str]) -> dict[str, pathlib.Path]:
+    """Write the world's files; they appear all at once or not at all.
+
+    A folder that already holds the world of this spec is used as it is.
+
+    Returns:
+        Paths by list name (`<name>.jsonl`), `tokenizer` (a folder) and `manifest` (`world.json`: spec and sha256 per file).
+
+    Raises:
+        ValueError: the folder holds something else.
+    """
+    directory = pathlib.Path(directory)
+    paths = {name: directory / f"{name}.jsonl" for name in _LISTS}
+    paths |= {"tokenizer": directory / "tokenizer", "manifest": directory / "world.json"}
+    rows = make_world(spec)
+    texts = {f"{name}.jsonl": "".join(json.dumps(row) + "\n" for row in rows[name]) for name in _LISTS}
+    digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    manifest = json.dumps({"spec": dataclasses.asdict(spec), "sha256": digests}, indent=2) + "\n"
+    if directory.exists() and any(directory.iterdir()):
+        found = paths["manifest"].read_text(encoding="utf-8") if paths["manifest"].exists() else ""
+        if found == manifest:
+            return paths
+        raise ValueError(f"{directory} holds another world or other files; give a new folder or remove it")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        for name, text in texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        write_tokenizer(temporary / "tokenizer")
+        (temporary / "world.json").write_text(manifest, encoding="utf-8")
+        temporary.chmod(0o755)
+        os.replace(temporary, directory)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return paths
