@@ -80,6 +80,10 @@ class Mean:
         values = jnp.where(weights > 0, values, 0.0)
         return cls(jnp.sum(values * weights, dtype=jnp.float32), jnp.sum(weights, dtype=jnp.float32))
 
+    def over(self, lengths: Array, weights: Array) -> Mean:
+        """The same total per unit of length: a mean over tokens where `of` was a mean over responses."""
+        return Mean(self.total, jnp.sum(lengths * weights, dtype=jnp.float32))
+
     def __add__(self, other: Mean) -> Mean:
         return Mean(self.total + other.total, self.weight + other.weight)
 

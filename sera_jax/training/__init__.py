@@ -1,0 +1,1 @@
+"""Jitted steps, made once, with shardings and donation in view."""

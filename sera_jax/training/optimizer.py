@@ -1,0 +1,37 @@
+"""Optimisers and schedules from optax, by the names users know."""
+
+from __future__ import annotations
+
+import optax
+
+from sera_jax.config import TrainGroup
+
+
+def schedule(group: TrainGroup, total_steps: int) -> optax.Schedule:
+    """Learning rate by update: linear warm-up over `warmup_ratio` of all updates, then constant, linear or cosine to 0."""
+    warmup = round(group.warmup_ratio * total_steps)
+    rest = max(1, total_steps - warmup)
+    decay = {
+        "constant": optax.constant_schedule(group.learning_rate),
+        "linear": optax.linear_schedule(group.learning_rate, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(group.learning_rate, rest),
+    }[group.lr_scheduler_type]
+    if warmup == 0:
+        return decay
+    # the first update already moves: 1 / warmup of the peak, not 0
+    ramp = optax.linear_schedule(group.learning_rate / warmup, group.learning_rate, max(1, warmup - 1))
+    return optax.join_schedules([ramp, decay], [warmup])
+
+
+def make_optimizer(group: TrainGroup, total_steps: int) -> optax.GradientTransformation:
+    """Clipping by global norm, then the optimiser of a TrainGroup, over a schedule of `total_steps` updates."""
+    rate = schedule(group, total_steps)
+    if group.optim == "adamw":
+        rule = optax.adamw(
+            rate, b1=group.adam_beta1, b2=group.adam_beta2, eps=group.adam_epsilon, weight_decay=group.weight_decay
+        )
+    elif group.optim == "lion":
+        rule = optax.lion(rate, b1=group.adam_beta1, b2=group.adam_beta2, weight_decay=group.weight_decay)
+    else:
+        rule = optax.adafactor(rate, weight_decay_rate=group.weight_decay or None)
+    return optax.chain(optax.clip_by_global_norm(group.max_grad_norm), rule)

@@ -1,0 +1,109 @@
+"""The one update step: accumulate gradients over microbatches, clip, apply, refuse what is not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sera_jax.mesh import replicated, state_shardings
+from sera_jax.models.config import ModelConfig
+from sera_jax.models.decoder import Params, abstract_params
+
+Metrics = dict[str, Any]
+# (params, microbatch) -> (loss summed over examples, weight of those examples, metrics as Means)
+Objective = Callable[[Params, Any], tuple[jax.Array, jax.Array, Metrics]]
+
+
+@struct.dataclass
+class TrainState:
+    """What an optimisation must keep to go on.
+
+    `step` counts the updates of this phase. `ok` turns False at the first loss or gradient that is not finite; from then on
+    every step leaves the state as it is, so `step` is the index of the batch that failed and the parameters are the last
+    good ones.
+    """
+
+    params: Params
+    opt_state: Any
+    step: jax.Array
+    ok: jax.Array
+
+
+def init_state(params: Params, opt_state: Any) -> TrainState:
+    return TrainState(params, opt_state, jnp.zeros((), jnp.int32), jnp.ones((), bool))
+
+
+def abstract_state(cfg: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state; nothing is allocated."""
+    shapes = jax.eval_shape(lambda p: init_state(p, optimizer.init(p)), abstract_params(cfg))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        state_shardings(mesh, shapes),
+    )
+
+
+def make_step(
+    objective: Objective, optimizer: optax.GradientTransformation, state: TrainState, mesh: Mesh
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    """A jitted (state, batch) -> (state, metrics); the state's buffers are donated.
+
+    Every leaf of `batch` is [A, R, ...]: A microbatches whose rows are spread over the data axes of the mesh. The gradient is
+    that of (sum of losses) / (sum of weights) over the whole batch, so it does not depend on A.
+
+    Args:
+        state: what `abstract_state` returns; its shardings are those of the result.
+    """
+
+    def gradients(params: Params, micro: Any) -> tuple[Params, tuple[jax.Array, Metrics]]:
+        def total(p: Params) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+            loss, weight, metrics = objective(p, micro)
+            return loss, (weight, metrics)
+
+        grads, aux = jax.grad(total, has_aux=True)(params)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), grads), aux
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        carry = gradients(state.params, jax.tree.map(lambda x: x[0], batch))
+        if jax.tree.leaves(batch)[0].shape[0] > 1:
+            rest = jax.tree.map(lambda x: x[1:], batch)
+            carry, _ = jax.lax.scan(
+                lambda acc, micro: (jax.tree.map(jnp.add, acc, gradients(state.params, micro)), None), carry, rest
+            )
+        grads, (weight, metrics) = carry
+        grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-30), grads)
+        norm = optax.global_norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ok = state.ok & jnp.isfinite(norm) & jnp.isfinite(metrics["loss"].total)
+
+        def keep(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(ok, new, old)
+
+        new = TrainState(
+            jax.tree.map(keep, params, state.params),
+            jax.tree.map(keep, opt_state, state.opt_state),
+            state.step + ok.astype(jnp.int32),
+            ok,
+        )
+        return new, {**metrics, "grad_norm": norm}
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+
+
+def place_batch(batch: Any, microbatches: int, mesh: Mesh) -> Any:
+    """Host arrays [A * R, ...] as device arrays [A, R, ...]: rows over the data axes, microbatches one after the other."""
+    sharding = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp")))
+
+    def split(x: np.ndarray) -> np.ndarray:
+        return x.reshape(microbatches, x.shape[0] // microbatches, *x.shape[1:])
+
+    return jax.device_put(jax.tree.map(split, batch), sharding)
