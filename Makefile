@@ -1,0 +1,66 @@
+# Everything a developer or a first-time user types. Needs make and Python 3.11, 3.12 or 3.13; no C compiler.
+# Another interpreter: make test PYTHON=python3.12 (the environment is made again when its version changes).
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+
+VENV := .venv
+PARITY := .venv-parity
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+PIP_INSTALL = -m pip install --disable-pip-version-check --prefer-binary --quiet $(PIP_FLAGS)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help env quickstart test slow parity check format clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+quickstart: $(VENV)/run-$(VERSION).stamp ## install what running needs and run the embedded example
+	$(VENV)/bin/python -m sera_jax.main --config=configs/quickstart.py
+
+env: $(VENV)/test-$(VERSION).stamp ## make .venv with the run-time and test packages
+
+test: $(VENV)/test-$(VERSION).stamp ## run the tests
+	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
+
+slow: $(VENV)/test-$(VERSION).stamp ## run the slow tests: kills in every phase, fitness of the embedded world
+	$(VENV)/bin/python -m pytest -m slow $(PYTEST_FLAGS)
+
+parity: $(PARITY)/parity-$(VERSION).stamp ## compare with PyTorch implementations, in an environment of their own
+	$(PARITY)/bin/python -m pytest tests/parity $(PYTEST_FLAGS)
+
+check: $(VENV)/test-$(VERSION).stamp ## formatting, lint, types
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+format: $(VENV)/test-$(VERSION).stamp ## format the code and repair what lint can repair
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+clean: ## remove the environments and caches; runs/ stays
+	rm -rf $(VENV) $(PARITY) .cache .pytest_cache .ruff_cache
+	find sera_jax tests configs -name __pycache__ -prune -exec rm -rf {} +
+
+# Stamps carry the interpreter's version, so that PYTHON=python3.12 after python3.11 starts afresh, and nothing is
+# installed again while the requirement files stay as they are.
+%/python-$(VERSION).stamp:
+	@$(PYTHON) -c 'import sys; ok = sys.version_info >= (3, 11); ok or print(sys.version); sys.exit(not ok)' || { \
+	  echo "sera_jax needs Python 3.11, 3.12 or 3.13, which '$(PYTHON)' is not: give one, as in make PYTHON=python3.12"; \
+	  exit 1; }
+	$(PYTHON) -m venv --clear $*
+	touch $@
+
+$(VENV)/run-$(VERSION).stamp: requirements.txt | $(VENV)/python-$(VERSION).stamp
+	$(VENV)/bin/python $(PIP_INSTALL) -r requirements.txt
+	touch $@
+
+$(VENV)/test-$(VERSION).stamp: requirements.txt requirements-test.txt | $(VENV)/python-$(VERSION).stamp
+	$(VENV)/bin/python $(PIP_INSTALL) -r requirements.txt -r requirements-test.txt
+	touch $(VENV)/run-$(VERSION).stamp $@
+
+$(PARITY)/parity-$(VERSION).stamp: requirements.txt requirements-test.txt requirements-parity.txt | $(PARITY)/python-$(VERSION).stamp
+	$(PARITY)/bin/python $(PIP_INSTALL) -r requirements.txt -r requirements-test.txt -r requirements-parity.txt
+	touch $@

@@ -1,0 +1,314 @@
+"""Metrics on disk: JSONL and TensorBoard; each written step also moves the progress shown.
+
+`metrics.jsonl` in the work directory is the record; the TensorBoard files under `tensorboard/` are made from it. Every
+step of a phase is in both exactly once, also when the run was killed and started again: a phase that starts at step s,
+or the first write to it, drops what an earlier process wrote beyond. For that to hold, a loop writes step s, calls
+`sync`, and only then lets a checkpoint of step s become visible. A step is the number of updates done, so the first
+update of a phase is step 1.
+
+One line holds `phase`, `arm`, `round`, `step`, `time` (seconds since 1970) and the metrics. JSON has no word for nan
+and the infinities: such a value is null, so that its column stays numeric, and its name and value ("nan", "inf",
+"-inf") stand in the line's `nonfinite`.
+
+Progress goes to standard error, results (`report`) to standard output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import numbers
+import os
+import pathlib
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from tensorboardX import SummaryWriter
+
+from sera_jax.core import Mean
+from sera_jax.progress import Progress
+
+RESERVED = ("phase", "arm", "round", "step", "time", "nonfinite")
+
+
+class PhaseKey(NamedTuple):
+    """What a step is counted in. `arm` is "" and `round` 0 where a run has none."""
+
+    phase: str
+    arm: str = ""
+    round: int = 0
+
+    @property
+    def label(self) -> str:
+        """As people read it: "sera / train / round 2"."""
+        parts = [self.arm, self.phase, f"round {self.round}" if self.round else ""]
+        return " / ".join(part for part in parts if part)
+
+    @property
+    def folder(self) -> str:
+        """As the name of a TensorBoard run: "sera.train.round2"."""
+        parts = [self.arm, self.phase, f"round{self.round}" if self.round else ""]
+        return ".".join(re.sub(r"[^\w=-]", "_", part) for part in parts if part)
+
+
+class MetricWriter:
+    """Writes each step of each phase once, and shows how far the run is. On hosts other than 0 it does nothing."""
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        is_host0: bool = True,
+        tensorboard: bool = True,
+        progress: Progress | None = None,
+    ):
+        """Opens the record under `workdir` and mends a line that a kill tore.
+
+        Raises:
+            ValueError: the record is damaged before its last lines.
+        """
+        self._on = is_host0
+        self._folder = pathlib.Path(workdir)
+        self._path = self._folder / "metrics.jsonl"
+        self._tensorboard = tensorboard
+        self._progress = progress or Progress()
+        self._stack: list[PhaseKey] = []
+        self._events: dict[PhaseKey, SummaryWriter] = {}
+        self._last: dict[PhaseKey, int] = {}  # last step on disk, for every phase of the record
+        self._owned: set[PhaseKey] = set()  # phases that this process has resumed or written
+        if self._on:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            records, torn = read_records(self._path)
+            if torn:
+                _replace(self._path, records)
+            self._index(records)
+            self._file = self._path.open("a", encoding="utf-8")
+
+    @contextlib.contextmanager
+    def phase(
+        self, name: str, *, arm: str | None = None, round: int | None = None, total_steps: int, start_step: int = 0
+    ) -> Iterator[MetricWriter]:
+        """The phase that `write` and `advance` belong to while the context is open; phases may be nested.
+
+        Lines of this phase beyond `start_step` are dropped: all of them when it is 0.
+
+        Args:
+            name: the phase, e.g. "train".
+            arm, round: those of the enclosing phase where not given.
+            total_steps: the step at which the phase is complete; 0 where that is not known.
+            start_step: steps that an earlier process has done, from its checkpoint.
+        """
+        key = self._key(name, arm, round)
+        self.resume(key, start_step)
+        self._stack.append(key)
+        if self._on:
+            self._progress.start(key.label, total_steps, start_step)
+        try:
+            yield self
+        finally:
+            self._stack.pop()
+            if self._on:
+                self._progress.finish()
+                if key in self._events:
+                    self._events.pop(key).close()
+
+    def resume(self, key: PhaseKey, step: int) -> None:
+        """Drops the lines of `key` with a later step (at 0, with any), in one atomic replacement of the record."""
+        if not self._on:
+            return
+        self._owned.add(key)
+        if key in self._last and (step == 0 or self._last[key] > step):
+            self._file.close()
+            records, _ = read_records(self._path)
+            kept = [record for record in records if _key_of(record) != key or (step > 0 and record["step"] <= step)]
+            _replace(self._path, kept)
+            self._index(kept)
+            self._file = self._path.open("a", encoding="utf-8")
+            if self._tensorboard:
+                self._open_events(key)
+
+    def write(
+        self,
+        *,
+        step: int,
+        metrics: Mapping[str, Any],
+        phase: str | None = None,
+        arm: str | None = None,
+        round: int | None = None,
+        tokens: int = 0,
+    ) -> None:
+        """Appends one line, handed to the operating system before this returns.
+
+        Args:
+            step: updates done; later than the last one written in this phase.
+            metrics: name to number (Python, numpy, or a jax scalar) or `core.Mean`.
+            phase, arm, round: another phase than the open one, e.g. phase="eval" within training.
+            tokens: processed since the previous `write` or `advance`, for the tokens/s shown.
+
+        Raises:
+            ValueError: a metric takes the name of one of the line's own fields.
+        """
+        if not self._on:
+            return
+        key = self._key(phase, arm, round)
+        if clash := [name for name in metrics if name in RESERVED]:
+            raise ValueError(
+                f"metric {clash[0]!r} has the name of a field of every line ({', '.join(RESERVED)}): rename it"
+            )
+        if key not in self._owned:
+            self.resume(key, max(step - 1, 0))
+        last = self._last.get(key)
+        assert last is None or step > last, f"{key.label}: step {step} is written after step {last}"
+
+        record = {**key._asdict(), "step": int(step), "time": time.time(), **_numbers(metrics)}
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+        self._last[key] = int(step)
+        if self._tensorboard and key in self._events:
+            _add_scalars(self._events[key], record)
+        elif self._tensorboard:
+            self._open_events(key)
+        if self._stack and key == self._stack[-1]:
+            self.advance(step, tokens=tokens, metrics=metrics)
+
+    def advance(self, step: int, *, tokens: int = 0, metrics: Mapping[str, Any] | None = None) -> None:
+        """Moves the progress shown to `step` of the open phase, without writing a line."""
+        if self._on and self._stack:
+            loss = None if metrics is None or "loss" not in metrics else _number(metrics["loss"])
+            self._progress.update(step, tokens=tokens, note="" if loss is None else f"loss {loss:.4g}")
+
+    def announce(self, text: str) -> None:
+        """A line of its own on standard error: a heading, a remark."""
+        if self._on:
+            self._progress.say(text)
+
+    def report(self, text: str) -> None:
+        """A result, on standard output."""
+        if self._on:
+            self._progress.clear()
+            print(text, flush=True)
+
+    def sync(self) -> None:
+        """Returns when every line written so far is on the disk. To be called before a checkpoint is saved."""
+        if self._on:
+            os.fsync(self._file.fileno())
+            for events in self._events.values():
+                events.flush()
+
+    def close(self) -> None:
+        """Syncs and closes; the writer is not used afterwards."""
+        if self._on:
+            self.sync()
+            self._file.close()
+            for events in self._events.values():
+                events.close()
+            self._events.clear()
+
+    def __enter__(self) -> MetricWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _key(self, phase: str | None, arm: str | None, round: int | None) -> PhaseKey:
+        outer = self._stack[-1] if self._stack else None
+        if phase is None and outer is None:
+            raise ValueError("no phase is open: give write a phase, or write within `with writer.phase(...)`")
+        return PhaseKey(
+            phase if phase is not None else outer.phase if outer else "",
+            arm if arm is not None else outer.arm if outer else "",
+            int(round) if round is not None else outer.round if outer else 0,
+        )
+
+    def _index(self, records: list[dict]) -> None:
+        self._last = {}
+        for record in records:
+            key = _key_of(record)
+            self._last[key] = max(record["step"], self._last.get(key, 0))
+
+    def _open_events(self, key: PhaseKey) -> None:
+        """Makes the phase's TensorBoard run anew from the record and leaves it open."""
+        if key in self._events:
+            self._events.pop(key).close()
+        folder = self._folder / "tensorboard" / key.folder
+        shutil.rmtree(folder, ignore_errors=True)
+        # purge_step tells a TensorBoard that watched the earlier files to forget them.
+        self._events[key] = SummaryWriter(str(folder), purge_step=0)
+        for record in read_records(self._path)[0]:
+            if _key_of(record) == key:
+                _add_scalars(self._events[key], record)
+
+
+def read_records(path: str | os.PathLike) -> tuple[list[dict], bool]:
+    """The lines of a metrics.jsonl, and whether torn lines at its end were left out.
+
+    Raises:
+        ValueError: a line that cannot be read has readable lines after it, which a kill does not explain.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        return [], False
+    lines = path.read_bytes().split(b"\n")
+    unfinished = bool(lines.pop())  # what stands after the last line's end
+    records: list[dict] = []
+    bad = 0
+    for number, line in enumerate(lines, 1):
+        record = _parse(line)
+        if record is None:
+            bad = bad or number
+        elif bad:
+            raise ValueError(
+                f"{path}:{bad} is not a metrics line but later lines are: the file was edited or damaged; "
+                "repair or remove that line, or start in a new workdir"
+            )
+        else:
+            records.append(record)
+    return records, unfinished or bool(bad)
+
+
+def _parse(line: bytes) -> dict | None:
+    try:
+        record = json.loads(line)
+        _key_of(record)
+        return record if isinstance(record["step"], int) else None
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _key_of(record: dict) -> PhaseKey:
+    return PhaseKey(record["phase"], record["arm"], record["round"])
+
+
+def _replace(path: pathlib.Path, records: list[dict]) -> None:
+    """Puts a file of these records at `path` in one step: a kill leaves the old file or the new one."""
+    fresh = path.with_suffix(".jsonl.tmp")
+    with fresh.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(fresh, path)
+
+
+def _number(value: Any) -> float | int:
+    if isinstance(value, Mean):
+        return value.value()
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics as JSON can hold them; see the module's docstring for nan and the infinities."""
+    values = {name: _number(value) for name, value in metrics.items()}
+    odd = {name: str(value) for name, value in values.items() if not math.isfinite(value)}
+    fields: dict[str, Any] = {name: None if name in odd else value for name, value in values.items()}
+    return {**fields, "nonfinite": odd} if odd else fields
+
+
+def _add_scalars(events: SummaryWriter, record: dict) -> None:
+    for name, value in record.items():
+        if name not in RESERVED:
+            number = float(record["nonfinite"][name]) if value is None else value
+            events.add_scalar(name, number, record["step"], walltime=record["time"])
