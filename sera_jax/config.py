@@ -96,7 +96,7 @@ class SeraGroup:
     (the same pipeline with random choices of the same size), `selection_only`, `bootstrap_only`.
     keep_fraction: share of the offline pairs kept from round 2 on; `threshold` is read by selection="threshold",
     `band` (quantiles) by selection="middle". bootstrap_fraction: at most this many sampled pairs, as a share of the
-    offline pairs. min_margin: sampled pairs below this margin are refused (nats; unset: no limit). length_alpha: reward
+    offline pairs; bootstrap_prompts: prompts sampled for them each round (0: all). min_margin: sampled pairs below this margin are refused (nats; unset: no limit). length_alpha: reward
     per token taken off when candidates are ranked (DICE). ensemble_gamma: weight of the previous round's policy in the reward
     (SeRA eq. 7). reference: `fixed` (the SFT model) or `previous` (the last round's policy; scoring stays with the SFT model).
     """
@@ -109,6 +109,7 @@ class SeraGroup:
     band: tuple[float, float] = (0.2, 0.8)
     curriculum: str = "none"
     bootstrap_fraction: float = 0.3
+    bootstrap_prompts: int = 0
     num_samples: int = 4
     pairing: str = "best_worst"
     min_margin: float | None = None
@@ -187,14 +188,17 @@ class LogGroup:
 
 @dataclasses.dataclass(frozen=True)
 class WorldGroup:
-    """The embedded world; an empty name means real data. Sizes are counts of rows."""
+    """The embedded world (sera_jax/world.py); an empty name means real data. Sizes are counts of rows."""
 
     name: str = ""
-    pretrain: int = 4000
+    pretrain: int = 8000
     demonstrations: int = 200
-    preferences: int = 1000
-    heldout: int = 300
-    prompts: int = 256
+    preferences: int = 800
+    heldout_preferences: int = 400
+    heldout_prompts: int = 200
+    prompts: int = 0
+    demonstrator: str = "better"
+    cue: float = 0.6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,6 +252,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "sera.rounds": (1, math.inf, True),
     "sera.keep_fraction": (0, 1, True),
     "sera.bootstrap_fraction": (0, math.inf, True),
+    "sera.bootstrap_prompts": (0, math.inf, True),
     "sera.num_samples": (2, math.inf, True),
     "sera.ensemble_gamma": (0, 1, True),
     "sampling.temperature": (0, math.inf, True),

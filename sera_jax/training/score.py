@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from sera_jax.core import Rows
-from sera_jax.mesh import replicated
+from sera_jax.mesh import host_to_global, replicated, row_shards, rows_sharding
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import Params
 from sera_jax.ops.logprob import sum_by_slot
@@ -19,7 +19,7 @@ def make_score(
     cfg: ModelConfig, mesh: Mesh, *, window: int, chunk_tokens: int, per_token: bool = False
 ) -> Callable[[Params, Rows], jax.Array]:
     """A jitted (params, rows) -> summed log-prob of each response slot, f32[R, K]; f32[R, M] when `per_token`."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = row_shards(mesh)
 
     def score(params: Params, rows: Rows) -> jax.Array:
         logps = row_token_logps(cfg, params, rows, window=window, chunk_tokens=chunk_tokens, shards=shards)
@@ -30,4 +30,4 @@ def make_score(
 
 def place_rows(rows: Rows, mesh: Mesh) -> Rows:
     """Host rows as device arrays spread over the data axes."""
-    return jax.device_put(rows, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
+    return host_to_global(rows, rows_sharding(mesh))

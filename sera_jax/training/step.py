@@ -12,7 +12,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sera_jax.mesh import replicated, state_shardings
+from sera_jax.mesh import ROW_AXES, host_to_global, replicated, state_shardings
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import Params, abstract_params
 
@@ -42,11 +42,12 @@ def init_state(params: Params, opt_state: Any) -> TrainState:
 
 def abstract_state(cfg: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state; nothing is allocated."""
-    shapes = jax.eval_shape(lambda p: init_state(p, optimizer.init(p)), abstract_params(cfg))
+    params = abstract_params(cfg)
+    shapes = jax.eval_shape(lambda p: init_state(p, optimizer.init(p)), params)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
-        state_shardings(mesh, shapes),
+        state_shardings(mesh, shapes, params),
     )
 
 
@@ -101,9 +102,9 @@ def make_step(
 
 def place_batch(batch: Any, microbatches: int, mesh: Mesh) -> Any:
     """Host arrays [A * R, ...] as device arrays [A, R, ...]: rows over the data axes, microbatches one after the other."""
-    sharding = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp")))
+    sharding = NamedSharding(mesh, PartitionSpec(None, ROW_AXES))
 
     def split(x: np.ndarray) -> np.ndarray:
         return x.reshape(microbatches, x.shape[0] // microbatches, *x.shape[1:])
 
-    return jax.device_put(jax.tree.map(split, batch), sharding)
+    return host_to_global(jax.tree.map(split, batch), sharding)

@@ -1,0 +1,143 @@
+"""Trees of arrays on disk: orbax writes and reads them, a checksum of our own proves them (orbax has none).
+
+The checksum is computed where the arrays live, from integer sums that do not depend on order, so it is the same on any
+mesh and costs no transfer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname or record.levelno >= logging.WARNING)
+
+
+class CorruptCheckpoint(ValueError):
+    """What was read from disk is not what was written."""
+
+
+def _leaf_sum(x: jax.Array) -> jax.Array:
+    """u32[2]: two order-free checksums of a leaf's bits and their places."""
+    if x.dtype == bool:
+        x = x.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        stride = jnp.uint32(math.prod(x.shape[axis + 1 :]) % 2**32)
+        place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * stride
+
+    def mix(a: int, b: int) -> jax.Array:
+        h = (bits ^ (place * jnp.uint32(a))) * jnp.uint32(b)
+        h ^= h >> 15
+        h = (h + place) * jnp.uint32(a)
+        return jnp.sum(h ^ (h >> 13), dtype=jnp.uint32)
+
+    return jnp.stack([mix(0x9E3779B1, 0x85EBCA6B), mix(0xC2B2AE35, 0x27D4EB2F)])
+
+
+_tree_sums = jax.jit(lambda tree: jax.tree.map(_leaf_sum, tree))
+
+
+def checksums(tree: Any) -> dict[str, str]:
+    """Sixteen hex digits for every leaf, by path."""
+    sums = jax.device_get(_tree_sums(tree))
+    return {jax.tree_util.keystr(path): f"{int(s[0]):08x}{int(s[1]):08x}" for path, s in jax.tree.leaves_with_path(sums)}
+
+
+def tree_digest(tree: Any) -> str:
+    """One digest of a tree of arrays, the same on every mesh."""
+    return hashlib.sha256(json.dumps(checksums(tree), sort_keys=True).encode()).hexdigest()
+
+
+def _verify(tree: Any, expected: dict[str, str], path: pathlib.Path) -> None:
+    found = checksums(tree)
+    bad = [name for name in expected if found.get(name) != expected[name]]
+    if bad:
+        raise CorruptCheckpoint(
+            f"{path}: {len(bad)} of {len(expected)} arrays fail their checksum, first {bad[0]} (expected {expected[bad[0]]}, "
+            f"read {found.get(bad[0])}); delete {path} and start the same command again to recompute it"
+        )
+
+
+def save_tree(path: pathlib.Path, tree: Any) -> str:
+    """Write a tree to a new folder and return its digest; returns when it is on disk."""
+    path = path.absolute()
+    sums = checksums(tree)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path / "arrays", tree)
+        checkpointer.wait_until_finished()
+    (path / "checksums.json").write_text(json.dumps(sums, indent=1))
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
+
+
+def load_tree(path: pathlib.Path, abstract: Any) -> Any:
+    """Read a tree that `save_tree` wrote, onto the shardings of `abstract`.
+
+    Raises:
+        CorruptCheckpoint: when an array does not match its checksum or cannot be read.
+    """
+    path = path.absolute()
+    try:
+        expected = json.loads((path / "checksums.json").read_text())
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.restore(path / "arrays", abstract)
+    except (ValueError, OSError, KeyError) as error:
+        raise CorruptCheckpoint(
+            f"{path} cannot be read ({error}); delete it and start the same command again to recompute it"
+        ) from error
+    _verify(tree, expected, path)
+    return tree
+
+
+class Checkpoints:
+    """The checkpoints of one optimisation: written in the background, atomic, the last few kept."""
+
+    def __init__(self, path: pathlib.Path, keep: int):
+        self._path = path.absolute()
+        self._manager = ocp.CheckpointManager(
+            self._path, options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        )
+
+    def save(self, step: int, state: Any) -> None:
+        """Start writing `state`; its buffers may be donated as soon as this returns."""
+        self._manager.save(
+            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), sums=ocp.args.JsonSave(checksums(state)))
+        )
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def restore(self, abstract: Any) -> Any | None:
+        """The newest state, verified; None when there is none.
+
+        Raises:
+            CorruptCheckpoint: never falls back to an older one by itself.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        where = self._path / str(step)
+        try:
+            found = self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), sums=ocp.args.JsonRestore())
+            )
+        except (ValueError, OSError, KeyError) as error:
+            raise CorruptCheckpoint(
+                f"{where} cannot be read ({error}); delete it and start the same command again: "
+                "it goes on from the checkpoint before, or from the start of the phase"
+            ) from error
+        _verify(found["state"], found["sums"], where)
+        return found["state"]
+
+    def close(self) -> None:
+        """Wait for what is being written."""
+        self._manager.wait_until_finished()
+        self._manager.close()

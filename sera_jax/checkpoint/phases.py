@@ -1,0 +1,161 @@
+"""A work directory of phases: each writes its product once, under a manifest, and is skipped when it is there.
+
+A product appears by one rename, so it is whole or absent. Its manifest holds what it was made from; a product made from
+something else is an error, never reused and never overwritten.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+class StaleWorkdir(ValueError):
+    """The work directory holds results of another configuration or of other inputs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A finished phase: its folder, a digest of what went in and came out, and how long it took."""
+
+    path: pathlib.Path
+    digest: str
+    seconds: float
+
+    def json(self, name: str) -> Any:
+        return json.loads((self.path / name).read_text())
+
+
+def digest_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def file_digest(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Write JSON so that the file is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torn = path.with_name(path.name + ".tmp")
+    with torn.open("w") as file:
+        json.dump(value, file, indent=1, sort_keys=True, default=str)
+        file.flush()
+        os.fsync(file.fileno())
+    torn.replace(path)
+
+
+def versions() -> dict[str, str]:
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+class Workdir:
+    """`root/config.json`, `root/phases/NAME/` per finished phase, `root/checkpoints/NAME/` while one is training."""
+
+    def __init__(self, root: pathlib.Path, config: dict[str, Any]):
+        """Open or make the work directory.
+
+        Raises:
+            StaleWorkdir: when it was made with another configuration.
+        """
+        self.root = root
+        self.done: dict[str, Product] = {}
+        self.fresh: list[str] = []
+        config = json.loads(json.dumps({k: v for k, v in config.items() if k != "workdir"}))
+        path = root / "config.json"
+        if path.exists():
+            old = _flatten(json.loads(path.read_text()))
+            new = _flatten(config)
+            changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+            if changed:
+                shown = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in changed[:5])
+                raise StaleWorkdir(
+                    f"{root} was made with another configuration ({len(changed)} fields differ: {shown}); "
+                    "choose another --config.workdir, or delete this one"
+                )
+        else:
+            write_json(path, config)
+
+    def checkpoints(self, name: str) -> pathlib.Path:
+        return self.root / "checkpoints" / name
+
+    def phase(self, name: str, inputs: dict[str, Any], produce: Callable[[pathlib.Path], None]) -> Product:
+        """The product of phase `name`: as it lies there, or made now by `produce(folder)`.
+
+        Args:
+            inputs: JSON-able; everything the product depends on (digests of products, settings).
+            produce: writes its files into the folder it is given.
+
+        Raises:
+            StaleWorkdir: the product there was made from other inputs.
+            ValueError: a file of the product is not what the manifest says.
+        """
+        inputs = json.loads(json.dumps(inputs, default=str))
+        folder = self.root / "phases" / name
+        manifest_path = folder / "manifest.json"
+        if manifest_path.exists():
+            product = self._open(name, inputs, folder)
+        else:
+            torn = folder.with_name(folder.name + ".partial")
+            shutil.rmtree(torn, ignore_errors=True)
+            torn.mkdir(parents=True)
+            start = time.monotonic()
+            produce(torn)
+            manifest = {
+                "inputs": inputs,
+                "files": {
+                    str(path.relative_to(torn)): file_digest(path)
+                    for path in sorted(torn.rglob("*"))
+                    if path.is_file() and "arrays" not in path.relative_to(torn).parts
+                },
+                "seconds": round(time.monotonic() - start, 3),
+                "versions": versions(),
+            }
+            write_json(torn / "manifest.json", manifest)
+            torn.replace(folder)
+            shutil.rmtree(self.checkpoints(name), ignore_errors=True)
+            product = _product(folder, manifest)
+            self.fresh.append(name)
+        self.done[name] = product
+        return product
+
+    def _open(self, name: str, inputs: dict[str, Any], folder: pathlib.Path) -> Product:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        if manifest["inputs"] != inputs:
+            old, new = _flatten(manifest["inputs"]), _flatten(inputs)
+            changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+            raise StaleWorkdir(
+                f"{folder} was made from other inputs (first difference {changed[0]}: {old.get(changed[0])!r} there, "
+                f"{new.get(changed[0])!r} now); choose another --config.workdir, or delete {folder} and the phases after it"
+            )
+        for file, expected in manifest["files"].items():
+            path = folder / file
+            if not path.exists() or file_digest(path) != expected:
+                raise ValueError(
+                    f"{path} is {'missing' if not path.exists() else 'not what its manifest says'}; "
+                    f"delete {folder} and start the same command again to make it anew"
+                )
+        return _product(folder, manifest)
+
+
+def _product(folder: pathlib.Path, manifest: dict[str, Any]) -> Product:
+    return Product(folder, digest_of([manifest["inputs"], manifest["files"]]), manifest["seconds"])
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    out: dict[str, Any] = {}
+    for key, part in value.items():
+        out.update(_flatten(part, f"{prefix}.{key}" if prefix else str(key)))
+    return out

@@ -1,0 +1,1 @@
+"""The papers' algorithm boxes, and the verbs they are written in."""

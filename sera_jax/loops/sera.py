@@ -1,0 +1,331 @@
+"""SeRA (Ko et al., ICLR 2025): a direct alignment loss in rounds that review and bootstrap their own preference pairs.
+
+    round 1:     train on all offline pairs                       (an untrained policy's margins are 0 everywhere)
+    round 2..T:  kept  = review:    score the offline pairs, keep those with the largest implicit reward margin
+                 fresh = bootstrap: sample N responses per prompt, pair best and worst by implicit reward, keep the
+                                    pairs with the largest margin
+                 policy = train on kept + fresh
+
+The implicit reward is that of the loss, with the SFT model as the fixed reference, ensembled over two rounds (eq. 7).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from sera_jax import irm
+from sera_jax.config import SamplingGroup, SeraGroup, TrainGroup
+from sera_jax.core import Stream, rng_for
+from sera_jax.data.batches import PairLoader
+from sera_jax.data.items import Item, PairItem
+from sera_jax.loops.optimise import Task, optimise
+from sera_jax.loops.runtime import Policy, Runtime, items_digest
+from sera_jax.losses.preference import ResolvedLoss
+from sera_jax.mesh import row_shards
+from sera_jax.training.objectives import align_objective
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What the rounds of every arm share.
+
+    Attributes:
+        pool: the offline pairs, after label noise.
+        prompts: what bootstrapping samples on (items without responses).
+        judge: gold reward of (prompt item, response tokens), where a world has one; only reported.
+        evaluate: held-out facts of a policy, for the report; round 0 is the SFT model.
+    """
+
+    run: Runtime
+    sft: Policy
+    loss: ResolvedLoss
+    settings: SeraGroup
+    train: TrainGroup
+    sampling: SamplingGroup
+    pool: Sequence[PairItem]
+    prompts: Sequence[Item]
+    evaluate: Callable[[Policy, int], dict[str, Any]]
+    judge: Callable[[Item, np.ndarray], float] | None
+    max_row_shapes: int
+    logging_steps: int
+
+
+def settings_of_arm(settings: SeraGroup, arm: str) -> SeraGroup:
+    """The settings of an arm: `sera` itself, or a control that differs from it in one thing."""
+    changes: dict[str, dict[str, Any]] = {
+        "sera": {},
+        "daa": {"selection": "none", "bootstrap_fraction": 0.0, "threshold": None},
+        "random": {"selection": "random", "threshold": None},
+        "selection_only": {"bootstrap_fraction": 0.0},
+        "bootstrap_only": {"selection": "none", "threshold": None},
+    }
+    return dataclasses.replace(settings, **changes[arm])
+
+
+def sera(study: Study, arm: str) -> tuple[Policy, list[dict[str, Any]]]:
+    """Run the rounds of one arm; returns its last policy and the facts of every round."""
+    settings = settings_of_arm(study.settings, arm)
+    offline = [pair.item for pair in study.pool]
+    reference = study.run.score("sft/pool", study.sft, offline)
+    pool = [dataclasses.replace(pair, ref_logp=logp) for pair, logp in zip(study.pool, reference, strict=True)]
+    policies, scores, facts = [study.sft], [reference], []
+    known_sizes: tuple[int, ...] = ()
+
+    for round_ in range(1, settings.rounds + 1):
+        now = policies[-1]
+        kept, fresh, record = pool, [], {}
+        if round_ > 1 and (settings.selection != "none" or settings.bootstrap_fraction > 0):
+            scores.append(study.run.score(f"{now.name}/pool", now, offline))
+            kept, margins, record = review(study, settings, pool, scores, round_)
+            fresh, more = bootstrap(study, settings, policies, round_)
+            record |= more
+            kept = [kept[i] for i in irm.order(margins, settings.curriculum)]
+        pairs = with_reference(study, settings, policies, [*kept, *fresh], round_)
+        name = "round1" if round_ == 1 else f"{arm}/round{round_}"  # round 1 is the same in every arm
+        policy, loader = train_round(study, settings, policies, pairs, name, arm, round_, known_sizes)
+        known_sizes = loader.sizes
+        policies.append(policy)
+        flipped = [pair.flipped for pair in kept]
+        record |= {
+            "arm": arm,
+            "round": round_,
+            "kept": len(kept),
+            "added": sum(len(pair.pairs) for pair in fresh),
+            "flipped_fraction_kept": float(np.mean(flipped)) if flipped else 0.0,
+            "updates": updates_per_round(study),
+            **study.evaluate(policy, round_),
+        }
+        facts.append(record)
+        study.run.writer.write(
+            phase="round", arm=arm, round=round_, step=1, metrics={"iteration": round_, **_numbers(record)}
+        )
+    return policies[-1], facts
+
+
+def review(
+    study: Study, settings: SeraGroup, pool: Sequence[PairItem], scores: Sequence[list[np.ndarray]], round_: int
+) -> tuple[list[PairItem], np.ndarray, dict[str, Any]]:
+    """Keep the offline pairs that the rule selects by their ensembled margin; also the kept margins, for a curriculum."""
+
+    def margins_under(logps: list[np.ndarray]) -> np.ndarray:
+        return np.array([pair_margins(study.loss, pair, logp)[0] for pair, logp in zip(pool, logps, strict=True)])
+
+    current, previous = margins_under(scores[-1]), margins_under(scores[-2])
+    margins = irm.ensemble(current, previous, settings.ensemble_gamma)
+    chosen = irm.select(
+        margins,
+        settings.selection,
+        fraction=settings.keep_fraction,
+        threshold=settings.threshold,
+        band=settings.band,
+        seed=study.run.seed,
+        round_index=round_,
+    )
+    lengths = np.array([[len(pair.item.responses[k]) for k in pair.pairs[0]] for pair in pool])
+    record = {
+        "margin_mean": float(margins.mean()),
+        "margin_p10": float(np.percentile(margins, 10)),
+        "margin_p90": float(np.percentile(margins, 90)),
+        **irm.margin_summary(margins, lengths[:, 0], lengths[:, 1]),
+        **irm.selection_summary(margins, chosen),
+        **irm.ensemble_summary(current, previous, settings.ensemble_gamma),
+    }
+    return [pool[i] for i in chosen], margins[chosen], record
+
+
+def bootstrap(
+    study: Study, settings: SeraGroup, policies: Sequence[Policy], round_: int
+) -> tuple[list[PairItem], dict[str, Any]]:
+    """Pairs that the policy sampled and ranked itself, those of the largest margin; SeRA's bootstrapping."""
+    count = round(settings.bootstrap_fraction * len(study.pool))
+    if count == 0:
+        return [], {}
+    run, now = study.run, policies[-1]
+    prompts = study.prompts
+    if 0 < settings.bootstrap_prompts < len(prompts):
+        picked = rng_for(run.seed, Stream.SELECT, round_, 2).permutation(len(prompts))[: settings.bootstrap_prompts]
+        prompts = [prompts[i] for i in sorted(picked)]
+    groups = run.sample(f"{now.name}/candidates", now, prompts, settings.num_samples, study.sampling, round_=round_)
+    candidates = [
+        dataclasses.replace(prompt, responses=tuple(s.tokens for s in group)) for prompt, group in zip(prompts, groups)
+    ]
+    rewards = [
+        irm.ensemble(new, old, settings.ensemble_gamma)
+        for new, old in zip(*(implicit_rewards(study, p, candidates, now) for p in policies[-1:-3:-1]), strict=True)
+    ]
+    pairings = [
+        irm.pair_candidates(
+            reward,
+            item.responses,
+            mode=settings.pairing,
+            length_alpha=settings.length_alpha,
+            finished=[s.finished for s in group] if settings.require_eos else None,
+        )
+        for item, reward, group in zip(candidates, rewards, groups, strict=True)
+    ]
+    flat = [(i, pair) for i, pairing in enumerate(pairings) for pair in pairing.pairs]
+    kept = irm.filter_bootstrapped(
+        np.array([pair.margin for _, pair in flat], np.float32),
+        count=count,
+        threshold=settings.min_margin,
+        rule="random" if settings.selection == "random" else "top",
+        seed=run.seed,
+        round_index=round_,
+    )
+    grouped: dict[int, list[tuple[int, int]]] = {}
+    for index in kept:
+        i, pair = flat[index]
+        grouped.setdefault(i, []).append((pair.chosen, pair.rejected))
+    fresh = [_fresh_pair(candidates[i], pairs, round_) for i, pairs in grouped.items()]
+    lengths = [[len(r) for r in item.responses] for item in candidates]
+    record: dict[str, Any] = irm.bootstrap_summary(pairings, lengths, [[s.finished for s in g] for g in groups])
+    if study.judge is not None and fresh:
+        record["agreement"] = agreement(study.judge, fresh)
+    return fresh, record
+
+
+def train_round(
+    study: Study,
+    settings: SeraGroup,
+    policies: Sequence[Policy],
+    pairs: Sequence[PairItem],
+    name: str,
+    arm: str,
+    round_: int,
+    known_sizes: tuple[int, ...],
+) -> tuple[Policy, PairLoader]:
+    """DAA updates on `pairs`, as many in every round and every arm."""
+    run, group = study.run, study.train
+    updates = updates_per_round(study)
+    continues = round_ > 1 and not settings.reset_optimizer
+    loader = PairLoader(
+        pairs,
+        batch_size=group.batch_size,
+        row_tokens=run.row_tokens,
+        seed=run.seed,
+        stream_indices=(Stream.SHUFFLE, round_),
+        row_multiple=group.gradient_accumulation_steps * row_shards(run.mesh),
+        max_row_shapes=study.max_row_shapes,
+        microbatches=group.gradient_accumulation_steps,
+        share_prompt=run.share_prompt,
+        known_sizes=known_sizes,
+        order="shuffle" if settings.curriculum == "none" else "given",
+    )
+    shards = row_shards(run.mesh)
+    task = Task(
+        name=name,
+        start=policies[-1],
+        loader=loader,
+        objective=lambda window: align_objective(
+            run.cfg, study.loss, window=window, chunk_tokens=run.chunk_tokens, shards=shards
+        ),
+        computes=(str(study.loss), run.chunk_tokens),
+        group=group,
+        updates=updates,
+        schedule_updates=updates if settings.reset_optimizer else updates * settings.rounds,
+        depends={"pairs": pairs_digest(pairs), "seed": run.seed, "row_tokens": run.row_tokens},
+        continue_from=policies[-1] if continues else None,
+        updates_before=updates * (round_ - 1) if continues else 0,
+        log=("train", "" if round_ == 1 else arm, round_),
+        logging_steps=study.logging_steps,
+    )
+    return optimise(run, task), loader
+
+
+def with_reference(
+    study: Study, settings: SeraGroup, policies: Sequence[Policy], pairs: Sequence[PairItem], round_: int
+) -> list[PairItem]:
+    """The pairs with the reference log-probs that the loss needs: of the SFT model, or of the last round's policy."""
+    if not study.loss.uses_reference:
+        return list(pairs)
+    reference = study.sft if settings.reference == "fixed" else policies[-1]
+    missing = [i for i, pair in enumerate(pairs) if pair.ref_logp is None or settings.reference == "previous"]
+    out = list(pairs)
+    if missing:
+        name = f"{reference.name}/pairs{round_}_{items_digest([pairs[i].item for i in missing])[:12]}"
+        logps = study.run.score(name, reference, [pairs[i].item for i in missing])
+        for i, logp in zip(missing, logps, strict=True):
+            out[i] = dataclasses.replace(pairs[i], ref_logp=logp)
+    return out
+
+
+def implicit_rewards(study: Study, policy: Policy, items: Sequence[Item], sampled_by: Policy) -> list[np.ndarray]:
+    """Implicit reward / scale of every response of every item under `policy`: f32[N] each."""
+
+    def logps(scorer: Policy) -> list[np.ndarray]:
+        pieces = _pieces(items, study.run.row_tokens)
+        flat = np.concatenate(study.run.score(f"{sampled_by.name}/candidates_by_{_slug(scorer)}", scorer, pieces))
+        return np.split(flat, np.cumsum([len(item.responses) for item in items])[:-1])
+
+    under = logps(policy)
+    reference = logps(study.sft) if study.loss.uses_reference else [None] * len(items)
+    lengths = [np.array([len(r) for r in item.responses]) for item in items]
+    return [study.loss.score(a, n, b) for a, n, b in zip(under, lengths, reference, strict=True)]
+
+
+def pair_margins(loss: ResolvedLoss, pair: PairItem, logp: np.ndarray) -> np.ndarray:
+    """Implicit reward margin (nats, no beta) of each pair of the item, f32[len(pairs)]."""
+    lengths = np.array([len(r) for r in pair.item.responses])
+    reward = loss.score(logp, lengths, pair.ref_logp if loss.uses_reference else None)
+    return np.array([irm.margin(reward[[w]], reward[[l]])[0] for w, l in pair.pairs], np.float32)
+
+
+def agreement(judge: Callable[[Item, np.ndarray], float], pairs: Sequence[PairItem]) -> dict[str, float]:
+    """Shares of pairs whose chosen response the gold reward puts above, below, or level with the rejected one."""
+    signs = []
+    for pair in pairs:
+        for chosen, rejected in pair.pairs:
+            gap = judge(pair.item, pair.item.responses[chosen]) - judge(pair.item, pair.item.responses[rejected])
+            signs.append(0 if abs(gap) < 1e-9 else np.sign(gap))
+    signs = np.array(signs)
+    return {"agree": float(np.mean(signs > 0)), "disagree": float(np.mean(signs < 0)), "tie": float(np.mean(signs == 0))}
+
+
+def updates_per_round(study: Study) -> int:
+    """The same in every round and arm: `max_steps`, or the epochs over the offline pairs."""
+    per_epoch = -(-sum(len(pair.pairs) for pair in study.pool) // study.train.batch_size)
+    return study.train.max_steps or study.train.num_train_epochs * per_epoch
+
+
+def pairs_digest(pairs: Sequence[PairItem]) -> str:
+    """Digest of what training on the pairs depends on, their order included."""
+    from sera_jax.checkpoint.phases import digest_of
+
+    rest = [[p.pairs, p.weight, None if p.ref_logp is None else np.asarray(p.ref_logp).tolist()] for p in pairs]
+    return digest_of([items_digest([p.item for p in pairs]), rest])
+
+
+def _fresh_pair(item: Item, pairs: list[tuple[int, int]], round_: int) -> PairItem:
+    """A PairItem with only the responses that its pairs use."""
+    used = sorted({k for pair in pairs for k in pair})
+    place = {k: i for i, k in enumerate(used)}
+    item = Item(f"{item.id}#round{round_}", item.prompt, tuple(item.responses[k] for k in used))
+    return PairItem(item, tuple((place[a], place[b]) for a, b in pairs), source="bootstrap")
+
+
+def _pieces(items: Sequence[Item], row_tokens: int) -> list[Item]:
+    """The same responses in items that fit a row; most items are one piece."""
+    pieces = []
+    for item in items:
+        part: list[np.ndarray] = []
+        for response in item.responses:
+            if part and len(item.prompt) + sum(map(len, part)) + len(response) > row_tokens:
+                pieces.append(Item(f"{item.id}@{len(pieces)}", item.prompt, tuple(part)))
+                part = []
+            part.append(response)
+        pieces.append(Item(f"{item.id}@{len(pieces)}", item.prompt, tuple(part)))
+    return pieces
+
+
+def _slug(policy: Policy) -> str:
+    return policy.name.replace("/", "-")
+
+
+def _numbers(record: dict[str, Any]) -> dict[str, float]:
+    return {k: v for k, v in record.items() if isinstance(v, int | float) and k not in ("arm", "round")}
+
+
