@@ -22,6 +22,7 @@ class ModelConfig:
     Attributes:
         dtype: compute dtype of the matmuls; `param_dtype` that of the stored parameters; `logits_dtype` that of
             the vocabulary projection's output. Log-probs and sums over tokens are float32 always.
+        export_dtype: dtype that an export writes unless told otherwise: that of the file the weights came from.
         remat: what the backward pass recomputes: `none`, `full` (keep only layer inputs), `dots` (keep matmuls).
         attn_implementation: a name in `decoder.ATTENTION`.
     """
@@ -43,10 +44,17 @@ class ModelConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     logits_dtype: str = "float32"
+    export_dtype: str = "float32"
     remat: str = "none"
     attn_implementation: str = "xla"
 
     def __post_init__(self) -> None:
+        for name in SIZES:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is below 1; give a positive number")
+        for name in ("dtype", "param_dtype", "logits_dtype", "export_dtype"):
+            if getattr(self, name) not in DTYPES:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(DTYPES)}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -59,3 +67,14 @@ class ModelConfig:
 
 
 REMAT = ("none", "full", "dots")
+DTYPES = ("float32", "bfloat16", "float16")
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)

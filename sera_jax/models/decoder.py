@@ -13,8 +13,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sera_jax.core import Rows
+from sera_jax.mesh import constrain_rows
 from sera_jax.models.config import ModelConfig
 from sera_jax.ops.attention import packed_attention
 
@@ -25,21 +27,20 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 ATTENTION: dict[str, Callable[..., jax.Array]] = {"xla": packed_attention}
 
 
-def rotary_frequencies(cfg: ModelConfig) -> jax.Array:
-    """Inverse frequencies f32[d / 2] (RoFormer, eq. 15), with Llama 3.1's scaling where the config has one."""
-    exponent = jnp.arange(0, cfg.head_dim, 2, dtype=jnp.float32) / cfg.head_dim
-    inverse = 1.0 / (cfg.rope_theta**exponent)
+def rotary_frequencies(cfg: ModelConfig) -> np.ndarray:
+    """Inverse frequencies f32[d / 2] (RoFormer, eq. 15), with Llama 3.1's scaling where the config has one.
+
+    Made on the host in float64: an error here is multiplied by the position, and accelerators' `pow` is loose.
+    """
+    inverse = cfg.rope_theta ** -(np.arange(0, cfg.head_dim, 2, dtype=np.float64) / cfg.head_dim)
     scaling = cfg.rope_scaling
-    if scaling is None:
-        return inverse
-    wavelength = 2 * jnp.pi / inverse
-    low = scaling.original_max_position_embeddings / scaling.low_freq_factor
-    high = scaling.original_max_position_embeddings / scaling.high_freq_factor
-    share = (scaling.original_max_position_embeddings / wavelength - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
-    between = (1 - share) * inverse / scaling.factor + share * inverse
-    return jnp.where(wavelength > low, inverse / scaling.factor, jnp.where(wavelength < high, inverse, between))
+    if scaling is not None:
+        # Rotations within the original context: few are slowed by `factor`, many are kept, between them a blend.
+        turns = scaling.original_max_position_embeddings * inverse / (2 * np.pi)
+        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        kept = np.clip(kept, 0.0, 1.0)
+        inverse = (1 - kept) * inverse / scaling.factor + kept * inverse
+    return inverse.astype(np.float32)
 
 
 def rotary_tables(cfg: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -86,13 +87,14 @@ class Block(nn.Module):
         cfg = self.cfg
         rows, length, _ = x.shape
 
-        def heads(y: jax.Array, count: int) -> jax.Array:
-            return y.reshape(rows, length, count, cfg.head_dim).swapaxes(1, 2)
+        def heads(name: str, y: jax.Array, count: int) -> jax.Array:
+            projected = Linear(cfg, count * cfg.head_dim, name=name)(y)
+            return projected.reshape(rows, length, count, cfg.head_dim).swapaxes(1, 2)
 
         y = RMSNorm(cfg, name="attention_norm")(x)
-        q = rotate(heads(Linear(cfg, cfg.num_attention_heads * cfg.head_dim, name="q")(y), cfg.num_attention_heads), cos, sin)
-        k = rotate(heads(Linear(cfg, cfg.num_key_value_heads * cfg.head_dim, name="k")(y), cfg.num_key_value_heads), cos, sin)
-        v = heads(Linear(cfg, cfg.num_key_value_heads * cfg.head_dim, name="v")(y), cfg.num_key_value_heads)
+        q = rotate(heads("q", y, cfg.num_attention_heads), cos, sin)
+        k = rotate(heads("k", y, cfg.num_key_value_heads), cos, sin)
+        v = heads("v", y, cfg.num_key_value_heads)
         mixed = attend(q, k, v).swapaxes(1, 2).reshape(rows, length, -1)
         x = x + Linear(cfg, cfg.hidden_size, name="o")(mixed)
 
@@ -111,7 +113,7 @@ class _ScannedBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Any]:
-        x, kv = Block(self.cfg, name="block")(x, *tables, self.attend)
+        x, kv = Block(self.cfg, name="block")(constrain_rows(x), *tables, self.attend)
         return x, kv if self.keep_kv else None
 
 
@@ -171,6 +173,10 @@ def hidden_states(cfg: ModelConfig, params: Params, rows: Rows, *, window: int |
     Args:
         window: no item of the rows is longer than this (static); lets attention skip what it cannot see.
     """
+    if cfg.attn_implementation not in ATTENTION:
+        raise ValueError(
+            f"attn_implementation={cfg.attn_implementation!r} is unknown; choose one of {', '.join(ATTENTION)}"
+        )
     attend = functools.partial(
         ATTENTION[cfg.attn_implementation], segment=rows.segment, branch=rows.branch, window=window
     )

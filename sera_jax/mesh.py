@@ -1,0 +1,187 @@
+"""Device meshes, the one table of sharding rules, and the way of host values onto a mesh.
+
+The only module that knows about processes. Axes: `data` (copies of the parameters), `fsdp` (parameters and
+optimiser state split, gathered where used), `tensor` (heads, hidden units of the feed-forward and vocabulary split).
+Rows are split over `data` and `fsdp` together.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+ROW_AXES = ("data", "fsdp")
+
+# (pattern of the whole parameter path, how its axes lie on the mesh). Every parameter matches exactly one rule.
+RULES: tuple[tuple[str, P], ...] = (
+    (r"embed", P("tensor", "fsdp")),  # [V, D]
+    (r"head", P("fsdp", "tensor")),  # [D, V]
+    (r"final_norm/scale", P(None)),  # [D]
+    (r"layers/block/(attention|mlp)_norm/scale", P(None, None)),  # [L, D]
+    (r"layers/block/(q|k|v|gate|up)/kernel", P(None, "fsdp", "tensor")),  # [L, D, out]
+    (r"layers/block/(o|down)/kernel", P(None, "tensor", "fsdp")),  # [L, in, D]
+)
+
+
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with axes (data, fsdp, tensor), all of them left to the compiler (`AxisType.Auto`).
+
+    Args:
+        data, fsdp, tensor: sizes; at most one of them may be -1 for "what the others leave".
+        devices: the devices to use; default all.
+
+    Raises:
+        ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = mesh_shape(data, fsdp, tensor, len(devices))
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_shape(data: int, fsdp: int, tensor: int, device_count: int) -> tuple[int, int, int]:
+    """The sizes with -1 filled in. Raises ValueError where they do not multiply to `device_count`."""
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    for name, size in sizes.items():
+        if size != -1 and size < 1:
+            raise ValueError(f"mesh.{name}={size}: give a size of at least 1, or -1 for what the other axes leave")
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise ValueError(f"mesh {shown}: only one axis may be -1; give a size for {' or '.join(free)}")
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if free and device_count % known == 0:
+        sizes[free[0]] = device_count // known
+    elif free or known != device_count:
+        raise ValueError(
+            f"mesh {shown}: sizes multiply to {known}, which does not "
+            f"{'divide' if free else 'equal'} the {device_count} devices; change a size or set one to -1"
+        )
+    return sizes["data"], sizes["fsdp"], sizes["tensor"]
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole value on every device."""
+    return NamedSharding(mesh, P())
+
+
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+    """The leading axis R (or B) split over data and fsdp together; every later axis whole."""
+    return NamedSharding(mesh, P(ROW_AXES))
+
+
+def row_shards(mesh: Mesh) -> int:
+    """How many parts `rows_sharding` makes; R must be a multiple of it."""
+    return math.prod(mesh.shape[axis] for axis in ROW_AXES)
+
+
+def param_shardings(mesh: Mesh, abstract_params: Any) -> Any:
+    """A NamedSharding for every parameter, from `RULES`.
+
+    Args:
+        abstract_params: the parameters or their shapes (`models.decoder.abstract_params`).
+
+    Returns:
+        The same tree with NamedSharding leaves.
+
+    Raises:
+        ValueError: a parameter matches no rule or several, or an axis is not divisible by its mesh axis.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _sharding(mesh, path_name(path), leaf), abstract_params)
+
+
+def state_shardings(mesh: Mesh, abstract_state: Any) -> Any:
+    """A NamedSharding for every leaf of a training state or of an optimiser state alone.
+
+    What lies under `params` follows `param_shardings`. Elsewhere a leaf whose path ends in a parameter's path, and
+    which has as many axes, lies as that parameter does (moments of AdamW and Lion, accumulated gradients). All else
+    is replicated: counters, and Adafactor's factored statistics, which are vectors beside the matrices they stand for.
+
+    Raises:
+        ValueError: as `param_shardings`.
+    """
+    whole = replicated(mesh)
+
+    def find(path: tuple, leaf: Any) -> NamedSharding:
+        parts = path_name(path).split("/")
+        if parts[0] == "params":
+            return _sharding(mesh, "/".join(parts[1:]), leaf)
+        for start in range(len(parts)):
+            name = "/".join(parts[start:])
+            if rules := _matching_rules(name):
+                return _sharding(mesh, name, leaf) if len(rules[0][1]) == len(leaf.shape) else whole
+        return whole
+
+    return jax.tree_util.tree_map_with_path(find, abstract_state)
+
+
+def host_to_global(tree: Any, shardings: Any) -> Any:
+    """Put host values (numpy) onto the mesh, explicitly, so that it passes a transfer guard.
+
+    Every process must hold the whole value of every leaf; each keeps the parts its own devices need.
+
+    Args:
+        tree: a pytree of arrays.
+        shardings: one sharding for all leaves, or a tree of them that is a prefix of `tree`.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    def place(sharding: NamedSharding, part: Any) -> Any:
+        return jax.tree.map(
+            lambda x: jax.make_array_from_callback(np.shape(x), sharding, lambda index: np.asarray(x)[index]), part
+        )
+
+    return jax.tree.map(place, shardings, tree, is_leaf=lambda x: isinstance(x, NamedSharding))
+
+
+def constrain_rows(x: jax.Array) -> jax.Array:
+    """Inside a jitted step under `jax.set_mesh`, keep activations [R, ...] split by rows; elsewhere do nothing.
+
+    Without it the compiler may follow the parameters instead, and split the hidden axis while it copies the rows to
+    all devices. A leading axis that the row shards do not divide is left to the compiler too.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or any(axis not in mesh.shape for axis in ROW_AXES):
+        return x
+    if x.shape[0] % math.prod(mesh.shape[axis] for axis in ROW_AXES):
+        return x
+    return jax.lax.with_sharding_constraint(x, P(ROW_AXES))
+
+
+def path_name(path: tuple) -> str:
+    """A key path of jax.tree_util as `layers/block/q/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _matching_rules(name: str) -> list[tuple[str, P]]:
+    return [(pattern, spec) for pattern, spec in RULES if re.fullmatch(pattern, name)]
+
+
+def _sharding(mesh: Mesh, name: str, leaf: Any) -> NamedSharding:
+    matches = _matching_rules(name)
+    if len(matches) != 1:
+        found = "no rule" if not matches else "the rules " + ", ".join(repr(pattern) for pattern, _ in matches)
+        raise ValueError(
+            f"parameter {name} of shape {tuple(leaf.shape)} matches {found} of mesh.RULES; it must match exactly one: "
+            "add or narrow a rule"
+        )
+    spec = matches[0][1]
+    if len(spec) != len(leaf.shape):
+        raise ValueError(f"parameter {name} has shape {tuple(leaf.shape)} but its rule {spec} has {len(spec)} axes")
+    for size, axis in zip(leaf.shape, spec, strict=True):
+        if axis is not None and size % mesh.shape[axis]:
+            raise ValueError(
+                f"parameter {name} of shape {tuple(leaf.shape)}: its axis of size {size} is not divisible by "
+                f"mesh.{axis}={mesh.shape[axis]}; choose one that divides it, or change that size of the model"
+            )
+    return NamedSharding(mesh, spec)

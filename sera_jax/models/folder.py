@@ -1,0 +1,154 @@
+"""The files of a model folder: read safely, written whole or not at all. Knows nothing of models."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import ml_dtypes  # noqa: F401 (teaches numpy, and so safetensors, the dtype bfloat16)
+import safetensors
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+_SHOWN = 8  # names listed in one message before the rest is only counted
+
+
+def read_config(path: pathlib.Path) -> dict[str, Any]:
+    """The parsed config.json of a folder. Raises FileNotFoundError or ValueError that says what is wrong."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is not a folder; give one that holds config.json and {SINGLE}")
+    file = path / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} has no config.json; give a folder in Hugging Face's format")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} should hold a JSON object, not {type(config).__name__}")
+    return config
+
+
+@contextlib.contextmanager
+def open_weights(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """Tensor name -> open safetensors file that holds it (`get_tensor`, `get_slice`), from one file or an index.
+
+    Raises:
+        ValueError: no safetensors, an unreadable file or index, a git-LFS pointer, a tensor that lies in two files.
+        FileNotFoundError: a file that the index names is missing.
+    """
+    with contextlib.ExitStack() as stack:
+        files: dict[str, Any] = {}
+        for shard in _shards(path):
+            handle = _open_file(stack, shard)
+            for name in handle.keys():  # noqa: SIM118 (not a dict)
+                if name in files:
+                    raise ValueError(f"{path}: tensor {name} lies in two files; keep one")
+                files[name] = handle
+        yield files
+
+
+def _open_file(stack: contextlib.ExitStack, file: pathlib.Path) -> Any:
+    with file.open("rb") as start:
+        if start.read(40).startswith(b"version https://git-lfs"):
+            raise ValueError(f"{file} is a git-LFS pointer, not the weights; fetch them with `git lfs pull`")
+    try:
+        return stack.enter_context(safetensors.safe_open(file, framework="np"))
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} is not a readable safetensors file ({error}); copy it again") from error
+
+
+def _shards(path: pathlib.Path) -> list[pathlib.Path]:
+    if (path / SINGLE).is_file():
+        return [path / SINGLE]
+    if not (path / INDEX).is_file():
+        others = sorted(
+            file.name for file in path.glob("*") if file.suffix in (".bin", ".pt", ".pth", ".h5", ".msgpack")
+        )
+        found = f" (found {', '.join(others[:_SHOWN])}, which is not read)" if others else ""
+        raise ValueError(
+            f"{path} has neither {SINGLE} nor {INDEX}{found}; only safetensors are read: save the model again with "
+            "transformers' save_pretrained"
+        )
+    try:
+        names = sorted(set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path / INDEX} is not an index of safetensors files: {error!r}") from error
+    for name in names:
+        if pathlib.PurePath(name).name != name:
+            raise ValueError(f"{path / INDEX} names {name!r}, which is not a file of its own folder")
+    missing = [name for name in names if not (path / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{path / INDEX} names files that are not there: {some(missing)}; fetch them")
+    return [path / name for name in names]
+
+
+def dtype_of(file: Any, name: str) -> str:
+    """numpy's name of a tensor's dtype, from the header. Raises ValueError for one that is not supported."""
+    kind = file.get_slice(name).get_dtype()
+    if kind not in DTYPES:
+        raise ValueError(f"tensor {name} has dtype {kind}; supported: {', '.join(DTYPES)}")
+    return DTYPES[kind]
+
+
+@contextlib.contextmanager
+def whole_or_nothing(path: pathlib.Path, *, overwrite: bool) -> Iterator[pathlib.Path]:
+    """Give a temporary folder to fill; it takes the name `path` when the block ends well and vanishes otherwise.
+
+    Raises:
+        FileExistsError: the folder exists, is not empty, and `overwrite` is off.
+    """
+    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists and is not empty; give another folder or ask to overwrite it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.parent / f".{path.name}.partial"
+    if partial.exists():  # left by a process that was killed
+        shutil.rmtree(partial)
+    partial.mkdir()
+    try:
+        yield partial
+        _flush(partial)
+        _swap(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def write_json(file: pathlib.Path, value: Any) -> None:
+    """Write JSON for people to read."""
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _flush(folder: pathlib.Path) -> None:
+    """Bring the folder's files to the disk before its name appears, so that a crash leaves no empty file."""
+    for file in [*folder.iterdir(), folder]:
+        handle = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _swap(partial: pathlib.Path, path: pathlib.Path) -> None:
+    """Give the finished folder its name. An old folder is moved aside first and removed last."""
+    if not path.exists():
+        partial.rename(path)
+        return
+    old = path.parent / f".{path.name}.old"
+    if old.exists():
+        shutil.rmtree(old)
+    path.rename(old)
+    partial.rename(path)
+    shutil.rmtree(old)
+
+
+def some(names: list[str]) -> str:
+    """The first few names of a list, and how many more there are."""
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
