@@ -1,0 +1,72 @@
+"""The commands around the package: what CI runs, the launchers, the list of make targets."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def script(path: pathlib.Path, body: str) -> None:
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize("failing", [None, "test", "parity", "check"])
+def test_ci_runs_all_three_targets_and_fails_when_any_fails(tmp_path, failing):
+    script(tmp_path / "make", f'echo "ran $1"; [ "$1" != "{failing}" ]')
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run([ROOT / ".ci" / "run"], env=environment, capture_output=True, text=True)
+    assert (done.returncode == 0) == (failing is None)
+    assert [line for line in done.stdout.splitlines() if line.startswith("ran")] == [
+        "ran test",
+        "ran parity",
+        "ran check",
+    ]
+    for target in ("test", "parity", "check"):
+        assert f"make {target}: {'FAILED' if target == failing else 'passed'}" in done.stdout
+
+
+def test_a_sweep_gives_every_line_of_overrides_a_run_and_a_directory(tmp_path):
+    script(tmp_path / "python", 'echo "$@"; cat')
+    environment = {**os.environ, "PYTHON": str(tmp_path / "python")}
+    overrides = "--config.loss.name=ipo\n--config.loss.name=simpo --config.seed=3\n"
+    done = subprocess.run(
+        [ROOT / "launch" / "sweep.sh", "configs/hh_small.py", "runs/losses"],
+        env=environment,
+        input=overrides,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    common = "-m sera_jax.main --config=configs/hh_small.py --config.workdir=runs/losses/"
+    assert done.stdout.splitlines() == [
+        f"{common}loss.name=ipo --config.loss.name=ipo",
+        f"{common}loss.name=simpo_seed=3 --config.loss.name=simpo --config.seed=3",
+    ]
+
+
+def test_a_launcher_without_an_environment_says_what_to_do(tmp_path):
+    environment = {**os.environ, "PYTHON": str(tmp_path / "absent")}
+    done = subprocess.run([ROOT / "launch" / "local.sh"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "make env" in done.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.sh")), ids=lambda path: path.name)
+def test_launchers_hold_no_hyper_parameters(path):
+    code = [line for line in path.read_text().splitlines() if not line.lstrip().startswith("#")]
+    fields = [word for line in code for word in line.split() if word.startswith("--config.")]
+    assert all(field.startswith("--config.workdir=") for field in fields)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_lists_its_targets():
+    done = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    listed = {line.split()[1] for line in done.stdout.splitlines()}
+    assert listed == {"help", "quickstart", "env", "test", "slow", "parity", "check", "format", "clean"}
