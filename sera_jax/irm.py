@@ -4,7 +4,8 @@ Everything here is numpy on the host: a pool has one number per pair, and what i
 come from `ResolvedLoss.reward`, so every rule below works for any loss. A margin is the chosen reward minus the
 rejected one, over beta (nats).
 
-Ranks break ties by index, so the same margins always select the same pairs.
+Ranks break ties by index, so the same margins always select the same pairs. In the summaries a quantity that is not
+defined (a mean of nothing, a correlation with a constant) has no key.
 """
 
 from __future__ import annotations
@@ -63,14 +64,9 @@ def length_controlled(rewards: np.ndarray, lengths: np.ndarray, alpha: float) ->
     return np.asarray(rewards, np.float32) - np.float32(alpha) * np.asarray(lengths, np.float32)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Selecting pairs.
-
-
 def _checked_margins(margins: np.ndarray) -> np.ndarray:
     margins = np.asarray(margins, np.float32)
-    if margins.ndim != 1:
-        raise ValueError(f"margins must be one number per pair; got shape {margins.shape}")
+    assert margins.ndim == 1, f"one number per pair, not shape {margins.shape}"
     bad = np.flatnonzero(~np.isfinite(margins))
     if len(bad):
         raise ValueError(
@@ -118,7 +114,7 @@ def _middle(margins: np.ndarray, *, fraction: float | None, band: tuple[float, f
 
 
 def _threshold(margins: np.ndarray, *, threshold: float) -> np.ndarray:
-    return np.flatnonzero(margins > np.float32(threshold))
+    return np.flatnonzero(margins >= np.float32(threshold))
 
 
 def _random(margins: np.ndarray, *, fraction: float, rng: np.random.Generator) -> np.ndarray:
@@ -129,22 +125,14 @@ def _none(margins: np.ndarray) -> np.ndarray:
     return np.arange(len(margins))
 
 
-@dataclasses.dataclass(frozen=True)
-class SelectRule:
-    """A selection rule, the arguments of `select` it reads, and which of them it cannot do without."""
-
-    fn: Callable[..., np.ndarray]
-    reads: tuple[str, ...]
-    needs: tuple[str, ...]
-
-
-SELECT: dict[str, SelectRule] = {
-    "top": SelectRule(_top, ("fraction",), ("fraction",)),
-    "bottom": SelectRule(_bottom, ("fraction",), ("fraction",)),
-    "middle": SelectRule(_middle, ("fraction", "band"), ()),
-    "threshold": SelectRule(_threshold, ("threshold",), ("threshold",)),
-    "random": SelectRule(_random, ("fraction", "rng"), ("fraction",)),
-    "none": SelectRule(_none, (), ()),
+# rule -> (function, the arguments of `select` it cannot do without, those it also reads)
+SELECT: dict[str, tuple[Callable[..., np.ndarray], tuple[str, ...], tuple[str, ...]]] = {
+    "top": (_top, ("fraction",), ()),
+    "bottom": (_bottom, ("fraction",), ()),
+    "middle": (_middle, (), ("fraction", "band")),
+    "threshold": (_threshold, ("threshold",), ()),
+    "random": (_random, ("fraction",), ("rng",)),
+    "none": (_none, (), ()),
 }
 
 
@@ -163,7 +151,7 @@ def select(
     Args:
         margins: f32[n].
         rule: a name in `SELECT`. `top` keeps the largest margins (SeRA), `bottom` the smallest, `middle` a band of
-            ranks, `threshold` the margins strictly above `threshold`, `random` any (the control arm), `none` all.
+            ranks, `threshold` the margins of at least `threshold`, `random` any (the control arm), `none` all.
         fraction: share of pairs to keep; exactly round(fraction * n) are kept.
         threshold: nats; for `threshold`.
         band: (low, high) shares of the ranks from the smallest margin up, for `middle` instead of `fraction`.
@@ -176,15 +164,13 @@ def select(
         raise ValueError(f"unknown selection rule {rule!r}; choices: {', '.join(SELECT)}")
     margins = _checked_margins(margins)
     available = {"fraction": fraction, "threshold": threshold, "band": band}
-    missing = [name for name in SELECT[rule].needs if available[name] is None]
+    fn, needs, reads = SELECT[rule]
+    missing = [name for name in needs if available[name] is None]
     if missing:
         raise ValueError(f"selection rule {rule!r} needs {missing[0]}, which is unset")
     available["rng"] = rng_for(seed, Stream.SELECT, round_index, _SELECT_DRAW)
-    kept = SELECT[rule].fn(margins, **{name: available[name] for name in SELECT[rule].reads})
+    kept = fn(margins, **{name: available[name] for name in needs + reads})
     return np.sort(kept).astype(np.int64)
-
-
-FILTER_RULES = ("top", "random")
 
 
 def filter_bootstrapped(
@@ -201,18 +187,18 @@ def filter_bootstrapped(
     Args:
         margins: f32[n] of the self-made pairs.
         count: at most so many are kept.
-        threshold: nats; margins not strictly above it are refused. None refuses none.
+        threshold: nats; smaller margins are refused. None refuses none.
         rule: `top` keeps the largest margins; `random` keeps as many as `top` would, but any of the n (control arm).
         seed, round_index: name the draw of `random`.
     """
-    if rule not in FILTER_RULES:
-        raise ValueError(f"unknown filter of bootstrapped pairs {rule!r}; choices: {', '.join(FILTER_RULES)}")
+    if rule not in ("top", "random"):
+        raise ValueError(f"unknown filter of bootstrapped pairs {rule!r}; choices: top, random")
     if count < 0:
         raise ValueError(f"the number of bootstrapped pairs to keep is {count}; it must be >= 0")
     margins = _checked_margins(margins)
     ranked = _descending(margins)
     if threshold is not None:
-        ranked = ranked[margins[ranked] > np.float32(threshold)]
+        ranked = ranked[margins[ranked] >= np.float32(threshold)]
     kept = ranked[:count]
     if rule == "random":
         kept = rng_for(seed, Stream.SELECT, round_index, _FILTER_DRAW).permutation(len(margins))[: len(kept)]
@@ -240,10 +226,6 @@ def order(margins: np.ndarray, rule: str) -> np.ndarray:
     return ORDER[rule](_checked_margins(margins)).astype(np.int64)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Making pairs of candidates.
-
-
 @dataclasses.dataclass(frozen=True)
 class CandidatePair:
     """Chosen and rejected index into a prompt's candidates, and by how much reward the chosen one is ahead."""
@@ -268,9 +250,6 @@ class Pairing:
     refused: Counter[str]
 
 
-MODES = ("best_worst", "all")
-
-
 def pair_candidates(
     rewards: np.ndarray,
     tokens: Sequence[np.ndarray],
@@ -293,8 +272,8 @@ def pair_candidates(
     Raises:
         ValueError: fewer than two candidates, lengths that disagree, a reward that is not finite.
     """
-    if mode not in MODES:
-        raise ValueError(f"unknown pairing {mode!r}; choices: {', '.join(MODES)}")
+    if mode not in ("best_worst", "all"):
+        raise ValueError(f"unknown pairing {mode!r}; choices: best_worst, all")
     n = len(tokens)
     if n < 2 or np.shape(rewards) != (n,) or (finished is not None and len(finished) != n):
         raise ValueError(f"a pair needs two or more candidates, each with a reward; got {n}, {np.shape(rewards)}")
@@ -329,16 +308,11 @@ def pair_candidates(
     return Pairing(tuple(pairs), refused)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is logged. A quantity that is not defined (a mean of nothing, a correlation with a constant) has no key.
-
-
 def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
     """Pearson correlation of a and b; None where either is constant or there are fewer than two."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if len(a) < 2 or np.all(a == a[0]) or np.all(b == b[0]):
         return None
-    value = float(np.corrcoef(a, b)[0, 1])
+    value = float(np.corrcoef(np.asarray(a, np.float64), np.asarray(b, np.float64))[0, 1])
     return value if math.isfinite(value) else None
 
 
@@ -363,9 +337,8 @@ def margin_summary(
     }
     if chosen_lengths is not None and rejected_lengths is not None:
         chosen, rejected = np.asarray(chosen_lengths, np.float64), np.asarray(rejected_lengths, np.float64)
-        out["length/chosen"] = float(chosen.mean())
-        out["length/rejected"] = float(rejected.mean())
-        out["length/diff"] = float((chosen - rejected).mean())
+        for name, values in (("chosen", chosen), ("rejected", rejected), ("diff", chosen - rejected)):
+            out[f"length/{name}"] = float(values.mean())
         corr = correlation(margins, chosen - rejected)
         if corr is not None:
             out["length/margin_corr"] = corr
@@ -374,9 +347,7 @@ def margin_summary(
 
 def selection_summary(margins: np.ndarray, kept: np.ndarray) -> dict[str, float]:
     """`select/kept_fraction` and `select/threshold`, the smallest margin kept (nats)."""
-    out = {}
-    if len(margins):
-        out["select/kept_fraction"] = len(kept) / len(margins)
+    out = {"select/kept_fraction": len(kept) / len(margins)} if len(margins) else {}
     if len(kept):
         out["select/threshold"] = float(np.min(np.asarray(margins)[kept]))
     return out
