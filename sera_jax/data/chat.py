@@ -1,0 +1,218 @@
+"""Chat templates as literal pieces around the contents, so that the two can be encoded under different rules.
+
+A template is rendered once per sequence of roles with placeholders for the contents and cut at the placeholders; what
+lies between them is the template's own text. Every real conversation is then compared with the template's rendering of
+it, so a template that inspects or rewrites what is said is noticed instead of being approximated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+
+from sera_jax.data.escaping import PromptRefused
+
+Messages = Sequence[Mapping[str, str]]
+Prompt = str | Messages
+
+HH = """\
+{%- for message in messages -%}
+{%- if message['role'] == 'user' -%}{{ '\n\nHuman: ' + message['content'] }}
+{%- elif message['role'] == 'assistant' -%}{{ '\n\nAssistant: ' + message['content'] }}
+{%- elif message['role'] == 'system' and loop.first -%}{{ message['content'] }}
+{%- else -%}{{ raise_exception("the hh transcript has no role '" + message['role'] + "' at this place") }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '\n\nAssistant:' }}{%- endif -%}
+"""
+
+# A run must not depend on the day it is started, so templates that print today's date are given this one.
+_FIXED_DATE = {
+    "%d": "26",
+    "%B": "July",
+    "%b": "Jul",
+    "%m": "07",
+    "%Y": "2024",
+    "%y": "24",
+    "%A": "Friday",
+    "%a": "Fri",
+    "%H": "00",
+    "%M": "00",
+    "%S": "00",
+}
+# An unusual space that str.strip removes: whether it survives beside a placeholder says whether a content is trimmed.
+_SPACE = "\u2003"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What a template writes around the contents of one sequence of roles.
+
+    Attributes:
+        prompt: literal texts around the prompt's contents, one more than contents; the last ends with the
+            generation prompt.
+        full: the same with the assistant's answer as last content and without generation prompt.
+        prompt_trims, full_trims: for each content, whether the template strips its (left, right) end.
+        header: part of `prompt` that the template writes only before an answer, when it has no generation prompt.
+        lead: what the template puts between the generation prompt and the answer (often nothing or a space).
+        after: what the template puts after the answer.
+    """
+
+    prompt: tuple[str, ...]
+    full: tuple[str, ...]
+    prompt_trims: tuple[tuple[bool, bool], ...]
+    full_trims: tuple[tuple[bool, bool], ...]
+    header: str
+    lead: str
+    after: str
+
+
+class ChatTemplate:
+    """A Jinja chat template and the shapes of the role sequences seen so far.
+
+    Args:
+        source: the template's text.
+        render: `render(source, messages, add_generation_prompt) -> str`, the sandboxed renderer.
+    """
+
+    def __init__(self, source: str, render: Callable[[str, list[dict[str, str]], bool], str]):
+        self.source = source
+        self._effective = _fixed_date(source)
+        self._renderer = render
+        self._shapes: dict[tuple[str, ...], Shape] = {}
+
+    def shape(self, roles: tuple[str, ...]) -> Shape:
+        """The literal pieces for a prompt with these roles; PromptRefused where the template cannot be cut."""
+        if roles not in self._shapes:
+            self._shapes[roles] = self._cut(roles)
+        return self._shapes[roles]
+
+    def contents(self, messages: Messages, answer: str | None = None) -> tuple[Shape, list[str]]:
+        """The shape of a prompt and its contents as the template writes them (stripped where it strips).
+
+        Args:
+            messages: the prompt, ending with the user's turn.
+            answer: the assistant's answer; None for the prompt alone.
+
+        Raises:
+            PromptRefused: the template's own rendering of this conversation is not its pieces around the contents.
+        """
+        roles = tuple(message["role"] for message in messages)
+        if not roles:
+            raise PromptRefused("the prompt has no messages; a prompt needs at least one user message")
+        if roles[-1] == "assistant":
+            raise PromptRefused("the prompt ends with an assistant message; end it with the user's turn")
+        shape = self.shape(roles)
+        texts = [message["content"] for message in messages]
+        if not all(isinstance(text, str) for text in texts):
+            raise PromptRefused("a message's content is not text; only text can be trained on")
+        turns = [dict(role=role, content=text) for role, text in zip(roles, texts, strict=True)]
+        if answer is not None:
+            texts.append(answer)
+            turns.append(dict(role="assistant", content=answer))
+        pieces, trims = (shape.prompt, shape.prompt_trims) if answer is None else (shape.full, shape.full_trims)
+        stripped = [_strip(text, trim) for text, trim in zip(texts, trims, strict=True)]
+        rendered = self._render(turns, answer is None) + (shape.header if answer is None else "")
+        if rendered != interleave(pieces, stripped):
+            raise PromptRefused(
+                f"the chat template rewrites the content of this conversation (roles {list(roles)}), so the "
+                "two cannot be told apart; drop the row, or set data.chat_template to 'hh' or a simpler template"
+            )
+        return shape, stripped
+
+    def _render(self, messages: list[dict[str, str]], generation: bool) -> str:
+        # Templates raise whatever they like (their own exceptions, jinja errors, TypeErrors on missing tokens).
+        try:
+            return self._renderer(self._effective, messages, generation)
+        except Exception as error:
+            roles = [message["role"] for message in messages]
+            raise PromptRefused(
+                f"the chat template refuses the roles {roles}: {error}; set data.chat_template to 'hh' or "
+                "another template"
+            ) from error
+
+    def _cut(self, roles: tuple[str, ...]) -> Shape:
+        marks = [f"Zq{index:04d}placeholder" for index in range(len(roles) + 1)]
+        turns = [
+            dict(role=role, content=_SPACE + mark + _SPACE)
+            for role, mark in zip((*roles, "assistant"), marks, strict=True)
+        ]
+        bare = self._render(turns[:-1], False)
+        prompt, prompt_trims = _split(self._render(turns[:-1], True), marks[:-1], roles)
+        full, full_trims = _split(self._render(turns, False), marks, (*roles, "assistant"))
+        header = lead = ""
+        if full[: len(roles)] == prompt[:-1] and full[-2].startswith(prompt[-1]):
+            lead = full[-2].removeprefix(prompt[-1])
+            written = _split(bare, marks[:-1], roles)[0]
+            if written == prompt and lead.strip():
+                # No generation prompt: what the template writes before an answer is the prompt's, up to a last space.
+                header = lead.rstrip(" ")
+                lead = lead.removeprefix(header)
+                prompt = (*prompt[:-1], prompt[-1] + header)
+        return Shape(prompt, full, prompt_trims, full_trims, header, lead, full[-1])
+
+
+def resolve(value: str | None, own: str | None) -> str | None:
+    """The template text that a `data.chat_template` value means; None for plain text.
+
+    Args:
+        value: '' or None (the tokenizer's own, plain text if it has none), 'none', 'hh', the path of a Jinja file or
+            the text of a template.
+        own: the tokenizer's own template.
+    """
+    if not value:
+        return own or None
+    if value == "none":
+        return None
+    if value == "hh":
+        return HH
+    if "{{" in value or "{%" in value:
+        return value
+    path = pathlib.Path(value).expanduser()
+    if not path.is_file():
+        raise ValueError(
+            f"chat_template {value!r} is not a file; choose '' (the tokenizer's own), 'none' (plain text), 'hh', the "
+            "path of a Jinja file, or the text of a template"
+        )
+    return path.read_text(encoding="utf-8")
+
+
+def interleave(pieces: Sequence[str], contents: Sequence[str]) -> str:
+    """pieces[0] contents[0] pieces[1] ... as one text; one more piece than contents."""
+    return "".join(piece + content for piece, content in zip(pieces, [*contents, ""], strict=True))
+
+
+def _fixed_date(source: str) -> str:
+    if "strftime_now" not in source:
+        return source
+    body = "format" + "".join(f" | replace('{code}', '{text}')" for code, text in _FIXED_DATE.items())
+    return "{%- macro strftime_now(format) -%}{{ " + body + " }}{%- endmacro -%}" + source
+
+
+def _strip(text: str, trim: tuple[bool, bool]) -> str:
+    left, right = trim
+    text = text.lstrip() if left else text
+    return text.rstrip() if right else text
+
+
+def _split(
+    text: str, marks: Sequence[str], roles: Sequence[str]
+) -> tuple[tuple[str, ...], tuple[tuple[bool, bool], ...]]:
+    """Cut a rendering at its placeholders; each must be there once and in order."""
+    pieces, trims, start = [], [], 0
+    for index, mark in enumerate(marks):
+        where = f"message {index + 1} of {list(roles)}"
+        way_out = "set data.chat_template to 'hh' or a template that writes every content once and in order"
+        if text.count(mark) != 1:
+            verb = "leaves out or changes" if mark not in text else "repeats"
+            raise PromptRefused(f"the chat template {verb} the content of {where}; {way_out}")
+        at = text.index(mark)
+        if at < start:
+            raise PromptRefused(f"the chat template reorders the content of {where}; {way_out}")
+        left = not text[:at].endswith(_SPACE)
+        right = not text[at + len(mark) :].startswith(_SPACE)
+        pieces.append(text[start : at if left else at - len(_SPACE)])
+        start = at + len(mark) + (0 if right else len(_SPACE))
+        trims.append((left, right))
+    return (*pieces, text[start:]), tuple(trims)

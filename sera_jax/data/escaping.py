@@ -1,0 +1,182 @@
+"""Encode text in which only marked parts may be control tokens.
+
+A copy of the tokenizer knows its control tokens under names that no text holds; the parts written by a template have
+theirs renamed, contents stay as they are. The whole is encoded in one piece, so the tokens at the seams are those of
+ordinary encoding, and a content that spells a control token is cut into pieces of text like any other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+# Unicode noncharacters: never assigned, so practically never in text; where one is, the next is used.
+_MARKERS = tuple(chr(code) for code in range(0xFDD0, 0xFDF0))
+
+
+class PromptRefused(ValueError):
+    """A conversation or text that cannot be encoded faithfully; the message says why and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """One text to encode.
+
+    Attributes:
+        pieces: (written by a template, text) in order.
+        start: the text begins a sequence, so the tokenizer may put its dummy space before it.
+        skip: tokens to drop from the front (a control token that was only there to condition the next).
+        end: token id to append; None for none.
+    """
+
+    pieces: tuple[tuple[bool, str], ...]
+    start: bool = True
+    skip: int = 0
+    end: int | None = None
+
+
+class EscapingEncoder:
+    """Encodes `Text`s; a control token comes out exactly where a template's piece wrote it.
+
+    Args:
+        spec: the tokenizer as parsed tokenizer.json.
+        control: strings of the control tokens.
+        ids: id of every control token.
+        unknown: strings of tokens that a content may produce although they are special (the unknown token).
+    """
+
+    def __init__(self, spec: dict[str, Any], control: dict[str, int], unknown: Iterable[str] = ()):
+        self._spec = spec
+        self._control = control
+        self._names = list(control)
+        self._index = {name: index for index, name in enumerate(self._names)}
+        self._watched = np.array(sorted(id for name, id in control.items() if name not in set(unknown)), np.int32)
+        self._pattern = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or "(?!)")
+        self._backends: dict[tuple[str, bool], tuple[tokenizers.Tokenizer, np.ndarray]] = {}
+        flags = {token["content"]: token for token in spec["added_tokens"]}
+        odd = [name for name in control if flags.get(name, {}).get("single_word")]
+        if odd:
+            raise ValueError(f"control tokens {odd} match whole words only (single_word), which is not supported")
+        self._strips_right = {name for name in control if flags.get(name, {}).get("rstrip")}
+
+    def split(self, text: str) -> tuple[str, str | None]:
+        """The text before its first control token and that token; (text, None) if it has none."""
+        match = self._pattern.search(text)
+        return (text, None) if match is None else (text[: match.start()], match.group())
+
+    def trailing(self, text: str) -> str:
+        """The control token that ends a template's text, '' if it ends in ordinary text."""
+        matches = list(self._pattern.finditer(text))
+        if not matches:
+            return ""
+        name, rest = matches[-1].group(), text[matches[-1].end() :]
+        return name if not rest or (rest.isspace() and name in self._strips_right) else ""
+
+    def encode(self, texts: Sequence[Text]) -> list[np.ndarray | PromptRefused]:
+        """i32[n] for each text, or why it cannot be encoded."""
+        results: list[np.ndarray | PromptRefused] = [np.zeros(0, np.int32)] * len(texts)
+        groups: dict[tuple[str, bool], list[int]] = {}
+        for index, text in enumerate(texts):
+            reason = _unusable(text)
+            if reason:
+                results[index] = PromptRefused(reason)
+                continue
+            marker = next((m for m in _MARKERS if not any(m in piece for _, piece in text.pieces)), None)
+            if marker is None:
+                results[index] = PromptRefused("the text holds every Unicode noncharacter U+FDD0..U+FDEF; remove them")
+                continue
+            groups.setdefault((marker, text.start), []).append(index)
+        for (marker, start), members in groups.items():
+            backend, original = self._backend(marker, start)
+            written = [self._escape(texts[index].pieces, marker) for index in members]
+            for index, encoding in zip(
+                members, backend.encode_batch_fast(written, add_special_tokens=False), strict=True
+            ):
+                results[index] = self._checked(texts[index], original[encoding.ids].astype(np.int32))
+        return results
+
+    def _escape(self, pieces: Sequence[tuple[bool, str]], marker: str) -> str:
+        def name(match: re.Match[str]) -> str:
+            return f"{marker}{self._index[match.group()]}{marker}"
+
+        return "".join(self._pattern.sub(name, piece) if template else piece for template, piece in pieces)
+
+    def _checked(self, text: Text, ids: np.ndarray) -> np.ndarray | PromptRefused:
+        wanted = [
+            self._control[match]
+            for template, piece in text.pieces
+            if template
+            for match in self._pattern.findall(piece)
+        ]
+        found = ids[np.isin(ids, self._watched)]
+        if not np.array_equal(found, np.array([id for id in wanted if id in self._watched], np.int32)):
+            return PromptRefused("a content was encoded to a control token by this tokenizer's own model; drop the row")
+        ids = ids[text.skip :]
+        return ids if text.end is None else np.append(ids, np.int32(text.end))
+
+    def _backend(self, marker: str, start: bool) -> tuple[tokenizers.Tokenizer, np.ndarray]:
+        if (marker, start) not in self._backends:
+            self._backends[marker, start] = self._build(marker, start)
+        return self._backends[marker, start]
+
+    def _build(self, marker: str, start: bool) -> tuple[tokenizers.Tokenizer, np.ndarray]:
+        spec = dict(self._spec, added_tokens=[], post_processor=None, truncation=None, padding=None)
+        if not start:
+            spec["normalizer"] = _without_dummy_space(spec["normalizer"])
+            spec["pre_tokenizer"] = _without_dummy_space(spec["pre_tokenizer"])
+        backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        vocab = backend.get_vocab(with_added_tokens=False)
+        if vocab and max(vocab.values()) >= len(vocab):
+            raise ValueError("the tokenizer's vocabulary has unused ids between used ones, which is not supported")
+        added = {token["content"]: token for token in self._spec["added_tokens"]}
+        kept = [(token["content"], token["content"]) for token in added.values() if token["content"] not in self._index]
+        renamed = [(name, f"{marker}{index}{marker}") for name, index in self._index.items()]
+        originals = {}
+        for name, written in kept + renamed:
+            flags = added.get(name, dict(id=self._control.get(name), normalized=False, special=True))
+            token = tokenizers.AddedToken(
+                written,
+                lstrip=flags.get("lstrip", False),
+                rstrip=flags.get("rstrip", False),
+                single_word=flags.get("single_word", False),
+                normalized=flags["normalized"],
+                special=flags["special"],
+            )
+            add = backend.add_special_tokens if flags["special"] else backend.add_tokens
+            add([token])
+            originals[backend.token_to_id(written)] = flags["id"]
+        original = np.arange(max([*vocab.values(), *originals], default=0) + 1)
+        original[list(originals)] = list(originals.values())
+        return backend, original
+
+
+def _unusable(text: Text) -> str | None:
+    for _, piece in text.pieces:
+        if not isinstance(piece, str):
+            return f"a content is {type(piece).__name__}, not text"
+        try:
+            piece.encode()
+        except UnicodeEncodeError:
+            return "the text holds half of a surrogate pair, which is no Unicode text"
+    return None
+
+
+def _without_dummy_space(node: Any) -> Any:
+    """A normalizer or pre-tokenizer without its rule to put a space before the text."""
+    if node is None or node["type"] == "Prepend":
+        return None
+    if node["type"] == "Metaspace":
+        return dict(node, prepend_scheme="never")
+    if node["type"] == "ByteLevel":
+        return dict(node, add_prefix_space=False)
+    if node["type"] == "Sequence":
+        key = "normalizers" if "normalizers" in node else "pretokenizers"
+        parts = [_without_dummy_space(part) for part in node[key]]
+        return {"type": "Sequence", key: [part for part in parts if part is not None]}
+    return node

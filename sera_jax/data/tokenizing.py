@@ -1,0 +1,344 @@
+"""Text to token ids: prompts exactly as generation is given them, responses as their continuation.
+
+What holds for every tokenizer that is accepted:
+
+* The prompt's tokens do not depend on the response, and a response is encoded as a continuation of the prompt: what
+  the template puts between the two (often a space) belongs to the response, and nothing else is added. In particular
+  plain text gets no space between prompt and response, and a SentencePiece tokenizer's dummy space is not put before
+  a response that follows text.
+* A control token is written by the template or by this module, never by a content: "</s>" in a message is text.
+  Otherwise the tokens are those of the template's rendering encoded in one piece, seams included. Control tokens are
+  the special tokens and those other added tokens that the template writes around contents.
+* A prompt starts with exactly one BOS where the tokenizer has one, whether or not the template writes it.
+* A complete response ends in `end_id`: the first control token that the template puts after an answer (with what it
+  puts before that), else EOS. Where `end_id` is not EOS (ChatML on a base tokenizer), both stop generation.
+* Nothing looks for padding: `pad_id` is only reported, and may equal EOS.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sera_jax.data import chat
+from sera_jax.data.chat import Prompt, Shape
+from sera_jax.data.escaping import EscapingEncoder, PromptRefused, Text
+
+POLICY = "sera_jax tokenizing 1"  # part of the fingerprint: raise it when the same text gives other tokens
+
+
+class Tokenizer:
+    """A transformers tokenizer under this project's rules for prompts and responses; make one with `load`.
+
+    Attributes:
+        vocab_size: one more than the largest token id.
+        bos_id, eos_id: ids, or None where the tokenizer has none.
+        pad_id: the tokenizer's padding id, else EOS, else 0; for display, never searched for.
+        end_id: the token that ends a complete response.
+        stop_ids: sorted ids at which generation stops: `end_id` and EOS.
+        template: text of the chat template in force, or None for plain text.
+    """
+
+    def __init__(self, tokenizer: Any, template: str | None, *, add_bos: bool = True):
+        self._hf = tokenizer
+        self._backend = tokenizer.backend_tokenizer
+        self._spec: dict[str, Any] = json.loads(self._backend.to_str())
+        self._add_bos = add_bos
+        self.template = template
+        self.bos_id: int | None = tokenizer.bos_token_id
+        self.eos_id: int | None = tokenizer.eos_token_id
+        self.pad_id: int = next(id for id in (tokenizer.pad_token_id, self.eos_id, 0) if id is not None)
+        vocab = tokenizer.get_vocab()
+        self.vocab_size: int = max(len(tokenizer), max(vocab.values()) + 1)
+        self._chat = chat.ChatTemplate(template, self._render) if template else None
+        control = {name: vocab[name] for name in self._control_tokens() if name in vocab}
+        unknown = [tokenizer.unk_token] if tokenizer.unk_token is not None else []
+        self._encoder = EscapingEncoder(self._spec, control, unknown)
+        self._control_ids = np.array(sorted(control.values()), np.int32)
+        self.end_id: int = self._end_of(self._chat.shape(("user",)) if self._chat else None)
+        self.stop_ids: tuple[int, ...] = tuple(
+            sorted({self.end_id, self.end_id if self.eos_id is None else self.eos_id})
+        )
+        self._check_start()
+
+    @classmethod
+    def load(
+        cls, path_or_id: str | pathlib.Path, chat_template: str | None = None, *, add_bos: bool = True
+    ) -> Tokenizer:
+        """Load a tokenizer from a local folder or a hub id; code that comes with it is never run.
+
+        Args:
+            path_or_id: folder in transformers' format, or a hub id.
+            chat_template: '' or None (the tokenizer's own; plain text if it has none), 'none' (plain text), 'hh' (the
+                built-in Human/Assistant transcript), the path of a Jinja file, or a template's text.
+            add_bos: put BOS before a prompt whose template does not write it (False: the template decides).
+
+        Raises:
+            ValueError: nothing usable there, or no token to end a response, with the way out.
+        """
+        tokenizer = _from_pretrained(path_or_id)
+        own = tokenizer.chat_template
+        if isinstance(own, dict):
+            if not chat_template and "default" not in own:
+                raise ValueError(
+                    f"tokenizer {str(path_or_id)!r} has the chat templates {sorted(own)} and no 'default'; "
+                    "give one as chat_template (path or text), or choose 'hh' or 'none'"
+                )
+            own = own.get("default")
+        return cls(tokenizer, chat.resolve(chat_template, own), add_bos=add_bos)
+
+    def encode_prompt(self, prompt: Prompt) -> np.ndarray:
+        """i32[P], P >= 1: the prompt as generation is given it.
+
+        Args:
+            prompt: text, or messages (`role`, `content`) ending with the user's turn. With a chat template, text is one
+                user message; without one, a single user message is its text, and anything more is refused.
+
+        Raises:
+            PromptRefused: (a ValueError) the template or the text does not allow it; the message says why.
+        """
+        return self.encode_prompts([prompt])[0]
+
+    def encode_prompts(
+        self, prompts: Sequence[Prompt], refused: MutableMapping[int, str] | None = None
+    ) -> list[np.ndarray]:
+        """`encode_prompt` of many, in batches.
+
+        Args:
+            prompts: as for `encode_prompt`.
+            refused: where given, takes index -> reason of the prompts that cannot be encoded; their places in the
+                result are empty arrays. Otherwise the first of them raises.
+        """
+        results = self._encode([_attempt(self._prompt_text, prompt) for prompt in prompts])
+        return _settle([self._with_bos(result) for result in results], refused)
+
+    def encode_response(self, prompt: Prompt, text: str, complete: bool = True) -> np.ndarray:
+        """i32[n], n >= 1: the response as a continuation of the prompt; it ends in `end_id` if complete.
+
+        Raises:
+            PromptRefused: (a ValueError) as for `encode_prompt`, or an empty text that is not complete.
+        """
+        return self.encode_responses([prompt], [text], complete)[0]
+
+    def encode_responses(
+        self,
+        prompts: Sequence[Prompt],
+        texts: Sequence[str],
+        complete: bool = True,
+        refused: MutableMapping[int, str] | None = None,
+    ) -> list[np.ndarray]:
+        """`encode_response` of many, in batches; `refused` as for `encode_prompts`."""
+        jobs = [
+            _attempt(self._response_text, prompt, text, complete) for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        return _settle([_not_empty(result, "the response has no tokens") for result in self._encode(jobs)], refused)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of token ids, control tokens skipped; bytes that are no UTF-8 become U+FFFD."""
+        return self._backend.decode(self._plain(ids), skip_special_tokens=True)
+
+    def decode_response(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of a response's ids, the inverse of `encode_response`.
+
+        What the template puts around an answer (the space of 'Assistant: ...') is taken off where it is there, and an
+        answer's own leading space, which `decode` loses with SentencePiece tokenizers, is kept.
+        """
+        text = self._continuation(self._plain(ids))
+        if self._chat is not None:
+            shape = self._chat.shape(("user",))
+            before_end, end = self._encoder.split(shape.after)
+            text = text.removeprefix(shape.lead)
+            text = text.removesuffix(before_end) if end is not None and len(ids) and ids[-1] == self.end_id else text
+        return text
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) over the tokenizer's content, the template and this module's rules."""
+        parts = {
+            "policy": POLICY,
+            "tokenizer": self._spec,
+            "ids": [self.bos_id, self.eos_id, self.end_id, self._control_ids.tolist()],
+            "template": self.template,
+            "add_bos": self._add_bos,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def save(self, folder: str | pathlib.Path) -> None:
+        """Write the tokenizer with the template in force, in transformers' format."""
+        own, self._hf.chat_template = self._hf.chat_template, self.template
+        try:
+            self._hf.save_pretrained(str(folder))
+        finally:
+            self._hf.chat_template = own
+
+    def _prompt_text(self, prompt: Prompt) -> Text:
+        if self._chat is None:
+            text = _plain_prompt(prompt)
+            if not text and (self.bos_id is None or not self._add_bos):
+                raise PromptRefused("the prompt is empty and the tokenizer has no BOS to begin with; give it some text")
+            return Text(((False, text),))
+        shape, contents = self._chat.contents(_as_messages(prompt))
+        return Text(_interleaved(shape.prompt, contents))
+
+    def _response_text(self, prompt: Prompt, text: str, complete: bool) -> Text:
+        if self._chat is None:
+            return Text(((False, text),), start=not _plain_prompt(prompt), end=self.end_id if complete else None)
+        shape, contents = self._chat.contents(_as_messages(prompt), text)
+        if self._end_of(shape) != self.end_id:
+            raise PromptRefused(
+                "the chat template ends this answer with another token than others; use another template"
+            )
+        pieces: list[tuple[bool, str]] = [(True, shape.lead), (False, contents[-1])]
+        before_end, end = self._encoder.split(shape.after)
+        if complete and end is not None:
+            pieces.append((True, before_end + end))
+        # A control token right before the response conditions its first token (some tokenizers put a space there).
+        anchor = self._encoder.trailing(shape.prompt[-1])
+        return Text(
+            tuple([(True, anchor), *pieces] if anchor else pieces),
+            start=bool(anchor),
+            skip=1 if anchor else 0,
+            end=self.end_id if complete and end is None else None,
+        )
+
+    def _encode(self, jobs: Sequence[Text | PromptRefused]) -> list[np.ndarray | PromptRefused]:
+        encoded = iter(self._encoder.encode([job for job in jobs if isinstance(job, Text)]))
+        return [next(encoded) if isinstance(job, Text) else job for job in jobs]
+
+    def _with_bos(self, ids: np.ndarray | PromptRefused) -> np.ndarray | PromptRefused:
+        if isinstance(ids, PromptRefused):
+            return ids
+        if self._add_bos and self.bos_id is not None and not (len(ids) and ids[0] == self.bos_id):
+            ids = np.concatenate([np.array([self.bos_id], np.int32), ids])
+        return _not_empty(ids, "the prompt has no tokens")
+
+    def _control_tokens(self) -> list[str]:
+        """Special tokens, and other added tokens that the template itself writes around contents."""
+        added = {token["content"]: token for token in self._spec["added_tokens"]}
+        special = {name for name, token in added.items() if token["special"]} | set(self._hf.all_special_tokens)
+        written = ""
+        if self._chat is not None:
+            shape = self._chat.shape(("user",))
+            written = "\0".join([*shape.prompt, *shape.full])
+        others = {name for name in added if name in written and not name.isspace()}
+        return sorted(special | others)
+
+    def _end_of(self, shape: Shape | None) -> int:
+        _, end = self._encoder.split(shape.after) if shape is not None else ("", None)
+        token = end if end is not None else self._hf.eos_token
+        if token is None:
+            raise ValueError(
+                "no token ends a response: the tokenizer has no EOS and the chat template writes no special token "
+                "after an answer; set eos_token in tokenizer_config.json or choose a template that ends the turn"
+            )
+        return self._hf.convert_tokens_to_ids(token)
+
+    def _check_start(self) -> None:
+        """A template that doubles BOS, or writes it after other text, would train on a start that nothing else has."""
+        if self._chat is None or self.bos_id is None:
+            return
+        first, bos = self._chat.shape(("user",)).prompt[0], self._hf.bos_token
+        at_start = first.startswith(bos)
+        if first.startswith(bos + bos) or (self._add_bos and bos in first and not at_start):
+            raise ValueError(
+                f"the chat template begins with {first[:80]!r}: BOS {bos!r} must come once and first, or not at all "
+                "(it is added); correct the template and give it as chat_template"
+            )
+
+    def _plain(self, ids: Sequence[int] | np.ndarray) -> list[int]:
+        ids = np.asarray(ids, np.int32)
+        return ids[~np.isin(ids, self._control_ids)].tolist()
+
+    def _continuation(self, ids: list[int]) -> str:
+        """Decode ids as the middle of a text, so that a decoder that strips the first space does not."""
+        if self._spec["decoder"] is None or not ids:
+            return self._backend.decode(ids)
+        letter = self._letter
+        return self._backend.decode([*letter, *ids]).removeprefix(self._backend.decode(letter))
+
+    @functools.cached_property
+    def _letter(self) -> list[int]:
+        """One token of plain letters to decode a continuation after; empty if there is none."""
+        written = ((id, self._backend.decode([id])) for id in range(self.vocab_size))
+        return next(([id] for id, text in written if text.isascii() and text.isalpha()), [])
+
+    def _render(self, source: str, messages: list[dict[str, str]], generation: bool) -> str:
+        return self._hf.apply_chat_template(
+            messages, chat_template=source, add_generation_prompt=generation, tokenize=False, return_dict=False
+        )
+
+
+def _from_pretrained(path_or_id: str | pathlib.Path) -> Any:
+    import transformers  # here, since it takes a second to import and most of the data layer does not need it
+
+    name = str(path_or_id)
+    folder = pathlib.Path(name).expanduser()
+    local = folder.is_dir()
+    if not local and (folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ValueError(f"tokenizer {name!r} is not a folder; give the folder that holds tokenizer.json, or a hub id")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(folder) if local else name, trust_remote_code=False, local_files_only=local
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        way_out = (
+            "the folder needs tokenizer.json and tokenizer_config.json"
+            if local
+            else "check the name and the network (or HF_HUB_OFFLINE), or download the repository and give its folder"
+        )
+        raise ValueError(f"tokenizer {name!r} cannot be loaded: {reason}; {way_out}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"tokenizer {name!r} has no tokenizer.json form; convert it to a fast tokenizer first")
+    return tokenizer
+
+
+def _as_messages(prompt: Prompt) -> chat.Messages:
+    return [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
+
+
+def _plain_prompt(prompt: Prompt) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    roles = [message["role"] for message in prompt]
+    if roles != ["user"]:
+        raise PromptRefused(
+            f"messages with the roles {roles} need a chat template and there is none; set data.chat_template to 'hh' "
+            "(Human/Assistant transcript) or to a Jinja template"
+        )
+    return prompt[0]["content"]
+
+
+def _interleaved(pieces: Sequence[str], contents: Sequence[str]) -> tuple[tuple[bool, str], ...]:
+    pairs = zip(pieces, [*contents, ""], strict=True)
+    return tuple(part for piece, content in pairs for part in ((True, piece), (False, content)) if part[1])
+
+
+def _attempt(make: Callable[..., Text], *args: Any) -> Text | PromptRefused:
+    try:
+        return make(*args)
+    except PromptRefused as error:
+        return error
+
+
+def _not_empty(ids: np.ndarray | PromptRefused, reason: str) -> np.ndarray | PromptRefused:
+    return ids if isinstance(ids, PromptRefused) or len(ids) else PromptRefused(reason)
+
+
+def _settle(
+    results: Sequence[np.ndarray | PromptRefused], refused: MutableMapping[int, str] | None
+) -> list[np.ndarray]:
+    settled = []
+    for index, result in enumerate(results):
+        if isinstance(result, PromptRefused):
+            if refused is None:
+                raise result
+            refused[index] = str(result)
+            result = np.zeros(0, np.int32)
+        settled.append(result)
+    return settled
