@@ -1,0 +1,336 @@
+"""Batches by step number: preference pairs, demonstrations, and pools that are scored once. Numpy only.
+
+`loader.batch(step)` is a pure function of the loader's arguments and the step (epoch = step // steps_per_epoch), so a
+restart needs no iterator state. Rows are ordered so that every array reshapes to [A, R / A, ...] for A microbatches of
+similar work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import overload
+
+import numpy as np
+
+from sera_jax.core import PairBatch, Rows
+from sera_jax.data.items import Item, PairItem
+from sera_jax.data.packing import (
+    Packed,
+    RowSpec,
+    build_rows,
+    laid_tokens,
+    merge_specs,
+    pack,
+    padding_fraction,
+    spec_for,
+)
+from sera_jax.data.planning import Step, StepPlanner, deal_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One training step of pairs.
+
+    Attributes:
+        step: the step asked for.
+        batch: arrays (numpy); `batch.weight` has one nonzero entry for each pair.
+        index: i32[R, Q] entry of the loader's `pairs` that each pair belongs to; -1 where the place is filling.
+        ids: record id of each entry in the step, in row order.
+        padding_fraction: share of the R x T tokens that is padding, rounding of R included.
+        tokens: R x T.
+        real_tokens: those that are not padding.
+    """
+
+    step: int
+    batch: PairBatch
+    index: np.ndarray
+    ids: list[str]
+    padding_fraction: float
+    tokens: int
+    real_tokens: int
+
+    @property
+    def arrays(self) -> PairBatch:
+        """What a training step takes."""
+        return self.batch
+
+
+@dataclasses.dataclass(frozen=True)
+class ItemBatch:
+    """One training step of demonstrations; fields as in `Batch`.
+
+    Attributes:
+        rows: the packed rows (numpy).
+        weight: f32[R, K] 1 for each item's response, 0 for an empty slot.
+        index: i32[R, K] entry of the loader's `items`; -1 where the slot is empty.
+    """
+
+    step: int
+    rows: Rows
+    weight: np.ndarray
+    index: np.ndarray
+    ids: list[str]
+    padding_fraction: float
+    tokens: int
+    real_tokens: int
+
+    @property
+    def arrays(self) -> tuple[Rows, np.ndarray]:
+        """What a training step takes."""
+        return self.rows, self.weight
+
+
+class _Loader:
+    """What both loaders share: the plan, its shapes, and laying a step's rows."""
+
+    def __init__(self, planner: StepPlanner, groups: int, share_prompt: bool) -> None:
+        self._planner, self._groups, self._share_prompt = planner, groups, share_prompt
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self._planner.steps_per_epoch
+
+    @property
+    def spec(self) -> RowSpec:
+        return self._planner.spec
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The numbers of rows R that batches have; hand them to the next round's loader as `known_sizes`."""
+        return self._planner.sizes
+
+    @property
+    def shapes(self) -> set[tuple[int, int, int, int, int]]:
+        """(R, T, M, K, Q) of every batch that there can be: as many compilations of the step."""
+        return {(rows, *dataclasses.astuple(self.spec)) for rows in self.sizes}
+
+    def _lay(self, step: int) -> tuple[Step, list[list[int]], Packed]:
+        plan, size = self._planner.step(step)
+        items = [unit.item for unit in plan.units]
+        work = [sum(laid_tokens(items[i], self._share_prompt) for i in row) for row in plan.rows]
+        rows = deal_rows(plan.rows, work, self._groups, size)
+        return plan, rows, build_rows(items, rows, self.spec, size, self._share_prompt)
+
+
+def _check_multiple(row_multiple: int, microbatches: int) -> None:
+    if row_multiple % microbatches:
+        raise ValueError(
+            f"row_multiple={row_multiple} is not a multiple of microbatches={microbatches}; "
+            f"make it microbatches x data shards"
+        )
+
+
+class PairLoader(_Loader):
+    """Batches of exactly `batch_size` preference pairs.
+
+    A step holds `batch_size` pairs whatever their lengths (the last of an epoch those that are left); an entry with
+    several pairs may be split over two steps, each with a copy of the prompt and the responses its pairs need.
+    With order `shuffle`, an epoch is a fresh permutation in which a few entries are then exchanged between steps so
+    that each step fills its rows (see `planning.balance`); with `given`, every epoch is in the order of `pairs`.
+
+    Args:
+        pairs: the pool; each entry has at least one pair and a positive weight.
+        batch_size: pairs of a step.
+        row_tokens: T.
+        stream_indices: what names this loader's shuffle besides the seed, for instance the round.
+        row_multiple: R is a multiple of this: microbatches x data shards.
+        max_row_shapes: at most so many sizes of R, those in `known_sizes` counted; one more only if nothing fits.
+        microbatches: A.
+        share_prompt: see `packing`.
+        known_sizes: sizes of R that earlier rounds compiled.
+        spec: (T, M, K, Q) of earlier rounds; grows if an entry does not fit.
+        order: `shuffle` or `given` (a curriculum).
+
+    Raises:
+        ValueError: an entry does not fit a row, has no pair or no positive weight; or a bad argument.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[PairItem],
+        *,
+        batch_size: int,
+        row_tokens: int,
+        seed: int,
+        stream_indices: tuple[int, ...] = (),
+        row_multiple: int = 1,
+        max_row_shapes: int = 3,
+        microbatches: int = 1,
+        share_prompt: bool = True,
+        known_sizes: Sequence[int] = (),
+        spec: RowSpec | None = None,
+        order: str = "shuffle",
+    ) -> None:
+        _check_multiple(row_multiple, microbatches)
+        for pair in pairs:
+            if not pair.pairs or pair.weight <= 0:
+                raise ValueError(
+                    f"entry {pair.item.id!r} has {len(pair.pairs)} pairs and weight {pair.weight}; "
+                    f"every entry needs a pair and a weight above 0, leave it out otherwise"
+                )
+        planner = StepPlanner(
+            [(pair.item, pair.pairs) for pair in pairs],
+            batch_size=batch_size,
+            row_tokens=row_tokens,
+            seed=seed,
+            stream_indices=stream_indices,
+            row_multiple=row_multiple,
+            max_row_shapes=max_row_shapes,
+            share_prompt=share_prompt,
+            known_sizes=known_sizes,
+            spec=spec,
+            order=order,
+        )
+        super().__init__(planner, row_multiple, share_prompt)
+        self._pairs = pairs
+
+    def batch(self, step: int) -> Batch:
+        """The batch of any step >= 0."""
+        plan, rows, packed = self._lay(step)
+        size, count = len(rows), self.spec.pairs
+        chosen, rejected = (np.zeros((size, count), np.int32) for _ in range(2))
+        weight = np.zeros((size, count), np.float32)
+        index = np.full((size, count), -1, np.int32)
+        ref_logp = np.zeros(packed.item.shape, np.float32)
+        ids = []
+        for r, row in enumerate(rows):
+            base = q = 0
+            for i in row:
+                unit = plan.units[i]
+                pair = self._pairs[unit.index]
+                ids.append(unit.item.id)
+                end = q + len(unit.pairs)
+                chosen[r, q:end] = [base + c for c, _ in unit.pairs]
+                rejected[r, q:end] = [base + j for _, j in unit.pairs]
+                weight[r, q:end] = pair.weight
+                index[r, q:end] = unit.index
+                if pair.ref_logp is not None:
+                    ref_logp[r, base : base + len(unit.kept)] = np.asarray(pair.ref_logp)[list(unit.kept)]
+                base, q = base + len(unit.kept), end
+        batch = PairBatch(packed.rows, chosen, rejected, weight, ref_logp)
+        return Batch(step, batch, index, ids, *_token_counts(packed.rows))
+
+
+class ItemLoader(_Loader):
+    """Batches of exactly `batch_size` items with one response each: demonstrations, or texts to pretrain on.
+
+    A text is an item whose prompt is the BOS token and whose response is the rest. Arguments as in `PairLoader`.
+
+    Raises:
+        ValueError: an item does not fit a row or has not exactly one response; or a bad argument.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        *,
+        batch_size: int,
+        row_tokens: int,
+        seed: int,
+        stream_indices: tuple[int, ...] = (),
+        row_multiple: int = 1,
+        max_row_shapes: int = 3,
+        microbatches: int = 1,
+        known_sizes: Sequence[int] = (),
+        spec: RowSpec | None = None,
+        order: str = "shuffle",
+    ) -> None:
+        _check_multiple(row_multiple, microbatches)
+        for item in items:
+            if len(item.responses) != 1:
+                raise ValueError(f"item {item.id!r} has {len(item.responses)} responses; a demonstration has exactly 1")
+        planner = StepPlanner(
+            [(item, ()) for item in items],
+            batch_size=batch_size,
+            row_tokens=row_tokens,
+            seed=seed,
+            stream_indices=stream_indices,
+            row_multiple=row_multiple,
+            max_row_shapes=max_row_shapes,
+            share_prompt=True,
+            known_sizes=known_sizes,
+            spec=spec,
+            order=order,
+        )
+        super().__init__(planner, row_multiple, True)
+
+    def batch(self, step: int) -> ItemBatch:
+        """The batch of any step >= 0."""
+        plan, rows, packed = self._lay(step)
+        full = packed.item >= 0
+        entries = np.array([unit.index for unit in plan.units], np.int32)
+        index = np.where(full, entries[packed.item], -1).astype(np.int32)
+        ids = [plan.units[i].item.id for row in rows for i in row]
+        return ItemBatch(step, packed.rows, full.astype(np.float32), index, ids, *_token_counts(packed.rows))
+
+
+def _token_counts(rows: Rows) -> tuple[float, int, int]:
+    return padding_fraction(rows), int(rows.segment.size), int(np.count_nonzero(rows.segment))
+
+
+class ScoreBatches(Sequence[Packed]):
+    """A pool packed once into batches of one constant shape; each batch is built when it is asked for.
+
+    `spec` is the row spec, `shapes` the one shape, as in `PairLoader`.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        row_tokens: int,
+        rows_per_batch: int,
+        *,
+        spec: RowSpec | None = None,
+        share_prompt: bool = True,
+    ) -> None:
+        if rows_per_batch < 1:
+            raise ValueError(f"rows_per_batch={rows_per_batch} must be at least 1")
+        self._items, self._size, self._share_prompt = items, rows_per_batch, share_prompt
+        if spec is None:
+            self._rows = pack(items, row_tokens, share_prompt)
+            self.spec = spec_for(items, self._rows, row_tokens)
+        else:
+            self.spec = merge_specs(spec, spec_for(items, [[i] for i in range(len(items))], row_tokens))
+            self._rows = pack(items, row_tokens, share_prompt, self.spec)
+
+    @property
+    def shapes(self) -> set[tuple[int, int, int, int, int]]:
+        """The one (R, T, M, K, Q)."""
+        return {(self._size, *dataclasses.astuple(self.spec))}
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // self._size)
+
+    @overload
+    def __getitem__(self, index: int) -> Packed: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Packed]: ...
+    def __getitem__(self, index: int | slice) -> Packed | list[Packed]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        start = index % len(self) * self._size
+        rows = self._rows[start : start + self._size]
+        return build_rows(self._items, rows, self.spec, self._size, self._share_prompt)
+
+
+def score_batches(
+    items: Sequence[Item],
+    row_tokens: int,
+    rows_per_batch: int,
+    spec: RowSpec | None = None,
+    share_prompt: bool = True,
+) -> ScoreBatches:
+    """Pack a pool to score every response once; all batches have the same shape, the last is filled with empty rows.
+
+    Give the scores [R, K] of each batch, in order, to `packing.gather_scores` with the same batches and items.
+
+    Args:
+        spec: of earlier calls, so that the shape repeats; grows if an item does not fit.
+
+    Raises:
+        ValueError: an item does not fit a row.
+    """
+    return ScoreBatches(items, row_tokens, rows_per_batch, spec=spec, share_prompt=share_prompt)

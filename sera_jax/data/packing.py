@@ -1,0 +1,301 @@
+"""Lay items (a prompt and its responses) into rows of fixed length. Numpy only.
+
+Whole items are placed by best-fit decreasing; rows that it leaves loose are tried again by filling one row after
+the other as full as a subset of the remaining items can. The layout is `core.Rows`: one copy of the prompt serves all
+responses of an item, or, with `share_prompt=False`, every response carries its own copy in a segment of its own.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from sera_jax.core import Rows
+from sera_jax.data.items import Item
+
+_TIGHT_ITEMS = 256  # above this many items a loose row is lost in the crowd, and the second try costs seconds
+_TIGHT_TRIES = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class RowSpec:
+    """The fixed sizes of a row: T tokens, M scored positions, K response slots, Q pairs."""
+
+    row_tokens: int
+    scored: int
+    slots: int
+    pairs: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Rows and where their slots come from.
+
+    Attributes:
+        rows: the packed rows (numpy).
+        item: i32[R, K] index of the item in the list that was packed; -1 where the slot is empty.
+        response: i32[R, K] index into that item's responses; -1 where the slot is empty.
+    """
+
+    rows: Rows
+    item: np.ndarray
+    response: np.ndarray
+
+
+def laid_tokens(item: Item, share_prompt: bool = True) -> int:
+    """Tokens of a row that the item fills."""
+    if share_prompt:
+        return item.tokens
+    return sum(len(item.prompt) + len(r) for r in item.responses)
+
+
+def pack(
+    items: Sequence[Item],
+    row_tokens: int,
+    share_prompt: bool = True,
+    limits: RowSpec | None = None,
+    pairs: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """Rows of item indices, each row at most `row_tokens` tokens; deterministic.
+
+    Args:
+        items: what to pack; every item stays whole within one row.
+        row_tokens: T.
+        limits: rows also obey its `scored`, `slots` and `pairs`.
+        pairs: pairs of each item (only read with `limits`); default none.
+
+    Raises:
+        ValueError: an item does not fit a row of its own; names its id, size and the limit.
+    """
+    sizes = [_sizes(item, row_tokens, share_prompt, limits, pairs[i] if pairs else 0) for i, item in enumerate(items)]
+    rows = _best_fit(sizes, row_tokens, limits)
+    least = -(-sum(s[0] for s in sizes) // row_tokens)
+    if len(rows) > least and len(items) <= _TIGHT_ITEMS:
+        rng = np.random.default_rng(0)
+        for _ in range(_TIGHT_TRIES):
+            tight = _fill_rows([s[0] for s in sizes], row_tokens, rng)
+            if len(tight) < len(rows) and all(_within(row, sizes, limits) for row in tight):
+                rows = tight
+            if len(rows) == least:
+                break
+    return rows
+
+
+def _sizes(
+    item: Item, row_tokens: int, share_prompt: bool, limits: RowSpec | None, pairs: int
+) -> tuple[int, int, int, int]:
+    """(tokens, scored positions, slots, pairs) that the item takes of a row."""
+    tokens = laid_tokens(item, share_prompt)
+    if tokens > row_tokens:
+        how = "with its prompt shared" if share_prompt else "with its prompt once per response"
+        raise ValueError(
+            f"item {item.id!r} takes {tokens} tokens {how}, more than the {row_tokens} of a row; "
+            f"raise the row length or truncate its prompt or responses"
+        )
+    size = (tokens, sum(len(r) for r in item.responses), len(item.responses), pairs)
+    if limits is not None:
+        for name, need, limit in zip(("scored", "slots", "pairs"), size[1:], _limits(limits)[1:], strict=True):
+            if need > limit:
+                raise ValueError(f"item {item.id!r} needs {name}={need} of a row, more than the {limit} of {limits}")
+    return size
+
+
+def _limits(spec: RowSpec) -> tuple[int, int, int, int]:
+    return spec.row_tokens, spec.scored, spec.slots, spec.pairs
+
+
+def _within(row: list[int], sizes: list[tuple[int, int, int, int]], limits: RowSpec | None) -> bool:
+    if limits is None:
+        return True
+    return all(sum(column) <= limit for column, limit in zip(zip(*(sizes[i] for i in row)), _limits(limits)))
+
+
+def _best_fit(sizes: list[tuple[int, int, int, int]], row_tokens: int, limits: RowSpec | None) -> list[list[int]]:
+    """Best-fit decreasing: the largest item first, into the fullest row that still holds it."""
+    rows: list[list[int]] = []
+    used: list[tuple[int, ...]] = []
+    free: list[tuple[int, int]] = []  # (free tokens, row), sorted
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i][0], i)):
+        size = sizes[i]
+        place = bisect.bisect_left(free, (size[0], -1))
+        if limits is not None:
+            while place < len(free) and any(
+                u + s > limit for u, s, limit in zip(used[free[place][1]], size, _limits(limits))
+            ):
+                place += 1
+        if place == len(free):
+            left, row = row_tokens, len(rows)
+            rows.append([])
+            used.append((0, 0, 0, 0))
+        else:
+            left, row = free.pop(place)
+        rows[row].append(i)
+        used[row] = tuple(u + s for u, s in zip(used[row], size))
+        bisect.insort(free, (left - size[0], row))
+    return rows
+
+
+def _fill_rows(tokens: list[int], row_tokens: int, rng: np.random.Generator) -> list[list[int]]:
+    """One row after the other: the first item left, then the subset of the rest that fills the row best.
+
+    Items come from large to small, loosely: where the strict order ends with a few that fit nowhere, another order
+    often does not. Subset sums are bit sets in Python integers: bit s of `reach` says that s tokens can be had.
+    """
+    left = np.argsort(-np.array(tokens) * rng.uniform(1, 2, len(tokens)), kind="stable").tolist()
+    rows = []
+    while left:
+        row, left = [left[0]], left[1:]
+        gap = row_tokens - tokens[row[0]]
+        full = (1 << (gap + 1)) - 1
+        reach = [1]
+        for i in left:
+            reach.append(reach[-1] | (reach[-1] << tokens[i]) & full)
+        got = reach[-1].bit_length() - 1
+        rest = []
+        for j in range(len(left) - 1, -1, -1):
+            if reach[j] >> got & 1:
+                rest.append(left[j])
+            else:
+                row.append(left[j])
+                got -= tokens[left[j]]
+        left = rest[::-1]
+        rows.append(row)
+    return rows
+
+
+def build_rows(
+    items: Sequence[Item], assignment: Sequence[Sequence[int]], spec: RowSpec, num_rows: int, share_prompt: bool = True
+) -> Packed:
+    """Lay the items out.
+
+    Args:
+        items: the list that `assignment` indexes.
+        assignment: item indices of each row, at most `num_rows` rows; the remaining rows are padding.
+        spec: T, M and K.
+        num_rows: R.
+
+    Raises:
+        ValueError: the rows do not fit `num_rows` or `spec`.
+    """
+    if len(assignment) > num_rows:
+        raise ValueError(f"{len(assignment)} rows of items do not fit num_rows={num_rows}; raise num_rows")
+    length, width, slots = spec.row_tokens, spec.scored, spec.slots
+    tokens, positions, segment, branch = (np.zeros((num_rows, length), np.int32) for _ in range(4))
+    source, target = (np.zeros((num_rows, width), np.int32) for _ in range(2))
+    slot = np.full((num_rows, width), slots, np.int32)
+    owner, response = (np.full((num_rows, slots), -1, np.int32) for _ in range(2))
+    steps = np.arange(length, dtype=np.int32)
+
+    for r, row in enumerate(assignment):
+        at = scored = k = seg = 0
+        for i in row:
+            item = items[i]
+            prompt = len(item.prompt)
+            _check_room(item, at + laid_tokens(item, share_prompt), scored, k, spec)
+            base = at
+            for b, answer in enumerate(item.responses):
+                count = len(answer)
+                if b == 0 or not share_prompt:
+                    base, seg = at, seg + 1
+                    at += prompt
+                    tokens[r, base:at] = item.prompt
+                    positions[r, base:at] = steps[:prompt]
+                    segment[r, base:at] = seg
+                end, last = at + count, scored + count
+                tokens[r, at:end] = answer
+                positions[r, at:end] = steps[prompt : prompt + count]
+                segment[r, at:end] = seg
+                branch[r, at:end] = b + 1 if share_prompt else 1
+                # The first response token is predicted by the prompt's last token, each other one by the token before.
+                source[r, scored] = base + prompt - 1
+                source[r, scored + 1 : last] = steps[at : end - 1]
+                target[r, scored:last] = answer
+                slot[r, scored:last] = k
+                owner[r, k], response[r, k] = i, b
+                at, scored, k = end, last, k + 1
+    rows = Rows(tokens, positions, segment, branch, source, target, slot, slots)
+    return Packed(rows, owner, response)
+
+
+def _check_room(item: Item, tokens: int, scored: int, slots: int, spec: RowSpec) -> None:
+    scored += sum(len(r) for r in item.responses)
+    slots += len(item.responses)
+    for name, need, limit in zip(("row_tokens", "scored", "slots"), (tokens, scored, slots), _limits(spec)):
+        if need > limit:
+            raise ValueError(f"the row of item {item.id!r} needs {name}={need}, more than {limit}; pack with this spec")
+
+
+def spec_for(
+    items: Sequence[Item], assignment: Sequence[Sequence[int]], row_tokens: int, pairs: Sequence[int] | None = None
+) -> RowSpec:
+    """The smallest coarse spec that holds the rows, so that nearby data gives the same shapes.
+
+    M goes up to the next eighth of the row, K and Q (which cost next to nothing) to the next power of two, at least 4.
+    """
+    scored = slots = count = 0
+    for row in assignment:
+        scored = max(scored, sum(len(r) for i in row for r in items[i].responses))
+        slots = max(slots, sum(len(items[i].responses) for i in row))
+        count = max(count, sum(pairs[i] for i in row) if pairs else 0)
+    step = max(row_tokens // 8, 1)
+    scored = min(max(-(-scored // step), 1) * step, row_tokens)
+    return RowSpec(row_tokens, scored, _power_of_two(slots), _power_of_two(count) if count else 0)
+
+
+def _power_of_two(count: int) -> int:
+    return max(4, 1 << max(count - 1, 0).bit_length())
+
+
+def merge_specs(a: RowSpec | None, b: RowSpec) -> RowSpec:
+    """The spec that holds the rows of both; it only ever grows.
+
+    Raises:
+        ValueError: the row lengths differ.
+    """
+    if a is None:
+        return b
+    if a.row_tokens != b.row_tokens:
+        raise ValueError(f"row lengths {a.row_tokens} and {b.row_tokens} differ; keep one spec per row length")
+    return RowSpec(a.row_tokens, max(a.scored, b.scored), max(a.slots, b.slots), max(a.pairs, b.pairs))
+
+
+def scatter_scores(values: np.ndarray, packed: Packed, items: Sequence[Item]) -> list[np.ndarray]:
+    """Slot values f32[R, K] back to f32[len(responses)] of every item; nan where `packed` lacks the response."""
+    return gather_scores([values], [packed], items)
+
+
+def gather_scores(values: Sequence[np.ndarray], packed: Sequence[Packed], items: Sequence[Item]) -> list[np.ndarray]:
+    """Slot values of several packed batches, f32[R, K] each, to f32[len(responses)] of every item.
+
+    nan where no batch holds the response.
+    """
+    counts = np.array([len(item.responses) for item in items], np.int64)
+    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+    flat = np.full(int(starts[-1]), np.nan, np.float32)
+    for block, batch in zip(values, packed, strict=True):
+        full = batch.item >= 0
+        flat[starts[batch.item[full]] + batch.response[full]] = np.asarray(block)[full]
+    return [flat[a:b] for a, b in itertools.pairwise(starts.tolist())]
+
+
+def window_for(items: Sequence[Item], row_tokens: int, share_prompt: bool = True) -> int:
+    """Static attention window of these items: tokens of the longest, rounded up to 64, at most `row_tokens`."""
+    if share_prompt:
+        longest = max((item.tokens for item in items), default=1)
+    else:
+        longest = max((len(item.prompt) + len(r) for item in items for r in item.responses), default=1)
+    return min(-(-longest // 64) * 64, row_tokens)
+
+
+def padding_fraction(rows: Rows) -> float:
+    """Share of the rows' tokens that is padding, rows of nothing but padding included."""
+    return float(np.mean(np.asarray(rows.segment) == 0))
+
+
+def shared_prompt_savings(items: Sequence[Item]) -> float:
+    """Tokens laid with shared prompts over tokens if each response carried its prompt; 1 saves nothing."""
+    return sum(item.tokens for item in items) / max(sum(laid_tokens(item, False) for item in items), 1)
