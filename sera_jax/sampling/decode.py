@@ -1,0 +1,283 @@
+"""The three compiled programs of the sampler: prefill a block of prompts, insert them into slots, decode all slots.
+
+A cache column is a token position: slot s writes its token of position p into column p, so what a slot computes does not
+depend on when it started or on what its neighbours do. A slot first takes the keys and values of all tokens of its
+prompt but the last; the last one is fed to the decoder as if it had just been chosen. So the first token of an answer
+is chosen by the same code as every other, and prefill needs neither the head nor the choice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sera_jax.core import Array
+from sera_jax.mesh import ROW_AXES, constrain_rows, replicated, row_shards
+from sera_jax.models.config import ModelConfig
+from sera_jax.models.decoder import Block, Decoder, Params, RMSNorm, head_matrix, rotary_tables
+from sera_jax.ops.attention import packed_attention
+from sera_jax.sampling.choose import choose
+from sera_jax.sampling.params import SamplingParams
+
+_MASKED = -1e30
+
+
+@struct.dataclass
+class Slots:
+    """What the decoder carries from step to step. C columns; a column is a token position of prompt + answer.
+
+    Attributes:
+        keys: per layer [S, G, d, C], rotated; values: per layer [S, G, C, d]. The two layouts are those in which a CPU
+            reads them fastest.
+        token: i32[S] the token to feed next; position: i32[S] its position, and so its column.
+        count: i32[S] tokens chosen so far.
+        active: bool[S]; finished: bool[S] a stop id was chosen.
+        key: PRNG keys [S] of the samples.
+        tokens, logps: i32 and f32 [S, max_new_tokens], valid up to `count`.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    token: jax.Array
+    position: jax.Array
+    count: jax.Array
+    active: jax.Array
+    finished: jax.Array
+    key: jax.Array
+    tokens: jax.Array
+    logps: jax.Array
+
+
+@struct.dataclass
+class Report:
+    """The small part of `Slots` that the host reads after each call; whole on every device."""
+
+    active: jax.Array
+    finished: jax.Array
+    count: jax.Array
+    tokens: jax.Array
+    logps: jax.Array
+    steps: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The compiled functions for one (model, sampling, mesh); each compiles once per set of shapes.
+
+    prepare(params) -> params with one subtree per layer, in the compute dtype.
+    empty(slots, columns) -> Slots; both static.
+    prefill(params, tokens i32[b, T]) -> (keys, values): per layer [b, G, d, T], [b, G, T, d].
+    insert(slots, keys, values, base_key, placing: Placing) -> Slots (the old one is donated).
+    decode(prepared, slots, wake i32, limit i32) -> (Slots, Report) (the old one is donated); runs until `wake` slots are
+        idle or `limit` steps are done.
+    """
+
+    prepare: Callable[..., Any]
+    empty: Callable[..., Slots]
+    prefill: Callable[..., tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]]
+    insert: Callable[..., Slots]
+    decode: Callable[..., tuple[Slots, Report]]
+
+
+@struct.dataclass
+class Placing:
+    """Which prompts of a prefilled block go into which slots; all i32[I] or u32[I].
+
+    Attributes:
+        slot: S where the place is unused.
+        source: row of the prefilled block.
+        last_token, length: the prompt's last token and its number of tokens.
+        prompt_id, sample: indices of the sample's PRNG key.
+    """
+
+    slot: Array
+    source: Array
+    last_token: Array
+    length: Array
+    prompt_id: Array
+    sample: Array
+
+
+def prepare(cfg: ModelConfig, params: Params) -> Params:
+    """Parameters as the decoder wants them: one subtree per layer, already in the compute dtype.
+
+    Slicing the stacked parameters in every step would cost a CPU as much as reading them for the matmuls does.
+    """
+    params = jax.tree.map(lambda x: x.astype(cfg.dtype), params)
+    stacked = params["layers"]["block"]
+    layers = tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(cfg.num_hidden_layers))
+    return {
+        "embed": params["embed"],
+        "layers": layers,
+        "final_norm": params["final_norm"],
+        "head": head_matrix(cfg, params),
+    }
+
+
+def empty_slots(cfg: ModelConfig, sampling: SamplingParams, slots: int, columns: int) -> Slots:
+    """All slots idle."""
+    shape = (slots, cfg.num_key_value_heads)
+    layers = range(cfg.num_hidden_layers)
+    integers, booleans = (functools.partial(jnp.zeros, dtype=dtype) for dtype in (jnp.int32, jnp.bool_))
+    return Slots(
+        keys=tuple(jnp.zeros((*shape, cfg.head_dim, columns), cfg.dtype) for _ in layers),
+        values=tuple(jnp.zeros((*shape, columns, cfg.head_dim), cfg.dtype) for _ in layers),
+        token=integers(slots),
+        position=integers(slots),
+        count=integers(slots),
+        active=booleans(slots),
+        finished=booleans(slots),
+        key=jax.vmap(jax.random.key)(jnp.zeros(slots, jnp.uint32)),
+        tokens=integers((slots, sampling.max_new_tokens)),
+        logps=jnp.zeros((slots, sampling.max_new_tokens), jnp.float32),
+    )
+
+
+def prefill(cfg: ModelConfig, params: Params, tokens: jax.Array) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """Keys and values of prompts i32[b, T], filled up on the right; what the filling computes is never read."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    attend = functools.partial(packed_attention, segment=jnp.ones_like(tokens), branch=jnp.zeros_like(tokens))
+    _, (keys, values) = Decoder(cfg).apply({"params": params}, tokens, positions, attend, True)
+    return tuple(keys.swapaxes(3, 4)), tuple(values)
+
+
+def insert(
+    slots: Slots,
+    keys: tuple[jax.Array, ...],
+    values: tuple[jax.Array, ...],
+    base_key: jax.Array,
+    placing: Placing,
+) -> Slots:
+    """Start samples in slots. Columns beyond a prompt keep what they held; they are written before they are read."""
+    where, source = placing.slot, placing.source
+    length = values[0].shape[2]
+
+    def put(old: jax.Array, new: jax.Array | int | bool) -> jax.Array:
+        return old.at[where].set(new, mode="drop")
+
+    def sample_key(prompt_id: jax.Array, sample: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(base_key, prompt_id), sample)
+
+    return slots.replace(
+        keys=tuple(old.at[where, :, :, :length].set(new[source], mode="drop") for old, new in zip(slots.keys, keys)),
+        values=tuple(old.at[where, :, :length].set(new[source], mode="drop") for old, new in zip(slots.values, values)),
+        token=put(slots.token, placing.last_token),
+        position=put(slots.position, placing.length - 1),
+        count=put(slots.count, 0),
+        active=put(slots.active, True),
+        finished=put(slots.finished, False),
+        key=put(slots.key, jax.vmap(sample_key)(placing.prompt_id, placing.sample)),
+    )
+
+
+def cached_attention(q: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array) -> jax.Array:
+    """One query per slot over its cache.
+
+    Args:
+        q: [S, H, 1, d], rotated, not scaled.
+        keys, values: [S, G, d, C], [S, G, C, d].
+        visible: bool[S, C].
+
+    Returns:
+        [S, H, 1, d]; softmax in float32.
+    """
+    slots, heads, _, depth = q.shape
+    grouped = q.reshape(slots, keys.shape[1], -1, depth)
+    scores = jnp.einsum("sgrd,sgdc->sgrc", grouped, keys, preferred_element_type=jnp.float32) * depth**-0.5
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, _MASKED), axis=-1).astype(values.dtype)
+    return jnp.einsum("sgrc,sgcd->sgrd", weights, values).reshape(slots, heads, 1, depth)
+
+
+def step(cfg: ModelConfig, sampling: SamplingParams, prepared: Params, slots: Slots) -> Slots:
+    """Feed every slot's token and choose its next one."""
+    rows = jnp.arange(slots.token.shape[0])
+    visible = jnp.arange(slots.values[0].shape[2]) <= slots.position[:, None]  # [S, C]
+    cos_sin = rotary_tables(cfg, slots.position[:, None])
+    all_keys, all_values = list(slots.keys), list(slots.values)
+
+    def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        at = dict(mode="drop", unique_indices=True, indices_are_sorted=True)
+        all_keys[layer] = all_keys[layer].at[rows, :, :, slots.position].set(k[:, :, 0], **at)
+        all_values[layer] = all_values[layer].at[rows, :, slots.position].set(v[:, :, 0], **at)
+        return cached_attention(q, all_keys[layer], all_values[layer], visible)
+
+    x = constrain_rows(prepared["embed"][slots.token][:, None])  # [S, 1, D]
+    for layer, params in enumerate(prepared["layers"]):
+        x, _ = Block(cfg).apply({"params": params}, x, *cos_sin, functools.partial(attend, layer))
+    x = RMSNorm(cfg).apply({"params": prepared["final_norm"]}, x)[:, 0]
+    logits = jnp.dot(x, prepared["head"], preferred_element_type=jnp.dtype(cfg.logits_dtype)).astype(jnp.float32)
+
+    choice = {f.name: getattr(sampling, f.name) for f in dataclasses.fields(sampling) if f.name != "max_new_tokens"}
+    token, logp = choose(logits=logits, keys=slots.key, index=slots.count, **choice)
+    here = (jnp.arange(sampling.max_new_tokens) == slots.count[:, None]) & slots.active[:, None]
+    stopped = jnp.isin(token, jnp.array(sampling.stop_ids, jnp.int32))
+    on = slots.active.astype(jnp.int32)
+    return slots.replace(
+        keys=tuple(all_keys),
+        values=tuple(all_values),
+        token=jnp.where(slots.active, token, slots.token),
+        position=slots.position + on,
+        count=slots.count + on,
+        active=slots.active & ~stopped & (slots.count + 1 < sampling.max_new_tokens),
+        finished=slots.finished | (slots.active & stopped),
+        tokens=jnp.where(here, token[:, None], slots.tokens),
+        logps=jnp.where(here, logp[:, None], slots.logps),
+    )
+
+
+def decode(
+    cfg: ModelConfig, sampling: SamplingParams, prepared: Params, slots: Slots, wake: jax.Array, limit: jax.Array
+) -> tuple[Slots, Report]:
+    """Steps until at least `wake` slots are idle, at most `limit`; both i32[], so that they compile once."""
+
+    def unfinished(carry: tuple[jax.Array, Slots]) -> jax.Array:
+        number, slots = carry
+        return (number < limit) & (jnp.sum(~slots.active) < wake)
+
+    def body(carry: tuple[jax.Array, Slots]) -> tuple[jax.Array, Slots]:
+        number, slots = carry
+        return number + 1, step(cfg, sampling, prepared, slots)
+
+    steps, slots = jax.lax.while_loop(unfinished, body, (jnp.int32(0), slots))
+    report = Report(slots.active, slots.finished, slots.count, slots.tokens, slots.logps, steps)
+    return slots, report
+
+
+@functools.lru_cache(maxsize=8)
+def programs(cfg: ModelConfig, sampling: SamplingParams, mesh: Mesh | None, slots: int) -> Programs:
+    """The compiled functions; the same object for the same arguments, so that nothing compiles twice.
+
+    With a mesh, slots are split over (data, fsdp) where their number allows it, and key/value heads over `tensor`.
+    """
+    if mesh is None:
+        state = block = whole = None
+    else:
+        whole = replicated(mesh)
+        rows = ROW_AXES if slots % row_shards(mesh) == 0 else None
+        heads = "tensor" if cfg.num_key_value_heads % mesh.shape["tensor"] == 0 else None
+        cache, flat = NamedSharding(mesh, P(rows, heads)), NamedSharding(mesh, P(rows))
+        state = Slots(cache, cache, *(flat,) * (len(dataclasses.fields(Slots)) - 2))  # type: ignore[arg-type]
+        block = NamedSharding(mesh, P(None, heads))  # any slot may take any prompt of the block
+    return Programs(
+        prepare=jax.jit(functools.partial(prepare, cfg)),
+        empty=jax.jit(
+            functools.partial(empty_slots, cfg, sampling),
+            static_argnums=(0, 1),
+            out_shardings=state,
+        ),
+        prefill=jax.jit(functools.partial(prefill, cfg), out_shardings=block),
+        insert=jax.jit(insert, donate_argnums=0, out_shardings=state),
+        decode=jax.jit(
+            functools.partial(decode, cfg, sampling),
+            donate_argnums=1,
+            out_shardings=None if mesh is None else (state, whole),
+        ),
+    )

@@ -1,0 +1,220 @@
+"""The host side of sampling: which sample sits in which slot."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from sera_jax.core import Stream, key_for
+from sera_jax.mesh import host_to_global, replicated
+from sera_jax.models.config import ModelConfig
+from sera_jax.models.decoder import Params
+from sera_jax.sampling.decode import Placing, Programs, Report, programs
+from sera_jax.sampling.params import Sample, SamplingParams
+
+PREFILL_TOKENS = 2048  # tokens of one prefill call at most, unless one prompt is longer
+COLUMN_STEP = 64  # prompt and cache lengths are rounded up to this, so that few shapes are compiled
+STEPS_PER_CALL = 64  # decode steps between two looks of the host, at most
+
+
+@dataclasses.dataclass
+class Stats:
+    """What one call of `generate` did; filled in as it runs."""
+
+    prefilled_prompts: int = 0
+    prefill_calls: int = 0
+    insert_calls: int = 0
+    decode_calls: int = 0
+    decode_steps: int = 0
+    tokens: int = 0
+
+
+def generate(
+    cfg: ModelConfig,
+    params: Params,
+    prompts: Sequence[np.ndarray],
+    *,
+    prompt_ids: Sequence[int],
+    num_samples: int,
+    sampling: SamplingParams,
+    seed: int,
+    round: int,
+    slots: int,
+    mesh: Mesh | None = None,
+    max_prompt_tokens: int | None = None,
+    on_progress: Callable[[int, int, int], None] | None = None,
+    stats: Stats | None = None,
+) -> list[Sample]:
+    """Draw `num_samples` answers to every prompt.
+
+    The tokens of a sample depend on the parameters, its prompt, `sampling` and (seed, round, prompt id, sample index)
+    only, not on the other prompts, their order, or the slot it sits in, as long as the shapes are the same: `slots` and
+    the cache length, which follows from the longest prompt (or `max_prompt_tokens`, which fixes it for calls with
+    different prompts) in steps of 64 tokens.
+
+    Args:
+        params: stacked parameters on device, as `init_params` makes them; sharded if `mesh` is given.
+        prompts: i32[P] each, P >= 1.
+        prompt_ids: one integer in [0, 2**32) per prompt.
+        slots: samples decoded at a time.
+        max_prompt_tokens: make room for prompts of this length; default the longest given.
+        on_progress: called with (samples done, samples in all, new tokens so far) after each call of the decoder.
+        stats: counts are added to it.
+
+    Returns:
+        Samples ordered by prompt, then by sample index.
+
+    Raises:
+        ValueError: an empty prompt, a prompt that leaves no room in `max_position_embeddings`, ids that do not fit.
+    """
+    _check(cfg, prompts, prompt_ids, num_samples, sampling, slots, max_prompt_tokens)
+    if not len(prompts) or not num_samples:
+        return []
+    prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
+    stats = Stats() if stats is None else stats
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        engine = _Engine(cfg, params, prompts, prompt_ids, num_samples, sampling, slots, mesh, max_prompt_tokens, stats)
+        with jax.transfer_guard_host_to_device("allow"):  # making a key moves its seed
+            engine.base_key = engine.put(key_for(seed, Stream.SAMPLE, round))
+        total = len(prompts) * num_samples
+        samples: list[Sample] = []
+        while len(samples) < total:
+            engine.refill()
+            samples.extend(engine.decode())
+            if on_progress is not None:
+                on_progress(len(samples), total, stats.tokens)
+    return sorted(samples, key=lambda sample: (sample.prompt, sample.sample))
+
+
+class _Engine:
+    """The slots of one call of `generate` and the queue of samples that wait for one."""
+
+    def __init__(self, cfg, params, prompts, prompt_ids, num_samples, sampling, slots, mesh, max_prompt_tokens, stats):
+        longest = max(max_prompt_tokens or 0, max(len(prompt) for prompt in prompts))
+        self.params, self.prompts, self.prompt_ids, self.mesh, self.stats = params, prompts, prompt_ids, mesh, stats
+        self.prompt_columns = _round_up(max(longest - 1, 1), COLUMN_STEP)
+        columns = max(self.prompt_columns, _round_up(longest - 1 + sampling.max_new_tokens, COLUMN_STEP))
+        self.programs: Programs = programs(cfg, sampling, mesh, slots)
+        self.prepared = self.programs.prepare(params)
+        self.slots = self.programs.empty(slots, columns)
+        self.base_key = None
+        # Idle slots that are worth interrupting the decoder for: an eighth, so that a sixteenth idles on average.
+        self.wake = max(1, slots // 8)
+        # Prompts prefilled at a time. Not fewer when few are left: another shape could round differently.
+        self.block = max(1, min(slots, PREFILL_TOKENS // self.prompt_columns))
+        self.queue = collections.deque((p, n) for p in range(len(prompts)) for n in range(num_samples))
+        self.owner: list[tuple[int, int] | None] = [None] * slots
+        self.block_start = -self.block  # first prompt of the block that is prefilled now
+        self.block_kv = None
+
+    def put(self, tree):
+        """Onto the device or, whole, onto the mesh: explicitly, so that it passes a transfer guard."""
+        return jax.device_put(tree) if self.mesh is None else host_to_global(tree, replicated(self.mesh))
+
+    def refill(self) -> None:
+        """Give idle slots to the samples at the head of the queue."""
+        idle = collections.deque(slot for slot, owner in enumerate(self.owner) if owner is None)
+        while idle and self.queue:
+            if self.queue[0][0] >= self.block_start + self.block:
+                self._prefill(self.queue[0][0])
+            places = []
+            while idle and self.queue and len(places) < self.wake and self.queue[0][0] < self.block_start + self.block:
+                slot, (prompt, sample) = idle.popleft(), self.queue.popleft()
+                self.owner[slot] = (prompt, sample)
+                tokens = self.prompts[prompt]
+                places.append(
+                    (slot, prompt - self.block_start, tokens[-1], len(tokens), self.prompt_ids[prompt], sample)
+                )
+            self._insert(places)
+
+    def _prefill(self, start: int) -> None:
+        self.block_start, self.block_kv = start, None  # the old block is freed before the new one is made
+        block = self.prompts[start : start + self.block]
+        tokens = np.zeros((self.block, self.prompt_columns), np.int32)
+        for row, prompt in zip(tokens, block, strict=False):
+            row[: len(prompt) - 1] = prompt[:-1]
+        self.block_kv = self.programs.prefill(self.params, self.put(tokens))
+        self.stats.prefill_calls += 1
+        self.stats.prefilled_prompts += len(block)
+
+    def _insert(self, places: list[tuple]) -> None:
+        unused = (len(self.owner), 0, 0, 1, 0, 0)
+        columns = zip(*(places + [unused] * (self.wake - len(places))), strict=True)
+        kinds = (np.int32,) * 4 + (np.uint32,) * 2
+        placing = Placing(*(np.array(column, kind) for column, kind in zip(columns, kinds, strict=True)))
+        self.slots = self.programs.insert(self.slots, *self.block_kv, self.base_key, self.put(placing))
+        self.stats.insert_calls += 1
+
+    def decode(self) -> Iterator[Sample]:
+        """Run the decoder once; yields the samples that ended, whose slots are then idle."""
+        wake = self.wake if self.queue else len(self.owner)
+        bounds = self.put((np.int32(wake), np.int32(STEPS_PER_CALL)))
+        self.slots, device_report = self.programs.decode(self.prepared, self.slots, *bounds)
+        report: Report = jax.device_get(device_report)
+        self.stats.decode_calls += 1
+        self.stats.decode_steps += int(report.steps)
+        for slot, owner in enumerate(self.owner):
+            if owner is None or report.active[slot]:
+                continue
+            self.owner[slot] = None
+            count = int(report.count[slot])
+            self.stats.tokens += count
+            yield Sample(
+                prompt=owner[0],
+                sample=owner[1],
+                tokens=report.tokens[slot, :count].copy(),
+                logps=report.logps[slot, :count].copy(),
+                finished=bool(report.finished[slot]),
+            )
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def _check(
+    cfg: ModelConfig,
+    prompts: Sequence[np.ndarray],
+    prompt_ids: Sequence[int],
+    num_samples: int,
+    sampling: SamplingParams,
+    slots: int,
+    max_prompt_tokens: int | None,
+) -> None:
+    if slots < 1 or num_samples < 0:
+        raise ValueError(f"slots={slots} must be at least 1 and num_samples={num_samples} at least 0")
+    if len(prompts) != len(prompt_ids):
+        raise ValueError(f"{len(prompts)} prompts came with {len(prompt_ids)} prompt_ids; give one integer per prompt")
+    if max(sampling.stop_ids) >= cfg.vocab_size:
+        raise ValueError(
+            f"stop_ids={sampling.stop_ids} holds an id that is not below vocab_size={cfg.vocab_size}; "
+            "take the ids from the tokenizer that the model was trained with"
+        )
+    if sampling.min_new_tokens and len(set(sampling.stop_ids)) >= cfg.vocab_size:
+        raise ValueError(
+            f"stop_ids name all {cfg.vocab_size} tokens, so min_new_tokens={sampling.min_new_tokens} leaves no choice; "
+            "set min_new_tokens=0"
+        )
+    room = cfg.max_position_embeddings - sampling.max_new_tokens
+    for prompt, prompt_id in zip(prompts, prompt_ids, strict=True):
+        if not 0 <= prompt_id < 2**32:
+            raise ValueError(f"prompt id {prompt_id} must be an integer in [0, 2**32); hash larger ids down to it")
+        if len(prompt) == 0:
+            raise ValueError(f"prompt {prompt_id} is empty; give it at least one token, such as BOS")
+        if len(prompt) > room:
+            raise ValueError(
+                f"prompt {prompt_id} has {len(prompt)} tokens and max_new_tokens={sampling.max_new_tokens}, together more "
+                f"than max_position_embeddings={cfg.max_position_embeddings}; shorten the prompt to {max(room, 0)} tokens "
+                "or lower max_new_tokens"
+            )
+        if max_prompt_tokens is not None and len(prompt) > max_prompt_tokens:
+            raise ValueError(
+                f"prompt {prompt_id} has {len(prompt)} tokens, more than max_prompt_tokens={max_prompt_tokens}; "
+                "shorten it or raise the limit"
+            )
