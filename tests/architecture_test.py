@@ -20,8 +20,11 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 LAYERS = [
     ["main", "generate", "evaluate", "export"],
     ["experiment"],
+    ["assembly"],  # experiment's first half: what a run starts from
+    [
+        "evaluation"
+    ],  # scores and samples a policy with the loops' runtime; a loop is handed its evaluation as a function
     ["loops"],
-    ["evaluation"],
     ["training", "sampling"],
     ["irm"],
     ["losses", "models", "data", "world", "checkpoint", "writer"],
@@ -36,7 +39,7 @@ SIBLINGS = {
 DEPTH = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer}
 
 # The whole Config is read at the top; below, code takes one of its groups or plain values.
-READS_CONFIG = {"main", "generate", "evaluate", "export", "experiment", "config"}
+READS_CONFIG = {"main", "generate", "evaluate", "export", "experiment", "assembly", "config"}
 GROUPS = ["model", "data", "loss", "sera", "sampling", "train", "mesh", "eval", "log"]
 MAX_MODULE_LINES = 400
 MAX_FUNCTION_LINES = 80
