@@ -1,0 +1,379 @@
+"""Sources -> items of tokens, with a report that accounts for every row.
+
+A row is kept, or counted under the reason why not: `bad` (the row is at fault, a key of records.BAD_REASONS) or
+`dropped` (the configuration asked for it, report.DROPPED). What was changed in a kept row is `noted` (records.NOTES).
+Too many bad rows, a source of which nothing is left, or a damaged file stop the run and show the report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import pathlib
+import zlib
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from sera_jax.core import Stream, rng_for
+from sera_jax.data import records as rec
+from sera_jax.data.items import Item, PairItem
+from sera_jax.data.records import BadRow, Prompt, Record
+from sera_jax.data.report import LoadReport, TooManyBadRows
+from sera_jax.data.sources import RawRow, open_source, parse_mixture
+
+__all__ = [  # the report's names belong to this module's results and errors
+    "Limits",
+    "LoadReport",
+    "TooManyBadRows",
+    "flip_labels",
+    "load_demonstrations",
+    "load_preferences",
+    "load_prompts",
+    "load_records",
+    "read_items",
+    "read_records",
+    "split_heldout",
+    "truncate_prompt",
+]
+
+TRUNCATION_MODES = ("keep_end", "keep_start", "drop")
+_AT_ONCE = 512  # rows given to the tokenizer together
+
+
+class PromptTooLong(Exception):
+    """The prompt is over the limit and the truncation mode is `drop`."""
+
+
+T = TypeVar("T")
+Encoded = tuple[Any, tuple[str, ...]] | BadRow | PromptTooLong
+Encode = Callable[[Sequence[Record]], Sequence[Encoded]]
+
+
+class EncodesText(Protocol):
+    """What loading needs of a tokenizer (sera_jax.data.tokenizing.Tokenizer)."""
+
+    bos_id: int | None
+    end_id: int
+
+    def encode_prompts(
+        self, prompts: Sequence[Prompt], refused: MutableMapping[int, str] | None = None
+    ) -> list[np.ndarray]: ...
+
+    def encode_responses(
+        self,
+        prompts: Sequence[Prompt],
+        texts: Sequence[str],
+        complete: bool = True,
+        refused: MutableMapping[int, str] | None = None,
+    ) -> list[np.ndarray]: ...
+
+    def decode(self, ids: np.ndarray) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Lengths in tokens, and what happens to a prompt that is longer.
+
+    Attributes:
+        max_prompt_length: BOS and template included.
+        max_completion_length: EOS included; a longer response is cut and does not end in EOS.
+        row_tokens: length of a packed row; an item (prompt and all responses) must fit into one.
+        truncation_mode: `keep_end` cuts the start of a long prompt (its BOS stays first), `keep_start` the end, with it
+            the generation prompt; `drop` leaves the row out and counts it.
+        share_prompt: responses share one copy of the prompt in a row.
+    """
+
+    max_prompt_length: int
+    max_completion_length: int
+    row_tokens: int
+    truncation_mode: str = "keep_end"
+    share_prompt: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_prompt_length", "max_completion_length", "row_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name} must be at least 1 token, got {getattr(self, name)}")
+        if self.truncation_mode not in TRUNCATION_MODES:
+            raise ValueError(
+                f"data.truncation_mode must be one of {', '.join(TRUNCATION_MODES)}, got {self.truncation_mode!r}"
+            )
+
+
+def load_preferences(
+    spec: str, tokenizer: EncodesText, *, limits: Limits, **options: Any
+) -> tuple[list[PairItem], LoadReport]:
+    """Preference pairs as items with two responses, (chosen, rejected).
+
+    Args:
+        spec: a source or a mixture, see sera_jax.data.sources.
+        tokenizer: encodes prompts and responses; what it refuses with ValueError is a bad row.
+        limits: lengths in tokens.
+        **options: of `read_items`: max_bad_fraction, workdir, name, seed, host, host_count.
+
+    Returns:
+        (pairs in file order, LoadReport).
+
+    Raises:
+        ValueError: a source that does not exist or cannot be opened, or a bad mixture.
+        TooManyBadRows: the data are not usable as they are.
+    """
+    items, report = read_items(spec, rec.parse_preference, _encoder(tokenizer, limits), **options)
+    return [PairItem(item) for item in items], report
+
+
+def load_demonstrations(
+    spec: str, tokenizer: EncodesText, *, limits: Limits, **options: Any
+) -> tuple[list[Item], LoadReport]:
+    """Demonstrations as items with one response; the rest as load_preferences. Returns (list[Item], LoadReport)."""
+    return read_items(spec, rec.parse_demonstration, _encoder(tokenizer, limits), **options)
+
+
+def load_records(spec: str, kind: str, **options: Any) -> tuple[list[Any], LoadReport]:
+    """The records themselves, not tokenized; `kind` is a key of records.PARSERS. Returns (list[Record], LoadReport)."""
+    return read_items(spec, rec.PARSERS[kind], lambda batch: [(record, ()) for record in batch], **options)
+
+
+def load_prompts(spec: str, tokenizer: EncodesText, *, limits: Limits, **options: Any) -> tuple[list[Item], LoadReport]:
+    """Prompts as items without responses; the rest as load_preferences. Returns (list[Item], LoadReport)."""
+    return read_items(spec, rec.parse_prompt, _encoder(tokenizer, limits), **options)
+
+
+def read_records(
+    spec: str, parse: Callable[[dict], Record], report: LoadReport, *, seed: int = 0, host: int = 0, host_count: int = 1
+) -> Iterator[tuple[str, str, Record]]:
+    """(source spec, `path:line`, record) of every good row of a mixture; the others are counted in `report`.
+
+    Ids come out unique: a repetition gets `#2`, `#3`, ... Each host reads its share of the rows and sees the same
+    failures.
+    """
+    contents: set[str] = set()
+    ids: dict[str, int] = {}
+    for name, weight in parse_mixture(spec, field=f"data.{report.name}"):
+        source = open_source(name, field=f"data.{report.name}")
+        counts = report.sources[name] = {"weight": weight, "available": len(source), "rows": 0, "kept": 0}
+        indices = _weighted(len(source), weight, seed, name)[host::host_count]
+        previous = -1
+        for index, row in zip(indices, source.rows(indices), strict=True):
+            where = f"{row.path}:{row.line}"
+            if row.error == "blank_line":
+                report.add("noted", "blank_line", where)
+                counts["available"] -= 1
+                continue
+            report.rows += 1
+            counts["rows"] += 1
+            record = _parse(row, parse, report, where)
+            if record is not None:
+                yield name, where, _unique(record, index == previous, contents, ids, report, where)
+            previous = index
+        if source.failure is not None:
+            report.rows += 1
+            counts["rows"] += 1
+            failure = source.failure
+            report.add("bad", failure.error or "", f"{failure.path}:{failure.line}", failure.detail)
+
+
+def read_items(
+    spec: str,
+    parse: Callable[[dict], Record],
+    encode: Encode,
+    *,
+    max_bad_fraction: float = 0.05,
+    workdir: pathlib.Path | None = None,
+    name: str = "train",
+    seed: int = 0,
+    host: int = 0,
+    host_count: int = 1,
+) -> tuple[list[Any], LoadReport]:
+    """Read, parse and encode every row of a mixture.
+
+    Args:
+        spec: the mixture.
+        parse: row -> record, or BadRow.
+        encode: some records -> for each (item, notes), or the BadRow or PromptTooLong that says why there is none.
+        max_bad_fraction: more bad rows than this stop the run.
+        workdir: where the report goes; None writes none.
+        name: field of the `data` group that `spec` was typed in; names the report.
+        seed: of the shares that weights below 1 take.
+        host, host_count: which rows this process reads (every host_count-th); ids are unique per host.
+    """
+    report, items = LoadReport(name, spec), []
+    rows = read_records(spec, parse, report, seed=seed, host=host, host_count=host_count)
+    while batch := list(itertools.islice(rows, _AT_ONCE)):
+        results = encode([record for _, _, record in batch])
+        for (source, where, record), result in zip(batch, results, strict=True):
+            if isinstance(result, BadRow):
+                report.add("bad", result.reason, where, result.detail)
+            elif isinstance(result, PromptTooLong):
+                report.add("dropped", "prompt_too_long", where, str(result))
+            else:
+                item, notes = result
+                items.append(item)
+                report.kept += 1
+                report.sources[source]["kept"] += 1
+                for note in (*record.notes, *notes):
+                    report.add("noted", note, where)
+    report.finish(max_bad_fraction, workdir)
+    return items, report
+
+
+def split_heldout(entries: Sequence[T], fraction: float, seed: int) -> tuple[list[T], list[T]]:
+    """(training, held-out): entries of one prompt stay together, whatever their order or company.
+
+    A prompt is held out if its hash with the seed falls into the first `fraction` of all hashes, so the share is met in
+    the mean only. For records the prompt's text is hashed, for items its tokens.
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"the held-out fraction must be at least 0 and below 1, got {fraction}")
+    train, heldout = [], []
+    for entry in entries:
+        (heldout if _uniform("heldout", seed, _prompt_bytes(entry)) < fraction else train).append(entry)
+    return train, heldout
+
+
+def flip_labels(pairs: Sequence[PairItem], fraction: float, seed: int) -> list[PairItem]:
+    """Exchange chosen and rejected of exactly round(fraction * n) entries, marked `flipped`.
+
+    Those with the smallest hash of (seed, id): the choice does not depend on the order, and a larger fraction flips
+    the same ones and more.
+    """
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"data.label_noise must lie between 0 and 1, got {fraction}")
+    ranks = sorted(range(len(pairs)), key=lambda i: (_uniform("flip", seed, pairs[i].item.id.encode()), i))
+    flipped = set(ranks[: round(fraction * len(pairs))])
+    return [_flip(pair) if index in flipped else pair for index, pair in enumerate(pairs)]
+
+
+def truncate_prompt(tokens: np.ndarray, *, limit: int, keep_end: bool, bos_id: int | None) -> np.ndarray:
+    """At most `limit` of the i32[P] tokens, the last or the first ones; a leading BOS stays first."""
+    if len(tokens) <= limit:
+        return tokens
+    if not keep_end:
+        return tokens[:limit]
+    if bos_id is not None and tokens[0] == bos_id:
+        return np.concatenate([tokens[:1], tokens[len(tokens) - limit + 1 :]])
+    return tokens[len(tokens) - limit :]
+
+
+def _encoder(tokenizer: EncodesText, limits: Limits) -> Encode:
+    """records -> items, tokenized together: per record an item with its notes, or the reason why not."""
+
+    def encode(batch: Sequence[Record]) -> list[Encoded]:
+        prompts = [record.prompt for record in batch]
+        refused: dict[int, str] = {}
+        encoded = tokenizer.encode_prompts(prompts, refused)
+        sides: dict[str, list[np.ndarray]] = {}
+        for side in ("chosen", "rejected", "response"):
+            if hasattr(batch[0], side):
+                texts = [getattr(record, side) for record in batch]
+                sides[side] = tokenizer.encode_responses(prompts, texts, refused=refused)
+        results: list[Encoded] = []
+        for index, record in enumerate(batch):
+            try:
+                if index in refused:
+                    raise BadRow("template_refused", refused[index])
+                responses = [side[index] for side in sides.values()]
+                results.append(_item(record.id, encoded[index], responses, tokenizer, limits))
+            except (BadRow, PromptTooLong) as reason:
+                results.append(reason)
+        return results
+
+    return encode
+
+
+def _item(
+    name: str, prompt: np.ndarray, whole: Sequence[np.ndarray], tokenizer: EncodesText, limits: Limits
+) -> tuple[Item, tuple[str, ...]]:
+    """The item within the limits, and its notes."""
+    notes = set()
+    if not len(prompt):
+        raise BadRow("empty_prompt", "the prompt has no tokens")
+    if len(prompt) > limits.max_prompt_length:
+        if limits.truncation_mode == "drop":
+            raise PromptTooLong(f"{len(prompt)} tokens, at most {limits.max_prompt_length}")
+        notes.add("truncated_prompt")
+        prompt = truncate_prompt(
+            prompt,
+            limit=limits.max_prompt_length,
+            keep_end=limits.truncation_mode == "keep_end",
+            bos_id=tokenizer.bos_id,
+        )
+    responses = tuple(tokens[: limits.max_completion_length] for tokens in whole)
+    if any(len(tokens) > limits.max_completion_length for tokens in whole):
+        notes.add("truncated_response")
+    if any(_says_nothing(tokens, tokenizer) for tokens in responses):
+        raise BadRow("response_truncated_to_nothing", f"of {max(map(len, whole))} tokens no text is left")
+    if len(responses) == 2 and np.array_equal(*responses):
+        raise BadRow("identical_after_truncation", f"the first {len(responses[0])} tokens")
+    item = Item(name, prompt, responses)
+    copies = 1 if limits.share_prompt else max(len(responses), 1)
+    if (length := item.tokens + (copies - 1) * len(prompt)) > limits.row_tokens:
+        way_out = "raise data.row_tokens, or lower data.max_prompt_length or data.max_completion_length"
+        raise BadRow("longer_than_row", f"{length} tokens, a row holds {limits.row_tokens}; {way_out}")
+    return item, tuple(sorted(notes))
+
+
+def _says_nothing(tokens: np.ndarray, tokenizer: EncodesText) -> bool:
+    """Whether a response holds nothing but white space and its end; the first tokens usually tell."""
+    return not tokenizer.decode(tokens[:8]).strip() and not tokenizer.decode(tokens).strip()
+
+
+def _parse(row: RawRow, parse: Callable[[dict], Record], report: LoadReport, where: str) -> Record | None:
+    if row.value is None:
+        report.add("bad", row.error or "", where, row.detail)
+        return None
+    try:
+        return parse(row.value)
+    except BadRow as bad:
+        report.add("bad", bad.reason, where, bad.detail)
+        return None
+
+
+def _unique(record: Record, repeated: bool, contents: set, ids: dict, report: LoadReport, where: str) -> Record:
+    """The record with an id of its own; duplicates that the weights did not ask for are noted."""
+    texts = [getattr(record, side, None) for side in ("chosen", "rejected", "response")]
+    content = hashlib.sha256(json.dumps([rec.prompt_key(record.prompt), *texts]).encode()).hexdigest()
+    if not repeated and content in contents:
+        report.add("noted", "duplicate_row", where)
+    elif not repeated and record.id in ids:
+        report.add("noted", "duplicate_id", where, record.id)
+    contents.add(content)
+    name, seen = record.id, ids.get(record.id, 0)
+    while name in ids:  # the next free one, in case a row brings an id such as "7#2" itself
+        seen += 1
+        name = f"{record.id}#{seen}"
+    ids[name] = 1
+    ids[record.id] = max(seen, 1)
+    return record if name == record.id else dataclasses.replace(record, id=name)
+
+
+def _weighted(rows: int, weight: float, seed: int, spec: str) -> np.ndarray:
+    """Sorted row indices of a source, each floor(weight) times and a share of them once more."""
+    times = np.full(rows, int(weight))
+    extra = round((weight - int(weight)) * rows)
+    if weight < 1 and rows:
+        extra = max(extra, 1)  # a source that was named is never left out by rounding
+    stream = rng_for(seed, Stream.SPLIT, zlib.crc32(pathlib.PurePath(spec).name.encode()))
+    times[stream.permutation(rows)[:extra]] += 1
+    return np.repeat(np.arange(rows), times)
+
+
+def _uniform(purpose: str, seed: int, key: bytes) -> float:
+    """A number in [0, 1) that depends on its arguments alone."""
+    digest = hashlib.sha256(f"{purpose}:{seed}:".encode() + key).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _prompt_bytes(entry: Any) -> bytes:
+    entry = entry.item if isinstance(entry, PairItem) else entry
+    if isinstance(entry.prompt, np.ndarray):
+        return np.ascontiguousarray(entry.prompt, "<i4").tobytes()
+    return rec.prompt_key(entry.prompt).encode()
+
+
+def _flip(pair: PairItem) -> PairItem:
+    exchanged = tuple((rejected, chosen) for chosen, rejected in pair.pairs)
+    return dataclasses.replace(pair, pairs=exchanged, flipped=not pair.flipped)

@@ -1,0 +1,105 @@
+"""What became of every row: counts by reason, each with its first example."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+
+from sera_jax.data.records import BAD_REASONS, FILE_REASONS, NOTES
+
+DROPPED: dict[str, str] = {"prompt_too_long": "longer than max_prompt_length, and truncation_mode is 'drop'"}
+
+
+class TooManyBadRows(ValueError):
+    """The data are not usable as they are; the message holds the report."""
+
+
+@dataclasses.dataclass
+class Count:
+    """How often something was seen, and where first (`path:line`)."""
+
+    count: int = 0
+    first: str = ""
+    detail: str = ""
+
+
+@dataclasses.dataclass
+class LoadReport:
+    """What became of every row. rows == kept + dropped + bad.
+
+    Attributes:
+        name, spec: which loading this is: the configuration field and its value.
+        rows: rows taken from the sources; a row that a weight takes twice counts twice.
+        kept: items that came out.
+        bad, dropped, noted: counts by reason.
+        sources: per source: rows it holds (`available`), `rows` taken of it, and how many were `kept`.
+    """
+
+    name: str
+    spec: str
+    rows: int = 0
+    kept: int = 0
+    bad: dict[str, Count] = dataclasses.field(default_factory=dict)
+    dropped: dict[str, Count] = dataclasses.field(default_factory=dict)
+    noted: dict[str, Count] = dataclasses.field(default_factory=dict)
+    sources: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+
+    def add(self, kind: str, reason: str, where: str, detail: str = "") -> None:
+        """Count one more `reason` under `kind` (bad, dropped or noted)."""
+        entry = getattr(self, kind).setdefault(reason, Count(0, where, detail))
+        entry.count += 1
+
+    @property
+    def bad_rows(self) -> int:
+        return sum(entry.count for entry in self.bad.values())
+
+    @property
+    def bad_fraction(self) -> float:
+        return self.bad_rows / self.rows if self.rows else 0.0
+
+    def table(self) -> str:
+        """The report for people: one line per reason, with the first example."""
+        dropped = sum(entry.count for entry in self.dropped.values())
+        lines = [
+            f"{self.name}: {self.rows} rows of {self.spec}: {self.kept} kept, {self.bad_rows} bad "
+            f"({100 * self.bad_fraction:.2f} %), {dropped} dropped"
+        ]
+        for kind, meanings in (("bad", BAD_REASONS), ("dropped", DROPPED), ("noted", NOTES)):
+            for reason, entry in sorted(getattr(self, kind).items(), key=lambda pair: (-pair[1].count, pair[0])):
+                detail = f" ({entry.detail})" if entry.detail else ""
+                lines.append(f"  {kind:8}{entry.count:7}  {reason}: {meanings[reason]}; first {entry.first}{detail}")
+        for spec, source in self.sources.items():
+            if source["rows"] != source["available"]:
+                lines.append(f"  source  {source['rows']:7g}  rows taken of the {source['available']:g} of {spec}")
+        return "\n".join(lines)
+
+    def write(self, workdir: pathlib.Path) -> pathlib.Path:
+        """Write `workdir/data/<name>.json` and return its path."""
+        path = pathlib.Path(workdir) / "data" / f"{self.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fields = {**dataclasses.asdict(self), "bad_rows": self.bad_rows, "bad_fraction": self.bad_fraction}
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        part.write_text(json.dumps(fields, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        part.replace(path)
+        return path
+
+    def finish(self, max_bad_fraction: float, workdir: pathlib.Path | None) -> None:
+        """Write the report, and raise TooManyBadRows where it says that the data are unusable; its caller shows it."""
+        if workdir is not None:
+            self.write(workdir)
+        damaged = [reason for reason in FILE_REASONS if reason in self.bad]
+        unused = [spec for spec, source in self.sources.items() if source["rows"] and not source["kept"]]
+        if damaged:
+            problem = f"{self.bad[damaged[0]].first}: {BAD_REASONS[damaged[0]]}; get the file again."
+        elif unused:
+            problem = f"nothing usable in {', '.join(unused)}. Mend it, or leave it out."
+        elif self.bad_fraction > max_bad_fraction:
+            problem = (
+                f"{self.bad_rows} of {self.rows} rows are bad, more than {100 * max_bad_fraction:g} %. "
+                f"Mend or remove these rows, or raise data.max_bad_fraction (now {max_bad_fraction:g})."
+            )
+        else:
+            return
+        raise TooManyBadRows(f"data.{self.name}: {problem}\n{self.table()}")

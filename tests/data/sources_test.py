@@ -1,0 +1,168 @@
+"""Sources: what is read, in which order, and what is said about what cannot be read."""
+
+import builtins
+import gzip
+import json
+import subprocess
+import sys
+
+import pytest
+
+from sera_jax.data.sources import MAX_ROW_BYTES, content_hash, open_source, parse_mixture, read_rows
+
+ROWS = [{"prompt": f"p{i}", "chosen": "é" * i, "rejected": "no\u2028line"} for i in range(7)]
+
+
+def write(path, rows=ROWS):
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(text) if path.name.endswith(".gz") else text)
+    return str(path)
+
+
+def write_parquet(path, rows=ROWS, **options):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path, **options)
+    return str(path)
+
+
+def errors(spec):
+    return [(row.line, row.error) for row in read_rows(spec) if row.error]
+
+
+def test_jsonl_gzip_and_parquet_give_the_same_rows(tmp_path):
+    paths = [write(tmp_path / "a.jsonl"), write(tmp_path / "a.jsonl.gz")]
+    paths.append(write_parquet(tmp_path / "a.parquet", row_group_size=3))
+    for path in paths:
+        rows = list(read_rows(path))
+        assert [row.value for row in rows] == ROWS
+        assert [row.line for row in rows] == list(range(1, 8))
+        assert {row.path for row in rows} == {path}
+
+
+def test_any_row_can_be_read_by_index(tmp_path):
+    for path in (write(tmp_path / "a.jsonl"), write_parquet(tmp_path / "a.parquet", row_group_size=2)):
+        source = open_source(path)
+        assert len(source) == 7
+        assert [row.value for row in source.rows([5, 0, 6, 5])] == [ROWS[i] for i in (5, 0, 6, 5)]
+        assert source[3].value == ROWS[3]
+        with pytest.raises(IndexError, match="row 7"):
+            source[7]
+
+
+def test_hosts_share_the_rows_without_gap_or_overlap(tmp_path):
+    path = write(tmp_path / "a.jsonl")
+    read = [[row.line for row in read_rows(path, host=host, host_count=3)] for host in range(3)]
+    assert read == [[1, 4, 7], [2, 5], [3, 6]]
+    with pytest.raises(ValueError, match="host"):
+        list(read_rows(path, host=3, host_count=3))
+
+
+def test_the_last_line_needs_no_newline_and_a_byte_order_mark_is_no_error(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n{"a": 2}')
+    assert [row.value for row in read_rows(str(path))] == [{"a": 1}, {"a": 2}]
+
+
+def test_every_unreadable_line_is_a_row_with_its_reason(tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = [b'{"a": 1}', b'{"a": "\xff"}', b'{"a": ', b"", b"[1, 2]", b'"text"', b'{"a": %s}' % (b"9" * 5000)]
+    path.write_bytes(b"\n".join([*lines, b"[" * 100_000, b'{"a": 2}']))
+    expected = ["non_utf8", "invalid_json", "blank_line", "not_an_object", "not_an_object"]
+    assert errors(str(path)) == list(enumerate([*expected, "invalid_json", "invalid_json"], start=2))
+    assert open_source(str(path))[8].value == {"a": 2}
+
+
+def test_an_enormous_row_is_refused_before_it_is_parsed(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": "' + b"x" * MAX_ROW_BYTES + b'"}\n{"a": 1}\n')
+    assert errors(str(path)) == [(1, "enormous_row")]
+
+
+def test_a_damaged_gzip_file_gives_its_readable_rows_and_a_failure(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    write(path, [{"a": str(i) * 50} for i in range(20_000)])
+    path.write_bytes(path.read_bytes()[:-20])
+    rows = list(read_rows(str(path)))
+    assert rows[-1].error == "corrupt_gzip"
+    assert sum(row.value is not None for row in rows) == rows[-1].line - 1 > 0 or rows[-1].line == 1
+
+
+def test_git_lfs_pointers_are_recognised_whatever_they_are_called(shared_data, tmp_path):
+    for name in ("git_lfs_pointer.jsonl", "git_lfs_pointer.jsonl.gz"):
+        assert errors(str(shared_data / "badrows" / name)) == [(1, "git_lfs_pointer")]
+    pytest.importorskip("pyarrow")
+    parquet = tmp_path / "a.parquet"
+    parquet.write_bytes((shared_data / "badrows" / "git_lfs_pointer.jsonl").read_bytes())
+    assert errors(str(parquet)) == [(1, "git_lfs_pointer")]
+    parquet.write_bytes(b"PAR1 but no more")
+    assert errors(str(parquet)) == [(1, "corrupt_parquet")]
+
+
+def test_an_empty_file_is_a_failure_and_not_an_empty_data_set(tmp_path):
+    for name in ("a.jsonl", "a.jsonl.gz"):
+        assert errors(write(tmp_path / name, [])) == [(1, "empty_file")]
+
+
+def test_a_file_that_is_not_there_is_named_with_its_field(tmp_path):
+    for spec in (str(tmp_path / "none.jsonl"), str(tmp_path / "none")):
+        with pytest.raises(ValueError, match=r"data\.train.*none.*does not exist"):
+            open_source(spec, field="data.train")
+    with pytest.raises(ValueError, match="mount the bucket"):
+        open_source("gs://bucket/a.jsonl")
+    with pytest.raises(ValueError, match="not a prepared tfds dataset"):
+        open_source(str(tmp_path))
+    (tmp_path / "a.csv").write_text("a,b")
+    with pytest.raises(ValueError, match=r"must end in \.jsonl"):
+        open_source(str(tmp_path / "a.csv"))
+    with pytest.raises(ValueError, match="no tfds dataset 'no_such_data_set'"):
+        open_source("tfds:no_such_data_set:train")
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    original = builtins.__import__
+
+    def refuse(name, *args, **kwargs):
+        if name.startswith("pyarrow"):
+            raise ImportError(name)
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ValueError, match="needs pyarrow"):
+        open_source(str(tmp_path / "a.parquet"))
+
+
+def test_a_mixture_is_a_list_of_sources_with_weights():
+    assert parse_mixture("a.jsonl=0.5,b.jsonl") == [("a.jsonl", 0.5), ("b.jsonl", 1.0)]
+    assert parse_mixture(" a.jsonl , day=3/b.jsonl=2 ") == [("a.jsonl", 1.0), ("day=3/b.jsonl", 2.0)]
+    assert parse_mixture("tfds:prefs:train[:50%]=2") == [("tfds:prefs:train[:50%]", 2.0)]
+
+
+@pytest.mark.parametrize(
+    "spec", ["a.jsonl=0", "a.jsonl=-1", "a.jsonl=nan", "a.jsonl=inf", "a.jsonl=1e9", "a.jsonl=half"]
+)
+def test_a_weight_that_means_nothing_is_refused(spec):
+    with pytest.raises(ValueError, match=r"data\.train.*weight"):
+        parse_mixture(spec, field="data.train")
+
+
+@pytest.mark.parametrize("spec", ["", ",", "a.jsonl,", "=0.5", "a.jsonl,a.jsonl"])
+def test_a_mixture_without_a_name_or_with_one_twice_is_refused(spec):
+    with pytest.raises(ValueError, match=r"names no source|named twice"):
+        parse_mixture(spec)
+
+
+def test_the_content_hash_is_of_the_bytes_and_not_of_the_path(tmp_path):
+    first = content_hash(write(tmp_path / "a.jsonl"))
+    assert content_hash(write(tmp_path / "b.jsonl")) == first
+    assert content_hash(write(tmp_path / "a.jsonl", ROWS[:-1])) != first
+
+
+def test_reading_starts_no_device_and_imports_no_other_framework():
+    code = (
+        "import sys, sera_jax.data.loading, sera_jax.data.prepare, sera_jax.data.tfds_builders\n"
+        "from jax._src import xla_bridge\n"
+        "assert not xla_bridge._backends, 'a device was started'\n"
+        "assert not {'tensorflow', 'torch'} & set(sys.modules), 'another framework was imported'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
