@@ -52,11 +52,6 @@ class Batch:
 
     @property
     def arrays(self) -> PairBatch:
-        """What goes to the device."""
-        return self.batch
-
-    @property
-    def arrays(self) -> PairBatch:
         """What a training step takes."""
         return self.batch
 
@@ -79,11 +74,6 @@ class ItemBatch:
     padding_fraction: float
     tokens: int
     real_tokens: int
-
-    @property
-    def arrays(self) -> tuple[Rows, np.ndarray]:
-        """What goes to the device: rows, slot weights."""
-        return self.rows, self.weight
 
     @property
     def arrays(self) -> tuple[Rows, np.ndarray]:
