@@ -11,7 +11,12 @@ from sera_jax import irm
 from sera_jax.losses.preference import LOSSES, resolve
 from tests.tolerances import TOLERANCES
 
-MARGINS = np.float32([0.5, -1.0, 3.0, 0.0, 2.0, -4.0, 1.0, 7.0, -0.5, 0.25])
+
+def f32(values) -> np.ndarray:
+    return np.array(values, np.float32)
+
+
+MARGINS = f32([0.5, -1.0, 3.0, 0.0, 2.0, -4.0, 1.0, 7.0, -0.5, 0.25])
 RANKED_RULES = [("top", {"fraction": 0.5}), ("bottom", {"fraction": 0.5}), ("middle", {"fraction": 0.5})]
 RANKED_RULES += [("middle", {"band": (0.2, 0.7)}), ("threshold", {"threshold": 0.3}), ("none", {})]
 
@@ -25,11 +30,11 @@ def assert_close(got, want):
 
 
 def test_the_margin_is_the_reward_difference_over_beta():
-    assert_close(irm.margin(np.float32([1.0, -2.0]), np.float32([0.5, 1.0]), beta=0.5), [1.0, -6.0])
+    assert_close(irm.margin(f32([1.0, -2.0]), f32([0.5, 1.0]), beta=0.5), [1.0, -6.0])
 
 
 def test_the_ensemble_weighs_two_rounds_as_equation_7():
-    now, before = np.float32([1.0, -2.0]), np.float32([3.0, 4.0])
+    now, before = f32([1.0, -2.0]), f32([3.0, 4.0])
     assert_close(irm.ensemble(now, before, 0.3), [0.7 * 1.0 + 0.3 * 3.0, 0.7 * -2.0 + 0.3 * 4.0])
     np.testing.assert_array_equal(irm.ensemble(now, before, 0.0), now)
     np.testing.assert_array_equal(irm.ensemble(now, before, 1.0), before)
@@ -210,19 +215,19 @@ def answers(*texts):
 
 
 def test_best_against_worst_pairs_the_highest_with_the_lowest_reward():
-    got = irm.pair_candidates(np.float32([0.5, 2.0, -1.0, 1.0]), answers([5], [6], [7], [8]))
+    got = irm.pair_candidates(f32([0.5, 2.0, -1.0, 1.0]), answers([5], [6], [7], [8]))
     assert got.pairs == (irm.CandidatePair(1, 2, 3.0),) and not got.refused
 
 
 def test_all_pairs_are_half_of_n_times_n_minus_1_and_each_has_the_better_first():
-    rewards = np.float32([0.5, 2.0, -1.0, 1.0])
+    rewards = f32([0.5, 2.0, -1.0, 1.0])
     got = irm.pair_candidates(rewards, answers([5], [6], [7], [8]), mode="all")
     assert [(p.chosen, p.rejected) for p in got.pairs] == [(1, 3), (1, 0), (1, 2), (3, 0), (3, 2), (0, 2)]
     assert all(p.margin == rewards[p.chosen] - rewards[p.rejected] > 0 for p in got.pairs)
 
 
 def test_length_control_takes_alpha_off_per_token():
-    rewards, tokens = np.float32([3.0, 2.0, 1.0]), answers([5] * 9, [6], [7] * 2)
+    rewards, tokens = f32([3.0, 2.0, 1.0]), answers([5] * 9, [6], [7] * 2)
     assert irm.pair_candidates(rewards, tokens).pairs == (irm.CandidatePair(0, 2, 2.0),)
     (pair,) = irm.pair_candidates(rewards, tokens, length_alpha=1.0).pairs
     assert (pair.chosen, pair.rejected) == (1, 0)
@@ -231,7 +236,7 @@ def test_length_control_takes_alpha_off_per_token():
 
 @pytest.mark.parametrize("mode", ["best_worst", "all"])
 def test_permuting_the_candidates_pairs_the_same_answers(mode):
-    rewards, tokens = np.float32([0.5, 2.0, -1.0, 1.0]), answers([5], [6], [7], [8])
+    rewards, tokens = f32([0.5, 2.0, -1.0, 1.0]), answers([5], [6], [7], [8])
     turn = [2, 0, 3, 1]
     straight = irm.pair_candidates(rewards, tokens, mode=mode).pairs
     turned = irm.pair_candidates(rewards[turn], [tokens[i] for i in turn], mode=mode).pairs
@@ -254,7 +259,7 @@ def test_permuting_the_candidates_pairs_the_same_answers(mode):
     ids=str,
 )
 def test_what_cannot_make_a_pair_is_refused_with_a_counted_reason(rewards, tokens, finished, refused, pair):
-    got = irm.pair_candidates(np.float32(rewards), tokens, finished=finished, eos_id=EOS)
+    got = irm.pair_candidates(f32(rewards), tokens, finished=finished, eos_id=EOS)
     assert dict(got.refused) == refused
     assert [(p.chosen, p.rejected) for p in got.pairs] == ([pair] if pair else [])
 
@@ -274,20 +279,20 @@ def test_every_prompt_is_a_pair_or_one_counted_refusal():
 
 def test_of_all_pairs_each_is_kept_or_counted():
     tokens = answers([5], [5], [6], [7])
-    got = irm.pair_candidates(np.float32([1, 1, 1, 0]), tokens, mode="all")
+    got = irm.pair_candidates(f32([1, 1, 1, 0]), tokens, mode="all")
     assert len(got.pairs) + got.refused["identical"] + got.refused["tie"] == 6
     assert got.refused == {"identical": 1, "tie": 2}
 
 
 def test_candidates_that_are_not_candidates_are_refused():
     with pytest.raises(ValueError, match="two or more"):
-        irm.pair_candidates(np.float32([1.0]), answers([5]))
+        irm.pair_candidates(f32([1.0]), answers([5]))
     with pytest.raises(ValueError, match="two or more"):
-        irm.pair_candidates(np.float32([1.0, 2.0, 3.0]), answers([5], [6]))
+        irm.pair_candidates(f32([1.0, 2.0, 3.0]), answers([5], [6]))
     with pytest.raises(ValueError, match="best_worst, all"):
-        irm.pair_candidates(np.float32([1.0, 2.0]), answers([5], [6]), mode="best")
+        irm.pair_candidates(f32([1.0, 2.0]), answers([5], [6]), mode="best")
     with pytest.raises(ValueError, match="not finite"):
-        irm.pair_candidates(np.float32([math.nan, 2.0]), answers([5], [6]))
+        irm.pair_candidates(f32([math.nan, 2.0]), answers([5], [6]))
 
 
 # Summaries.
@@ -325,7 +330,7 @@ def test_selecting_by_the_logged_threshold_keeps_the_same_pairs():
 
 def test_the_ensemble_summary_counts_signs_that_differ():
     assert irm.ensemble_summary(MARGINS, None, 0.3) == {"ensemble/weight_0": 1.0}
-    got = irm.ensemble_summary(np.float32([1, -1, 2, 3]), np.float32([1, 1, -2, 3]), 0.3)
+    got = irm.ensemble_summary(f32([1, -1, 2, 3]), f32([1, 1, -2, 3]), 0.3)
     assert got == {"ensemble/weight_0": 0.7, "ensemble/weight_1": 0.3, "ensemble/disagreement": 0.5}
 
 
@@ -335,7 +340,7 @@ def test_overlap_is_the_jaccard_index():
 
 def test_the_bootstrap_summary_adds_up():
     tokens = [answers([5] * 3, [6]), answers([5], [5]), answers([5], [6] * 4)]
-    rewards = np.float32([[2, 1], [1, 1], [0, 3]])
+    rewards = f32([[2, 1], [1, 1], [0, 3]])
     pairings = [irm.pair_candidates(r, t) for r, t in zip(rewards, tokens, strict=True)]
     lengths = [[len(a) for a in t] for t in tokens]
     got = irm.bootstrap_summary(pairings, lengths, [[True, True], [True, False], [True, True]])

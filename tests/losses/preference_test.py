@@ -14,6 +14,11 @@ from sera_jax.losses.preference import FIELD_HINTS, LOSSES, NAME_HINTS, PairInpu
 from tests import loss_oracles
 from tests.tolerances import TOLERANCES
 
+
+def f32(values) -> np.ndarray:
+    return np.array(values, np.float32)
+
+
 # Every loss at its defaults, and each of its hyper-parameters away from them.
 SETTINGS = [
     ("dpo", {}),
@@ -73,7 +78,7 @@ def value_and_gradients(loss, inputs: PairInputs):
     """Per-pair losses and their derivatives by the two log-probs; a pair's loss reads its own log-probs only."""
 
     def total(chosen_logp, rejected_logp):
-        losses = loss.loss(inputs.replace(chosen_logp=chosen_logp, rejected_logp=rejected_logp))
+        losses = loss.loss(dataclasses.replace(inputs, chosen_logp=chosen_logp, rejected_logp=rejected_logp))
         return jnp.sum(losses), losses
 
     (_, losses), grads = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(
@@ -128,7 +133,7 @@ def test_the_oracles_gradients_are_the_slopes_of_their_values(name, values):
 )
 def test_at_the_reference_the_loss_is_its_known_constant_and_the_reward_exactly_0(name, expected):
     inputs = pairs()
-    inputs = inputs.replace(ref_chosen_logp=inputs.chosen_logp, ref_rejected_logp=inputs.rejected_logp)
+    inputs = dataclasses.replace(inputs, ref_chosen_logp=inputs.chosen_logp, ref_rejected_logp=inputs.rejected_logp)
     loss = resolve(name)
     assert_close(loss.loss(inputs), expected)
     np.testing.assert_array_equal(loss.reward(inputs.chosen_logp, inputs.chosen_length, inputs.ref_chosen_logp), 0.0)
@@ -175,7 +180,7 @@ def test_permuting_the_pairs_permutes_the_losses(name):
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_without_reference_does_not_read_one(name):
     loss, inputs = resolve(name), pairs()
-    moved = inputs.replace(ref_chosen_logp=inputs.ref_chosen_logp - 1.5)
+    moved = dataclasses.replace(inputs, ref_chosen_logp=inputs.ref_chosen_logp - 1.5)
     same = np.array_equal(loss.loss(inputs), loss.loss(moved))
     assert same != loss.uses_reference
     if loss.uses_reference:
@@ -210,7 +215,7 @@ def test_a_loss_of_means_does_not_change_when_a_response_is_said_twice(name):
 )
 def test_the_implicit_reward_is_the_declared_one(name, values, expected):
     loss = resolve(name, **values)
-    logp, length, ref = np.float32([-6.0]), np.float32([4.0]), np.float32([-5.0])
+    logp, length, ref = f32([-6.0]), f32([4.0]), f32([-5.0])
     on_host = loss.reward(logp, length, ref)
     assert isinstance(on_host, np.ndarray) and on_host.dtype == np.float32
     assert_close(on_host, expected)
