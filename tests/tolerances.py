@@ -16,4 +16,7 @@ TOLERANCES: dict[str, dict] = {
     "decoding": dict(
         rtol=1e-4, atol=5e-5, reason="one query over a cache against whole rows: the same float32 sums in other orders"
     ),
+    "decoder_oracle": dict(
+        rtol=1e-4, atol=1e-5, reason="a few layers of float32 matmuls of order 1 against float64 numpy"
+    ),
 }
