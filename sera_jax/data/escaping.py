@@ -46,8 +46,7 @@ class EscapingEncoder:
 
     Args:
         spec: the tokenizer as parsed tokenizer.json.
-        control: strings of the control tokens.
-        ids: id of every control token.
+        control: control token -> its id.
         unknown: strings of tokens that a content may produce although they are special (the unknown token).
     """
 

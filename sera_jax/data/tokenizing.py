@@ -149,11 +149,9 @@ class Tokenizer:
         What the template puts around an answer (the space of 'Assistant: ...') is taken off where it is there, and an
         answer's own leading space, which `decode` loses with SentencePiece tokenizers, is kept.
         """
-        text = self._continuation(self._plain(ids))
+        text = self._continuation(self._plain(ids)).removeprefix(self._lead)
         if self._chat is not None:
-            shape = self._chat.shape(("user",))
-            before_end, end = self._encoder.split(shape.after)
-            text = text.removeprefix(shape.lead)
+            before_end, end = self._encoder.split(self._chat.shape(("user",)).after)
             text = text.removesuffix(before_end) if end is not None and len(ids) and ids[-1] == self.end_id else text
         return text
 
@@ -262,6 +260,12 @@ class Tokenizer:
         return self._backend.decode([*letter, *ids]).removeprefix(self._backend.decode(letter))
 
     @functools.cached_property
+    def _lead(self) -> str:
+        """What decoding shows before an answer's own text: the template's, or a space of the tokenizer's."""
+        text = self._continuation(self._plain(self.encode_response("x", "a", complete=False)))
+        return text.removesuffix("a") if text.endswith("a") else ""
+
+    @functools.cached_property
     def _letter(self) -> list[int]:
         """One token of plain letters to decode a continuation after; empty if there is none."""
         written = ((id, self._backend.decode([id])) for id in range(self.vocab_size))
@@ -287,11 +291,14 @@ def _from_pretrained(path_or_id: str | pathlib.Path) -> Any:
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        way_out = (
-            "the folder needs tokenizer.json and tokenizer_config.json"
-            if local
-            else "check the name and the network (or HF_HUB_OFFLINE), or download the repository and give its folder"
-        )
+        if "custom code" in reason:
+            way_out = "code that comes with a tokenizer is never run here; give a folder with a plain tokenizer.json"
+        elif local:
+            way_out = "the folder needs tokenizer.json and tokenizer_config.json"
+        else:
+            way_out = (
+                "check the name and the network (or HF_HUB_OFFLINE), or download the repository and give its folder"
+            )
         raise ValueError(f"tokenizer {name!r} cannot be loaded: {reason}; {way_out}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"tokenizer {name!r} has no tokenizer.json form; convert it to a fast tokenizer first")
