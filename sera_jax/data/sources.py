@@ -196,6 +196,11 @@ class TfdsSource(Source):
                 f"{spec!r} cannot be read by index ({error}); prepare it with file_format='array_record', "
                 "or convert it with python -m sera_jax.data.prepare"
             ) from error
+        if len(self._data) != (named := builder.info.splits[split].num_examples):  # Parquet ignores slices
+            raise ValueError(
+                f"{spec!r} names {named} rows, but its format gives {len(self._data)}; name a whole split, or convert it "
+                "with python -m sera_jax.data.prepare"
+            )
         self.path = f"{builder.data_path}:{split}"
         if not len(self._data):
             self.failure = RawRow(self.path, 1, None, "empty_file", "the split holds no row")

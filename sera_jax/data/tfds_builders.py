@@ -1,8 +1,8 @@
 """tfds builders for preferences and demonstrations: random access on disk, written and read without TensorFlow.
 
-A prompt is stored as text, either itself (`sera_prompt_format` "text") or as the JSON of its messages ("messages"), and a
-row's further fields as JSON in `extra`; `sera_jax.data.records` reads both back, so a prepared data set gives the same
-records, ids included, as the files it was made from.
+A prompt is stored as text, either itself (`sera_prompt_format` "text") or as the JSON of its messages ("messages"),
+and a row's further fields as JSON in `extra`; `sera_jax.data.records` reads both back, so a prepared data set gives the
+same records, ids included, as the files it was made from.
 """
 
 from __future__ import annotations

@@ -5,10 +5,11 @@ import gzip
 import json
 import subprocess
 import sys
+import types
 
 import pytest
 
-from sera_jax.data.sources import MAX_ROW_BYTES, content_hash, open_source, parse_mixture, read_rows
+from sera_jax.data.sources import MAX_ROW_BYTES, TfdsSource, content_hash, open_source, parse_mixture, read_rows
 
 ROWS = [{"prompt": f"p{i}", "chosen": "é" * i, "rejected": "no\u2028line"} for i in range(7)]
 
@@ -116,6 +117,16 @@ def test_a_file_that_is_not_there_is_named_with_its_field(tmp_path):
         open_source(str(tmp_path / "a.csv"))
     with pytest.raises(ValueError, match="no tfds dataset 'no_such_data_set'"):
         open_source("tfds:no_such_data_set:train")
+
+
+def test_a_slice_that_the_format_of_a_tfds_dataset_ignores_is_refused():
+    splits = {"train": types.SimpleNamespace(num_examples=5), "train[:3]": types.SimpleNamespace(num_examples=3)}
+    builder = types.SimpleNamespace(
+        info=types.SimpleNamespace(splits=splits), data_path="somewhere", as_data_source=lambda split: range(5)
+    )
+    assert len(TfdsSource(builder, "train", "tfds:x")) == 5
+    with pytest.raises(ValueError, match="names 3 rows, but its format gives 5"):
+        TfdsSource(builder, "train[:3]", "tfds:x:train[:3]")
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
