@@ -198,8 +198,8 @@ class TfdsSource(Source):
             ) from error
         if len(self._data) != (named := builder.info.splits[split].num_examples):  # Parquet ignores slices
             raise ValueError(
-                f"{spec!r} names {named} rows, but its format gives {len(self._data)}; name a whole split, or convert it "
-                "with python -m sera_jax.data.prepare"
+                f"{spec!r} names {named} rows, but its format gives {len(self._data)}; name a whole split, or convert "
+                "it with python -m sera_jax.data.prepare"
             )
         self.path = f"{builder.data_path}:{split}"
         if not len(self._data):
