@@ -32,9 +32,10 @@ parity: $(PARITY)/parity-$(VERSION).stamp ## compare with PyTorch implementation
 	$(PARITY)/bin/python -m pytest tests/parity $(PYTEST_FLAGS)
 
 check: $(VENV)/test-$(VERSION).stamp ## formatting, lint, types
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+	@failed=0; \
+	for command in "ruff format --check ." "ruff check ." "pyright --pythonpath $(VENV)/bin/python"; do \
+	  echo "$$command"; $(VENV)/bin/$$command || failed=1; \
+	done; exit $$failed
 
 format: $(VENV)/test-$(VERSION).stamp ## format the code and repair what lint can repair
 	$(VENV)/bin/ruff format .
@@ -51,6 +52,7 @@ clean: ## remove the environments and caches; runs/ stays
 	  echo "sera_jax needs Python 3.11, 3.12 or 3.13, which '$(PYTHON)' is not: give one, as in make PYTHON=python3.12"; \
 	  exit 1; }
 	$(PYTHON) -m venv --clear $*
+	@echo "installing packages into $* (about 1.6 GB, once; minutes on a slow line)"
 	touch $@
 
 $(VENV)/run-$(VERSION).stamp: requirements.txt | $(VENV)/python-$(VERSION).stamp
