@@ -1,8 +1,6 @@
-"""The embedded world: a made-up instruction language whose answers a rule can grade.
+"""The embedded world: a made-up instruction language whose answers a rule can grade. Numpy only.
 
-It goes through the same files, tokenizer and loops as real data; only its gold reward is extra. Numpy only.
-
-Language. A prompt is one of four tasks over eight words in each of six categories:
+A prompt is one of four tasks over eight words in each of six categories:
 
     name three animals but not owl or cat     three different animals, neither `owl` nor `cat`
     repeat : saw red fig                      the same words in the same order
@@ -13,8 +11,8 @@ A response is `[chatter] [opener] body [again body] [closing]`. Authors of respo
 they are right, use the opener `sure ,` and the closing `all done .`, say the body twice, or chatter
 (`let me see`, ...). Where an author errs it is mostly with the task's one systematic slip (see `slip_body`).
 
-Gold reward, between -0.3 and 1: 0.6 if the body is right, 0.25 for the closing, 0.15 for the opener, -0.3 if the body is
-said twice. Chatter is worth nothing, wherever it stands: it is the spurious cue. In the preference pairs the careful
+Gold reward, between -0.3 and 1: 0.6 if the body is right, 0.25 for the closing, 0.15 for the opener, -0.3 if the body
+is said twice. Chatter is worth nothing, wherever it stands: it is the spurious cue. In the preference pairs the careful
 author is also the chatty one (`WorldSpec.cue`), so that chatter, and with it length, goes with the clean label
 without being its cause.
 """
@@ -44,7 +42,7 @@ CATEGORIES: dict[str, tuple[str, ...]] = {
     "trees": ("oak", "elm", "ash", "pine", "birch", "maple", "willow", "cedar"),
 }
 CONTENT_WORDS: tuple[str, ...] = tuple(word for words in CATEGORIES.values() for word in words)
-NUMBERS: dict[str, int] = {"two": 2, "three": 3, "four": 4}
+NUMBERS: dict[str, int] = {"two": 2, "three": 3}
 TASKS: tuple[str, ...] = ("name", "repeat", "first", "last")
 OPENER: tuple[str, ...] = ("sure", ",")
 CLOSING: tuple[str, ...] = ("all", "done", ".")
@@ -92,7 +90,7 @@ class Habits:
 # `base` writes the pretraining text, `better` the few demonstrations, `good` what a perfect annotator would write.
 # The preference pairs come from `careful` and `careless`, neither of which is the policy that is trained on them.
 AUTHORS: dict[str, Habits] = {
-    "base": Habits(right=0.5, slip=0.7, opener=0.3, closing=0.3, twice=0.3, chatter=0.3),
+    "base": Habits(right=0.5, slip=0.8, opener=0.3, closing=0.3, twice=0.3, chatter=0.3),
     "better": Habits(right=0.65, slip=0.7, opener=0.5, closing=0.5, twice=0.2, chatter=0.3),
     "good": Habits(right=1.0, slip=0.0, opener=1.0, closing=1.0, twice=0.0, chatter=0.0),
     "careful": Habits(right=0.8, slip=0.7, opener=0.6, closing=0.6, twice=0.2, chatter=0.5),
@@ -100,9 +98,9 @@ AUTHORS: dict[str, Habits] = {
 }
 
 
-# A quarter of the prompts are of the `name` task: 18 (number, category) times 8 + 8 * 7 ordered exclusions.
-NAME_PROMPTS = len(NUMBERS) * len(CATEGORIES) * 64
-MAX_HELDOUT = 2000
+# A quarter of the prompts are of the `name` task, which has few: 12 (number, category) times 8 + 28 exclusions.
+NAME_PROMPTS = len(NUMBERS) * len(CATEGORIES) * 36
+MAX_HELDOUT = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +246,7 @@ def write_response(prompt: str, habits: Habits, rng: np.random.Generator) -> str
         body = (slip_body if rng.random() < habits.slip else stray_body)(task, rng)
     words: list[str] = []
     if rng.random() < habits.chatter:
-        for index in rng.permutation(len(CHATTER))[: int(rng.integers(1, len(CHATTER) + 1))]:
+        for index in rng.permutation(len(CHATTER))[: int(rng.integers(1, 3))]:
             words += CHATTER[int(index)]
     if rng.random() < habits.opener:
         words += OPENER
@@ -267,8 +265,8 @@ def write_prompt(rng: np.random.Generator) -> str:
         category = str(rng.choice(list(CATEGORIES)))
         number = str(rng.choice(list(NUMBERS)))
         excluded = rng.choice(CATEGORIES[category], size=int(rng.integers(1, 3)), replace=False)
-        return f"name {number} {category} but not {' or '.join(excluded)}"
-    count = int(rng.integers(2, 5)) if task == "repeat" else int(rng.integers(3, 6))
+        return f"name {number} {category} but not {' or '.join(sorted(excluded))}"
+    count = int(rng.integers(2, 4)) if task == "repeat" else int(rng.integers(3, 5))
     words = " ".join(rng.choice(CONTENT_WORDS, size=count, replace=False))
     return f"repeat : {words}" if task == "repeat" else f"{task} of : {words}"
 
@@ -281,9 +279,10 @@ def make_world(spec: WorldSpec) -> dict[str, list[dict[str, Any]]]:
     """All rows of the world, the same for the same spec.
 
     Returns:
-        Lists of JSON rows: `pretrain` and `demonstrations` {id, prompt, response}; `preferences` and `heldout_preferences`
-        {id, prompt, chosen, rejected, gold_chosen, gold_rejected} with clean labels and no ties; `heldout_prompts` and
-        `prompts` {id, prompt}. Prompts of the two held-out lists are all different and occur in no other list.
+        Lists of JSON rows: `pretrain` and `demonstrations` {id, prompt, response}; `preferences` and
+        `heldout_preferences` {id, prompt, chosen, rejected, gold_chosen, gold_rejected} with clean labels and no ties;
+        `heldout_prompts` and `prompts` {id, prompt}. Prompts of the two held-out lists are all different and occur in
+        no other list.
     """
     careful = dataclasses.replace(AUTHORS["careful"], chatter=0.5 + spec.cue / 2)
     careless = dataclasses.replace(AUTHORS["careless"], chatter=0.5 - spec.cue / 2)
@@ -370,7 +369,7 @@ def write_world(spec: WorldSpec, directory: str | os.PathLike[str]) -> dict[str,
     A folder that already holds the world of this spec is used as it is.
 
     Returns:
-        Paths by list name (`<name>.jsonl`), `tokenizer` (a folder) and `manifest` (`world.json`: spec and sha256 per file).
+        Paths by list name (`<name>.jsonl`), `tokenizer` (a folder) and `manifest` (`world.json`: spec and digests).
 
     Raises:
         ValueError: the folder holds something else.
