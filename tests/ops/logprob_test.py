@@ -1,0 +1,160 @@
+"""The law of the layout: a response scores the same alone or packed, shared or not; and chunks change nothing."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sera_jax.data.packing import build_rows, gather_scores, pack, spec_for, window_for
+from sera_jax.models.config import ModelConfig
+from sera_jax.models.decoder import head_matrix, hidden_states, init_params
+from sera_jax.ops.logprob import slot_lengths, sum_by_slot, token_logps
+from tests import oracles
+from tests.tolerances import TOLERANCES
+
+CFG = ModelConfig(
+    vocab_size=31,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=4,
+    initializer_range=0.3,
+)
+T = 48
+
+
+def close(left, right, kind):
+    np.testing.assert_allclose(left, right, rtol=TOLERANCES[kind]["rtol"], atol=TOLERANCES[kind]["atol"])
+
+
+@pytest.fixture(scope="module")
+def params():
+    return init_params(CFG, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def items():
+    return oracles.random_items(np.random.default_rng(0), 8, vocab=CFG.vocab_size, prompt=(1, 7), response=(1, 6))
+
+
+@functools.partial(jax.jit, static_argnames=("chunk", "window"))
+def score(params, rows, chunk=1000, window=None):
+    """Sums f32[R, K] and per-token log-probs f32[R, M]."""
+    logps = token_logps(hidden_states(CFG, params, rows, window=window), head_matrix(CFG, params), rows, chunk=chunk)
+    return sum_by_slot(logps, rows), logps
+
+
+@pytest.fixture(scope="module")
+def scored_alone(params, items):
+    """Log-prob of every response on its own row, from the logits of the whole sequence."""
+    longest = 13
+
+    @jax.jit
+    def logits(rows):
+        return hidden_states(CFG, params, rows) @ head_matrix(CFG, params)
+
+    scores = []
+    for item in items:
+        found = []
+        for k in range(len(item.responses)):
+            rows = oracles.alone(item, k)
+            length = rows.tokens.shape[1]
+            pad = ((0, 0), (0, longest - length))  # causal: what follows cannot matter; one shape compiles once
+            wide = rows.replace(
+                tokens=np.pad(rows.tokens, pad),
+                positions=np.pad(rows.positions, pad),
+                segment=np.pad(rows.segment, pad, constant_values=1),
+                branch=np.pad(rows.branch, pad, constant_values=1),
+                source=np.zeros((1, 1), np.int32),
+                target=np.zeros((1, 1), np.int32),
+                slot=np.zeros((1, 1), np.int32),
+            )
+            exact = np.asarray(logits(wide)[0], np.float64)
+            exact -= np.log(np.exp(exact).sum(-1, keepdims=True))
+            found.append(sum(exact[s, t] for s, t in zip(rows.source[0], rows.target[0])))
+        scores.append(np.array(found))
+    return scores
+
+
+def packed(items, order, share_prompt, row_tokens=T):
+    """Rows of the items in another order, and the scores put back into the order of `items`."""
+    some = [items[i] for i in order]
+    assignment = pack(some, row_tokens, share_prompt)
+    return some, build_rows(some, assignment, spec_for(some, assignment, row_tokens), 8, share_prompt)
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+@pytest.mark.parametrize("seed", range(2))
+def test_a_response_scores_the_same_alone_or_packed_shared_or_not(params, items, scored_alone, seed, share_prompt):
+    order = np.random.default_rng(seed).permutation(len(items))
+    some, rows = packed(items, order, share_prompt)
+    values = gather_scores([score(params, rows.rows)[0]], [rows], some)
+    for i, got in zip(order, values):
+        close(got, scored_alone[i], "packing")
+
+
+def test_a_window_as_long_as_the_longest_item_changes_no_score(params, items, scored_alone):
+    some, rows = packed(items, range(len(items)), True, row_tokens=192)
+    window = window_for(some, 192)
+    assert window < 192
+    for got, want in zip(gather_scores([score(params, rows.rows, window=window)[0]], [rows], some), scored_alone):
+        close(got, want, "packing")
+
+
+def test_another_response_or_neighbour_never_reaches_a_score(params, items):
+    rows = packed(items, range(len(items)), True)[1]
+    before = score(params, rows.rows)[0]
+    tokens = rows.rows.tokens.copy()
+    other = (rows.rows.segment != 1) | (rows.rows.branch > 1)  # all but the first item's prompt and first response
+    tokens[other] = (tokens[other] + 7) % CFG.vocab_size
+    after = score(params, rows.rows.replace(tokens=tokens))[0]
+    np.testing.assert_array_equal(before[:, 0], after[:, 0])
+    assert not np.array_equal(before, after)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, 1000])
+def test_chunks_of_the_vocabulary_projection_change_neither_value_nor_gradient(params, items, chunk):
+    rows = packed(items, range(len(items)), True)[1].rows
+    hidden = jax.random.normal(jax.random.key(1), (*rows.tokens.shape, CFG.hidden_size))
+    head = head_matrix(CFG, params)
+    weights = np.random.default_rng(0).uniform(0.5, 1.5, rows.slot.shape).astype(np.float32)
+
+    def total(hidden, head, chunk):
+        return jnp.sum(token_logps(hidden, head, rows, chunk=chunk) * weights)
+
+    def whole(hidden, head):
+        logps = jax.nn.log_softmax(hidden @ head, axis=-1)  # [R, T, V]
+        at_source = jnp.take_along_axis(logps, rows.source[:, :, None], axis=1)
+        picked = jnp.take_along_axis(at_source, rows.target[:, :, None], axis=2)[:, :, 0]
+        return jnp.sum(jnp.where(rows.slot < rows.num_slots, picked, 0.0) * weights)
+
+    chunked = functools.partial(total, chunk=chunk)
+    value, grads = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1)))(hidden, head)
+    value_whole, grads_whole = jax.jit(jax.value_and_grad(whole, argnums=(0, 1)))(hidden, head)
+    close(value, value_whole, "packing")
+    for left, right in zip(grads, grads_whole):
+        close(left, right, "packing")
+
+
+def test_unused_places_score_zero_and_lengths_count_scored_tokens(params, items):
+    some, rows = packed(items, range(len(items)), True)
+    sums, logps = score(params, rows.rows)
+    unused = rows.rows.slot == rows.rows.num_slots
+    assert unused.any() and not np.asarray(logps)[unused].any()
+    assert (np.asarray(logps)[~unused] < 0).all()
+    lengths = gather_scores([slot_lengths(rows.rows)], [rows], some)
+    for item, got in zip(some, lengths):
+        np.testing.assert_array_equal(got, [len(r) for r in item.responses])
+    assert not np.asarray(sums)[rows.item < 0].any()
+
+
+def test_values_are_summed_by_slot(items):
+    rows = packed(items, range(len(items)), True)[1].rows
+    values = np.random.default_rng(0).standard_normal(rows.slot.shape).astype(np.float32)
+    sums = np.asarray(sum_by_slot(values, rows))
+    for r, k in np.ndindex(sums.shape):
+        close(sums[r, k], values[r][rows.slot[r] == k].astype(np.float64).sum(), "closed_form")
