@@ -1,7 +1,7 @@
 """The three compiled programs of the sampler: prefill a block of prompts, insert them into slots, decode all slots.
 
-A cache column is a token position: slot s writes its token of position p into column p, so what a slot computes does not
-depend on when it started or on what its neighbours do. A slot first takes the keys and values of all tokens of its
+A cache column is a token position: slot s writes its token of position p into column p, so what a slot computes does
+not depend on when it started or on what its neighbours do. A slot first takes the keys and values of all tokens of its
 prompt but the last; the last one is fed to the decoder as if it had just been chosen. So the first token of an answer
 is chosen by the same code as every other, and prefill needs neither the head nor the choice.
 """
@@ -75,9 +75,9 @@ class Programs:
     prepare(params) -> params with one subtree per layer, in the compute dtype.
     empty(slots, columns) -> Slots; both static.
     prefill(params, tokens i32[b, T]) -> (keys, values): per layer [b, G, d, T], [b, G, T, d].
-    insert(slots, keys, values, base_key, placing: Placing) -> Slots (the old one is donated).
-    decode(prepared, slots, wake i32, limit i32) -> (Slots, Report) (the old one is donated); runs until `wake` slots are
-        idle or `limit` steps are done.
+    insert(slots, keys, values, base_key u32[...], placing: Placing) -> Slots (the old one is donated).
+    decode(prepared, slots, wake i32, limit i32) -> (Slots, Report) (the old one is donated); runs until `wake` slots
+        are idle or `limit` steps are done.
     """
 
     prepare: Callable[..., Any]
@@ -109,7 +109,8 @@ class Placing:
 def prepare(cfg: ModelConfig, params: Params) -> Params:
     """Parameters as the decoder wants them: one subtree per layer, already in the compute dtype.
 
-    Slicing the stacked parameters in every step would cost a CPU as much as reading them for the matmuls does.
+    Slicing the stacked parameters in every step would cost a CPU as much as reading them for the matmuls does. The
+    price is a second copy of them while samples are drawn.
     """
     params = jax.tree.map(lambda x: x.astype(cfg.dtype), params)
     stacked = params["layers"]["block"]
@@ -145,7 +146,8 @@ def prefill(cfg: ModelConfig, params: Params, tokens: jax.Array) -> tuple[tuple[
     """Keys and values of prompts i32[b, T], filled up on the right; what the filling computes is never read."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     attend = functools.partial(packed_attention, segment=jnp.ones_like(tokens), branch=jnp.zeros_like(tokens))
-    _, (keys, values) = Decoder(cfg).apply({"params": params}, tokens, positions, attend, True)
+    out: Any = Decoder(cfg).apply({"params": params}, tokens, positions, attend, True)
+    keys, values = out[1]
     return tuple(keys.swapaxes(3, 4)), tuple(values)
 
 
@@ -156,7 +158,12 @@ def insert(
     base_key: jax.Array,
     placing: Placing,
 ) -> Slots:
-    """Start samples in slots. Columns beyond a prompt keep what they held; they are written before they are read."""
+    """Start samples in slots. Columns beyond a prompt hold leftovers; they are written before they are read.
+
+    Args:
+        base_key: data of the PRNG key of (seed, round); a sample's key is folded from it.
+    """
+    base = jax.random.wrap_key_data(base_key)
     where, source = placing.slot, placing.source
     length = values[0].shape[2]
 
@@ -164,9 +171,10 @@ def insert(
         return old.at[where].set(new, mode="drop")
 
     def sample_key(prompt_id: jax.Array, sample: jax.Array) -> jax.Array:
-        return jax.random.fold_in(jax.random.fold_in(base_key, prompt_id), sample)
+        return jax.random.fold_in(jax.random.fold_in(base, prompt_id), sample)
 
-    return slots.replace(
+    return dataclasses.replace(
+        slots,
         keys=tuple(old.at[where, :, :, :length].set(new[source], mode="drop") for old, new in zip(slots.keys, keys)),
         values=tuple(old.at[where, :, :length].set(new[source], mode="drop") for old, new in zip(slots.values, values)),
         token=put(slots.token, placing.last_token),
@@ -192,8 +200,11 @@ def cached_attention(q: jax.Array, keys: jax.Array, values: jax.Array, visible: 
     slots, heads, _, depth = q.shape
     grouped = q.reshape(slots, keys.shape[1], -1, depth)
     scores = jnp.einsum("sgrd,sgdc->sgrc", grouped, keys, preferred_element_type=jnp.float32) * depth**-0.5
-    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, _MASKED), axis=-1).astype(values.dtype)
-    return jnp.einsum("sgrc,sgcd->sgrd", weights, values).reshape(slots, heads, 1, depth)
+    scores = jnp.where(visible[:, None, None], scores, _MASKED)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    mixed = jnp.einsum("sgrc,sgcd->sgrd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    mixed /= jnp.sum(weights, axis=-1, keepdims=True)  # divided last: d numbers per query instead of C
+    return mixed.astype(q.dtype).reshape(slots, heads, 1, depth)
 
 
 def step(cfg: ModelConfig, sampling: SamplingParams, prepared: Params, slots: Slots) -> Slots:
@@ -203,24 +214,34 @@ def step(cfg: ModelConfig, sampling: SamplingParams, prepared: Params, slots: Sl
     cos_sin = rotary_tables(cfg, slots.position[:, None])
     all_keys, all_values = list(slots.keys), list(slots.values)
 
+    # Written before it is attended to, so that the old cache has one reader and is updated in place.
     def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         at = dict(mode="drop", unique_indices=True, indices_are_sorted=True)
         all_keys[layer] = all_keys[layer].at[rows, :, :, slots.position].set(k[:, :, 0], **at)
         all_values[layer] = all_values[layer].at[rows, :, slots.position].set(v[:, :, 0], **at)
         return cached_attention(q, all_keys[layer], all_values[layer], visible)
 
-    x = constrain_rows(prepared["embed"][slots.token][:, None])  # [S, 1, D]
+    x: Any = constrain_rows(prepared["embed"][slots.token][:, None])  # [S, 1, D]
     for layer, params in enumerate(prepared["layers"]):
         x, _ = Block(cfg).apply({"params": params}, x, *cos_sin, functools.partial(attend, layer))
-    x = RMSNorm(cfg).apply({"params": prepared["final_norm"]}, x)[:, 0]
-    logits = jnp.dot(x, prepared["head"], preferred_element_type=jnp.dtype(cfg.logits_dtype)).astype(jnp.float32)
+    x = RMSNorm(cfg).apply({"params": prepared["final_norm"]}, x)
+    logits = jnp.dot(x[:, 0], prepared["head"], preferred_element_type=jnp.dtype(cfg.logits_dtype))
 
-    choice = {f.name: getattr(sampling, f.name) for f in dataclasses.fields(sampling) if f.name != "max_new_tokens"}
-    token, logp = choose(logits=logits, keys=slots.key, index=slots.count, **choice)
+    token, logp = choose(
+        logits=logits.astype(jnp.float32),
+        keys=slots.key,
+        index=slots.count,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_new_tokens=sampling.min_new_tokens,
+        stop_ids=sampling.stop_ids,
+    )
     here = (jnp.arange(sampling.max_new_tokens) == slots.count[:, None]) & slots.active[:, None]
     stopped = jnp.isin(token, jnp.array(sampling.stop_ids, jnp.int32))
     on = slots.active.astype(jnp.int32)
-    return slots.replace(
+    return dataclasses.replace(
+        slots,
         keys=tuple(all_keys),
         values=tuple(all_values),
         token=jnp.where(slots.active, token, slots.token),
@@ -264,7 +285,8 @@ def programs(cfg: ModelConfig, sampling: SamplingParams, mesh: Mesh | None, slot
         rows = ROW_AXES if slots % row_shards(mesh) == 0 else None
         heads = "tensor" if cfg.num_key_value_heads % mesh.shape["tensor"] == 0 else None
         cache, flat = NamedSharding(mesh, P(rows, heads)), NamedSharding(mesh, P(rows))
-        state = Slots(cache, cache, *(flat,) * (len(dataclasses.fields(Slots)) - 2))  # type: ignore[arg-type]
+        names = [field.name for field in dataclasses.fields(Slots)]  # a sharding stands for all arrays of its field
+        state = Slots(**{name: cache if name in ("keys", "values") else flat for name in names})
         block = NamedSharding(mesh, P(None, heads))  # any slot may take any prompt of the block
     return Programs(
         prepare=jax.jit(functools.partial(prepare, cfg)),

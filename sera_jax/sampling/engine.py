@@ -6,6 +6,7 @@ import collections
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -59,10 +60,11 @@ def generate(
     different prompts) in steps of 64 tokens.
 
     Args:
-        params: stacked parameters on device, as `init_params` makes them; sharded if `mesh` is given.
+        params: stacked parameters on device, as `init_params` makes them; sharded if `mesh` is given. A second copy of
+            them in the compute dtype lives until the call returns.
         prompts: i32[P] each, P >= 1.
         prompt_ids: one integer in [0, 2**32) per prompt.
-        slots: samples decoded at a time.
+        slots: samples decoded at a time; split over the mesh's data and fsdp axes if they divide it.
         max_prompt_tokens: make room for prompts of this length; default the longest given.
         on_progress: called with (samples done, samples in all, new tokens so far) after each call of the decoder.
         stats: counts are added to it.
@@ -79,9 +81,19 @@ def generate(
     prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
     stats = Stats() if stats is None else stats
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        engine = _Engine(cfg, params, prompts, prompt_ids, num_samples, sampling, slots, mesh, max_prompt_tokens, stats)
-        with jax.transfer_guard_host_to_device("allow"):  # making a key moves its seed
-            engine.base_key = engine.put(key_for(seed, Stream.SAMPLE, round))
+        engine = _Engine(
+            cfg,
+            params,
+            prompts,
+            prompt_ids=prompt_ids,
+            num_samples=num_samples,
+            sampling=sampling,
+            base_key=_base_key(seed, round),
+            slots=slots,
+            mesh=mesh,
+            longest=max(max_prompt_tokens or 0, max(map(len, prompts))),
+            stats=stats,
+        )
         total = len(prompts) * num_samples
         samples: list[Sample] = []
         while len(samples) < total:
@@ -95,15 +107,28 @@ def generate(
 class _Engine:
     """The slots of one call of `generate` and the queue of samples that wait for one."""
 
-    def __init__(self, cfg, params, prompts, prompt_ids, num_samples, sampling, slots, mesh, max_prompt_tokens, stats):
-        longest = max(max_prompt_tokens or 0, max(len(prompt) for prompt in prompts))
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        params: Params,
+        prompts: Sequence[np.ndarray],
+        *,
+        prompt_ids: Sequence[int],
+        num_samples: int,
+        sampling: SamplingParams,
+        base_key: np.ndarray,
+        slots: int,
+        mesh: Mesh | None,
+        longest: int,
+        stats: Stats,
+    ) -> None:
         self.params, self.prompts, self.prompt_ids, self.mesh, self.stats = params, prompts, prompt_ids, mesh, stats
+        self.base_key = self.put(base_key)
         self.prompt_columns = _round_up(max(longest - 1, 1), COLUMN_STEP)
         columns = max(self.prompt_columns, _round_up(longest - 1 + sampling.max_new_tokens, COLUMN_STEP))
         self.programs: Programs = programs(cfg, sampling, mesh, slots)
         self.prepared = self.programs.prepare(params)
         self.slots = self.programs.empty(slots, columns)
-        self.base_key = None
         # Idle slots that are worth interrupting the decoder for: an eighth, so that a sixteenth idles on average.
         self.wake = max(1, slots // 8)
         # Prompts prefilled at a time. Not fewer when few are left: another shape could round differently.
@@ -111,9 +136,9 @@ class _Engine:
         self.queue = collections.deque((p, n) for p in range(len(prompts)) for n in range(num_samples))
         self.owner: list[tuple[int, int] | None] = [None] * slots
         self.block_start = -self.block  # first prompt of the block that is prefilled now
-        self.block_kv = None
+        self.block_kv: tuple[Any, Any] = ((), ())
 
-    def put(self, tree):
+    def put(self, tree: Any) -> Any:
         """Onto the device or, whole, onto the mesh: explicitly, so that it passes a transfer guard."""
         return jax.device_put(tree) if self.mesh is None else host_to_global(tree, replicated(self.mesh))
 
@@ -134,7 +159,7 @@ class _Engine:
             self._insert(places)
 
     def _prefill(self, start: int) -> None:
-        self.block_start, self.block_kv = start, None  # the old block is freed before the new one is made
+        self.block_start, self.block_kv = start, ((), ())  # the old block is freed before the new one is made
         block = self.prompts[start : start + self.block]
         tokens = np.zeros((self.block, self.prompt_columns), np.int32)
         for row, prompt in zip(tokens, block, strict=False):
@@ -174,6 +199,12 @@ class _Engine:
             )
 
 
+def _base_key(seed: int, round: int) -> np.ndarray:
+    """The data of the key from which those of all samples are folded."""
+    with jax.transfer_guard_host_to_device("allow"):  # making a key moves its seed
+        return np.asarray(jax.random.key_data(key_for(seed, Stream.SAMPLE, round)))
+
+
 def _round_up(value: int, step: int) -> int:
     return -(-value // step) * step
 
@@ -209,9 +240,9 @@ def _check(
             raise ValueError(f"prompt {prompt_id} is empty; give it at least one token, such as BOS")
         if len(prompt) > room:
             raise ValueError(
-                f"prompt {prompt_id} has {len(prompt)} tokens and max_new_tokens={sampling.max_new_tokens}, together more "
-                f"than max_position_embeddings={cfg.max_position_embeddings}; shorten the prompt to {max(room, 0)} tokens "
-                "or lower max_new_tokens"
+                f"prompt {prompt_id} has {len(prompt)} tokens and max_new_tokens={sampling.max_new_tokens}, together "
+                f"more than max_position_embeddings={cfg.max_position_embeddings}; shorten the prompt to "
+                f"{max(room, 0)} tokens or lower max_new_tokens"
             )
         if max_prompt_tokens is not None and len(prompt) > max_prompt_tokens:
             raise ValueError(

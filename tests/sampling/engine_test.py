@@ -1,6 +1,7 @@
 """Laws of `generate`: what it draws, that neighbours do not matter, and that slots stay full."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,9 @@ from sera_jax.mesh import make_mesh, param_shardings
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import head_matrix, hidden_states, init_params
 from sera_jax.ops.logprob import token_logps
-from sera_jax.sampling import SamplingParams, generate
+from sera_jax.sampling import SamplingParams, Stats, generate
 from sera_jax.sampling.choose import choose
 from sera_jax.sampling.decode import programs
-from sera_jax.sampling.engine import Stats
 from tests.tolerances import TOLERANCES
 
 # A wide initialisation, so that the distributions differ from token to token and some tokens are likely.
@@ -253,7 +253,7 @@ def test_progress_counts_samples_and_tokens(params, prompts):
     seen = []
     samples = draw(params, prompts, num_samples=2, on_progress=lambda *args: seen.append(args))
     assert seen[-1] == (len(samples), len(samples), sum(len(s.tokens) for s in samples))
-    assert all(a[0] <= b[0] and a[2] <= b[2] for a, b in zip(seen, seen[1:], strict=False))
+    assert all(a[0] <= b[0] and a[2] <= b[2] for a, b in itertools.pairwise(seen))
 
 
 def test_no_prompts_give_no_samples(params):
@@ -261,7 +261,7 @@ def test_no_prompts_give_no_samples(params):
 
 
 @pytest.mark.parametrize(
-    "settings, message",
+    ("settings", "message"),
     [
         (dict(temperature=-1.0), "temperature=-1.0"),
         (dict(temperature=float("nan")), "temperature=nan"),
