@@ -20,10 +20,8 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 LAYERS = [
     ["main", "generate", "evaluate", "export"],
     ["experiment"],
-    [
-        "evaluation"
-    ],  # scores and samples a policy with the loops' runtime; a loop is handed its evaluation as a function
     ["loops"],
+    ["evaluation"],
     ["training", "sampling"],
     ["irm"],
     ["losses", "models", "data", "world", "checkpoint", "writer"],
@@ -141,7 +139,7 @@ def test_no_config_field_is_read_with_a_default_of_its_own(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get":
             owner = ast.unparse(node.func.value)
-            assert not re.search(r"\b(config|cfg|raw)\b", owner), f"{path}:{node.lineno}: {owner}.get"
+            assert not re.fullmatch(r"(self\.)?(config|cfg|raw)(\.\w+)*", owner), f"{path}:{node.lineno}: {owner}.get"
 
 
 @pytest.mark.parametrize("path", MODULES + CONFIGS, ids=id_of)
