@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import jax
 
+from sera_jax.experiment.saved import open_policy
+from sera_jax.mesh import make_mesh
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import Params
 from sera_jax.models.folder import DTYPES
@@ -56,7 +58,7 @@ def export(
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line, export, say what was written."""
     parser = argparse.ArgumentParser(prog="python -m sera_jax.export", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--checkpoint", required=True, help="folder of a checkpoint, or a work directory")
+    parser.add_argument("--checkpoint", required=True, help="WORKDIR/phases/NAME, or a Hugging Face folder")
     parser.add_argument("--out", required=True, help="folder to write; it appears whole or not at all")
     parser.add_argument("--dtype", choices=list(DTYPES.values()), help="default: that of the weights trained from")
     parser.add_argument("--source", help="Hugging Face folder trained from: keep its config.json, names and dtypes")
@@ -65,10 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
     args = parser.parse_args(argv)
 
-    from sera_jax.checkpoint import load_params
-
     try:
-        cfg, params, tokenizer_dir = load_params(args.checkpoint)
+        cfg, params, tokenizer_dir = open_policy(args.checkpoint, make_mesh(1, -1, 1))
         out = export(
             params,
             cfg,

@@ -24,6 +24,7 @@ class CorruptCheckpoint(ValueError):
     """What was read from disk is not what was written."""
 
 
+@jax.jit
 def _leaf_sum(x: jax.Array) -> jax.Array:
     """u32[2]: two order-free checksums of a leaf's bits and their places."""
     if x.dtype == bool:
@@ -43,12 +44,9 @@ def _leaf_sum(x: jax.Array) -> jax.Array:
     return jnp.stack([mix(0x9E3779B1, 0x85EBCA6B), mix(0xC2B2AE35, 0x27D4EB2F)])
 
 
-_tree_sums = jax.jit(lambda tree: jax.tree.map(_leaf_sum, tree))
-
-
 def checksums(tree: Any) -> dict[str, str]:
     """Sixteen hex digits for every leaf, by path."""
-    sums = jax.device_get(_tree_sums(tree))
+    sums = jax.device_get(jax.tree.map(_leaf_sum, tree))
     return {jax.tree_util.keystr(path): f"{int(s[0]):08x}{int(s[1]):08x}" for path, s in jax.tree.leaves_with_path(sums)}
 
 

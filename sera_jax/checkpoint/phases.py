@@ -14,7 +14,7 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 
@@ -45,10 +45,19 @@ def file_digest(path: pathlib.Path) -> str:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Write JSON so that the file is whole or absent."""
+    _write_whole(path, json.dumps(value, indent=1, sort_keys=True, default=str))
+
+
+def write_jsonl(path: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write one JSON object a line so that the file is whole or absent."""
+    _write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _write_whole(path: pathlib.Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     torn = path.with_name(path.name + ".tmp")
-    with torn.open("w") as file:
-        json.dump(value, file, indent=1, sort_keys=True, default=str)
+    with torn.open("w", encoding="utf-8") as file:
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     torn.replace(path)

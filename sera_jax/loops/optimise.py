@@ -22,8 +22,8 @@ from sera_jax.training.step import Objective, TrainState, abstract_state, init_s
 class Loader(Protocol):
     """Batches by number; a pure function of it, so a restart needs no iterator state."""
 
-    window: int
-    steps_per_epoch: int
+    @property
+    def steps_per_epoch(self) -> int: ...
 
     def batch(self, step: int) -> Any: ...
 
@@ -35,7 +35,7 @@ class Task:
     Attributes:
         name: the phase and the trained policy's name.
         start: where the parameters come from.
-        loader: the batches.
+        loader: the batches; window: no item of theirs is longer than this.
         objective: from the attention window to the objective; `computes` names what it computes (hashable).
         group: optimiser settings.
         updates: how many batches to train on.
@@ -49,6 +49,7 @@ class Task:
     name: str
     start: Policy
     loader: Loader
+    window: int
     objective: Callable[[int], Objective]
     computes: Any
     group: TrainGroup
@@ -83,9 +84,9 @@ def optimise(run: Runtime, task: Task) -> Policy:
 def _optimise(run: Runtime, task: Task, folder: pathlib.Path) -> None:
     optimizer = make_optimizer(task.group, task.schedule_updates)
     abstract = abstract_state(run.cfg, optimizer, run.mesh)
-    key = (task.computes, task.loader.window, task.group, task.schedule_updates)
+    key = (task.computes, task.window, task.group, task.schedule_updates)
     if key not in run.steps:  # phases that compute the same thing share the jitted step
-        run.steps[key] = make_step(task.objective(task.loader.window), optimizer, abstract, run.mesh)
+        run.steps[key] = make_step(task.objective(task.window), optimizer, abstract, run.mesh)
     step_fn = run.steps[key]
     checkpoints = Checkpoints(run.workdir.checkpoints(task.name), task.group.save_total_limit)
     try:
@@ -98,9 +99,6 @@ def _optimise(run: Runtime, task: Task, folder: pathlib.Path) -> None:
         checkpoints.close()
     save_tree(folder / "params", state.params)
     save_tree(folder / "optimizer", state.opt_state)
-    run.compilations[task.log[0]] = sum(
-        step._cache_size() for (computes, *_), step in run.steps.items() if computes == task.computes
-    )
 
 
 def _fresh_state(run: Runtime, task: Task, optimizer: optax.GradientTransformation, abstract: TrainState) -> TrainState:
@@ -122,7 +120,7 @@ def _train(run: Runtime, task: Task, state: TrainState, step_fn: Any, checkpoint
     with run.writer.phase(phase, arm=arm, round=round_, total_steps=task.updates, start_step=done):
         for step in range(done + 1, task.updates + 1):
             batch = task.loader.batch(step - 1)
-            state, metrics = step_fn(state, place_batch(batch.batch, group.gradient_accumulation_steps, run.mesh))
+            state, metrics = step_fn(state, place_batch(batch.arrays, group.gradient_accumulation_steps, run.mesh))
             waiting.append((batch, metrics))
             last = step == task.updates
             save = group.save_steps > 0 and step % group.save_steps == 0 and not last

@@ -7,7 +7,6 @@ reference and earlier policies cost memory only in the phases that score with th
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import pathlib
@@ -21,9 +20,9 @@ from jax.sharding import Mesh
 
 from sera_jax.checkpoint import Workdir, load_tree, save_tree
 from sera_jax.config import SamplingGroup
-from sera_jax.data.batches import score_batches
+from sera_jax.data.batches import PairLoader, score_batches
 from sera_jax.data.items import Item
-from sera_jax.data.packing import gather_scores, window_for
+from sera_jax.data.packing import RowSpec, gather_scores, window_for
 from sera_jax.mesh import param_shardings, row_shards
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import Params, abstract_params
@@ -52,6 +51,21 @@ class Policy:
 
 
 @dataclasses.dataclass
+class RowShapes:
+    """Shapes of pair batches that earlier rounds made, so that later ones use them again and compile nothing.
+
+    It grows where a loader is made, not where it trains, so a restart that skips a round still arrives at the same shapes.
+    """
+
+    sizes: tuple[int, ...] = ()
+    spec: RowSpec | None = None
+    window: int = 0
+
+    def note(self, loader: PairLoader, window: int) -> None:
+        self.sizes, self.spec, self.window = loader.sizes, loader.spec, max(self.window, window)
+
+
+@dataclasses.dataclass
 class Runtime:
     """Everything the verbs share.
 
@@ -76,10 +90,8 @@ class Runtime:
     def __post_init__(self) -> None:
         self._held: tuple[str, Params] | None = None
         self.steps: dict[Any, Any] = {}  # jitted update steps by what they compute
-        self.compilations: dict[str, int] = {}
-        self._make_score = functools.lru_cache(maxsize=None)(
-            lambda window: make_score(self.cfg, self.mesh, window=window, chunk_tokens=self.chunk_tokens)
-        )
+        self.row_shapes = RowShapes()
+        self._scores: dict[int, Any] = {}  # jitted scorers by attention window
 
     # ---- parameters
 
@@ -90,6 +102,13 @@ class Runtime:
             shapes,
             param_shardings(self.mesh, shapes),
         )
+
+    def compilations(self) -> dict[str, int]:
+        """How many programs this process compiled for updates and for scoring."""
+        return {
+            "update": sum(step._cache_size() for step in self.steps.values()),
+            "score": sum(score._cache_size() for score in self._scores.values()),
+        }
 
     def release(self) -> None:
         """Let go of the parameters in memory."""
@@ -125,7 +144,10 @@ class Runtime:
         shards = row_shards(self.mesh)
         rows = max(1, SCORE_TOKENS // self.row_tokens) * shards
         # window and shapes come from the items alone, so that a restart computes the same numbers to the bit
-        score = self._make_score(window_for(items, self.row_tokens, self.share_prompt))
+        window = window_for(items, self.row_tokens, self.share_prompt)
+        if window not in self._scores:
+            self._scores[window] = make_score(self.cfg, self.mesh, window=window, chunk_tokens=self.chunk_tokens)
+        score = self._scores[window]
         batches = score_batches(items, self.row_tokens, rows, share_prompt=self.share_prompt)
         params = self.params(policy)
         values = []
@@ -139,7 +161,6 @@ class Runtime:
             bad = next(i.id for i, s in zip(items, gather_scores(values, batches, items)) if not np.isfinite(s).all())
             raise NonFinite(f"{name}: the log-prob of record {bad!r} is not finite; look at the parameters of {policy.path}")
         np.save(folder / "logps.npy", flat.astype(np.float32))
-        self.compilations["score"] = self.compilations.get("score", 0) + score._cache_size()
 
     # ---- sample
 
@@ -174,9 +195,13 @@ class Runtime:
     ) -> list[Sample]:
         with self.writer.phase(name, total_steps=len(prompts) * num_samples):
 
-            def progress(done: int, tokens: int) -> None:
+            tokens_before = 0
+
+            def progress(done: int, total: int, tokens: int) -> None:
+                nonlocal tokens_before
                 self.check_stop()
-                self.writer.advance(done, tokens=tokens)
+                self.writer.advance(done, tokens=tokens - tokens_before)
+                tokens_before = tokens
 
             return generate(
                 self.cfg,

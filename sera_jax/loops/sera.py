@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 
 from sera_jax import irm
+from sera_jax.checkpoint.phases import digest_of
 from sera_jax.config import SamplingGroup, SeraGroup, TrainGroup
 from sera_jax.core import Stream, rng_for
 from sera_jax.data.batches import PairLoader
 from sera_jax.data.items import Item, PairItem
+from sera_jax.data.packing import window_for
 from sera_jax.loops.optimise import Task, optimise
 from sera_jax.loops.runtime import Policy, Runtime, items_digest
 from sera_jax.losses.preference import ResolvedLoss
@@ -73,7 +75,6 @@ def sera(study: Study, arm: str) -> tuple[Policy, list[dict[str, Any]]]:
     reference = study.run.score("sft/pool", study.sft, offline)
     pool = [dataclasses.replace(pair, ref_logp=logp) for pair, logp in zip(study.pool, reference, strict=True)]
     policies, scores, facts = [study.sft], [reference], []
-    known_sizes: tuple[int, ...] = ()
 
     for round_ in range(1, settings.rounds + 1):
         now = policies[-1]
@@ -86,8 +87,7 @@ def sera(study: Study, arm: str) -> tuple[Policy, list[dict[str, Any]]]:
             kept = [kept[i] for i in irm.order(margins, settings.curriculum)]
         pairs = with_reference(study, settings, policies, [*kept, *fresh], round_)
         name = "round1" if round_ == 1 else f"{arm}/round{round_}"  # round 1 is the same in every arm
-        policy, loader = train_round(study, settings, policies, pairs, name, arm, round_, known_sizes)
-        known_sizes = loader.sizes
+        policy = train_round(study, settings, policies, pairs, name, arm, round_)
         policies.append(policy)
         flipped = [pair.flipped for pair in kept]
         record |= {
@@ -153,10 +153,12 @@ def bootstrap(
     candidates = [
         dataclasses.replace(prompt, responses=tuple(s.tokens for s in group)) for prompt, group in zip(prompts, groups)
     ]
-    rewards = [
-        irm.ensemble(new, old, settings.ensemble_gamma)
-        for new, old in zip(*(implicit_rewards(study, p, candidates, now) for p in policies[-1:-3:-1]), strict=True)
-    ]
+    reference = candidate_logps(study, study.sft, candidates, now) if study.loss.uses_reference else [None] * len(prompts)
+    newest, before = (
+        [study.loss.score(logp, np.array([len(r) for r in item.responses]), ref) for item, logp, ref in rows]
+        for rows in (zip(candidates, candidate_logps(study, p, candidates, now), reference) for p in policies[-1:-3:-1])
+    )
+    rewards = [irm.ensemble(new, old, settings.ensemble_gamma) for new, old in zip(newest, before, strict=True)]
     pairings = [
         irm.pair_candidates(
             reward,
@@ -164,6 +166,7 @@ def bootstrap(
             mode=settings.pairing,
             length_alpha=settings.length_alpha,
             finished=[s.finished for s in group] if settings.require_eos else None,
+            eos_id=run.stop_ids[0] if len(run.stop_ids) == 1 else None,
         )
         for item, reward, group in zip(candidates, rewards, groups, strict=True)
     ]
@@ -180,7 +183,7 @@ def bootstrap(
     for index in kept:
         i, pair = flat[index]
         grouped.setdefault(i, []).append((pair.chosen, pair.rejected))
-    fresh = [_fresh_pair(candidates[i], pairs, round_) for i, pairs in grouped.items()]
+    fresh = [_fresh_pair(candidates[i], reference[i], pairs, round_) for i, pairs in grouped.items()]
     lengths = [[len(r) for r in item.responses] for item in candidates]
     record: dict[str, Any] = irm.bootstrap_summary(pairings, lengths, [[s.finished for s in g] for g in groups])
     if study.judge is not None and fresh:
@@ -196,8 +199,7 @@ def train_round(
     name: str,
     arm: str,
     round_: int,
-    known_sizes: tuple[int, ...],
-) -> tuple[Policy, PairLoader]:
+) -> Policy:
     """DAA updates on `pairs`, as many in every round and every arm."""
     run, group = study.run, study.train
     updates = updates_per_round(study)
@@ -212,14 +214,17 @@ def train_round(
         max_row_shapes=study.max_row_shapes,
         microbatches=group.gradient_accumulation_steps,
         share_prompt=run.share_prompt,
-        known_sizes=known_sizes,
+        known_sizes=run.row_shapes.sizes,
+        spec=run.row_shapes.spec,
         order="shuffle" if settings.curriculum == "none" else "given",
     )
+    run.row_shapes.note(loader, window_for([pair.item for pair in pairs], run.row_tokens, run.share_prompt))
     shards = row_shards(run.mesh)
     task = Task(
         name=name,
         start=policies[-1],
         loader=loader,
+        window=run.row_shapes.window,
         objective=lambda window: align_objective(
             run.cfg, study.loss, window=window, chunk_tokens=run.chunk_tokens, shards=shards
         ),
@@ -233,38 +238,27 @@ def train_round(
         log=("train", "" if round_ == 1 else arm, round_),
         logging_steps=study.logging_steps,
     )
-    return optimise(run, task), loader
+    return optimise(run, task)
 
 
 def with_reference(
     study: Study, settings: SeraGroup, policies: Sequence[Policy], pairs: Sequence[PairItem], round_: int
 ) -> list[PairItem]:
-    """The pairs with the reference log-probs that the loss needs: of the SFT model, or of the last round's policy."""
-    if not study.loss.uses_reference:
+    """The pairs with the reference log-probs that training uses: of the SFT model (they carry those already), or, with
+    reference="previous", of the last round's policy."""
+    if settings.reference == "fixed" or not study.loss.uses_reference or round_ == 1:
         return list(pairs)
-    reference = study.sft if settings.reference == "fixed" else policies[-1]
-    missing = [i for i, pair in enumerate(pairs) if pair.ref_logp is None or settings.reference == "previous"]
-    out = list(pairs)
-    if missing:
-        name = f"{reference.name}/pairs{round_}_{items_digest([pairs[i].item for i in missing])[:12]}"
-        logps = study.run.score(name, reference, [pairs[i].item for i in missing])
-        for i, logp in zip(missing, logps, strict=True):
-            out[i] = dataclasses.replace(pairs[i], ref_logp=logp)
-    return out
+    items = [pair.item for pair in pairs]
+    name = f"{policies[-1].name}/pairs_{pairs_digest(pairs)[:12]}"
+    logps = study.run.score(name, policies[-1], items)
+    return [dataclasses.replace(pair, ref_logp=logp) for pair, logp in zip(pairs, logps, strict=True)]
 
 
-def implicit_rewards(study: Study, policy: Policy, items: Sequence[Item], sampled_by: Policy) -> list[np.ndarray]:
-    """Implicit reward / scale of every response of every item under `policy`: f32[N] each."""
-
-    def logps(scorer: Policy) -> list[np.ndarray]:
-        pieces = _pieces(items, study.run.row_tokens)
-        flat = np.concatenate(study.run.score(f"{sampled_by.name}/candidates_by_{_slug(scorer)}", scorer, pieces))
-        return np.split(flat, np.cumsum([len(item.responses) for item in items])[:-1])
-
-    under = logps(policy)
-    reference = logps(study.sft) if study.loss.uses_reference else [None] * len(items)
-    lengths = [np.array([len(r) for r in item.responses]) for item in items]
-    return [study.loss.score(a, n, b) for a, n, b in zip(under, lengths, reference, strict=True)]
+def candidate_logps(study: Study, scorer: Policy, items: Sequence[Item], sampled_by: Policy) -> list[np.ndarray]:
+    """Summed log-prob of every candidate under `scorer`: f32[N] for each prompt."""
+    name = f"{sampled_by.name}/candidates_by_{scorer.name.replace('/', '-')}"
+    flat = np.concatenate(study.run.score(name, scorer, _pieces(items, study.run.row_tokens)))
+    return np.split(flat, np.cumsum([len(item.responses) for item in items])[:-1])
 
 
 def pair_margins(loss: ResolvedLoss, pair: PairItem, logp: np.ndarray) -> np.ndarray:
@@ -293,18 +287,17 @@ def updates_per_round(study: Study) -> int:
 
 def pairs_digest(pairs: Sequence[PairItem]) -> str:
     """Digest of what training on the pairs depends on, their order included."""
-    from sera_jax.checkpoint.phases import digest_of
-
     rest = [[p.pairs, p.weight, None if p.ref_logp is None else np.asarray(p.ref_logp).tolist()] for p in pairs]
     return digest_of([items_digest([p.item for p in pairs]), rest])
 
 
-def _fresh_pair(item: Item, pairs: list[tuple[int, int]], round_: int) -> PairItem:
+def _fresh_pair(item: Item, ref_logp: np.ndarray | None, pairs: list[tuple[int, int]], round_: int) -> PairItem:
     """A PairItem with only the responses that its pairs use."""
     used = sorted({k for pair in pairs for k in pair})
     place = {k: i for i, k in enumerate(used)}
     item = Item(f"{item.id}#round{round_}", item.prompt, tuple(item.responses[k] for k in used))
-    return PairItem(item, tuple((place[a], place[b]) for a, b in pairs), source="bootstrap")
+    ref_logp = None if ref_logp is None else ref_logp[used]
+    return PairItem(item, tuple((place[a], place[b]) for a, b in pairs), ref_logp, source="bootstrap")
 
 
 def _pieces(items: Sequence[Item], row_tokens: int) -> list[Item]:
@@ -319,10 +312,6 @@ def _pieces(items: Sequence[Item], row_tokens: int) -> list[Item]:
             part.append(response)
         pieces.append(Item(f"{item.id}@{len(pieces)}", item.prompt, tuple(part)))
     return pieces
-
-
-def _slug(policy: Policy) -> str:
-    return policy.name.replace("/", "-")
 
 
 def _numbers(record: dict[str, Any]) -> dict[str, float]:

@@ -6,11 +6,11 @@ import functools
 from collections.abc import Sequence
 
 from sera_jax.config import TrainGroup
-from sera_jax.core import Stream
 from sera_jax.data.batches import ItemLoader
 from sera_jax.data.items import Item
+from sera_jax.data.packing import window_for
 from sera_jax.loops.optimise import Task, optimise
-from sera_jax.loops.runtime import Policy, Runtime, items_digest
+from sera_jax.loops.runtime import Policy, Runtime, items_digest, stable_id
 from sera_jax.mesh import row_shards
 from sera_jax.training.objectives import sft_objective
 
@@ -24,7 +24,7 @@ def sft(
         batch_size=group.batch_size,
         row_tokens=run.row_tokens,
         seed=run.seed,
-        stream_indices=(Stream.INIT, len(name)),
+        stream_indices=(stable_id(name),),
         row_multiple=group.gradient_accumulation_steps * row_shards(run.mesh),
         microbatches=group.gradient_accumulation_steps,
         max_row_shapes=max_row_shapes,
@@ -35,6 +35,7 @@ def sft(
         name=name,
         start=start,
         loader=loader,
+        window=window_for(items, run.row_tokens),
         objective=objective,
         computes=("nll", run.chunk_tokens),
         group=group,

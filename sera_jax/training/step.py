@@ -42,12 +42,11 @@ def init_state(params: Params, opt_state: Any) -> TrainState:
 
 def abstract_state(cfg: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state; nothing is allocated."""
-    params = abstract_params(cfg)
-    shapes = jax.eval_shape(lambda p: init_state(p, optimizer.init(p)), params)
+    shapes = jax.eval_shape(lambda p: init_state(p, optimizer.init(p)), abstract_params(cfg))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
-        state_shardings(mesh, shapes, params),
+        state_shardings(mesh, shapes),
     )
 
 
@@ -80,7 +79,7 @@ def make_step(
             )
         grads, (weight, metrics) = carry
         grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-30), grads)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ok = state.ok & jnp.isfinite(norm) & jnp.isfinite(metrics["loss"].total)

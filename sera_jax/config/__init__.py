@@ -1,0 +1,38 @@
+"""Every option of a run, written once: frozen dataclasses whose defaults are the defaults.
+
+`configs/*.py` build an ml_collections ConfigDict from them (`to_config_dict`), the command line overrides it, and
+`parse` turns it back, checking every field and every rule that joins fields. Nothing else reads a ConfigDict.
+"""
+
+from sera_jax.config.groups import (
+    Config,
+    DataGroup,
+    EvalGroup,
+    LogGroup,
+    LossGroup,
+    MeshGroup,
+    ModelGroup,
+    SamplingGroup,
+    SeraGroup,
+    TrainGroup,
+    WorldGroup,
+)
+from sera_jax.config.parsing import ARMS, parse, to_config_dict, to_dict
+
+__all__ = [
+    "ARMS",
+    "Config",
+    "DataGroup",
+    "EvalGroup",
+    "LogGroup",
+    "LossGroup",
+    "MeshGroup",
+    "ModelGroup",
+    "SamplingGroup",
+    "SeraGroup",
+    "TrainGroup",
+    "WorldGroup",
+    "parse",
+    "to_config_dict",
+    "to_dict",
+]

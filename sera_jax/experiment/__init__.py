@@ -1,0 +1,166 @@
+"""One run from config to summary: the composition root, and the only module that reads the whole config."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import resource
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from sera_jax import config as config_lib
+from sera_jax.experiment.assembly import Corpus, base_model, read_corpus, sft_model
+from sera_jax.checkpoint import Workdir
+from sera_jax.checkpoint.phases import file_digest, versions, write_jsonl
+from sera_jax.config import Config
+from sera_jax.evaluation import report
+from sera_jax.experiment.evaluator import Evaluator
+from sera_jax.experiment.saved import describe
+from sera_jax.loops.runtime import Policy, Runtime
+from sera_jax.loops.sera import Study, sera
+from sera_jax.loops.sft import sft
+from sera_jax.losses.preference import resolve
+from sera_jax.mesh import make_mesh
+from sera_jax.models.huggingface import save_pretrained
+from sera_jax.writer import MetricWriter
+
+
+def run(config: Config, *, stop_requested: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+    """Run, or go on with, the experiment of `config`; returns the summary that it also writes to the work directory.
+
+    Raises:
+        ValueError: what was asked for cannot be done; the message says the way out.
+        Preempted: stopped on request, with everything saved.
+    """
+    loss = resolve(**dataclasses.asdict(config.loss))
+    root = pathlib.Path(config.workdir)
+    workdir = Workdir(root, config_lib.to_dict(config))
+    with MetricWriter(root, tensorboard=config.log.tensorboard) as writer:
+        writer.announce(f"loss {loss}")
+        corpus = read_corpus(config, workdir, writer.announce)
+        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        cfg, make_base = base_model(config.model, corpus.tokenizer, config.seed)
+        runtime = Runtime(
+            cfg=cfg,
+            mesh=mesh,
+            workdir=workdir,
+            writer=writer,
+            seed=config.seed,
+            row_tokens=config.data.row_tokens,
+            share_prompt=config.data.share_prompt,
+            chunk_tokens=config.train.logits_chunk_tokens,
+            stop_ids=corpus.tokenizer.stop_ids,
+            stop_requested=stop_requested,
+        )
+        describe(root, cfg, corpus.tokenizer_dir)
+        start = starting_policy(config, runtime, corpus, make_base)
+        evaluator = Evaluator(
+            run=runtime,
+            loss=loss,
+            pairs=corpus.heldout,
+            prompts=corpus.eval_prompts,
+            decode=corpus.tokenizer.decode,
+            judge=corpus.judge,
+            reference=start,
+            settings=config.eval,
+            sampling=config.sampling,
+        )
+        study = Study(
+            run=runtime,
+            sft=start,
+            loss=loss,
+            settings=config.sera,
+            train=config.train,
+            sampling=config.sampling,
+            pool=corpus.train,
+            prompts=corpus.prompts,
+            evaluate=evaluator,
+            judge=corpus.judge,
+            max_row_shapes=config.data.max_row_shapes,
+            logging_steps=config.log.logging_steps,
+        )
+        arms: dict[str, dict[str, Any]] = {"sft": evaluator.of_arm(start)}
+        rounds: list[dict[str, Any]] = []
+        final = {"sft": start}
+        for arm in config.sera.arms:
+            final[arm], facts = sera(study, arm)
+            rounds += facts
+            arms[arm] = evaluator.of_arm(final[arm])
+        summary = {
+            "arms": arms,
+            "rounds": rounds,
+            "loss": loss.as_dict(),
+            "wall_seconds": {name: product.seconds for name, product in workdir.done.items()},
+            "peak_memory_bytes": peak_memory_bytes(),
+            "params_sha256": {arm: params_sha256(policy) for arm, policy in final.items()},
+            "compilations": runtime.compilations(),
+            "config": config_lib.to_dict(config),
+            "seed": config.seed,
+            "versions": versions(),
+        }
+        finish(config, runtime, corpus, evaluator, final, summary)
+    return summary
+
+
+def starting_policy(config: Config, runtime: Runtime, corpus: Corpus, make_base: Callable[[], Any]) -> Policy:
+    """The SFT model: the checkpoint named, or SFT of the base on the demonstrations."""
+    say = runtime.writer.announce
+    if config.model.sft_model_path:
+        say(f"SFT model: {config.model.sft_model_path}; no SFT is run")
+        return runtime.store("sft", {"path": config.model.sft_model_path}, lambda: sft_model(config.model, runtime.cfg))
+    fresh = not config.model.model_name_or_path
+    base = runtime.store(
+        "init" if fresh else "base", {"model": dataclasses.asdict(config.model), "seed": config.seed}, make_base
+    )
+    shapes, steps = config.data.max_row_shapes, config.log.logging_steps
+    if fresh:
+        say(f"base model from scratch, on {len(corpus.pretrain)} texts")
+        base = sft(runtime, "pretrain", base, corpus.pretrain, config.pretrain, max_row_shapes=shapes, logging_steps=steps)
+    say(f"SFT on {len(corpus.demonstrations)} demonstrations: {corpus.demonstrations_are}")
+    return sft(runtime, "sft", base, corpus.demonstrations, config.sft, max_row_shapes=shapes, logging_steps=steps)
+
+
+def finish(
+    config: Config,
+    runtime: Runtime,
+    corpus: Corpus,
+    evaluator: Evaluator,
+    final: dict[str, Policy],
+    summary: dict[str, Any],
+) -> None:
+    """Write summary.json, report.png and, where asked for, the last policies as Hugging Face folders; print the table."""
+    root, say = runtime.workdir.root, runtime.writer.report
+    report.write_summary(root / "summary.json", summary)
+    if corpus.eval_prompts:
+        shown = [row for policy in final.values() for row in evaluator.show(policy)]
+        write_jsonl(root / "generations.jsonl", shown)
+    say(report.table(summary))
+    if config.log.report:
+        report.report_png(summary, root / "report.png")
+        say(f"picture: {root / 'report.png'}")
+    if config.log.hf_export:
+        for arm, policy in final.items():
+            save_pretrained(
+                root / "huggingface" / arm,
+                runtime.cfg,
+                jax.device_get(runtime.params(policy)),
+                tokenizer_dir=corpus.tokenizer_dir,
+            )
+            say(f"Hugging Face checkpoint of {arm}: {root / 'huggingface' / arm}")
+    say(f"summary: {root / 'summary.json'}")
+
+
+def params_sha256(policy: Policy) -> str:
+    """Digest of a policy's parameters, from the checksums stored beside them."""
+    return file_digest(policy.path / "params" / "checksums.json")
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident size of this process so far (and the device's own peak, where it reports one)."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return max(host, int(stats.get("peak_bytes_in_use", 0)))

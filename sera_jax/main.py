@@ -1,0 +1,64 @@
+"""`python -m sera_jax.main --config=configs/NAME.py [--config.group.field=value ...]`: one run, restartable at any point.
+
+Exit codes: 0 done; 2 the config, the data or the work directory are refused (the message says why and the way out);
+75 stopped by SIGTERM or SIGINT with everything saved (the same command goes on from there).
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from sera_jax import experiment
+from sera_jax.config import parse
+from sera_jax.loops.runtime import Preempted
+
+EXIT_REFUSED = 2
+EXIT_PREEMPTED = 75
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", help_string="A file of configs/; override its fields with --config.a.b=value."
+)
+_TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where a refusal was raised, not only its message.")
+
+
+class StopOnSignal:
+    """Called, says whether SIGTERM or SIGINT came; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def __call__(self) -> bool:
+        return self._asked
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._asked = True
+        print("\nstopping at the next safe point ...", file=sys.stderr, flush=True)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"{argv[1]!r} is not understood; overrides look like --config.train.learning_rate=1e-6")
+    try:
+        experiment.run(parse(_CONFIG.value), stop_requested=StopOnSignal())
+    except ValueError as error:
+        if _TRACEBACK.value:
+            raise
+        print(f"error: {error}\n(--traceback shows where)", file=sys.stderr)
+        sys.exit(EXIT_REFUSED)
+    except Preempted as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(EXIT_PREEMPTED)
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)

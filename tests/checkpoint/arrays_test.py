@@ -1,0 +1,99 @@
+"""Checkpoints: what is read is what was written, on any mesh, or an error says which array is not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from sera_jax.checkpoint import Checkpoints, CorruptCheckpoint, load_tree, save_tree, tree_digest
+from sera_jax.mesh import make_mesh
+
+
+def _tree():
+    rng = np.random.default_rng(0)
+    return {
+        "w": jnp.asarray(rng.normal(size=(16, 8)), jnp.float32),
+        "half": jnp.asarray(rng.normal(size=(8,)), jnp.bfloat16),
+        "step": jnp.asarray(3, jnp.int32),
+        "ok": jnp.asarray(True),
+    }
+
+
+def _abstract(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def _flip_a_byte(folder):
+    """Flip one bit in the middle of the largest data file below `folder`."""
+    files = [p for p in folder.rglob("*") if p.is_file() and "d" in p.parts]
+    path = max(files or [p for p in folder.rglob("*") if p.is_file()], key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(bytes(data))
+
+
+def test_a_tree_comes_back_bit_for_bit(tmp_path):
+    tree = _tree()
+    save_tree(tmp_path / "t", tree)
+    back = load_tree(tmp_path / "t", _abstract(tree))
+    for name, value in tree.items():
+        assert back[name].dtype == value.dtype
+        np.testing.assert_array_equal(np.asarray(back[name]), np.asarray(value))
+
+
+def test_the_digest_does_not_depend_on_the_mesh_and_sees_every_bit_and_place():
+    tree = _tree()
+    mesh = make_mesh(2, 2, 2)
+    spread = dict(tree, w=jax.device_put(tree["w"], NamedSharding(mesh, PartitionSpec("data", "fsdp"))))
+    assert tree_digest(spread) == tree_digest(tree)
+    swapped = dict(tree, w=tree["w"][::-1])
+    nudged = dict(tree, w=tree["w"].at[3, 3].set(np.nextafter(np.float32(tree["w"][3, 3]), np.float32(9))))
+    assert len({tree_digest(t) for t in (tree, swapped, nudged)}) == 3
+
+
+def test_a_checkpoint_restores_onto_another_mesh(tmp_path):
+    tree = _tree()
+    save_tree(tmp_path / "t", tree)
+    sharding = NamedSharding(make_mesh(1, 4, 2), PartitionSpec("fsdp", "tensor"))
+    target = _abstract(tree) | {"w": jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=sharding)}
+    back = load_tree(tmp_path / "t", target)
+    assert back["w"].sharding.is_equivalent_to(sharding, 2)
+    np.testing.assert_array_equal(np.asarray(back["w"]), np.asarray(tree["w"]))
+
+
+def test_a_flipped_bit_is_an_error_that_names_the_way_out(tmp_path):
+    tree = {"w": jnp.asarray(np.random.default_rng(1).normal(size=(64, 64)), jnp.float32)}
+    save_tree(tmp_path / "t", tree)
+    _flip_a_byte(tmp_path / "t" / "arrays")
+    with pytest.raises(CorruptCheckpoint, match="delete .* and start the same command again"):
+        load_tree(tmp_path / "t", _abstract(tree))
+
+
+def test_background_checkpoints_survive_donation_and_keep_only_the_last(tmp_path):
+    tree = {"w": jnp.ones((256, 256))}
+    target = _abstract(tree)
+    bump = jax.jit(lambda t: jax.tree.map(lambda x: x + 1, t), donate_argnums=0)
+    checkpoints = Checkpoints(tmp_path / "c", keep=2)
+    for step in range(5):
+        checkpoints.save(step, tree)
+        tree = bump(tree)
+    checkpoints.close()
+    kept = sorted(p.name for p in (tmp_path / "c").iterdir() if p.name.isdigit())
+    assert kept == ["3", "4"]
+    again = Checkpoints(tmp_path / "c", keep=2)
+    assert float(again.restore(target)["w"][0, 0]) == 5.0
+    again.close()
+
+
+def test_a_damaged_checkpoint_is_never_replaced_by_an_older_one_in_silence(tmp_path):
+    tree = {"w": jnp.asarray(np.random.default_rng(1).normal(size=(64, 64)), jnp.float32)}
+    checkpoints = Checkpoints(tmp_path / "c", keep=2)
+    for step in (1, 2):
+        checkpoints.save(step, tree)
+    checkpoints.close()
+    _flip_a_byte(tmp_path / "c" / "2" / "state")
+    again = Checkpoints(tmp_path / "c", keep=2)
+    with pytest.raises(CorruptCheckpoint, match="delete"):
+        again.restore(_abstract(tree))
+    again.close()
