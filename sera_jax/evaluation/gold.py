@@ -1,0 +1,60 @@
+"""Gold rewards of generated responses: mean with an interval, and win rate of one policy against another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from sera_jax.core import Stream, rng_for
+
+TIE = 1e-9  # gold rewards are sums of a few decimals; closer than this is the same reward
+RESAMPLES = 2000
+
+
+def facts(golds: Sequence[float] | np.ndarray, *, seed: int = 0) -> dict[str, float | list[float]]:
+    """`gold_mean` and `gold_ci95` of gold rewards f[n], one per held-out prompt; empty where n is 0."""
+    golds = np.asarray(golds, np.float64)
+    if not len(golds):
+        return {}
+    return {"gold_mean": float(golds.mean()), "gold_ci95": list(ci95(golds, seed=seed))}
+
+
+def ci95(values: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the mean of values f[n] over prompts, by the percentile bootstrap.
+
+    2000 resamples of the n prompts with replacement; the limits are the 2.5 and 97.5 percentiles of their means. It
+    holds the policy fixed: it says what other prompts would change, nothing of other seeds of training.
+    """
+    values = np.asarray(values, np.float64)
+    if not len(values):
+        raise ValueError("no values; an interval needs at least one")
+    rng = rng_for(seed, Stream.BOOTSTRAP_CI)
+    means = values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(axis=1)
+    low, high = np.percentile(means, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def win_rate(golds: np.ndarray, other: np.ndarray) -> float:
+    """Share of prompts on which `golds` beats `other`, both f[n] in the same order of prompts; a tie counts half."""
+    golds, other = np.asarray(golds, np.float64), np.asarray(other, np.float64)
+    if golds.shape != other.shape or not len(golds):
+        raise ValueError(
+            f"{len(golds)} gold rewards against {len(other)}: a win rate is paired by prompt, at least one"
+        )
+    gap = golds - other
+    return float(np.mean(np.where(np.abs(gap) < TIE, 0.5, gap > 0)))
+
+
+def agreement(chosen: np.ndarray, rejected: np.ndarray) -> dict[str, float]:
+    """Shares of pairs whose chosen response the gold puts above (`agree`), below (`disagree`) or level with (`tie`) the
+    rejected one; gold rewards f[n] of both sides. Empty where n is 0."""
+    gap = np.asarray(chosen, np.float64) - np.asarray(rejected, np.float64)
+    if not len(gap):
+        return {}
+    tie = np.abs(gap) < TIE
+    return {
+        "agree": float(np.mean((gap > 0) & ~tie)),
+        "disagree": float(np.mean((gap < 0) & ~tie)),
+        "tie": float(np.mean(tie)),
+    }

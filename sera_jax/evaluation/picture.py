@@ -1,0 +1,265 @@
+"""`report.png`: how margins, pairs, accuracy, gold reward and length go from round to round, an arm a colour."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+# Okabe and Ito's palette, told apart by every common kind of colour vision; markers differ as well.
+_STYLES: dict[str, tuple[str, str]] = {
+    "daa": ("#0072B2", "s"),
+    "sera": ("#D55E00", "o"),
+    "random": ("#009E73", "^"),
+    "selection_only": ("#CC79A7", "D"),
+    "bootstrap_only": ("#E69F00", "v"),
+}
+_OTHERS = [("#56B4E9", "P"), ("#000000", "X"), ("#F0E442", "*")]
+_GREY = "#6E6E6E"
+_INK = "#222222"
+_LABELS = {"daa": "DAA alone", "sera": "SeRA", "random": "random selection"}
+_STEP = 0.07  # arms stand this far apart around a round, so that equal values stay visible
+
+Round = dict[str, Any]
+
+
+class _Report:
+    """A summary's rounds by arm, with the SFT model as round 0 of each, and the panels that draw them."""
+
+    def __init__(self, summary: dict[str, Any]):
+        self.sft: Round = dict(summary["arms"].get("sft", {}))
+        self.arms: dict[str, list[Round]] = {}
+        for facts in summary["rounds"]:
+            self.arms.setdefault(facts["arm"], []).append(facts)
+        for facts in self.arms.values():
+            facts.sort(key=lambda f: f["round"])
+        self.final: dict[str, Round] = summary["arms"]
+        self.last = max((f["round"] for facts in self.arms.values() for f in facts), default=1)
+        others = iter(_OTHERS * 9)
+        self.styles = {arm: _STYLES[arm] if arm in _STYLES else next(others) for arm in self.arms}
+
+    def shift(self, arm: str) -> float:
+        names = list(self.arms)
+        return _STEP * (names.index(arm) - (len(names) - 1) / 2)
+
+    def has(self, name: str) -> bool:
+        return any(name in facts for rounds in self.arms.values() for facts in rounds)
+
+    def first(self, name: str) -> int:
+        """First round that has the fact."""
+        return min(f["round"] for rounds in self.arms.values() for f in rounds if name in f)
+
+    def lines(self, axis: Any, name: str, *, scale: float = 1.0, start: bool = True) -> None:
+        """One line per arm over the rounds, from the SFT model as round 0 where `start` and it has the fact."""
+        for arm, rounds in self.arms.items():
+            colour, marker = self.styles[arm]
+            points = [(f["round"] + self.shift(arm), scale * f[name]) for f in rounds if name in f]
+            if start and name in self.sft:
+                points.insert(0, (0.0, scale * self.sft[name]))
+            if points:
+                axis.plot(*zip(*points), color=colour, marker=marker)
+        if start and name in self.sft:
+            axis.plot(0, scale * self.sft[name], marker="o", color=_GREY, markersize=7, zorder=5)
+        self.rounds_axis(axis, first=0 if start and name in self.sft else self.first(name))
+
+    def rounds_axis(self, axis: Any, *, first: int) -> None:
+        ticks = list(range(first, self.last + 1))
+        axis.set_xticks(ticks, ["SFT" if t == 0 else str(t) for t in ticks])
+        axis.set_xlim(first - 0.4, self.last + 0.4)
+        axis.set_xlabel("round")
+
+    def gold(self, axis: Any) -> None:
+        self.lines(axis, "gold_mean")
+        for arm in self.arms:
+            facts = self.final.get(arm, {})
+            if "gold_ci95" in facts:
+                low, high = facts["gold_ci95"]
+                axis.vlines(self.arms[arm][-1]["round"] + self.shift(arm), low, high, color=self.styles[arm][0], lw=1.2)
+        axis.set(title="Gold reward of answers", ylabel="mean gold reward (95 % interval at the end)")
+
+    def accuracy(self, axis: Any) -> None:
+        self.lines(axis, "heldout_accuracy", scale=100)
+        baselines = [
+            f["length_baseline_accuracy"] for r in self.arms.values() for f in r if "length_baseline_accuracy" in f
+        ]
+        if baselines:
+            axis.axhline(100 * baselines[0], color=_GREY, ls=(0, (4, 3)), lw=1.2, zorder=1)
+            place = axis.get_yaxis_transform()  # x as a share of the axis, y as data
+            axis.text(
+                0.99, 100 * baselines[0], "longer answer wins", transform=place, ha="right", va="bottom", color=_GREY
+            )
+        axis.set(title="Held-out pairs ranked as labelled", ylabel="reward accuracy (%)")
+
+    def shorter(self, axis: Any) -> None:
+        self.lines(axis, "heldout_accuracy_shorter", scale=100)
+        axis.set(title="Pairs with the shorter answer preferred", ylabel="reward accuracy (%)")
+
+    def length(self, axis: Any) -> None:
+        self.lines(axis, "response_tokens_mean")
+        axis.set(title="Length of answers", ylabel="mean length (tokens)")
+
+    def heldout_margin(self, axis: Any) -> None:
+        self.lines(axis, "heldout_margin")
+        axis.axhline(0, color=_GREY, lw=0.8, zorder=1)
+        axis.set(title="Margin of held-out pairs", ylabel="mean implicit reward margin (nats)")
+
+    def margins(self, axis: Any) -> None:
+        self.lines(axis, "margin_mean", start=False)
+        for arm, rounds in self.arms.items():
+            for facts in rounds:
+                if "margin_p10" in facts and "margin_p90" in facts:
+                    x = facts["round"] + self.shift(arm)
+                    axis.vlines(x, facts["margin_p10"], facts["margin_p90"], color=self.styles[arm][0], lw=4, alpha=0.3)
+        axis.axhline(0, color=_GREY, lw=0.8, zorder=1)
+        axis.set(title="Offline pairs before selection", ylabel="margin, mean and p10 to p90 (nats)")
+
+    def pairs(self, axis: Any) -> None:
+        width = min(0.8 / len(self.arms), 0.35)
+        for i, (arm, rounds) in enumerate(self.arms.items()):
+            x = [f["round"] + (i + 0.5 - len(self.arms) / 2) * width for f in rounds]
+            kept, added = ([f.get(name, 0) for f in rounds] for name in ("kept", "added"))
+            flipped = [k * f.get("flipped_fraction_kept", 0) for k, f in zip(kept, rounds)]
+            colour = self.styles[arm][0]
+            inner = 0.88 * width
+            axis.bar(x, kept, inner, color=colour)
+            axis.bar(x, flipped, inner, color="none", edgecolor="white", hatch="////", lw=0)
+            axis.bar(x, added, inner, bottom=kept, color="white", edgecolor=colour, lw=1.2)
+        self.rounds_axis(axis, first=1)
+        top = max(f.get("kept", 0) + f.get("added", 0) for rounds in self.arms.values() for f in rounds)
+        axis.set_ylim(0, 1.2 * max(top, 1))
+        axis.set(title="Pairs trained on", ylabel="pairs")
+        handles = [
+            _patch(facecolor=_GREY, label="kept"),
+            _patch(facecolor=_GREY, edgecolor="white", hatch="////", label="of them flipped"),
+            _patch(facecolor="white", edgecolor=_GREY, label="added"),
+        ]
+        flips = any(f.get("flipped_fraction_kept") for rounds in self.arms.values() for f in rounds)
+        handles = handles if flips else [handles[0], handles[2]]
+        axis.legend(handles=handles, loc="upper center", ncols=3, columnspacing=1.0, handlelength=1.4)
+
+    def agreement(self, axis: Any) -> None:
+        """Stacked shares of the sampled pairs, one bar per arm and round."""
+        width = min(0.8 / len(self.arms), 0.35)
+        for i, (arm, rounds) in enumerate(self.arms.items()):
+            colour = self.styles[arm][0]
+            for facts in rounds:
+                shares, bottom = facts.get("agreement", {}), 0.0
+                looks = (
+                    ("agree", {"color": colour}),
+                    ("tie", {"color": colour, "alpha": 0.3}),
+                    ("disagree", {"color": "white"}),
+                )
+                for name, look in looks:
+                    height = 100 * shares.get(name, 0.0)
+                    x = facts["round"] + (i + 0.5 - len(self.arms) / 2) * width
+                    axis.bar(x, height, 0.88 * width, bottom=bottom, edgecolor=colour, linewidth=0.8, **look)
+                    bottom += height
+        self.rounds_axis(axis, first=self.first("agreement"))
+        axis.set(title="Sampled pairs against the gold reward", ylabel="share of added pairs (%)", ylim=(0, 122))
+        axis.set_yticks(range(0, 101, 25))
+        handles = [
+            _patch(facecolor=_GREY, edgecolor=_GREY, label="agree"),
+            _patch(facecolor="#CFCFCF", edgecolor=_GREY, label="tie"),
+            _patch(facecolor="white", edgecolor=_GREY, label="disagree"),
+        ]
+        axis.legend(handles=handles, loc="upper center", ncols=3, columnspacing=1.0, handlelength=1.4)
+
+
+def _patch(**look: Any) -> Any:
+    from matplotlib.patches import Patch
+
+    return Patch(**{"linewidth": 1.0, **look})
+
+
+def _panels(report: _Report) -> list[Callable[[Any], None]]:
+    """What there is something to draw of, in reading order: outcome first, then what the rounds did."""
+    panels = [
+        ("gold_mean", report.gold),
+        ("heldout_accuracy", report.accuracy),
+        ("heldout_accuracy_shorter", report.shorter if not report.has("gold_mean") else None),
+        ("response_tokens_mean", report.length),
+        ("margin_mean", report.margins),
+        ("heldout_margin", report.heldout_margin if not report.has("margin_mean") else None),
+        ("kept", report.pairs),
+        ("agreement", report.agreement),
+    ]
+    return [draw for name, draw in panels if draw is not None and report.has(name)]
+
+
+def report_png(summary: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Draw a summary (keys as `report.check_summary` wants them) into a PNG; panels without data are left out.
+
+    The file is whole or absent. Nothing is drawn, and no file written, for a summary without rounds.
+    """
+    if not summary["rounds"]:
+        return
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    report = _Report(summary)
+    panels = _panels(report)
+    columns = min(3, len(panels)) if len(panels) != 4 else 2
+    lines = -(-len(panels) // columns)
+    look = {
+        "font.size": 9.5,
+        "axes.titlesize": 11,
+        "axes.titlelocation": "left",
+        "axes.titleweight": "bold",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": "#888888",
+        "axes.labelcolor": _INK,
+        "axes.titlepad": 10,
+        "text.color": _INK,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "axes.axisbelow": True,
+        "grid.color": "#E6E6E6",
+        "xtick.color": _INK,
+        "ytick.color": _INK,
+        "lines.linewidth": 2.0,
+        "lines.markersize": 6.5,
+        "lines.markeredgecolor": "white",
+        "lines.markeredgewidth": 0.8,
+        "legend.frameon": False,
+        "legend.fontsize": 8.5,
+        "hatch.linewidth": 1.4,
+    }
+    with matplotlib.rc_context(look):
+        figure = Figure(figsize=(4.3 * columns, 3.5 * lines + 0.9), layout="constrained")
+        figure.set_constrained_layout_pads(w_pad=0.12, h_pad=0.14)
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(lines, columns, squeeze=False).ravel()
+        for axis, draw in zip(axes, panels):
+            draw(axis)
+        for axis in axes[len(panels) :]:
+            axis.set_axis_off()
+        figure.suptitle(_heading(summary), x=0.012, ha="left", fontsize=13, fontweight="bold")
+        figure.legend(
+            handles=[_line(report.styles[arm], _LABELS.get(arm, arm)) for arm in report.arms],
+            loc="outside upper right" if columns > 1 else "outside lower left",
+            ncols=len(report.arms),
+            fontsize=10,
+        )
+        path = pathlib.Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torn = path.with_name(path.name + ".tmp")
+        figure.savefig(torn, format="png", dpi=140)
+        torn.replace(path)
+
+
+def _line(style: tuple[str, str], label: str) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=style[0], marker=style[1], label=label)
+
+
+def _heading(summary: dict[str, Any]) -> str:
+    """Loss, label noise and seed, as far as the summary says them."""
+    parts = [summary["config"].get("loss", {}).get("name"), f"seed {summary['seed']}"]
+    noise = summary["config"].get("data", {}).get("label_noise")
+    if noise is not None:
+        parts.insert(1, f"{100 * noise:.0f} % of labels flipped" if noise else "clean labels")
+    return "Round by round: " + ", ".join(str(part) for part in parts if part)
