@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
@@ -32,12 +32,12 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with axes (data, fsdp, tensor), all of them left to the compiler (`AxisType.Auto`).
 
     Args:
         data, fsdp, tensor: sizes; at most one of them may be -1 for "what the others leave".
-        devices: the devices to use; default all.
+        devices: the jax devices to use; default all.
 
     Raises:
         ValueError: the sizes do not multiply to the number of devices.
@@ -79,7 +79,7 @@ def rows_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(ROW_AXES))
 
 
-def row_shards(mesh: Mesh) -> int:
+def row_shards(mesh: Mesh | AbstractMesh) -> int:
     """How many parts `rows_sharding` makes; R must be a multiple of it."""
     return math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
@@ -147,15 +147,24 @@ def host_to_global(tree: Any, shardings: Any) -> Any:
 def constrain_rows(x: jax.Array) -> jax.Array:
     """Inside a jitted step under `jax.set_mesh`, keep activations [R, ...] split by rows; elsewhere do nothing.
 
-    Without it the compiler may follow the parameters instead, and split the hidden axis while it copies the rows to
-    all devices. A leading axis that the row shards do not divide is left to the compiler too.
+    Without it the compiler may follow the parameters instead: it splits the hidden axis, copies the rows to all
+    devices and moves activations to and fro. A leading axis that the row shards do not divide is left to the compiler.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or any(axis not in mesh.shape for axis in ROW_AXES):
-        return x
-    if x.shape[0] % math.prod(mesh.shape[axis] for axis in ROW_AXES):
+    if mesh.empty or x.shape[0] % row_shards(mesh):
         return x
     return jax.lax.with_sharding_constraint(x, P(ROW_AXES))
+
+
+def constrain_table(table: jax.Array) -> jax.Array:
+    """Gather an embedding table [V, D] over `fsdp` before rows look things up in it, as `constrain_rows` does.
+
+    Looked up while its D is split, it would give activations split along D, which cost more to move than the table.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or table.shape[0] % mesh.shape["tensor"]:
+        return table
+    return jax.lax.with_sharding_constraint(table, P("tensor", None))
 
 
 def path_name(path: tuple) -> str:

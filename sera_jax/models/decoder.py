@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sera_jax.core import Rows
-from sera_jax.mesh import constrain_rows
+from sera_jax.mesh import constrain_rows, constrain_table
 from sera_jax.models.config import ModelConfig
 from sera_jax.ops.attention import packed_attention
 
@@ -133,7 +133,7 @@ class Decoder(nn.Module):
         embed = self.param("embed", init, (cfg.vocab_size, cfg.hidden_size), dtype)
         if not cfg.tie_word_embeddings:
             self.param("head", init, (cfg.hidden_size, cfg.vocab_size), dtype)
-        x = embed[tokens].astype(cfg.dtype)
+        x = constrain_table(embed)[tokens].astype(cfg.dtype)
         block: Any = _ScannedBlock
         if cfg.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else None

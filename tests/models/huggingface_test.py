@@ -9,7 +9,6 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from sera_jax.export import export
 from sera_jax.models import huggingface
 from sera_jax.models.config import ModelConfig, RopeScaling
 from sera_jax.models.decoder import init_params
@@ -69,6 +68,11 @@ def write_folder(path, cfg=CFG, tensors=None, shards=1, **config):
     return path
 
 
+def write_as_source(path, cfg, params, source):
+    described = read_source(source)
+    return save_pretrained(path, cfg, params, source_config=described.config, source_dtypes=described.dtypes)
+
+
 def read_tensors(path):
     tensors = {}
     for file in sorted(path.glob("*.safetensors")):
@@ -122,7 +126,7 @@ def test_a_mixture_of_dtypes_is_written_back_tensor_by_tensor_when_the_source_is
     tensors = {name: value.astype("float32") if "norm" in name else value for name, value in tensors.items()}
     source = write_folder(tmp_path / "in", tensors=tensors, torch_dtype="bfloat16", eos_token_id=7)
     cfg, params = load_pretrained(source)
-    out = export(params, cfg, tmp_path / "out", source=source)
+    out = write_as_source(tmp_path / "out", cfg, params, source)
     assert_same_bytes(tensors, read_tensors(out))
     assert json.loads((out / "config.json").read_text()) == json.loads((source / "config.json").read_text())
 
@@ -136,7 +140,7 @@ def test_a_tied_model_is_read_and_written_with_or_without_its_copy_of_the_embedd
     source = write_folder(tmp_path / "in", cfg, tensors)
     loaded, params = load_pretrained(source)
     assert "head" not in params
-    assert_same_bytes(tensors, read_tensors(export(params, loaded, tmp_path / "out", source=source)))
+    assert_same_bytes(tensors, read_tensors(write_as_source(tmp_path / "out", loaded, params, source)))
     assert "lm_head.weight" not in read_tensors(save_pretrained(tmp_path / "plain", loaded, params))
 
 
@@ -169,7 +173,7 @@ def test_a_long_list_of_missing_tensors_is_cut_and_counted(tmp_path):
 def test_rotary_buffers_of_old_files_are_passed_over(tmp_path):
     tensors = hf_tensors(CFG) | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32)}
     cfg, params = load_pretrained(write_folder(tmp_path / "in", tensors=tensors))
-    out = export(params, cfg, tmp_path / "out", source=tmp_path / "in")
+    out = write_as_source(tmp_path / "out", cfg, params, tmp_path / "in")
     assert sorted(read_tensors(out)) == sorted(hf_tensors(CFG))
 
 
