@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -223,6 +224,17 @@ def test_prompts_of_other_lengths_and_contents_compile_nothing_new(params, promp
     draw(params, prompts[::-1], num_samples=4, seed=9)
     assert [made.decode._cache_size(), made.insert._cache_size(), made.prefill._cache_size()][:2] == sizes[:2]
     assert made.decode._cache_size() == 1
+
+
+def test_a_decode_step_copies_no_cache(params):
+    sampling, slots, columns = SamplingParams(stop_ids=STOP), 5, 67
+    made = programs(CFG, sampling, None, slots)
+    state = made.empty(slots, columns)
+    bound = jnp.int32(1)
+    text = made.decode.lower(made.prepare(params), state, bound, bound).compile().as_text()
+    shapes = [",".join(map(str, cache.shape)) for cache in (state.keys[0], state.values[0])]
+    assert all(f"f32[{shape}]" in text for shape in shapes)
+    assert not re.search(rf"f32\[({'|'.join(shapes)})\]\S* copy\(", text)
 
 
 def test_no_value_crosses_to_the_device_implicitly(params, prompts):
