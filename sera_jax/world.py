@@ -1,11 +1,11 @@
 """The embedded world: a made-up instruction language whose answers a rule can grade. Numpy only.
 
-A prompt is one of four tasks over eight words in each of six categories:
+A prompt is one of four tasks over six words in each of eight categories:
 
-    name three animals but not owl or cat     three different animals, neither `owl` nor `cat`
-    repeat : saw red fig                      the same words in the same order
-    first of : saw red fig                    saw
-    last of : saw red fig                     fig
+    name : fruit tool animal     a word of each of these categories, in this order
+    repeat : saw red fig         the same words in the same order
+    first of : saw red fig       saw
+    last of : saw red fig        fig
 
 A response is `[chatter] [opener] body [again body] [closing]`. Authors of responses differ in their habits: how often
 they are right, use the opener `sure ,` and the closing `all done .`, say the body twice, or chatter
@@ -34,15 +34,16 @@ import numpy as np
 from sera_jax.core import Stream, rng_for
 
 CATEGORIES: dict[str, tuple[str, ...]] = {
-    "animals": ("cat", "dog", "fox", "owl", "hen", "cow", "bee", "goat"),
-    "fruits": ("apple", "pear", "plum", "fig", "lime", "mango", "grape", "peach"),
-    "colours": ("red", "blue", "green", "grey", "pink", "black", "white", "brown"),
-    "tools": ("saw", "axe", "drill", "rake", "hoe", "clamp", "wrench", "chisel"),
-    "metals": ("iron", "tin", "zinc", "copper", "silver", "nickel", "chrome", "cobalt"),
-    "trees": ("oak", "elm", "ash", "pine", "birch", "maple", "willow", "cedar"),
+    "animal": ("cat", "dog", "fox", "owl", "hen", "cow"),
+    "fruit": ("apple", "pear", "plum", "fig", "lime", "mango"),
+    "colour": ("red", "blue", "green", "grey", "pink", "brown"),
+    "tool": ("saw", "axe", "drill", "rake", "hoe", "clamp"),
+    "metal": ("iron", "tin", "zinc", "copper", "nickel", "lead"),
+    "tree": ("oak", "elm", "ash", "pine", "birch", "maple"),
+    "cloth": ("hat", "coat", "scarf", "glove", "sock", "boot"),
+    "tune": ("harp", "flute", "drum", "lute", "bell", "horn"),
 }
 CONTENT_WORDS: tuple[str, ...] = tuple(word for words in CATEGORIES.values() for word in words)
-NUMBERS: dict[str, int] = {"two": 2, "three": 3}
 TASKS: tuple[str, ...] = ("name", "repeat", "first", "last")
 OPENER: tuple[str, ...] = ("sure", ",")
 CLOSING: tuple[str, ...] = ("all", "done", ".")
@@ -53,7 +54,7 @@ _CHATTER_WORDS = frozenset(word for phrase in CHATTER for word in phrase)
 GOLD_TERMS: dict[str, float] = {"right": 0.6, "closing": 0.25, "opener": 0.15, "twice": -0.3}
 
 SPECIAL_TOKENS: tuple[str, ...] = ("<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>")
-_FUNCTION_WORDS = ("name", "but", "not", "or", "repeat", "first", "last", "of", ":", *NUMBERS, *CATEGORIES)
+_FUNCTION_WORDS = ("name", "repeat", "first", "last", "of", ":", *CATEGORIES)
 VOCABULARY: tuple[str, ...] = tuple(
     dict.fromkeys(
         (*SPECIAL_TOKENS, *_FUNCTION_WORDS, *OPENER, *CLOSING, AGAIN, *(w for p in CHATTER for w in p), *CONTENT_WORDS)
@@ -98,9 +99,9 @@ AUTHORS: dict[str, Habits] = {
 }
 
 
-# A quarter of the prompts are of the `name` task, which has few: 12 (number, category) times 8 + 28 exclusions.
-NAME_PROMPTS = len(NUMBERS) * len(CATEGORIES) * 36
-MAX_HELDOUT = 1000
+# A quarter of the prompts are of the `name` task, which has few: 8 * 7 + 8 * 7 * 6. Half are left to training at least.
+NAME_PROMPTS = 392
+MAX_HELDOUT = 700
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,18 +162,15 @@ class Marks:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A parsed prompt. `words` are the listed words; for `name` the excluded ones."""
+    """A parsed prompt: one of `TASKS` and the words listed (for `name`, categories)."""
 
     kind: str
     words: tuple[str, ...]
-    category: str = ""
-    count: int = 0
 
     def is_right(self, body: Sequence[str]) -> bool:
         """Whether `body` answers the prompt."""
         if self.kind == "name":
-            allowed = set(CATEGORIES[self.category]) - set(self.words)
-            return len(body) == self.count == len(set(body)) and allowed.issuperset(body)
+            return len(body) == len(self.words) and all(b in CATEGORIES[c] for b, c in zip(body, self.words))
         wanted = {"repeat": self.words, "first": self.words[:1], "last": self.words[-1:]}[self.kind]
         return tuple(body) == wanted
 
@@ -181,8 +179,8 @@ def parse_prompt(prompt: str) -> Task:
     """The task that a prompt sets; ValueError if it is not of the language."""
     words = tuple(prompt.split())
     match words:
-        case ("name", number, category, "but", "not", *excluded) if number in NUMBERS and category in CATEGORIES:
-            return Task("name", tuple(excluded[::2]), category, NUMBERS[number])
+        case ("name", ":", _, _, *_) if set(words[2:]) <= set(CATEGORIES):
+            return Task("name", words[2:])
         case ("repeat", ":", _, _, *_):
             return Task("repeat", words[2:])
         case ("first" | "last", "of", ":", _, _, *_):
@@ -215,15 +213,14 @@ def gold(prompt: str, response: str) -> float:
 def right_body(task: Task, rng: np.random.Generator) -> list[str]:
     """A right body; `name` has several, drawn uniformly."""
     if task.kind == "name":
-        allowed = [word for word in CATEGORIES[task.category] if word not in task.words]
-        return [str(word) for word in rng.choice(allowed, size=task.count, replace=False)]
+        return [str(rng.choice(CATEGORIES[category])) for category in task.words]
     return list({"repeat": task.words, "first": task.words[:1], "last": task.words[-1:]}[task.kind])
 
 
 def slip_body(task: Task, rng: np.random.Generator) -> list[str]:
-    """The task's systematic slip: forgets the exception, leaves out the last word, or is off by one word."""
+    """The task's systematic slip: goes back to the first category, leaves out the last word, or is off by one word."""
     if task.kind == "name":
-        return [*right_body(task, rng)[:-1], task.words[0]]
+        return right_body(Task("name", (*task.words[:-1], task.words[0])), rng)
     if task.kind == "repeat":
         return list(task.words[:-1])
     return [task.words[1] if task.kind == "first" else task.words[-2]]
@@ -261,11 +258,9 @@ def write_response(prompt: str, habits: Habits, rng: np.random.Generator) -> str
 def write_prompt(rng: np.random.Generator) -> str:
     """One prompt; the four tasks are equally likely."""
     task = TASKS[int(rng.integers(len(TASKS)))]
-    if task == "name":
-        category = str(rng.choice(list(CATEGORIES)))
-        number = str(rng.choice(list(NUMBERS)))
-        excluded = rng.choice(CATEGORIES[category], size=int(rng.integers(1, 3)), replace=False)
-        return f"name {number} {category} but not {' or '.join(sorted(excluded))}"
+    if task == "name":  # every prompt of the 392 is equally likely
+        count = 2 if rng.random() < 1 / (len(CATEGORIES) - 1) else 3
+        return f"name : {' '.join(rng.choice(list(CATEGORIES), size=count, replace=False))}"
     count = int(rng.integers(2, 4)) if task == "repeat" else int(rng.integers(3, 5))
     words = " ".join(rng.choice(CONTENT_WORDS, size=count, replace=False))
     return f"repeat : {words}" if task == "repeat" else f"{task} of : {words}"
