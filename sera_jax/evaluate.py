@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 
 from sera_jax import world
 from sera_jax.checkpoint import Workdir, tree_digest
@@ -53,7 +54,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--reference={args.reference} is not of the shape of --checkpoint={args.checkpoint}")
     tokenizer = Tokenizer.load(args.tokenizer or tokenizer_dir, args.chat_template)
     root = pathlib.Path(args.out)
-    with MetricWriter(root, tensorboard=False) as writer:
+    with MetricWriter(root, tensorboard=False) as writer, jax.set_mesh(mesh):
         workdir = Workdir(root, {k: v for k, v in vars(args).items() if k != "out"})
         pairs, prompts = _read(args, tokenizer, workdir)
         run = Runtime(
@@ -105,7 +106,7 @@ def _read(args: argparse.Namespace, tokenizer: Tokenizer, workdir: Workdir) -> t
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m sera_jax.evaluate", description=__doc__.split(":")[0])
+    parser = argparse.ArgumentParser(prog="python -m sera_jax.evaluate", description=(__doc__ or "").split(":")[0])
     add = parser.add_argument
     add("--checkpoint", required=True, help="WORKDIR/phases/NAME, or a Hugging Face folder")
     add("--reference", required=True, help="the SFT model, in either form")

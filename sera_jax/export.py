@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     try:
-        cfg, params, tokenizer_dir = open_policy(args.checkpoint, make_mesh(1, -1, 1))
+        cfg, params, tokenizer_dir = open_policy(args.checkpoint, make_mesh(1, 1, 1, devices=jax.devices()[:1]))
         out = export(
             params,
             cfg,

@@ -82,7 +82,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m sera_jax.generate", description=__doc__.split(":")[0])
+    parser = argparse.ArgumentParser(prog="python -m sera_jax.generate", description=(__doc__ or "").split(":")[0])
     add = parser.add_argument
     add("--checkpoint", required=True, help="WORKDIR/phases/NAME, or a Hugging Face folder")
     add("--prompts", required=True, help="prompt rows: JSONL, JSONL.gz, Parquet or tfds:NAME")

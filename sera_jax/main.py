@@ -1,4 +1,5 @@
-"""`python -m sera_jax.main --config=configs/NAME.py [--config.group.field=value ...]`: one run, restartable at any point.
+"""`python -m sera_jax.main --config=configs/NAME.py [--config.group.field=value ...]`: one run, restartable at any
+point.
 
 Exit codes: 0 done; 2 the config, the data or the work directory are refused (the message says why and the way out);
 75 stopped by SIGTERM or SIGINT with everything saved (the same command goes on from there).

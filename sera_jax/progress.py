@@ -40,9 +40,8 @@ class Progress:
         self._phases.append(_Phase(label, total_steps, start_step, now))
         if self._terminal:
             self._show(now)
-        else:
-            done = f" from step {start_step}" if start_step else ""
-            self.say(f"{label}: {f'{total_steps} steps' if total_steps else 'started'}{done}")
+        elif start_step:
+            self.say(f"{label}: goes on from step {start_step} of {total_steps}")
 
     def update(self, step: int, *, tokens: int = 0, note: str = "") -> None:
         """Records that `step` steps of the open phase are done, with `tokens` processed since the last update."""
@@ -50,7 +49,7 @@ class Progress:
         now = self._clock()
         phase.step, phase.tokens, phase.note = step, phase.tokens + tokens, note or phase.note
         phase.window.append((now, step, phase.tokens))
-        if now - phase.shown >= self._interval or step == phase.total:
+        if now - phase.shown >= self._interval or (self._terminal and step == phase.total):
             self._show(now)
 
     def finish(self) -> None:

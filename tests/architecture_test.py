@@ -164,7 +164,7 @@ def test_every_config_has_the_fields_that_users_rely_on(path, variant):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     takes_variant = bool(inspect.signature(module.get_config).parameters)
-    config: Any = module.get_config(variant) if takes_variant else module.get_config()
+    config: Any = module.get_config(variant) if takes_variant and variant else module.get_config()
     assert type(config).__name__ == "ConfigDict"
     assert config.is_locked, "an unlocked config accepts a misspelt field"
     assert isinstance(config.workdir, str)

@@ -253,11 +253,10 @@ def test_a_terminal_line_is_no_wider_than_the_terminal(monkeypatch):
     assert max(len(frame.replace("\x1b[K", "")) for frame in frames[1:-1]) <= 39
 
 
-@pytest.mark.parametrize(("seconds_per_step", "expected"), [(0.01, 1), (1.0, 7), (30.0, 100)])
+@pytest.mark.parametrize(("seconds_per_step", "expected"), [(0.01, 0), (1.0, 6), (30.0, 100)])
 def test_elsewhere_plain_lines_come_every_quarter_minute_and_at_the_end(seconds_per_step, expected):
     text = show(io.StringIO(), seconds_per_step=seconds_per_step, total=100)
     assert "\r" not in text and "\x1b" not in text
-    heading, *lines, end = text.splitlines()
-    assert heading == "sera / train / round 2: 100 steps"
-    assert len(lines) == expected and "100/100" in lines[-1]
-    assert "step 100 after" in end
+    *lines, end = text.splitlines()
+    assert len(lines) == expected
+    assert end.startswith("sera / train / round 2: step 100 after")

@@ -31,7 +31,7 @@ def _leaf_sum(x: jax.Array) -> jax.Array:
         x = x.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
     place = jnp.zeros(x.shape, jnp.uint32)
-    for axis, size in enumerate(x.shape):
+    for axis in range(x.ndim):
         stride = jnp.uint32(math.prod(x.shape[axis + 1 :]) % 2**32)
         place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * stride
 
@@ -47,7 +47,9 @@ def _leaf_sum(x: jax.Array) -> jax.Array:
 def checksums(tree: Any) -> dict[str, str]:
     """Sixteen hex digits for every leaf, by path."""
     sums = jax.device_get(jax.tree.map(_leaf_sum, tree))
-    return {jax.tree_util.keystr(path): f"{int(s[0]):08x}{int(s[1]):08x}" for path, s in jax.tree.leaves_with_path(sums)}
+    return {
+        jax.tree_util.keystr(path): f"{int(s[0]):08x}{int(s[1]):08x}" for path, s in jax.tree.leaves_with_path(sums)
+    }
 
 
 def tree_digest(tree: Any) -> str:
@@ -60,8 +62,9 @@ def _verify(tree: Any, expected: dict[str, str], path: pathlib.Path) -> None:
     bad = [name for name in expected if found.get(name) != expected[name]]
     if bad:
         raise CorruptCheckpoint(
-            f"{path}: {len(bad)} of {len(expected)} arrays fail their checksum, first {bad[0]} (expected {expected[bad[0]]}, "
-            f"read {found.get(bad[0])}); delete {path} and start the same command again to recompute it"
+            f"{path}: {len(bad)} of {len(expected)} arrays fail their checksum, first {bad[0]} "
+            f"(expected {expected[bad[0]]}, read {found.get(bad[0])}); delete {path} "
+            "and start the same command again to recompute it"
         )
 
 

@@ -145,7 +145,8 @@ class Workdir:
             changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
             raise StaleWorkdir(
                 f"{folder} was made from other inputs (first difference {changed[0]}: {old.get(changed[0])!r} there, "
-                f"{new.get(changed[0])!r} now); choose another --config.workdir, or delete {folder} and the phases after it"
+                f"{new.get(changed[0])!r} now); choose another --config.workdir, "
+                f"or delete {folder} and the phases after it"
             )
         for file, expected in manifest["files"].items():
             path = folder / file

@@ -64,7 +64,8 @@ class DataGroup:
 
 @dataclasses.dataclass(frozen=True)
 class LossGroup:
-    """The direct alignment loss. A hyper-parameter left unset takes the loss's own default; one it does not read is refused."""
+    """The direct alignment loss. A hyper-parameter left unset takes the loss's own default; one it does not read is
+    refused."""
 
     name: str = "dpo"
     beta: float | None = None
@@ -82,11 +83,15 @@ class SeraGroup:
 
     arms: what to run from the same SFT model: `sera`, and the controls `daa` (all pairs, as many updates), `random`
     (the same pipeline with random choices of the same size), `selection_only`, `bootstrap_only`.
-    keep_fraction: share of the offline pairs kept from round 2 on; `threshold` is read by selection="threshold",
-    `band` (two quantiles, instead of a centred keep_fraction) by selection="middle". bootstrap_fraction: at most this many sampled pairs, as a share of the
-    offline pairs; bootstrap_prompts: prompts sampled for them each round (0: all). min_margin: sampled pairs below this margin are refused (nats; unset: no limit). length_alpha: reward
-    per token taken off when candidates are ranked (DICE). ensemble_gamma: weight of the previous round's policy in the reward
-    (SeRA eq. 7). reference: `fixed` (the SFT model) or `previous` (the last round's policy; scoring stays with the SFT model).
+    keep_fraction: share of the offline pairs kept from round 2 on. threshold (nats) is read by selection="threshold",
+        band (two quantiles, in place of a centred keep_fraction) by selection="middle".
+    bootstrap_fraction: at most this many sampled pairs, as a share of the offline pairs.
+    bootstrap_prompts: prompts sampled for them each round (0: all); num_samples: answers to each.
+    min_margin: sampled pairs below this margin (nats) are refused; unset: none is.
+    length_alpha: reward per token taken off when candidates are ranked (DICE).
+    require_eos: answers that did not end by themselves make no pair.
+    ensemble_gamma: weight of the previous round's policy in the reward (SeRA eq. 7).
+    reference: `fixed` (the SFT model) or `previous` (the last round's policy; scoring stays with the SFT model).
     """
 
     rounds: int = 3

@@ -137,16 +137,20 @@ def to_dict(config: Config) -> dict[str, Any]:
 def _check_together(config: Config) -> None:
     """The rules that join fields."""
     if not config.workdir:
-        raise ValueError("config.workdir is empty; give a folder for checkpoints and results: --config.workdir=runs/NAME")
+        raise ValueError(
+            "config.workdir is empty; give a folder for checkpoints and results: --config.workdir=runs/NAME"
+        )
     unknown = [arm for arm in config.sera.arms if arm not in ARMS]
     if unknown or not config.sera.arms or len(set(config.sera.arms)) != len(config.sera.arms):
-        raise ValueError(f"config.sera.arms={config.sera.arms!r}; give each of {', '.join(ARMS)} at most once, and one at least")
+        raise ValueError(
+            f"config.sera.arms={config.sera.arms!r}; give each of {', '.join(ARMS)} at most once, and one at least"
+        )
     if not config.world.name and not config.data.train:
         raise ValueError("config.data.train is empty; name preference rows: --config.data.train=pairs.jsonl")
     if config.world.name and config.data.train:
         raise ValueError(
-            f"config.data.train={config.data.train!r} and config.world.name={config.world.name!r} are both set; the embedded "
-            "world writes its own rows: empty one of them"
+            f"config.data.train={config.data.train!r} and config.world.name={config.world.name!r} are both set; "
+            "the embedded world writes its own rows: empty one of them"
         )
     band = config.sera.band
     if band is not None and not 0 <= band[0] < band[1] <= 1:

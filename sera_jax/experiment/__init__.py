@@ -12,11 +12,11 @@ from typing import Any
 import jax
 
 from sera_jax import config as config_lib
-from sera_jax.experiment.assembly import Corpus, base_model, read_corpus, sft_model
 from sera_jax.checkpoint import Workdir
 from sera_jax.checkpoint.phases import file_digest, versions, write_jsonl
 from sera_jax.config import Config
-from sera_jax.evaluation import report
+from sera_jax.evaluation import picture, report
+from sera_jax.experiment.assembly import Corpus, base_model, read_corpus, sft_model
 from sera_jax.experiment.evaluator import Evaluator
 from sera_jax.experiment.saved import describe
 from sera_jax.loops.runtime import Policy, Runtime
@@ -38,10 +38,10 @@ def run(config: Config, *, stop_requested: Callable[[], bool] = lambda: False) -
     loss = resolve(**dataclasses.asdict(config.loss))
     root = pathlib.Path(config.workdir)
     workdir = Workdir(root, config_lib.to_dict(config))
-    with MetricWriter(root, tensorboard=config.log.tensorboard) as writer:
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    with MetricWriter(root, tensorboard=config.log.tensorboard) as writer, jax.set_mesh(mesh):
         writer.announce(f"loss {loss}")
         corpus = read_corpus(config, workdir, writer.announce)
-        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         cfg, make_base = base_model(config.model, corpus.tokenizer, config.seed)
         runtime = Runtime(
             cfg=cfg,
@@ -118,7 +118,9 @@ def starting_policy(config: Config, runtime: Runtime, corpus: Corpus, make_base:
     shapes, steps = config.data.max_row_shapes, config.log.logging_steps
     if fresh:
         say(f"base model from scratch, on {len(corpus.pretrain)} texts")
-        base = sft(runtime, "pretrain", base, corpus.pretrain, config.pretrain, max_row_shapes=shapes, logging_steps=steps)
+        base = sft(
+            runtime, "pretrain", base, corpus.pretrain, config.pretrain, max_row_shapes=shapes, logging_steps=steps
+        )
     say(f"SFT on {len(corpus.demonstrations)} demonstrations: {corpus.demonstrations_are}")
     return sft(runtime, "sft", base, corpus.demonstrations, config.sft, max_row_shapes=shapes, logging_steps=steps)
 
@@ -131,7 +133,7 @@ def finish(
     final: dict[str, Policy],
     summary: dict[str, Any],
 ) -> None:
-    """Write summary.json, report.png and, where asked for, the last policies as Hugging Face folders; print the table."""
+    """Write summary.json, report.png and, if asked for, Hugging Face folders of the last policies; print the table."""
     root, say = runtime.workdir.root, runtime.writer.report
     report.write_summary(root / "summary.json", summary)
     if corpus.eval_prompts:
@@ -139,7 +141,7 @@ def finish(
         write_jsonl(root / "generations.jsonl", shown)
     say(report.table(summary))
     if config.log.report:
-        report.report_png(summary, root / "report.png")
+        picture.report_png(summary, root / "report.png")
         say(f"picture: {root / 'report.png'}")
     if config.log.hf_export:
         for arm, policy in final.items():

@@ -117,7 +117,9 @@ def read_corpus(config: Config, workdir: Workdir, say: Callable[[str], None]) ->
         heldout = read(load_preferences, data.eval, "eval")
     else:
         train, heldout = split_heldout(train, data.eval_fraction, config.seed)
-        say(f"held out {len(heldout)} of {len(train) + len(heldout)} pairs by a hash of the prompt (data.eval is empty)")
+        say(
+            f"held out {len(heldout)} of {len(train) + len(heldout)} pairs by a hash of the prompt (data.eval is empty)"
+        )
     if data.demonstrations:
         demonstrations, origin = read(load_demonstrations, data.demonstrations, "demonstrations"), "data.demonstrations"
     else:
@@ -202,8 +204,8 @@ def sft_model(model: ModelGroup, cfg: ModelConfig) -> Params:
     if mathematics(found) != mathematics(cfg):
         differ = [key for key, value in mathematics(found).items() if mathematics(cfg).get(key) != value]
         raise ValueError(
-            f"config.model.sft_model_path={model.sft_model_path!r} is not of the base model's shape ({', '.join(differ)} "
-            "differ); set config.model.model_name_or_path to the base it was trained from"
+            f"config.model.sft_model_path={model.sft_model_path!r} is not of the base model's shape "
+            f"({', '.join(differ)} differ); set config.model.model_name_or_path to the base it was trained from"
         )
     return params
 
@@ -229,7 +231,9 @@ def as_text(item: Item) -> Item:
 
 
 def _side(pair: PairItem, side: int) -> Item:
-    return Item(f"{pair.item.id}/{'chosen' if side == 0 else 'rejected'}", pair.item.prompt, (pair.item.responses[side],))
+    return Item(
+        f"{pair.item.id}/{'chosen' if side == 0 else 'rejected'}", pair.item.prompt, (pair.item.responses[side],)
+    )
 
 
 def _text_of(prompt: Any) -> str:
@@ -239,5 +243,3 @@ def _text_of(prompt: Any) -> str:
 def world_judge(tokenizer: Tokenizer) -> Judge:
     """The embedded world's gold reward, of token ids."""
     return lambda item, tokens: world.gold(tokenizer.decode(item.prompt), tokenizer.decode(tokens))
-
-

@@ -39,7 +39,8 @@ class Task:
         objective: from the attention window to the objective; `computes` names what it computes (hashable).
         group: optimiser settings.
         updates: how many batches to train on.
-        schedule_updates: updates that the learning-rate schedule spans; more than `updates` when later rounds continue it.
+        schedule_updates: updates that the learning-rate schedule spans; more than `updates` when later rounds
+            continue it.
         continue_from: the policy whose optimiser state goes on; None starts afresh.
         updates_before: updates that state has done.
         log: (phase, arm, round) of the metrics.
@@ -176,12 +177,13 @@ def _stop_at_non_finite(
 ) -> None:
     good = int(jax.device_get(state.step))
     failed = waiting[good - step + len(waiting)][0]
-    state = state.replace(ok=jax.device_put(np.ones((), bool), state.ok.sharding))
+    state = dataclasses.replace(state, ok=jax.device_put(np.ones((), bool), state.ok.sharding))
     if checkpoints.latest_step() != good:
         checkpoints.save(good, state)
     ids = ", ".join(failed.ids[:20]) + (" ..." if len(failed.ids) > 20 else "")
     raise NonFinite(
-        f"{task.name}: the loss or gradient of update {good + 1} is not finite. Records of its batch: {ids}. The last good "
-        f"state (update {good}) is saved in {run.workdir.checkpoints(task.name)}. Lower the learning rate "
-        f"({task.group.learning_rate}) or remove the records, and start with a new --config.workdir"
+        f"{task.name}: the loss or gradient of update {good + 1} is not finite. Records of its batch: {ids}. "
+        f"The last good state (update {good}) is saved in {run.workdir.checkpoints(task.name)}. "
+        f"Lower the learning rate ({task.group.learning_rate}) or remove the records, "
+        "and start with a new --config.workdir"
     )

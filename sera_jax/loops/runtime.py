@@ -54,7 +54,8 @@ class Policy:
 class RowShapes:
     """Shapes of pair batches that earlier rounds made, so that later ones use them again and compile nothing.
 
-    It grows where a loader is made, not where it trains, so a restart that skips a round still arrives at the same shapes.
+    It grows where a loader is made, not where it trains, so a restart that skips a round still arrives at the same
+    shapes.
     """
 
     sizes: tuple[int, ...] = ()
@@ -159,13 +160,22 @@ class Runtime:
         flat = np.concatenate(gather_scores(values, batches, items)) if items else np.zeros(0, np.float32)
         if not np.isfinite(flat).all():
             bad = next(i.id for i, s in zip(items, gather_scores(values, batches, items)) if not np.isfinite(s).all())
-            raise NonFinite(f"{name}: the log-prob of record {bad!r} is not finite; look at the parameters of {policy.path}")
+            raise NonFinite(
+                f"{name}: the log-prob of record {bad!r} is not finite; look at the parameters of {policy.path}"
+            )
         np.save(folder / "logps.npy", flat.astype(np.float32))
 
     # ---- sample
 
     def sample(
-        self, name: str, policy: Policy, prompts: Sequence[Item], num_samples: int, settings: SamplingGroup, *, round_: int
+        self,
+        name: str,
+        policy: Policy,
+        prompts: Sequence[Item],
+        num_samples: int,
+        settings: SamplingGroup,
+        *,
+        round_: int,
     ) -> list[list[Sample]]:
         """`num_samples` responses of `policy` to each prompt, in the order of the prompts."""
         inputs = {
@@ -187,14 +197,15 @@ class Runtime:
         for line in (product.path / "samples.jsonl").read_text().splitlines():
             row = json.loads(line)
             tokens = np.asarray(row["tokens"], np.int32)
-            out[row["prompt"]].append(Sample(row["prompt"], row["sample"], tokens, np.zeros(0, np.float32), row["finished"]))
+            out[row["prompt"]].append(
+                Sample(row["prompt"], row["sample"], tokens, np.zeros(0, np.float32), row["finished"])
+            )
         return [sorted(group, key=lambda s: s.sample) for group in out]
 
     def _sample(
         self, name: str, policy: Policy, prompts: Sequence[Item], num_samples: int, settings: SamplingGroup, round_: int
     ) -> list[Sample]:
         with self.writer.phase(name, total_steps=len(prompts) * num_samples):
-
             tokens_before = 0
 
             def progress(done: int, total: int, tokens: int) -> None:

@@ -24,6 +24,7 @@ from sera_jax.core import Stream, rng_for
 from sera_jax.data.batches import PairLoader
 from sera_jax.data.items import Item, PairItem
 from sera_jax.data.packing import window_for
+from sera_jax.evaluation import gold
 from sera_jax.loops.optimise import Task, optimise
 from sera_jax.loops.runtime import Policy, Runtime, items_digest
 from sera_jax.losses.preference import ResolvedLoss
@@ -109,7 +110,8 @@ def sera(study: Study, arm: str) -> tuple[Policy, list[dict[str, Any]]]:
 def review(
     study: Study, settings: SeraGroup, pool: Sequence[PairItem], scores: Sequence[list[np.ndarray]], round_: int
 ) -> tuple[list[PairItem], np.ndarray, dict[str, Any]]:
-    """Keep the offline pairs that the rule selects by their ensembled margin; also the kept margins, for a curriculum."""
+    """Keep the offline pairs that the rule selects by their ensembled margin; also the kept margins, for a
+    curriculum."""
 
     def margins_under(logps: list[np.ndarray]) -> np.ndarray:
         return np.array([pair_margins(study.loss, pair, logp)[0] for pair, logp in zip(pool, logps, strict=True)])
@@ -153,7 +155,9 @@ def bootstrap(
     candidates = [
         dataclasses.replace(prompt, responses=tuple(s.tokens for s in group)) for prompt, group in zip(prompts, groups)
     ]
-    reference = candidate_logps(study, study.sft, candidates, now) if study.loss.uses_reference else [None] * len(prompts)
+    reference = (
+        candidate_logps(study, study.sft, candidates, now) if study.loss.uses_reference else [None] * len(prompts)
+    )
     newest, before = (
         [study.loss.score(logp, np.array([len(r) for r in item.responses]), ref) for item, logp, ref in rows]
         for rows in (zip(candidates, candidate_logps(study, p, candidates, now), reference) for p in policies[-1:-3:-1])
@@ -270,13 +274,8 @@ def pair_margins(loss: ResolvedLoss, pair: PairItem, logp: np.ndarray) -> np.nda
 
 def agreement(judge: Callable[[Item, np.ndarray], float], pairs: Sequence[PairItem]) -> dict[str, float]:
     """Shares of pairs whose chosen response the gold reward puts above, below, or level with the rejected one."""
-    signs = []
-    for pair in pairs:
-        for chosen, rejected in pair.pairs:
-            gap = judge(pair.item, pair.item.responses[chosen]) - judge(pair.item, pair.item.responses[rejected])
-            signs.append(0 if abs(gap) < 1e-9 else np.sign(gap))
-    signs = np.array(signs)
-    return {"agree": float(np.mean(signs > 0)), "disagree": float(np.mean(signs < 0)), "tie": float(np.mean(signs == 0))}
+    golds = [[judge(p.item, p.item.responses[k]) for k in pair] for p in pairs for pair in p.pairs]
+    return gold.agreement(*np.array(golds).T)
 
 
 def updates_per_round(study: Study) -> int:
@@ -316,5 +315,3 @@ def _pieces(items: Sequence[Item], row_tokens: int) -> list[Item]:
 
 def _numbers(record: dict[str, Any]) -> dict[str, float]:
     return {k: v for k, v in record.items() if isinstance(v, int | float) and k not in ("arm", "round")}
-
-

@@ -16,7 +16,14 @@ from sera_jax.training.objectives import sft_objective
 
 
 def sft(
-    run: Runtime, name: str, start: Policy, items: Sequence[Item], group: TrainGroup, *, max_row_shapes: int, logging_steps: int
+    run: Runtime,
+    name: str,
+    start: Policy,
+    items: Sequence[Item],
+    group: TrainGroup,
+    *,
+    max_row_shapes: int,
+    logging_steps: int,
 ) -> Policy:
     """Train `start` on the responses of `items` by maximum likelihood (every response token counts the same)."""
     loader = ItemLoader(

@@ -13,9 +13,7 @@ BLOCK = 128  # query rows handled at a time; keys outside [block start - window,
 _MASKED = -1e30  # finite, so that a fully masked (padding) query stays finite
 
 
-def row_mask(
-    segment_q: jax.Array, branch_q: jax.Array, segment_k: jax.Array, branch_k: jax.Array
-) -> jax.Array:
+def row_mask(segment_q: jax.Array, branch_q: jax.Array, segment_k: jax.Array, branch_k: jax.Array) -> jax.Array:
     """bool[R, Tq, Tk]: same segment, and the key is in the prompt or in the query's own branch.
 
     Causality is not part of it. Padding (segment 0) sees padding only.

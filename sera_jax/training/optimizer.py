@@ -8,7 +8,7 @@ from sera_jax.config import TrainGroup
 
 
 def schedule(group: TrainGroup, total_steps: int) -> optax.Schedule:
-    """Learning rate by update: linear warm-up over `warmup_ratio` of all updates, then constant, linear or cosine to 0."""
+    """Learning rate by update: linear warm-up over `warmup_ratio` of all updates, then constant, linear or cosine."""
     warmup = round(group.warmup_ratio * total_steps)
     rest = max(1, total_steps - warmup)
     decay = {

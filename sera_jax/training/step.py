@@ -25,9 +25,10 @@ Objective = Callable[[Params, Any], tuple[jax.Array, jax.Array, Metrics]]
 class TrainState:
     """What an optimisation must keep to go on.
 
-    `step` counts the updates of this phase. `ok` turns False at the first loss or gradient that is not finite; from then on
-    every step leaves the state as it is, so `step` is the index of the batch that failed and the parameters are the last
-    good ones.
+    `step` counts the updates of this phase. `ok` turns False at the first loss or gradient that is not finite; from
+    then on
+    every step leaves the state as it is, so `step` is the index of the batch that failed and the parameters are the
+    last good ones.
     """
 
     params: Params
@@ -55,8 +56,8 @@ def make_step(
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """A jitted (state, batch) -> (state, metrics); the state's buffers are donated.
 
-    Every leaf of `batch` is [A, R, ...]: A microbatches whose rows are spread over the data axes of the mesh. The gradient is
-    that of (sum of losses) / (sum of weights) over the whole batch, so it does not depend on A.
+    Every leaf of `batch` is [A, R, ...]: A microbatches whose rows are spread over the data axes of the mesh. The
+    gradient is that of (sum of losses) / (sum of weights) over the whole batch, so it does not depend on A.
 
     Args:
         state: what `abstract_state` returns; its shardings are those of the result.
@@ -100,7 +101,7 @@ def make_step(
 
 
 def place_batch(batch: Any, microbatches: int, mesh: Mesh) -> Any:
-    """Host arrays [A * R, ...] as device arrays [A, R, ...]: rows over the data axes, microbatches one after the other."""
+    """Host arrays [A * R, ...] as device arrays [A, R, ...]: microbatches one after the other, rows over devices."""
     sharding = NamedSharding(mesh, PartitionSpec(None, ROW_AXES))
 
     def split(x: np.ndarray) -> np.ndarray:

@@ -66,7 +66,7 @@ def test_a_flipped_bit_is_an_error_that_names_the_way_out(tmp_path):
     tree = {"w": jnp.asarray(np.random.default_rng(1).normal(size=(64, 64)), jnp.float32)}
     save_tree(tmp_path / "t", tree)
     _flip_a_byte(tmp_path / "t" / "arrays")
-    with pytest.raises(CorruptCheckpoint, match="delete .* and start the same command again"):
+    with pytest.raises(CorruptCheckpoint, match=r"delete .* and start the same command again"):
         load_tree(tmp_path / "t", _abstract(tree))
 
 

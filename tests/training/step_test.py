@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import optax
 import pytest
-from tests.tolerances import TOLERANCES
 
 from sera_jax.config import TrainGroup
 from sera_jax.core import Stream, key_for
@@ -20,6 +19,7 @@ from sera_jax.models.decoder import init_params
 from sera_jax.training.objectives import align_objective, sft_objective
 from sera_jax.training.optimizer import make_optimizer, schedule
 from sera_jax.training.step import abstract_state, init_state, make_step, place_batch
+from tests.tolerances import TOLERANCES
 
 CFG = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8)
 T = 64
@@ -60,9 +60,11 @@ def _update(mesh, microbatches=1, loss="dpo", batch_of=0, loader=None, optimizer
     objective = align_objective(CFG, resolve(loss), window=T, chunk_tokens=64, shards=row_shards(mesh))
     step = make_step(objective, optimizer, state, mesh)
     params = host_to_global(params or _params(), param_shardings(mesh, _params()))
-    start = jax.jit(lambda p: init_state(p, optimizer.init(p)), out_shardings=jax.tree.map(lambda s: s.sharding, state))(params)
+    start = jax.jit(
+        lambda p: init_state(p, optimizer.init(p)), out_shardings=jax.tree.map(lambda s: s.sharding, state)
+    )(params)
     batch = loader.batch(batch_of)
-    with jax.transfer_guard("disallow"):
+    with jax.set_mesh(mesh), jax.transfer_guard("disallow"):
         new, metrics = step(start, place_batch(batch.arrays, microbatches, mesh))
     return jax.device_get(new), jax.device_get(metrics), batch
 
