@@ -7,6 +7,7 @@ something else is an error, never reused and never overwritten.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -75,9 +76,10 @@ class Workdir:
         """Open or make the work directory.
 
         Raises:
-            StaleWorkdir: when it was made with another configuration.
+            StaleWorkdir: when it was made with another configuration, or another process is at work in it.
         """
         self.root = root
+        self._lock = _lock(root)
         self.done: dict[str, Product] = {}
         self.fresh: list[str] = []
         config = json.loads(json.dumps({k: v for k, v in config.items() if k != "workdir"}))
@@ -156,6 +158,21 @@ class Workdir:
                     f"delete {folder} and start the same command again to make it anew"
                 )
         return _product(folder, manifest)
+
+
+def _lock(root: pathlib.Path) -> Any:
+    """Hold the work directory for this process; the operating system lets go of it when the process ends, however."""
+    root.mkdir(parents=True, exist_ok=True)
+    held = (root / "lock").open("w")
+    try:
+        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise StaleWorkdir(
+            f"{root} is in use by another process; wait for it, stop it, or choose another --config.workdir"
+        ) from None
+    except OSError:
+        pass  # a mounted bucket may know no locks
+    return held
 
 
 def _product(folder: pathlib.Path, manifest: dict[str, Any]) -> Product:

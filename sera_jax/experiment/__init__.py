@@ -16,7 +16,7 @@ from sera_jax.checkpoint import Workdir
 from sera_jax.checkpoint.phases import file_digest, versions, write_jsonl
 from sera_jax.config import Config
 from sera_jax.evaluation import picture, report
-from sera_jax.experiment.assembly import Corpus, base_model, read_corpus, sft_model
+from sera_jax.experiment.assembly import Corpus, base_model, folder_identity, read_corpus, sft_model
 from sera_jax.experiment.evaluator import Evaluator
 from sera_jax.experiment.saved import describe
 from sera_jax.loops.runtime import Policy, Runtime
@@ -110,11 +110,13 @@ def starting_policy(config: Config, runtime: Runtime, corpus: Corpus, make_base:
     say = runtime.writer.announce
     if config.model.sft_model_path:
         say(f"SFT model: {config.model.sft_model_path}; no SFT is run")
-        return runtime.store("sft", {"path": config.model.sft_model_path}, lambda: sft_model(config.model, runtime.cfg))
+        identity = folder_identity(config.model.sft_model_path)
+        return runtime.store("sft", identity, lambda: sft_model(config.model, runtime.cfg))
     fresh = not config.model.model_name_or_path
-    base = runtime.store(
-        "init" if fresh else "base", {"model": dataclasses.asdict(config.model), "seed": config.seed}, make_base
-    )
+    identity = {"model": dataclasses.asdict(config.model), "seed": config.seed}
+    if not fresh:
+        identity |= folder_identity(config.model.model_name_or_path)
+    base = runtime.store("init" if fresh else "base", identity, make_base)
     shapes, steps = config.data.max_row_shapes, config.log.logging_steps
     if fresh:
         say(f"base model from scratch, on {len(corpus.pretrain)} texts")

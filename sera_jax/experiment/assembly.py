@@ -153,7 +153,7 @@ def read_corpus(config: Config, workdir: Workdir, say: Callable[[str], None]) ->
 
 def open_tokenizer(data: DataGroup, model: ModelGroup, workdir: Workdir) -> tuple[Tokenizer, str]:
     """The tokenizer the config names, or a BPE trained on the data for a model from scratch; and its folder."""
-    name = model.tokenizer_name_or_path or model.model_name_or_path
+    name = model.tokenizer_name_or_path or model.model_name_or_path or model.sft_model_path
     if name:
         return Tokenizer.load(name, data.chat_template), name
     if not model.vocab_size:
@@ -181,17 +181,18 @@ def model_config(model: ModelGroup, tokenizer: Tokenizer) -> ModelConfig:
 
 def base_model(model: ModelGroup, tokenizer: Tokenizer, seed: int) -> tuple[ModelConfig, Callable[[], Params]]:
     """The base model's shape and a function that makes its parameters: read from its folder, or fresh."""
-    if not model.model_name_or_path:
+    path = model.model_name_or_path or model.sft_model_path
+    if not path:
         cfg = model_config(model, tokenizer)
         return cfg, lambda: jax.jit(lambda key: init_params(cfg, key))(key_for(seed, Stream.INIT))
     precision = precision_of(model)
-    cfg = config_from_hf(read_config(pathlib.Path(model.model_name_or_path)), **precision)
+    cfg = config_from_hf(read_config(pathlib.Path(path)), **precision)
     if tokenizer.vocab_size > cfg.vocab_size:
         raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens but the model {model.model_name_or_path!r} only "
+            f"the tokenizer has {tokenizer.vocab_size} tokens but the model {path!r} only "
             f"{cfg.vocab_size} embeddings; name the model's own tokenizer in config.model.tokenizer_name_or_path"
         )
-    return cfg, lambda: load_pretrained(model.model_name_or_path, **precision)[1]
+    return cfg, lambda: load_pretrained(path, **precision)[1]
 
 
 def sft_model(model: ModelGroup, cfg: ModelConfig) -> Params:
@@ -208,6 +209,15 @@ def sft_model(model: ModelGroup, cfg: ModelConfig) -> Params:
             f"({', '.join(differ)} differ); set config.model.model_name_or_path to the base it was trained from"
         )
     return params
+
+
+def folder_identity(path: str) -> dict[str, Any]:
+    """What tells one Hugging Face folder from another without reading its weights: names, sizes and config."""
+    folder = pathlib.Path(path)
+    return {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))} | {
+        "path": path,
+        "config": read_config(folder),
+    }
 
 
 def precision_of(model: ModelGroup) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Phases: a product is whole or absent, made once, and never taken for another's."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -64,3 +66,15 @@ def test_the_manifest_tells_inputs_files_and_versions(tmp_path):
     assert manifest["inputs"] == {"n": 1}
     assert set(manifest["files"]) == {"x.txt"}
     assert "jax" in manifest["versions"]
+
+
+def test_two_processes_do_not_work_in_one_directory(tmp_path):
+    held = Workdir(tmp_path, {})
+    code = (
+        "import pathlib, sys; from sera_jax.checkpoint import Workdir, StaleWorkdir\n"
+        "try: Workdir(pathlib.Path(sys.argv[1]), {})\n"
+        "except StaleWorkdir as error: print(error)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True).stdout
+    assert "in use by another process" in shown
+    assert held.root == tmp_path
