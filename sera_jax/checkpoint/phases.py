@@ -84,7 +84,7 @@ class Workdir:
         self.fresh: list[str] = []
         config = json.loads(json.dumps({k: v for k, v in config.items() if k != "workdir"}))
         path = root / "config.json"
-        if path.exists():
+        if path.exists() and (root / "phases").exists():
             old = _flatten(json.loads(path.read_text()))
             new = _flatten(config)
             changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
@@ -116,6 +116,7 @@ class Workdir:
         manifest_path = folder / "manifest.json"
         if manifest_path.exists():
             product = self._open(name, inputs, folder)
+            shutil.rmtree(self.checkpoints(name), ignore_errors=True)  # a kill may have come between rename and this
         else:
             torn = folder.with_name(folder.name + ".partial")
             shutil.rmtree(torn, ignore_errors=True)

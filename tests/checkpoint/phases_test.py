@@ -47,10 +47,25 @@ def test_other_inputs_are_an_error_that_names_the_difference(tmp_path):
 
 
 def test_a_changed_config_is_an_error_that_names_the_fields(tmp_path):
-    Workdir(tmp_path, {"workdir": "x", "train": {"lr": 0.1}})
+    Workdir(tmp_path, {"workdir": "x", "train": {"lr": 0.1}}).phase("one", {}, _write("a"))
     Workdir(tmp_path, {"workdir": "elsewhere", "train": {"lr": 0.1}})  # the folder may be moved
     with pytest.raises(StaleWorkdir, match=r"train\.lr: 0\.1 there, 0\.2 now.*another --config\.workdir"):
         Workdir(tmp_path, {"workdir": "x", "train": {"lr": 0.2}})
+
+
+def test_a_run_refused_before_it_made_anything_leaves_the_folder_free(tmp_path):
+    Workdir(tmp_path, {"train": {"lr": 0.1}})
+    Workdir(tmp_path, {"train": {"lr": 0.2}}).phase("one", {}, _write("a"))
+    with pytest.raises(StaleWorkdir, match=r"0\.2 there"):
+        Workdir(tmp_path, {"train": {"lr": 0.1}})
+
+
+def test_checkpoints_of_a_finished_phase_do_not_stay(tmp_path):
+    workdir = Workdir(tmp_path, {})
+    workdir.phase("one", {}, _write("a"))
+    (workdir.checkpoints("one") / "3").mkdir(parents=True)  # a kill between the product's rename and the clearing
+    Workdir(tmp_path, {}).phase("one", {}, _write("a"))
+    assert not workdir.checkpoints("one").exists()
 
 
 def test_a_product_that_was_edited_is_an_error(tmp_path):
