@@ -23,7 +23,7 @@ from sera_jax.config import SamplingGroup, SeraGroup, TrainGroup
 from sera_jax.core import Stream, rng_for
 from sera_jax.data.batches import PairLoader
 from sera_jax.data.items import Item, PairItem
-from sera_jax.data.packing import window_for
+from sera_jax.data.packing import laid_tokens, window_for
 from sera_jax.evaluation import gold
 from sera_jax.loops.optimise import Task, optimise
 from sera_jax.loops.runtime import Policy, Runtime, items_digest
@@ -80,15 +80,23 @@ def sera(study: Study, arm: str) -> tuple[Policy, list[dict[str, Any]]]:
     for round_ in range(1, settings.rounds + 1):
         now = policies[-1]
         kept, fresh, record = pool, [], {}
-        if round_ > 1 and (settings.selection != "none" or settings.bootstrap_fraction > 0):
+        reviewed = round_ > 1 and (settings.selection != "none" or settings.bootstrap_fraction > 0)
+        if reviewed:
             scores.append(study.run.score(f"{now.name}/pool", now, offline))
             kept, margins, record = review(study, settings, pool, scores, round_)
             fresh, more = bootstrap(study, settings, policies, round_)
             record |= more
             kept = [kept[i] for i in irm.order(margins, settings.curriculum)]
         pairs = with_reference(study, settings, policies, [*kept, *fresh], round_)
+        if not pairs:
+            raise ValueError(
+                f"{arm}, round {round_}: no pair is left to train on (selection={settings.selection!r}, "
+                f"threshold={settings.threshold}, keep_fraction={settings.keep_fraction}, "
+                f"min_margin={settings.min_margin}); keep more in config.sera, under another --config.workdir"
+            )
+        ordered = reviewed and settings.curriculum != "none"
         name = "round1" if round_ == 1 else f"{arm}/round{round_}"  # round 1 is the same in every arm
-        policy = train_round(study, settings, policies, pairs, name, arm, round_)
+        policy = train_round(study, settings, policies, pairs, name, arm, round_, ordered)
         policies.append(policy)
         flipped = [pair.flipped for pair in kept]
         record |= {
@@ -118,15 +126,22 @@ def review(
 
     current, previous = margins_under(scores[-1]), margins_under(scores[-2])
     margins = irm.ensemble(current, previous, settings.ensemble_gamma)
-    chosen = irm.select(
-        margins,
-        settings.selection,
-        fraction=settings.keep_fraction,
-        threshold=settings.threshold,
-        band=settings.band,
-        seed=study.run.seed,
-        round_index=round_,
-    )
+
+    def select(rules: SeraGroup, fraction: float) -> np.ndarray:
+        return irm.select(
+            margins,
+            rules.selection,
+            fraction=fraction,
+            threshold=rules.threshold,
+            band=rules.band,
+            seed=study.run.seed,
+            round_index=round_,
+        )
+
+    fraction = settings.keep_fraction
+    if settings.selection == "random" and len(pool):  # the control keeps as many as the rule it stands for would
+        fraction = len(select(study.settings, fraction)) / len(pool)
+    chosen = select(settings, fraction)
     lengths = np.array([[len(pair.item.responses[k]) for k in pair.pairs[0]] for pair in pool])
     record = {
         "margin_mean": float(margins.mean()),
@@ -187,7 +202,11 @@ def bootstrap(
     for index in kept:
         i, pair = flat[index]
         grouped.setdefault(i, []).append((pair.chosen, pair.rejected))
-    fresh = [_fresh_pair(candidates[i], reference[i], pairs, round_) for i, pairs in grouped.items()]
+    fresh = [
+        pair
+        for i, pairs in grouped.items()
+        for pair in _fresh_pairs(candidates[i], reference[i], pairs, round_, run.row_tokens, run.share_prompt)
+    ]
     lengths = [[len(r) for r in item.responses] for item in candidates]
     record: dict[str, Any] = irm.bootstrap_summary(pairings, lengths, [[s.finished for s in g] for g in groups])
     if study.judge is not None and fresh:
@@ -203,8 +222,9 @@ def train_round(
     name: str,
     arm: str,
     round_: int,
+    ordered: bool,
 ) -> Policy:
-    """DAA updates on `pairs`, as many in every round and every arm."""
+    """DAA updates on `pairs`, as many in every round and every arm; `ordered` pairs are trained on as they stand."""
     run, group = study.run, study.train
     updates = updates_per_round(study)
     continues = round_ > 1 and not settings.reset_optimizer
@@ -220,7 +240,7 @@ def train_round(
         share_prompt=run.share_prompt,
         known_sizes=run.row_shapes.sizes,
         spec=run.row_shapes.spec,
-        order="shuffle" if settings.curriculum == "none" else "given",
+        order="given" if ordered else "shuffle",
     )
     run.row_shapes.note(loader, window_for([pair.item for pair in pairs], run.row_tokens, run.share_prompt))
     shards = row_shards(run.mesh)
@@ -261,7 +281,8 @@ def with_reference(
 def candidate_logps(study: Study, scorer: Policy, items: Sequence[Item], sampled_by: Policy) -> list[np.ndarray]:
     """Summed log-prob of every candidate under `scorer`: f32[N] for each prompt."""
     name = f"{sampled_by.name}/candidates_by_{scorer.name.replace('/', '-')}"
-    flat = np.concatenate(study.run.score(name, scorer, _pieces(items, study.run.row_tokens)))
+    pieces = _pieces(items, study.run.row_tokens, study.run.share_prompt)
+    flat = np.concatenate(study.run.score(name, scorer, pieces))
     return np.split(flat, np.cumsum([len(item.responses) for item in items])[:-1])
 
 
@@ -290,26 +311,39 @@ def pairs_digest(pairs: Sequence[PairItem]) -> str:
     return digest_of([items_digest([p.item for p in pairs]), rest])
 
 
-def _fresh_pair(item: Item, ref_logp: np.ndarray | None, pairs: list[tuple[int, int]], round_: int) -> PairItem:
-    """A PairItem with only the responses that its pairs use."""
+def _fresh_pairs(
+    item: Item,
+    ref_logp: np.ndarray | None,
+    pairs: list[tuple[int, int]],
+    round_: int,
+    row_tokens: int,
+    share_prompt: bool,
+) -> list[PairItem]:
+    """A PairItem with only the responses that its pairs use; one for each pair where together they overflow a row."""
     used = sorted({k for pair in pairs for k in pair})
     place = {k: i for i, k in enumerate(used)}
-    item = Item(f"{item.id}#round{round_}", item.prompt, tuple(item.responses[k] for k in used))
+    cut = Item(f"{item.id}#round{round_}", item.prompt, tuple(item.responses[k] for k in used))
+    if len(pairs) > 1 and laid_tokens(cut, share_prompt) > row_tokens:
+        single = [_fresh_pairs(item, ref_logp, [pair], round_, row_tokens, share_prompt)[0] for pair in pairs]
+        return [
+            dataclasses.replace(p, item=dataclasses.replace(p.item, id=f"{p.item.id}.{k}"))
+            for k, p in enumerate(single)
+        ]
     ref_logp = None if ref_logp is None else ref_logp[used]
-    return PairItem(item, tuple((place[a], place[b]) for a, b in pairs), ref_logp, source="bootstrap")
+    return [PairItem(cut, tuple((place[a], place[b]) for a, b in pairs), ref_logp, source="bootstrap")]
 
 
-def _pieces(items: Sequence[Item], row_tokens: int) -> list[Item]:
+def _pieces(items: Sequence[Item], row_tokens: int, share_prompt: bool) -> list[Item]:
     """The same responses in items that fit a row; most items are one piece."""
-    pieces = []
+    pieces: list[Item] = []
     for item in items:
-        part: list[np.ndarray] = []
+        part: tuple[np.ndarray, ...] = ()
         for response in item.responses:
-            if part and len(item.prompt) + sum(map(len, part)) + len(response) > row_tokens:
-                pieces.append(Item(f"{item.id}@{len(pieces)}", item.prompt, tuple(part)))
-                part = []
-            part.append(response)
-        pieces.append(Item(f"{item.id}@{len(pieces)}", item.prompt, tuple(part)))
+            if part and laid_tokens(Item("", item.prompt, (*part, response)), share_prompt) > row_tokens:
+                pieces.append(Item(f"{item.id}@{len(pieces)}", item.prompt, part))
+                part = ()
+            part = (*part, response)
+        pieces.append(Item(f"{item.id}@{len(pieces)}", item.prompt, part))
     return pieces
 
 
