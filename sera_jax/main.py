@@ -1,7 +1,8 @@
 """`python -m sera_jax.main --config=configs/NAME.py [--config.group.field=value ...]`: one run, restartable at any
 point.
 
-Exit codes: 0 done; 2 the config, the data or the work directory are refused (the message says why and the way out);
+Exit codes: 0 done; 2 the flags, the config, the data or the work directory are refused, or a loss was not finite (the
+message says why and the way out);
 75 stopped by SIGTERM or SIGINT with everything saved (the same command goes on from there).
 """
 
@@ -15,7 +16,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from sera_jax import experiment
-from sera_jax.config import parse
+from sera_jax.config import check_field, parse
 from sera_jax.loops.runtime import Preempted
 
 EXIT_REFUSED = 2
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"{argv[1]!r} is not understood; overrides look like --config.train.learning_rate=1e-6")
     try:
         experiment.run(parse(_CONFIG.value), stop_requested=StopOnSignal())
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         if _TRACEBACK.value:
             raise
         print(f"error: {error}\n(--traceback shows where)", file=sys.stderr)
@@ -60,6 +61,21 @@ def main(argv: list[str]) -> None:
         sys.exit(EXIT_PREEMPTED)
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's flags; what is wrong with one is said in a line, without a traceback."""
+    try:
+        for argument in argv[1:]:
+            if argument.startswith("--config."):
+                check_field(argument.removeprefix("--config.").split("=")[0])
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        text = str(error).strip()
+        if "Traceback" in text:  # raised within a config file: its own words are the last line
+            text = text.splitlines()[-1]
+        print(f"error: {text}\n(configs/base.py has every field; --help lists the flags)", file=sys.stderr)
+        sys.exit(EXIT_REFUSED)
+
+
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -17,7 +17,7 @@ from sera_jax.config.groups import (
     TrainGroup,
     WorldGroup,
 )
-from sera_jax.config.parsing import ARMS, parse, to_config_dict, to_dict
+from sera_jax.config.parsing import ARMS, check_field, parse, to_config_dict, to_dict
 
 __all__ = [
     "ARMS",
@@ -32,6 +32,7 @@ __all__ = [
     "SeraGroup",
     "TrainGroup",
     "WorldGroup",
+    "check_field",
     "parse",
     "to_config_dict",
     "to_dict",

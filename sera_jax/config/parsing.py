@@ -134,6 +134,21 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def check_field(path: str) -> None:
+    """Raise ValueError, with the nearest name, where `path` (such as `train.batch_size`) is not a field or a group."""
+    kind: Any = Config
+    prefix = ""
+    for part in path.split("."):
+        if not dataclasses.is_dataclass(kind):
+            raise ValueError(f"config.{path} is not a field; config.{prefix[:-1]} has no parts")
+        names = [field.name for field in dataclasses.fields(kind)]
+        if part not in names:
+            near = difflib.get_close_matches(part, names, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"fields here: {', '.join(names)}"
+            raise ValueError(f"config.{prefix}{part} is not a field; {hint}")
+        kind, prefix = typing.get_type_hints(kind)[part], f"{prefix}{part}."
+
+
 def _check_together(config: Config) -> None:
     """The rules that join fields."""
     if not config.workdir:
@@ -174,16 +189,23 @@ def _check_together(config: Config) -> None:
             f"config.data.max_prompt_length={config.data.max_prompt_length} leaves no room for a response in rows of "
             f"config.data.row_tokens={config.data.row_tokens}; raise row_tokens or lower max_prompt_length"
         )
+    sera, data = config.sera, config.data
+    if sera.rounds > 1 and sera.bootstrap_fraction > 0 and set(sera.arms) - {"daa", "selection_only"}:
+        prompts = 1 if data.share_prompt else 2
+        longest = prompts * data.max_prompt_length + 2 * sampling.max_new_tokens
+        if longest > data.row_tokens:
+            raise ValueError(
+                f"config.sampling.max_new_tokens={sampling.max_new_tokens}: a sampled pair may have {longest} tokens "
+                f"(config.data.max_prompt_length={data.max_prompt_length}), but config.data.row_tokens="
+                f"{data.row_tokens}; raise row_tokens, or lower one of the others"
+            )
 
 
 def _parse_group(cls: type, raw: ml_collections.ConfigDict, prefix: str) -> Any:
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
     for key in raw:
-        if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"fields here: {', '.join(names)}"
-            raise ValueError(f"config.{prefix}{key} is not a field; {hint}")
+        check_field(f"{prefix}{key}")
     values = {}
     for name in names:
         if name not in raw:
