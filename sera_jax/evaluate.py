@@ -1,7 +1,8 @@
 """`python -m sera_jax.evaluate --checkpoint=DIR --reference=DIR --pairs=heldout.jsonl --out=DIR`: facts of a policy.
 
 Reward accuracy and margin on held-out pairs beside the length-only baseline; and with --world=habits, the gold reward
-of its answers to the embedded world's held-out prompts and the win rate against the reference.
+of its answers to the embedded world's held-out prompts and the win rate against the reference. What is not given is
+taken from the run that trained the policy: the loss, lengths, the world.
 """
 
 from __future__ import annotations
@@ -16,28 +17,33 @@ from typing import Any
 import jax
 
 from sera_jax import world
-from sera_jax.checkpoint import Workdir, tree_digest
-from sera_jax.checkpoint.phases import write_json
+from sera_jax.checkpoint import StaleWorkdir, Workdir
+from sera_jax.checkpoint.phases import file_digest, write_json, write_jsonl
 from sera_jax.config import EvalGroup, SamplingGroup
 from sera_jax.data.items import Item, PairItem
 from sera_jax.data.loading import Limits, load_preferences, load_prompts
 from sera_jax.data.tokenizing import Tokenizer
 from sera_jax.experiment.assembly import world_judge
 from sera_jax.experiment.evaluator import Evaluator
-from sera_jax.experiment.saved import open_policy
-from sera_jax.loops.runtime import Runtime
-from sera_jax.losses.preference import resolve
+from sera_jax.experiment.saved import MAX_NEW_TOKENS, MAX_PROMPT_LENGTH, SavedPolicy, find_policy
+from sera_jax.loops.runtime import Policy, Runtime
+from sera_jax.losses.preference import ResolvedLoss, resolve
 from sera_jax.mesh import make_mesh
 from sera_jax.models.families import mathematics
 from sera_jax.writer import MetricWriter
 
+ROW_TOKENS = 1024  # where neither the command line nor a run says
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Read the command line and evaluate; 2 where something is refused."""
+    """Read the command line, evaluate, print the facts as JSON; 2 where something is refused."""
     args = _parser().parse_args(argv)
     try:
         facts = _run(args)
-    except (ValueError, FileNotFoundError) as error:
+    except StaleWorkdir as error:
+        print(f"error: {str(error).replace('--config.workdir', '--out')}", file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(json.dumps(facts, indent=1))
@@ -47,81 +53,133 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> dict[str, Any]:
     if not args.pairs and not args.world:
         raise ValueError("nothing to evaluate on; give --pairs=heldout.jsonl, or --world=habits, or both")
-    mesh = make_mesh(1, -1, 1)
-    cfg, params, tokenizer_dir = open_policy(args.checkpoint, mesh)
-    reference_cfg, reference, _ = open_policy(args.reference, mesh)
-    if mathematics(cfg) != mathematics(reference_cfg):
-        raise ValueError(f"--reference={args.reference} is not of the shape of --checkpoint={args.checkpoint}")
-    tokenizer = Tokenizer.load(args.tokenizer or tokenizer_dir, args.chat_template)
+    saved, reference = _open(args)
+    tokenizer = Tokenizer.load(args.tokenizer or saved.tokenizer_dir, args.chat_template)
+    loss = _loss(args.loss, saved)
+    new, most = saved.lengths(args.max_new_tokens, args.max_prompt_length)
+    row_tokens = args.row_tokens or saved.of_run("data.row_tokens", ROW_TOKENS)
+    limits = Limits(
+        min(most, row_tokens - 1), saved.of_run("data.max_completion_length", new), row_tokens, share_prompt=True
+    )
+    mesh = make_mesh(1, -1, args.tensor)
     root = pathlib.Path(args.out)
     with MetricWriter(root, tensorboard=False) as writer, jax.set_mesh(mesh):
-        workdir = Workdir(root, {k: v for k, v in vars(args).items() if k != "out"})
-        pairs, prompts = _read(args, tokenizer, workdir)
+        asked = {name: value for name, value in vars(args).items() if name != "out"}
+        resolved = {"loss": str(loss), "max_new_tokens": new, "max_prompt_length": most, "row_tokens": row_tokens}
+        workdir = Workdir(root, asked | resolved)
+        pairs, prompts = _read(args, saved, tokenizer, limits, workdir)
         run = Runtime(
-            cfg=cfg,
+            cfg=saved.cfg,
             mesh=mesh,
             workdir=workdir,
             writer=writer,
             seed=args.seed,
-            row_tokens=args.row_tokens,
+            row_tokens=row_tokens,
             share_prompt=True,
             chunk_tokens=2048,
             stop_ids=tokenizer.stop_ids,
         )
-        policies = {
-            name: run.store(name, {"params": tree_digest(tree)}, lambda tree=tree: tree)
-            for name, tree in (("policy", params), ("reference", reference))
-        }
+        policies = {name: _policy(run, name, found) for name, found in (("policy", saved), ("reference", reference))}
         evaluator = Evaluator(
             run=run,
-            loss=resolve(args.loss),
+            loss=loss,
             pairs=pairs,
             prompts=prompts,
-            decode=tokenizer.decode,
+            tokenizer=tokenizer,
             judge=world_judge(tokenizer) if args.world else None,
             reference=policies["reference"],
-            settings=EvalGroup(temperature=args.temperature),
-            sampling=SamplingGroup(max_new_tokens=args.max_new_tokens, slots=args.slots),
+            settings=EvalGroup(temperature=args.temperature, num_generations=len(prompts)),
+            sampling=SamplingGroup(max_new_tokens=new, slots=args.slots),
         )
-        facts = evaluator.of_arm(policies["policy"])
+        facts = {"loss": str(loss), "pairs": len(pairs), "prompts": len(prompts)}
+        facts |= evaluator.of_arm(policies["policy"])
+        if prompts:
+            write_jsonl(root / "generations.jsonl", evaluator.show(policies["policy"]))
     write_json(root / "evaluation.json", facts)
     return facts
 
 
-def _read(args: argparse.Namespace, tokenizer: Tokenizer, workdir: Workdir) -> tuple[list[PairItem], list[Item]]:
-    limits = Limits(args.max_prompt_length, args.max_new_tokens, args.row_tokens)
-    pairs: list[PairItem] = []
-    prompts: list[Item] = []
-    if args.pairs:
-        pairs, report = load_preferences(args.pairs, tokenizer, limits=limits, name="pairs", workdir=workdir.root)
-        print(report.table(), file=sys.stderr)
-    if args.world:
-        spec = world.WorldSpec(seed=args.seed)
-        product = workdir.phase(
-            "world", {"seed": args.seed}, lambda folder: world.write_world(spec, folder / "files") and None
+def _open(args: argparse.Namespace) -> tuple[SavedPolicy, SavedPolicy]:
+    """The policy and its reference, which must be of one shape and dtype."""
+    saved = find_policy(args.checkpoint, dtype=args.dtype)
+    reference = find_policy(args.reference, dtype=saved.cfg.dtype, param_dtype=saved.cfg.param_dtype)
+    ours, theirs = mathematics(saved.cfg), mathematics(reference.cfg)
+    differ = [name for name, value in ours.items() if theirs.get(name) != value]
+    if saved.cfg.param_dtype != reference.cfg.param_dtype:
+        differ.append("param_dtype")
+    if differ:
+        raise ValueError(
+            f"--reference={args.reference} is not of the shape of --checkpoint={args.checkpoint} "
+            f"({', '.join(differ)} differ); give the SFT model that the policy was trained from"
         )
-        files = product.path / "files" / "heldout_prompts.jsonl"
-        prompts, _ = load_prompts(str(files), tokenizer, limits=limits, name="heldout_prompts")
+    return saved, reference
+
+
+def _loss(name: str, saved: SavedPolicy) -> ResolvedLoss:
+    """The loss of that name with its defaults; where none is named, the loss that the run used, as it used it."""
+    return resolve(name) if name else resolve(**saved.of_run("loss", {"name": "dpo"}))
+
+
+def _policy(run: Runtime, name: str, saved: SavedPolicy) -> Policy:
+    """A run's policy where it lies; a Hugging Face folder's parameters are copied into the results' folder."""
+    if saved.is_phase:
+        return Policy(name, saved.folder, file_digest(saved.folder / "params" / "checksums.json"))
+    return run.store(name, {"files": saved.digests()}, lambda: saved.params(run.mesh))
+
+
+def _read(
+    args: argparse.Namespace, saved: SavedPolicy, tokenizer: Tokenizer, limits: Limits, workdir: Workdir
+) -> tuple[list[PairItem], list[Item]]:
+    pairs_from, prompts = args.pairs, []
+    if args.world:
+        sizes = {name: value for name, value in saved.of_run("world", {}).items() if name != "name"}
+        spec = world.WorldSpec(seed=saved.of_run("seed", args.seed), **sizes)
+
+        def write(folder: pathlib.Path) -> None:
+            world.write_world(spec, folder / "files")
+
+        files = workdir.phase("world", {"spec": str(spec)}, write).path / "files"
+        pairs_from = pairs_from or str(files / "heldout_preferences.jsonl")
+        prompts, report = load_prompts(
+            str(files / "heldout_prompts.jsonl"), tokenizer, limits=limits, name="heldout_prompts"
+        )
+        print(report.table(), file=sys.stderr)
+    pairs, report = load_preferences(pairs_from, tokenizer, limits=limits, name="pairs", workdir=workdir.root)
+    print(report.table(), file=sys.stderr)
     return pairs, prompts
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m sera_jax.evaluate", description=(__doc__ or "").split(":")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m sera_jax.evaluate", description="Evaluate a policy against its SFT model.", allow_abbrev=False
+    )
     add = parser.add_argument
     add("--checkpoint", required=True, help="WORKDIR/phases/NAME, or a Hugging Face folder")
     add("--reference", required=True, help="the SFT model, in either form")
-    add("--pairs", default="", help="held-out preference rows")
+    add("--pairs", default="", help="held-out preference rows; with --world, default: the world's")
     add("--world", default="", choices=("", "habits"), help="gold reward in the embedded world")
     add("--out", required=True, help="folder for the results; an interrupted evaluation goes on from there")
-    add("--loss", default="dpo", help="whose implicit reward to use")
+    add("--loss", default="", help="whose implicit reward to use; default: that of the policy's run, else dpo")
     add("--tokenizer", default="", help="tokenizer folder (default: the checkpoint's)")
-    add("--chat_template", default="", help="'' the tokenizer's own, 'none', 'hh', or a Jinja file")
+    add(
+        "--chat_template",
+        default="",
+        help="'' the tokenizer's own (a run's policy: the run's), 'none', 'hh', or a file",
+    )
     add("--temperature", type=float, default=0.0, help="0 is greedy")
-    add("--max_new_tokens", type=int, default=256, help="also the longest response of a pair that is read whole")
-    add("--max_prompt_length", type=int, default=512)
-    add("--row_tokens", type=int, default=1024)
-    add("--slots", type=int, default=64)
-    add("--seed", type=int, default=0, help="of the world, and of sampling")
+    add("--max_new_tokens", type=int, help=f"default: as in the policy's run, else {MAX_NEW_TOKENS}")
+    add(
+        "--max_prompt_length",
+        type=int,
+        help=f"longer prompts lose their start; default: the run's, {MAX_PROMPT_LENGTH}",
+    )
+    add("--row_tokens", type=int, help=f"length of packed rows; default: the run's, else {ROW_TOKENS}")
+    add("--slots", type=int, default=64, help="answers decoded at a time")
+    add("--seed", type=int, default=0, help="of sampling, and of the world where no run says")
+    add(
+        "--dtype", default="", choices=("", "float32", "bfloat16"), help="compute dtype; default: the run's, or float32"
+    )
+    add("--tensor", type=int, default=1, help="size of the mesh's tensor axis")
     return parser
 
 

@@ -1,7 +1,8 @@
 """`python -m sera_jax.generate --checkpoint=DIR --prompts=prompts.jsonl --out=answers.jsonl`: prompts in, JSONL out.
 
-One line per answer: id, prompt, sample, response, finished, tokens, logp (the policy's own, summed), and one file
-beside it, OUT.manifest.json, with everything the answers depend on.
+One line per answer: id, prompt, sample, response, finished, tokens, logp (the policy's own, summed over the tokens);
+and one file beside it, OUT.manifest.json, with everything that the answers depend on. The same command gives the same
+answers.
 """
 
 from __future__ import annotations
@@ -11,16 +12,19 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from sera_jax.checkpoint.phases import file_digest, versions, write_json, write_jsonl
+from sera_jax.data.items import Item
 from sera_jax.data.loading import Limits, load_prompts
 from sera_jax.data.tokenizing import Tokenizer
-from sera_jax.experiment.saved import open_policy
+from sera_jax.experiment.saved import MAX_NEW_TOKENS, MAX_PROMPT_LENGTH, SavedPolicy, find_policy
 from sera_jax.loops.runtime import stable_id
 from sera_jax.mesh import make_mesh
-from sera_jax.sampling import SamplingParams, generate
+from sera_jax.progress import Progress
+from sera_jax.sampling import Sample, SamplingParams, generate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,46 +32,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         _run(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 def _run(args: argparse.Namespace) -> None:
-    mesh = make_mesh(1, -1, args.tensor)
-    cfg, params, tokenizer_dir = open_policy(args.checkpoint, mesh, dtype=args.dtype)
-    tokenizer = Tokenizer.load(args.tokenizer or tokenizer_dir, args.chat_template)
-    limits = Limits(args.max_prompt_length, args.max_new_tokens, args.max_prompt_length + args.max_new_tokens)
-    items, report = load_prompts(args.prompts, tokenizer, limits=limits, name="prompts")
-    print(report.table(), file=sys.stderr)
+    if args.num_samples < 1:
+        raise ValueError(f"--num_samples={args.num_samples}; ask for at least 1 answer to each prompt")
+    saved = find_policy(args.checkpoint, dtype=args.dtype)
+    tokenizer = Tokenizer.load(args.tokenizer or saved.tokenizer_dir, args.chat_template)
+    new, most = saved.lengths(args.max_new_tokens, args.max_prompt_length)
     sampling = SamplingParams(
         temperature=args.temperature,
         top_p=args.top_p,
         top_k=args.top_k,
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=new,
         min_new_tokens=args.min_new_tokens,
         stop_ids=tokenizer.stop_ids,
     )
-    samples = generate(
-        cfg,
-        params,
-        [item.prompt for item in items],
-        prompt_ids=[stable_id(item.id) for item in items],
-        num_samples=args.num_samples,
-        sampling=sampling,
-        seed=args.seed,
-        round=0,
-        slots=args.slots,
-        mesh=mesh,
-        on_progress=lambda done, total, tokens: print(f"{done}/{total} answers", end="\r", file=sys.stderr),
-    )
+    items, report = load_prompts(args.prompts, tokenizer, limits=Limits(most, new, most + new), name="prompts")
+    print(report.table(), file=sys.stderr)
+    samples = _answer(args, saved, items, sampling)
     rows = [
         {
             "id": items[s.prompt].id,
             "prompt": tokenizer.decode(items[s.prompt].prompt),
             "sample": s.sample,
-            "response": tokenizer.decode(s.tokens),
+            "response": tokenizer.decode_response(s.tokens),
             "finished": s.finished,
             "tokens": len(s.tokens),
             "logp": float(np.sum(s.logps)),
@@ -76,30 +69,81 @@ def _run(args: argparse.Namespace) -> None:
     ]
     out = pathlib.Path(args.out)
     write_jsonl(out, rows)
-    manifest = {"sampling": dataclasses.asdict(sampling), "tokenizer": tokenizer.fingerprint(), "versions": versions()}
-    write_json(out.with_name(out.name + ".manifest.json"), vars(args) | manifest | {"sha256": file_digest(out)})
-    print(f"{len(rows)} answers to {len(items)} prompts: {out}")
+    manifest: dict[str, Any] = {
+        "command": vars(args),
+        "checkpoint": saved.digests(),
+        "max_prompt_length": most,
+        "sampling": dataclasses.asdict(sampling),
+        "tokenizer": tokenizer.fingerprint(),
+        "sha256": file_digest(out),
+        "versions": versions(),
+    }
+    write_json(out.with_name(out.name + ".manifest.json"), manifest)
+    finished = sum(s.finished for s in samples) / len(samples)
+    print(f"{len(rows)} answers to {len(items)} prompts, {100 * finished:.0f} % of them finished: {out}")
+
+
+def _answer(
+    args: argparse.Namespace, saved: SavedPolicy, items: Sequence[Item], sampling: SamplingParams
+) -> list[Sample]:
+    mesh = make_mesh(1, -1, args.tensor)
+    progress, before = Progress(), 0
+
+    def update(done: int, total: int, tokens: int) -> None:
+        nonlocal before
+        progress.update(done, tokens=tokens - before)
+        before = tokens
+
+    progress.start("answers", len(items) * args.num_samples)
+    try:
+        return generate(
+            saved.cfg,
+            saved.params(mesh),
+            [item.prompt for item in items],
+            prompt_ids=[stable_id(item.id) for item in items],
+            num_samples=args.num_samples,
+            sampling=sampling,
+            seed=args.seed,
+            round=0,
+            slots=args.slots,
+            mesh=mesh,
+            on_progress=update,
+        )
+    finally:
+        progress.finish()
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m sera_jax.generate", description=(__doc__ or "").split(":")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m sera_jax.generate", description="Answer prompts with a policy.", allow_abbrev=False
+    )
     add = parser.add_argument
     add("--checkpoint", required=True, help="WORKDIR/phases/NAME, or a Hugging Face folder")
     add("--prompts", required=True, help="prompt rows: JSONL, JSONL.gz, Parquet or tfds:NAME")
     add("--out", required=True, help="JSONL file to write; it appears whole or not at all")
     add("--tokenizer", default="", help="tokenizer folder (default: the checkpoint's)")
-    add("--chat_template", default="", help="'' the tokenizer's own, 'none', 'hh', or a Jinja file")
-    add("--num_samples", type=int, default=1)
+    add(
+        "--chat_template",
+        default="",
+        help="'' the tokenizer's own (a run's policy: the run's), 'none', 'hh', or a file",
+    )
+    add("--num_samples", type=int, default=1, help="answers to each prompt")
     add("--temperature", type=float, default=0.7, help="0 is greedy")
     add("--top_p", type=float, default=1.0)
-    add("--top_k", type=int, default=0)
-    add("--max_new_tokens", type=int, default=256)
+    add("--top_k", type=int, default=0, help="0: no limit")
+    add("--max_new_tokens", type=int, help=f"default: as in the policy's run, else {MAX_NEW_TOKENS}")
     add("--min_new_tokens", type=int, default=1)
-    add("--max_prompt_length", type=int, default=1024, help="longer prompts lose their start")
+    add(
+        "--max_prompt_length",
+        type=int,
+        help=f"longer prompts lose their start; default: the run's, {MAX_PROMPT_LENGTH}",
+    )
     add("--slots", type=int, default=64, help="answers decoded at a time")
     add("--seed", type=int, default=0)
-    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype of a Hugging Face folder")
-    add("--tensor", type=int, default=1, help="devices that share one copy of the parameters' tensor axis")
+    add(
+        "--dtype", default="", choices=("", "float32", "bfloat16"), help="compute dtype; default: the run's, or float32"
+    )
+    add("--tensor", type=int, default=1, help="size of the mesh's tensor axis")
     return parser
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
@@ -278,6 +279,7 @@ class Tokenizer:
 
 
 def _from_pretrained(path_or_id: str | pathlib.Path) -> Any:
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install torch, which nothing needs
     import transformers  # here, since it takes a second to import and most of the data layer does not need it
 
     name = str(path_or_id)

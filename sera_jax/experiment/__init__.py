@@ -18,13 +18,12 @@ from sera_jax.config import Config
 from sera_jax.evaluation import picture, report
 from sera_jax.experiment.assembly import Corpus, base_model, folder_identity, read_corpus, sft_model
 from sera_jax.experiment.evaluator import Evaluator
-from sera_jax.experiment.saved import describe
+from sera_jax.experiment.saved import describe, export
 from sera_jax.loops.runtime import Policy, Runtime
 from sera_jax.loops.sera import Study, sera
 from sera_jax.loops.sft import sft
 from sera_jax.losses.preference import resolve
 from sera_jax.mesh import make_mesh
-from sera_jax.models.huggingface import save_pretrained
 from sera_jax.writer import MetricWriter
 
 
@@ -55,14 +54,14 @@ def run(config: Config, *, stop_requested: Callable[[], bool] = lambda: False) -
             stop_ids=corpus.tokenizer.stop_ids,
             stop_requested=stop_requested,
         )
-        describe(root, cfg, corpus.tokenizer_dir)
+        describe(root, cfg, corpus.tokenizer, config.model.model_name_or_path)
         start = starting_policy(config, runtime, corpus, make_base)
         evaluator = Evaluator(
             run=runtime,
             loss=loss,
             pairs=corpus.heldout,
             prompts=corpus.eval_prompts,
-            decode=corpus.tokenizer.decode,
+            tokenizer=corpus.tokenizer,
             judge=corpus.judge,
             reference=start,
             settings=config.eval,
@@ -147,13 +146,15 @@ def finish(
         say(f"picture: {root / 'report.png'}")
     if config.log.hf_export:
         for arm, policy in final.items():
-            save_pretrained(
-                root / "huggingface" / arm,
+            out = export(
+                runtime.params(policy),
                 runtime.cfg,
-                jax.device_get(runtime.params(policy)),
-                tokenizer_dir=corpus.tokenizer_dir,
+                root / "huggingface" / arm,
+                source=config.model.model_name_or_path or None,
+                tokenizer_dir=root / "tokenizer",
+                overwrite=True,
             )
-            say(f"Hugging Face checkpoint of {arm}: {root / 'huggingface' / arm}")
+            say(f"Hugging Face checkpoint of {arm}: {out}")
     say(f"summary: {root / 'summary.json'}")
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from sera_jax.config import EvalGroup, SamplingGroup
 from sera_jax.data.items import Item, PairItem
+from sera_jax.data.tokenizing import Tokenizer
 from sera_jax.evaluation import gold, heldout
 from sera_jax.loops.runtime import Policy, Runtime
 from sera_jax.losses.preference import ResolvedLoss
@@ -21,7 +22,7 @@ class Evaluator:
 
     Attributes:
         pairs: held-out preference pairs. prompts: what generations answer.
-        decode: tokens to text. judge: gold reward of (prompt item, response tokens), or None.
+        tokenizer: turns answers into text. judge: gold reward of (prompt item, response tokens), or None.
         reference: the SFT model; implicit rewards and win rates are against it.
     """
 
@@ -29,7 +30,7 @@ class Evaluator:
     loss: ResolvedLoss
     pairs: Sequence[PairItem]
     prompts: Sequence[Item]
-    decode: Callable[[np.ndarray], str]
+    tokenizer: Tokenizer
     judge: Callable[[Item, np.ndarray], float] | None
     reference: Policy
     settings: EvalGroup
@@ -69,12 +70,19 @@ class Evaluator:
             facts |= gold.facts(self._golds(policy))
         return facts
 
-    def show(self, policy: Policy) -> list[dict[str, str]]:
-        """The first generations as prompt and response texts."""
+    def show(self, policy: Policy) -> list[dict[str, Any]]:
+        """The first generations, as texts."""
         answers = self._answers(policy)[: self.settings.num_generations]
         return [
-            {"policy": policy.name, "prompt": self.decode(item.prompt), "response": self.decode(tokens)}
-            for item, (tokens, _) in zip(self.prompts, answers)
+            {
+                "policy": policy.name,
+                "id": item.id,
+                "prompt": self.tokenizer.decode(item.prompt),
+                "response": self.tokenizer.decode_response(tokens),
+                "finished": finished,
+                "tokens": len(tokens),
+            }
+            for item, (tokens, finished) in zip(self.prompts, answers)
         ]
 
     def _answers(self, policy: Policy) -> list[tuple[np.ndarray, bool]]:

@@ -4,58 +4,194 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
+import shutil
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from sera_jax.checkpoint import load_tree
-from sera_jax.checkpoint.phases import write_json
+from sera_jax.checkpoint.phases import file_digest, write_json
+from sera_jax.data.tokenizing import Tokenizer
 from sera_jax.mesh import host_to_global, param_shardings
 from sera_jax.models.config import ModelConfig, RopeScaling
 from sera_jax.models.decoder import Params, abstract_params
-from sera_jax.models.huggingface import load_pretrained
+from sera_jax.models.families import config_from_hf
+from sera_jax.models.folder import read_config
+from sera_jax.models.huggingface import MAX_SHARD_BYTES, load_pretrained, read_source, save_pretrained
+
+MAX_NEW_TOKENS = 256  # for answers, where neither the user nor a run says
+MAX_PROMPT_LENGTH = 1024
+_SHOWN = 16  # policies listed in a message
 
 
-def describe(root: pathlib.Path, cfg: ModelConfig, tokenizer_dir: str) -> None:
-    """Write `model.json`, with which every policy of a work directory can be opened."""
-    write_json(root / "model.json", {"model": dataclasses.asdict(cfg), "tokenizer_dir": tokenizer_dir})
+@dataclasses.dataclass(frozen=True)
+class SavedPolicy:
+    """A policy that was found on disk; nothing but its description is read yet.
 
-
-def open_policy(path: str, mesh: Mesh, **precision: Any) -> tuple[ModelConfig, Params, str]:
-    """Parameters on the mesh, with their shape and their tokenizer's folder.
-
-    Args:
-        path: `WORKDIR/phases/NAME` (for instance runs/quickstart/phases/sera/round3), or a Hugging Face folder.
-        precision: ModelConfig fields such as dtype, for a Hugging Face folder.
-
-    Raises:
-        ValueError: neither is there; the message lists the policies of a work directory.
+    Attributes:
+        folder: the phase's, or the Hugging Face folder.
+        tokenizer_dir: a folder with its tokenizer, whose chat template is the one it was trained with.
+        source: the Hugging Face folder that its config.json and dtypes come from; "" where it has none.
+        run: config of the run that trained it, as nested dicts; {} for a Hugging Face folder.
     """
-    folder = pathlib.Path(path)
-    if (folder / "params" / "checksums.json").exists():
-        root = next((p for p in folder.absolute().parents if (p / "model.json").exists()), None)
-        if root is None:
-            raise ValueError(f"no model.json above {folder}; open a policy where its run wrote it")
-        saved = json.loads((root / "model.json").read_text())
-        cfg = _model_config(saved["model"])
-        shapes = abstract_params(cfg)
+
+    cfg: ModelConfig
+    folder: pathlib.Path
+    tokenizer_dir: str
+    source: str
+    run: dict[str, Any]
+
+    @property
+    def is_phase(self) -> bool:
+        return bool(self.run)
+
+    def of_run(self, field: str, otherwise: Any) -> Any:
+        """The value of `group.field` in the run that trained the policy, or `otherwise` where there was none."""
+        value: Any = self.run
+        for part in field.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return otherwise if value is None else value
+
+    def lengths(self, max_new_tokens: int | None, max_prompt_length: int | None) -> tuple[int, int]:
+        """(new tokens, prompt tokens) as given; else as in the run that trained the policy; else the defaults above.
+
+        Raises:
+            ValueError: together they exceed the model's positions. Only what was not given is lowered to fit.
+        """
+        room = self.cfg.max_position_embeddings
+        new = max_new_tokens or self.of_run("sampling.max_new_tokens", min(MAX_NEW_TOKENS, room // 2))
+        most = max_prompt_length or min(self.of_run("data.max_prompt_length", MAX_PROMPT_LENGTH), room - new)
+        if most < 1 or most + new > room:
+            raise ValueError(
+                f"--max_prompt_length={most} and --max_new_tokens={new} exceed the model's "
+                f"max_position_embeddings={room} together; lower one of them"
+            )
+        return new, most
+
+    def params(self, mesh: Mesh) -> Params:
+        """The parameters, on the mesh."""
+        if not self.is_phase:
+            precision = {name: getattr(self.cfg, name) for name in ("dtype", "param_dtype")}
+            params = load_pretrained(self.folder, **precision)[1]
+            return host_to_global(params, param_shardings(mesh, params))
+        shapes = abstract_params(self.cfg)
         target = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             shapes,
             param_shardings(mesh, shapes),
         )
-        return cfg, load_tree(folder / "params", target), saved["tokenizer_dir"]
-    if (folder / "config.json").exists() and list(folder.glob("*.safetensors")):
-        cfg, params = load_pretrained(folder, **precision)
-        return cfg, host_to_global(params, param_shardings(mesh, params)), str(folder)
-    found = sorted(str(p.parent.parent) for p in folder.rglob("params/checksums.json"))
-    hint = f"; policies below it: {', '.join(found[:8])}" if found else ""
+        return load_tree(self.folder / "params", target)
+
+    def digests(self) -> dict[str, str]:
+        """sha256 of the files that say what the parameters are; those of a phase hold a checksum of each array."""
+        if self.is_phase:
+            files = [self.folder / "params" / "checksums.json"]
+        else:
+            files = [self.folder / "config.json", *sorted(self.folder.glob("*.safetensors"))]
+        return {file.name: file_digest(file) for file in files}
+
+
+def describe(root: pathlib.Path, cfg: ModelConfig, tokenizer: Tokenizer, source: str = "") -> None:
+    """Write `model.json` and `tokenizer/`, with which every policy of a work directory can be opened, also elsewhere.
+
+    Args:
+        tokenizer: saved with the chat template in force.
+        source: the Hugging Face folder that the run starts from.
+    """
+    shutil.rmtree(root / "tokenizer", ignore_errors=True)
+    tokenizer.save(root / "tokenizer")
+    source = os.path.abspath(source) if source else ""
+    write_json(root / "model.json", {"model": dataclasses.asdict(cfg), "source": source})
+
+
+def find_policy(path: str | os.PathLike, *, dtype: str = "", param_dtype: str = "float32") -> SavedPolicy:
+    """The policy at a path.
+
+    Args:
+        path: `WORKDIR/phases/NAME` (for instance runs/quickstart/phases/sera/round3), or a Hugging Face folder.
+        dtype: compute dtype; "" for that of the run, and float32 for a Hugging Face folder.
+        param_dtype: dtype of the parameters of a Hugging Face folder; a run's are as it trained them.
+
+    Raises:
+        ValueError: neither is there; the message lists the policies nearby.
+    """
+    folder = pathlib.Path(path)
+    if (folder / "params" / "checksums.json").is_file():
+        root = _root_of(folder)
+        if root is None:
+            raise ValueError(f"no model.json above {folder}; open a policy where its run wrote it")
+        saved = json.loads((root / "model.json").read_text(encoding="utf-8"))
+        cfg = _model_config(saved["model"])
+        cfg = dataclasses.replace(cfg, dtype=dtype) if dtype else cfg
+        source = saved["source"] if pathlib.Path(saved["source"]).is_dir() else ""
+        run = json.loads((root / "config.json").read_text(encoding="utf-8"))
+        return SavedPolicy(cfg, folder, str(root / "tokenizer"), source, run)
+    if (folder / "config.json").is_file() and list(folder.glob("*.safetensors")):
+        cfg = config_from_hf(read_config(folder), dtype=dtype or "float32", param_dtype=param_dtype)
+        return SavedPolicy(cfg, folder, str(folder), str(folder), {})
+    found = _policies_near(folder)
+    hint = f". Policies there: {', '.join(found[:_SHOWN])}{' ...' if len(found) > _SHOWN else ''}" if found else ""
     raise ValueError(
-        f"{path!r} is neither a policy of a work directory (WORKDIR/phases/NAME) nor a Hugging Face folder "
-        f"(config.json and *.safetensors){hint}"
+        f"{folder} {'is no policy' if folder.exists() else 'does not exist'}; give one of a work directory "
+        f"(WORKDIR/phases/NAME) or a Hugging Face folder (config.json and *.safetensors){hint}"
     )
+
+
+def export(
+    params: Params,
+    cfg: ModelConfig,
+    out: str | os.PathLike,
+    *,
+    dtype: str | None = None,
+    source: str | os.PathLike | None = None,
+    tokenizer_dir: str | os.PathLike | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+) -> pathlib.Path:
+    """Write `out` as a Hugging Face folder: weights, config.json, tokenizer files.
+
+    Args:
+        dtype: dtype of the weights; default that of the weights the model was loaded from (`cfg.export_dtype`).
+        source: the Hugging Face folder that the model was loaded from, if at hand: its config.json is kept, and the
+            tensors get its names and dtypes one by one.
+        tokenizer_dir: folder whose tokenizer files and generation_config.json are copied.
+        overwrite: replace an existing folder.
+
+    Raises:
+        ValueError, FileExistsError: as `huggingface.save_pretrained`.
+    """
+    described = read_source(source) if source else None
+    return save_pretrained(
+        out,
+        cfg,
+        params,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        tokenizer_dir=tokenizer_dir,
+        source_config=described and described.config,
+        source_dtypes=described and described.dtypes,
+        overwrite=overwrite,
+    )
+
+
+def _policies_near(folder: pathlib.Path) -> list[str]:
+    """Policies below the folder, or below what exists of its path if that lies in a work directory; oldest first."""
+    if not folder.exists():
+        folder = next((parent for parent in folder.parents if parent.exists()), folder)
+        if _root_of(folder) is None:
+            return []
+    files = [file for file in folder.rglob("params/checksums.json") if ".partial" not in str(file)]
+    files.sort(key=lambda file: (file.stat().st_mtime, str(file)))
+    return [str(file.parent.parent) for file in files]
+
+
+def _root_of(folder: pathlib.Path) -> pathlib.Path | None:
+    """The work directory that the folder is, or lies in."""
+    here = folder.absolute()
+    return next((path for path in (here, *here.parents) if (path / "model.json").is_file()), None)
 
 
 def _model_config(fields: dict[str, Any]) -> ModelConfig:
