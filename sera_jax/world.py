@@ -137,11 +137,11 @@ class WorldSpec:
             value = getattr(self, field.name)
             if field.type == "int" and value < 0:
                 raise ValueError(f"world.{field.name}={value} is negative; give 0 or more")
-        heldout = self.heldout_prompts + self.heldout_preferences
-        if heldout > MAX_HELDOUT:
+        if self.heldout_prompts + self.heldout_preferences > MAX_HELDOUT:
             raise ValueError(
-                f"world.heldout_prompts + world.heldout_preferences = {heldout} is more than {MAX_HELDOUT}; lower one, "
-                f"since their prompts are kept out of training and the `name` task has {NAME_PROMPTS} prompts in all"
+                f"world.heldout_prompts={self.heldout_prompts}, world.heldout_preferences={self.heldout_preferences}: "
+                f"together more than {MAX_HELDOUT}; lower one, since their prompts are kept out of training and the "
+                f"`name` task has only {NAME_PROMPTS}"
             )
 
 

@@ -229,7 +229,7 @@ def report_png(summary: dict[str, Any], path: str | os.PathLike[str]) -> None:
     }
     with matplotlib.rc_context(look):
         figure = Figure(figsize=(4.3 * columns, 3.5 * lines + 0.9), layout="constrained")
-        figure.set_constrained_layout_pads(w_pad=0.12, h_pad=0.14)
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.14)
         FigureCanvasAgg(figure)
         axes = figure.subplots(lines, columns, squeeze=False).ravel()
         for axis, draw in zip(axes, panels):

@@ -1,0 +1,72 @@
+"""Gold facts: laws of the interval, the win rate and the agreement."""
+
+import numpy as np
+import pytest
+
+from sera_jax.evaluation import gold
+
+
+def sample(n, seed=0):
+    return np.random.default_rng(seed).choice([-0.3, 0.0, 0.25, 0.6, 0.85, 1.0], size=n)
+
+
+def test_the_interval_holds_the_mean_and_lies_within_the_values():
+    golds = sample(200)
+    facts = gold.facts(golds)
+    low, high = facts["gold_ci95"]
+    assert golds.min() <= low <= facts["gold_mean"] <= high <= golds.max()
+    assert facts["gold_mean"] == pytest.approx(golds.mean())
+
+
+def test_the_interval_is_near_the_normal_one_for_many_prompts():
+    golds = sample(400)
+    low, high = gold.ci95(golds)
+    half = 1.96 * golds.std(ddof=1) / np.sqrt(len(golds))
+    # 2000 resamples put the percentiles within about a tenth of the half width
+    assert low == pytest.approx(golds.mean() - half, abs=0.15 * half)
+    assert high == pytest.approx(golds.mean() + half, abs=0.15 * half)
+
+
+def test_the_interval_covers_the_true_mean_about_as_often_as_it_says():
+    truth = np.mean([-0.3, 0.0, 0.25, 0.6, 0.85, 1.0])
+    covered = [low <= truth <= high for low, high in (gold.ci95(sample(100, seed)) for seed in range(200))]
+    assert 0.88 <= np.mean(covered) <= 0.99  # 0.95 plus or minus 4 standard errors of 200 trials
+
+
+def test_the_interval_is_the_same_every_time_and_a_point_for_equal_values():
+    assert gold.ci95(sample(50)) == gold.ci95(sample(50))
+    assert gold.ci95(np.full(10, 0.6)) == pytest.approx((0.6, 0.6))
+
+
+def test_nothing_is_said_of_no_prompts():
+    assert gold.facts([]) == {}
+    with pytest.raises(ValueError, match="at least one"):
+        gold.ci95(np.zeros(0))
+
+
+def test_a_set_of_answers_wins_half_against_itself():
+    assert gold.win_rate(sample(31), sample(31)) == 0.5
+
+
+def test_the_win_rates_of_two_sets_add_to_one():
+    a, b = sample(101, 1), sample(101, 2)
+    assert gold.win_rate(a, b) + gold.win_rate(b, a) == pytest.approx(1.0)
+    assert gold.win_rate(np.array([1.0, 0.6, 0.0]), np.array([0.0, 0.6, 0.25])) == pytest.approx((1 + 0.5 + 0) / 3)
+
+
+def test_rounding_in_the_sum_of_terms_makes_no_winner():
+    assert gold.win_rate(np.array([0.1 + 0.2]), np.array([0.3])) == 0.5
+    assert gold.agreement(np.array([0.1 + 0.2]), np.array([0.3])) == {"agree": 0.0, "disagree": 0.0, "tie": 1.0}
+
+
+def test_a_win_rate_needs_the_same_prompts():
+    with pytest.raises(ValueError, match="paired"):
+        gold.win_rate(np.zeros(3), np.zeros(4))
+
+
+def test_the_shares_of_agreement_add_to_one_and_swap_with_the_sides():
+    a, b = sample(80, 3), sample(80, 4)
+    shares, swapped = gold.agreement(a, b), gold.agreement(b, a)
+    assert sum(shares.values()) == pytest.approx(1.0)
+    assert (shares["agree"], shares["tie"]) == (swapped["disagree"], swapped["tie"])
+    assert gold.agreement([], []) == {}
