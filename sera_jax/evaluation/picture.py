@@ -197,6 +197,7 @@ def report_png(summary: dict[str, Any], path: str | os.PathLike[str]) -> None:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     report = _Report(summary)
     panels = _panels(report)
@@ -228,8 +229,9 @@ def report_png(summary: dict[str, Any], path: str | os.PathLike[str]) -> None:
         "hatch.linewidth": 1.4,
     }
     with matplotlib.rc_context(look):
-        figure = Figure(figsize=(4.3 * columns, 3.5 * lines + 0.9), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.14)
+        figure = Figure(
+            figsize=(4.3 * columns, 3.5 * lines + 0.9), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.14)
+        )
         FigureCanvasAgg(figure)
         axes = figure.subplots(lines, columns, squeeze=False).ravel()
         for axis, draw in zip(axes, panels):
