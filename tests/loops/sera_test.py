@@ -1,0 +1,401 @@
+"""The rounds of SeRA on a tiny embedded world: what is kept, what is added, and what every control shares."""
+
+import copy
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from sera_jax import experiment
+from sera_jax.checkpoint import Checkpoints, Workdir, load_tree, save_tree
+from sera_jax.config import Config
+from sera_jax.data.batches import PairLoader
+from sera_jax.data.items import Item
+from sera_jax.data.packing import RowSpec, build_rows
+from sera_jax.evaluation.report import check_summary
+from sera_jax.loops import sera as sera_module
+from sera_jax.loops.runtime import NonFinite, Policy
+from sera_jax.loops.sera import Study, sera
+from sera_jax.losses.preference import resolve
+from sera_jax.mesh import make_mesh
+from sera_jax.training.optimizer import make_optimizer
+from sera_jax.training.score import make_score, place_rows
+from sera_jax.training.step import abstract_state
+from sera_jax.writer import MetricWriter, read_records
+from tests.loops.tiny import BATCH, PAIRS, tiny_config
+from tests.tolerances import TOLERANCES
+
+ARMS = ("daa", "sera", "random")
+KEPT = round(0.7 * PAIRS)
+ADDED = round(0.3 * PAIRS)
+UPDATES = PAIRS // BATCH
+
+
+class Lab(NamedTuple):
+    """A finished run, and what its loops were given."""
+
+    config: Config
+    summary: dict
+    study: Study
+    root: pathlib.Path
+    scorer: Callable
+
+    def rounds(self, arm):
+        return {facts["round"]: facts for facts in self.summary["rounds"] if facts["arm"] == arm}
+
+    def offline(self, arm, round_):
+        return _jsonl(self.root / "phases" / arm / f"pairs{round_}" / "offline.jsonl")
+
+    def sampled(self, arm, round_):
+        return _jsonl(self.root / "phases" / arm / f"pairs{round_}" / "sampled.jsonl")
+
+    def policy(self, name):
+        return Policy(name, self.root / "phases" / name, name)
+
+    @property
+    def lines(self):
+        return read_records(self.root / "metrics.jsonl")[0]
+
+    def train_lines(self, arm, round_):
+        return [r for r in self.lines if (r["phase"], r["arm"], r["round"]) == ("train", arm, round_)]
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory):
+    root = tmp_path_factory.mktemp("lab")
+    config = tiny_config(root, sera__arms=ARMS, sera__rounds=3)
+    seen = []
+
+    def spy(study, arm):
+        seen.append(study)
+        return sera(study, arm)
+
+    def one_device(*_):
+        return make_mesh(1, 1, 1, devices=jax.devices()[:1])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "sera", spy)
+        patch.setattr(experiment, "make_mesh", one_device)
+        summary = experiment.run(config)
+    run = seen[0].run
+    scorer = make_score(run.cfg, run.mesh, window=run.row_tokens, chunk_tokens=run.chunk_tokens)
+    return Lab(config, summary, seen[0], root, scorer)
+
+
+def _jsonl(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _study(lab, folder, *, loss=None, train=None, sft=None, **settings):
+    """The lab's study with other settings in a work directory of its own; jitted functions are shared."""
+    run = copy.copy(lab.study.run)
+    run.workdir, run.writer = Workdir(folder, {}), MetricWriter(folder, tensorboard=False)
+    return dataclasses.replace(
+        lab.study,
+        run=run,
+        sft=sft or lab.study.sft,
+        loss=loss or lab.study.loss,
+        settings=dataclasses.replace(lab.study.settings, **settings),
+        train=dataclasses.replace(lab.study.train, **(train or {})),
+        evaluate=lambda policy, round_: {},
+    )
+
+
+def _run(study, arm="sera"):
+    with jax.set_mesh(study.run.mesh), study.run.writer:
+        return sera(study, arm)
+
+
+def _checksums(policy):
+    return json.loads((policy.path / "params" / "checksums.json").read_text())
+
+
+def _alone(lab, policy, items):
+    """Summed log-probs f32[n, K] of every response of every item, each in a row of its own, from the policy on disk."""
+    run = copy.copy(lab.study.run)
+    run._held = None
+    single = [Item(f"{i}/{k}", item.prompt, (r,)) for i, item in enumerate(items) for k, r in enumerate(item.responses)]
+    spec = RowSpec(run.row_tokens, scored=64, slots=1)
+    score = lab.scorer
+    params, logps = run.params(policy), []
+    for start in range(0, len(single), 64):
+        part = single[start : start + 64]
+        rows = build_rows(part, [[i] for i in range(len(part))], spec, 64).rows
+        logps += np.asarray(score(params, place_rows(rows, run.mesh)))[: len(part), 0].tolist()
+    return np.array(logps).reshape(len(items), -1)
+
+
+def _margins(lab, round_):
+    """The pool's ensembled margins by eq. 7 in round `round_` of arm `sera`, in float64 from policies on disk."""
+    gamma = lab.config.sera.ensemble_gamma
+    items = [pair.item for pair in lab.study.pool]
+    names = ["sft", "round1", "sera/round2"][:round_]
+    reference, before, now = (_alone(lab, lab.policy(name), items) for name in ("sft", names[-2], names[-1]))
+    reward = (1 - gamma) * (now - reference) + gamma * (before - reference)
+    return np.array([row[w] - row[l] for row, pair in zip(reward, lab.study.pool) for w, l in pair.pairs])
+
+
+def test_the_summary_has_what_readers_rely_on(lab):
+    saved = json.loads((lab.root / "summary.json").read_text())
+    check_summary(saved)
+    assert set(saved["arms"]) == {"sft", *ARMS}
+    assert {(r["arm"], r["round"]) for r in saved["rounds"]} == {(arm, r) for arm in ARMS for r in (1, 2, 3)}
+    for facts in saved["arms"].values():
+        wanted = {"gold_mean", "gold_ci95", "win_rate_vs_sft", "heldout_accuracy", "response_tokens_mean"}
+        assert wanted <= set(facts)
+    for facts in saved["rounds"]:
+        assert {"kept", "added", "flipped_fraction_kept", "updates", "heldout_accuracy"} <= set(facts)
+    assert set(saved["params_sha256"]) == {"sft", *ARMS}
+
+
+def test_every_step_of_the_metrics_is_written_once(lab):
+    places = [(r["phase"], r["arm"], r["round"], r["step"]) for r in lab.lines]
+    assert len(set(places)) == len(places)
+    train = [place for place in places if place[0] == "train"]
+    expected = [("train", "", 1)] + [("train", arm, round_) for arm in ARMS for round_ in (2, 3)]
+    assert sorted(train) == sorted((*key, step) for key in expected for step in range(1, UPDATES + 1))
+
+
+def test_every_arm_has_the_same_number_of_updates_in_every_round(lab):
+    assert {facts["updates"] for facts in lab.summary["rounds"]} == {UPDATES}
+    for arm in ARMS:
+        for round_ in (2, 3):
+            assert len(lab.train_lines(arm, round_)) == UPDATES
+
+
+def test_round_one_trains_on_all_pairs_and_is_shared_by_the_arms(lab):
+    firsts = [lab.rounds(arm)[1] for arm in ARMS]
+    assert all((facts["kept"], facts["added"]) == (PAIRS, 0) for facts in firsts)
+    tokens = sum(record["num_tokens"] for record in lab.train_lines("", 1))
+    assert tokens == sum(pair.item.tokens for pair in lab.study.pool)
+
+
+def test_the_policy_starts_at_its_reference(lab):
+    first = lab.train_lines("", 1)[0]
+    tolerance = TOLERANCES["packing"]["atol"]
+    assert first["rewards/margins"] == pytest.approx(0, abs=tolerance)
+    assert first["rewards/chosen"] == pytest.approx(0, abs=tolerance)
+    assert first["loss"] == pytest.approx(math.log(2), abs=tolerance)
+    sft = lab.summary["arms"]["sft"]
+    assert (sft["heldout_margin"], sft["heldout_accuracy"], sft["win_rate_vs_sft"]) == (0.0, 0.5, 0.5)
+    assert lab.train_lines("", 1)[-1]["rewards/margins"] != 0
+
+
+def test_the_learning_rate_goes_on_over_the_rounds_and_ends_near_zero(lab):
+    rates = [r["learning_rate"] for key in (("", 1), ("sera", 2), ("sera", 3)) for r in lab.train_lines(*key)]
+    peak = int(np.argmax(rates))
+    assert rates[peak] == pytest.approx(lab.config.train.learning_rate)
+    assert all(a > b for a, b in zip(rates[peak + 1 :], rates[peak + 2 :]))
+    assert rates[-1] < 0.1 * rates[peak]
+
+
+def test_exactly_the_configured_share_is_kept(lab):
+    for arm in ("sera", "random"):
+        for round_ in (2, 3):
+            assert lab.rounds(arm)[round_]["kept"] == KEPT
+            assert sum(row["kept"] for row in lab.offline(arm, round_)) == KEPT
+    assert {lab.rounds("daa")[round_]["kept"] for round_ in (1, 2, 3)} == {PAIRS}
+
+
+@pytest.mark.parametrize("round_", [2, 3])
+def test_the_kept_pairs_have_the_largest_ensembled_margins(lab, round_):
+    margins = _margins(lab, round_)
+    rows = lab.offline("sera", round_)
+    rtol, atol = TOLERANCES["packing"]["rtol"], TOLERANCES["packing"]["atol"]
+    np.testing.assert_allclose([row["margin"] for row in rows], margins, rtol=rtol, atol=atol)
+    assert np.std(margins) > 100 * atol, "the margins say nothing"
+    kept = {i for i, row in enumerate(rows) if row["kept"]}
+    expected = set(np.argsort(-margins, kind="stable")[:KEPT].tolist())
+    cut = min(margins[i] for i in expected)
+    assert all(abs(margins[i] - cut) <= 2 * atol for i in kept ^ expected)  # but for ties within rounding the same set
+
+
+def test_random_keeps_as_many_but_others(lab):
+    kept = {arm: {row["id"] for row in lab.offline(arm, 2) if row["kept"]} for arm in ("sera", "random")}
+    assert len(kept["random"]) == len(kept["sera"])
+    assert kept["random"] != kept["sera"]
+    # both saw the same policy, so they ranked the same margins
+    assert [row["margin"] for row in lab.offline("random", 2)] == [row["margin"] for row in lab.offline("sera", 2)]
+
+
+def test_flipped_labels_are_counted_in_the_kept_set(lab):
+    flipped = {pair.item.id: pair.flipped for pair in lab.study.pool}
+    assert sum(flipped.values()) == round(lab.config.data.label_noise * PAIRS)
+    for arm in ("sera", "random"):
+        for round_ in (2, 3):
+            kept = [row["id"] for row in lab.offline(arm, round_) if row["kept"]]
+            assert lab.rounds(arm)[round_]["flipped_fraction_kept"] == np.mean([flipped[name] for name in kept])
+    assert lab.rounds("daa")[3]["flipped_fraction_kept"] == lab.config.data.label_noise
+
+
+def test_bootstrapped_pairs_are_the_best_against_the_worst_candidate(lab):
+    gamma = lab.config.sera.ensemble_gamma
+    samples = _jsonl(lab.root / "phases" / "round1" / "candidates" / "samples.jsonl")
+    prompts = lab.study.prompts
+    items = [Item(p.id, p.prompt, tuple(np.array(s["tokens"]) for s in samples if s["prompt"] == i))
+             for i, p in enumerate(prompts)]  # fmt: skip
+    assert {len(item.responses) for item in items} == {lab.config.sera.num_samples}
+    reference, now = (_alone(lab, lab.policy(name), items) for name in ("sft", "round1"))
+    reward = (1 - gamma) * (now - reference)  # the round before is the SFT model, whose reward is 0
+    best = {item.id: reward[i].max() - reward[i].min() for i, item in enumerate(items)}
+    place = {item.id: i for i, item in enumerate(items)}
+    slack = 4 * TOLERANCES["packing"]["atol"]
+
+    pairs = lab.sampled("sera", 2)
+    assert 0 < len(pairs) <= ADDED
+    assert len(pairs) == lab.rounds("sera")[2]["added"]
+    used = [pair["id"].removesuffix("#round2") for pair in pairs]
+    assert len(set(used)) == len(used), "one pair for each prompt"
+    for name, pair in zip(used, pairs, strict=True):
+        texts = [r.tolist() for r in items[place[name]].responses]
+        chosen, rejected = (reward[place[name]][texts.index(pair[side])] for side in ("chosen", "rejected"))
+        assert chosen - rejected == pytest.approx(best[name], abs=slack)
+        assert chosen > rejected - slack
+    others = [value for name, value in best.items() if name not in used]
+    assert min(best[name] for name in used) >= max(others) - slack
+
+
+def test_plain_daa_is_sera_without_selection_and_bootstrapping(lab, tmp_path):
+    policy, facts = _run(_study(lab, tmp_path, selection="none", bootstrap_fraction=0.0))
+    assert _checksums(policy) == _checksums(lab.policy("daa/round3"))
+    assert [f["kept"] for f in facts] == [PAIRS] * 3
+    assert not (tmp_path / "phases" / "round1" / "pool").exists(), "scores that nothing reads"
+
+
+def test_the_random_control_keeps_as_many_as_a_threshold_would(lab, tmp_path):
+    study = _study(lab, tmp_path, selection="threshold", threshold=0.0, rounds=2, bootstrap_fraction=0.0)
+    kept = {arm: _run(study, arm)[1][1]["kept"] for arm in ("sera", "random")}
+    rows = _jsonl(tmp_path / "phases" / "sera" / "pairs2" / "offline.jsonl")
+    assert 0 < kept["sera"] < PAIRS
+    assert kept["sera"] == kept["random"] == sum(row["margin"] >= 0 for row in rows)
+
+
+SHORT = {"max_steps": 2}
+
+
+@pytest.mark.parametrize(
+    "settings, kept",
+    [
+        ({"selection": "bottom"}, KEPT),
+        ({"selection": "middle"}, KEPT),
+        ({"selection": "middle", "band": (0.25, 0.75)}, PAIRS // 2),
+        ({"selection": "random"}, KEPT),
+        ({"selection": "none"}, PAIRS),
+        ({"selection": "top", "keep_fraction": 0.0}, 0),
+        ({"reference": "previous"}, KEPT),
+        ({"curriculum": "easy_to_hard"}, KEPT),
+        ({"reset_optimizer": True}, KEPT),
+        ({"bootstrap_prompts": 10}, KEPT),
+        ({"length_alpha": 0.1}, KEPT),
+        ({"pairing": "all"}, KEPT),
+    ],
+    ids=str,
+)
+def test_every_option_runs_a_second_round(lab, tmp_path, settings, kept):
+    study = _study(lab, tmp_path, train=SHORT, rounds=2, **settings)
+    policy, facts = _run(study)
+    assert facts[1]["kept"] == kept
+    assert 0 < facts[1]["added"] <= ADDED
+    assert facts[1]["updates"] == 2
+    assert _checksums(policy) != _checksums(Policy("", tmp_path / "phases" / "round1", ""))
+    lines = [r for r in read_records(tmp_path / "metrics.jsonl")[0] if r["phase"] == "train" and r["round"] == 2]
+    assert [r["step"] for r in lines] == [1, 2]
+    at_reference = abs(lines[0]["rewards/margins"]) < TOLERANCES["packing"]["atol"]
+    assert at_reference == (settings.get("reference") == "previous")
+    first_rate = lines[0]["learning_rate"]
+    rates = lab.config.train.learning_rate
+    assert (first_rate == pytest.approx(rates)) == bool(settings.get("reset_optimizer"))
+
+
+@pytest.mark.parametrize("name", ["ipo", "simpo", "slic_hf"])
+def test_other_losses_run_two_rounds_with_their_own_reward(lab, tmp_path, name):
+    _, facts = _run(_study(lab, tmp_path, loss=resolve(name), train=SHORT, rounds=2))
+    assert (facts[1]["kept"], 0 < facts[1]["added"] <= ADDED) == (KEPT, True)
+    line = read_records(tmp_path / "metrics.jsonl")[0][0]
+    if name == "ipo":  # at its reference the margin is 0, so the loss is (1 / (2 tau))^2
+        assert line["loss"] == pytest.approx(25, rel=1e-3)
+    else:  # without a reference the reward of an untrained policy is not 0
+        assert abs(line["rewards/chosen"]) > 0.1
+
+
+def test_a_margin_filter_may_refuse_everything(lab, tmp_path):
+    _, facts = _run(_study(lab, tmp_path, train=SHORT, rounds=2, min_margin=1e6))
+    assert (facts[1]["kept"], facts[1]["added"]) == (KEPT, 0)
+    assert "agreement" not in facts[1]
+
+
+def test_a_round_without_pairs_is_an_error_with_the_way_out(lab, tmp_path):
+    study = _study(lab, tmp_path, train=SHORT, rounds=2, selection="threshold", threshold=1e6, min_margin=1e6)
+    with pytest.raises(ValueError, match=r"sera, round 2: no pair is left.*threshold=1000000\.0.*keep more"):
+        _run(study)
+
+
+@pytest.mark.parametrize("curriculum, first", [("easy_to_hard", True), ("hard_to_easy", False)])
+def test_a_curriculum_orders_what_was_reviewed_and_only_that(lab, tmp_path, monkeypatch, curriculum, first):
+    loaders = []
+
+    class Spy(PairLoader):
+        def __init__(self, pairs, **options):
+            super().__init__(pairs, **options)
+            loaders.append((self, [pair.item.id for pair in pairs], options["order"]))
+
+    monkeypatch.setattr(sera_module, "PairLoader", Spy)
+    _run(_study(lab, tmp_path, train=SHORT, rounds=2, curriculum=curriculum, bootstrap_fraction=0.0))
+    (_, _, order_1), (loader, ids, order_2) = loaders
+    assert (order_1, order_2) == ("shuffle", "given")
+    margin = {row["id"]: row["margin"] for row in _jsonl(tmp_path / "phases" / "sera" / "pairs2" / "offline.jsonl")}
+    assert [margin[name] for name in ids] == sorted((margin[name] for name in ids), reverse=first)
+    assert set(loader.batch(0).ids) == set(ids[:BATCH])
+
+
+def test_candidates_that_overflow_a_row_together_are_scored_and_trained_apart(lab, tmp_path):
+    study = _study(lab, tmp_path, train=SHORT, rounds=2, pairing="all", num_samples=6)
+    study.run.share_prompt = False  # six candidates, each with a prompt of its own
+    _, facts = _run(study)
+    assert 0 < facts[1]["added"] <= ADDED
+    samples = _jsonl(tmp_path / "phases" / "round1" / "candidates" / "samples.jsonl")
+    assert max(sum(len(s["tokens"]) for s in samples if s["prompt"] == i) for i in range(8)) > 0.6 * 128
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_the_last_good_state_saved(lab, tmp_path):
+    study = _study(lab, tmp_path, train={"learning_rate": 1e30, "warmup_ratio": 0.0, "save_steps": 0}, rounds=2)
+    with pytest.raises(NonFinite, match=r"round1: the loss or gradient of update (\d+) is not finite") as stopped:
+        _run(study)
+    message = str(stopped.value)
+    good = int(message.split("(update ")[1].split(")")[0])
+    assert 0 < good < UPDATES and f"of update {good + 1} " in message
+    ids = message.split("Records of its batch: ")[1].split(". The last")[0].replace(" ...", "").split(", ")
+    assert set(ids) <= {pair.item.id for pair in study.pool} and len(ids) == BATCH
+    folder = tmp_path / "checkpoints" / "round1"
+    assert [p.name for p in folder.iterdir() if p.name.isdigit()] == [str(good)]
+    assert not (tmp_path / "phases" / "round1").exists()
+    with pytest.raises(NonFinite) as again:  # the same command again says the same
+        _run(_study(lab, tmp_path, train={"learning_rate": 1e30, "warmup_ratio": 0.0, "save_steps": 0}, rounds=2))
+    assert str(again.value) == message
+    state = _good_state(study, folder)
+    assert bool(state.ok) and int(state.step) == good
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state.params)))
+
+
+def _good_state(study, folder):
+    checkpoints = Checkpoints(folder, 1)
+    optimizer = make_optimizer(study.train, UPDATES * study.settings.rounds)
+    state = checkpoints.restore(abstract_state(study.run.cfg, optimizer, study.run.mesh))
+    checkpoints.close()
+    return state
+
+
+def test_a_poisoned_reference_is_named_before_any_update(lab, tmp_path):
+    run = lab.study.run
+    params = load_tree(lab.study.sft.path / "params", run.abstract_params())
+    save_tree(tmp_path / "bad" / "params", jax.tree.map(lambda x: x * np.nan, params))
+    study = _study(lab, tmp_path / "run", sft=Policy("sft", tmp_path / "bad", "bad"))
+    with pytest.raises(NonFinite, match=rf"log-prob of record '{study.pool[0].item.id}' is not finite.*bad"):
+        _run(study)
+    assert not (tmp_path / "run" / "phases" / "round1").exists()
