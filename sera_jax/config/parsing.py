@@ -227,10 +227,12 @@ def _parse_value(kind: Any, value: Any, name: str) -> Any:
         return None
     if typing.get_origin(plain) is tuple:
         parts = typing.get_args(plain)
-        if isinstance(value, str):  # --config.sera.arms=daa,sera arrives as one string
-            value = tuple(part for part in value.split(",") if part)
+        if isinstance(value, str):
+            value = (value,)
         if not isinstance(value, tuple | list):
             raise ValueError(f"config.{name}={value!r} must be a tuple")
+        if parts[0] is str:  # --config.sera.arms=daa,sera arrives as one string, or as a tuple that holds it
+            value = tuple(part for text in value for part in str(text).split(",") if part)
         if parts[-1] is not Ellipsis and len(value) != len(parts):
             raise ValueError(f"config.{name}={value!r} must hold {len(parts)} values")
         return tuple(_parse_value(parts[0], part, name) for part in value)
