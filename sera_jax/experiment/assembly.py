@@ -25,6 +25,7 @@ from sera_jax.data.loading import (
     load_records,
     split_heldout,
 )
+from sera_jax.data.sources import parse_mixture
 from sera_jax.data.tokenizing import Tokenizer
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import Params, init_params
@@ -89,6 +90,7 @@ def read_corpus(config: Config, workdir: Workdir, say: Callable[[str], None]) ->
     Raises:
         ValueError: a missing file, too many bad rows, or a tokenizer that cannot be used; with the way out.
     """
+    check_sources(config.data, config.model)
     data, model, heldout_prompts = config.data, config.model, ""
     if config.world.name:
         data, model, heldout_prompts = make_world_files(config, workdir)
@@ -125,7 +127,7 @@ def read_corpus(config: Config, workdir: Workdir, say: Callable[[str], None]) ->
     else:
         demonstrations, origin = [_side(pair, 0) for pair in train], "the chosen responses of data.train"
     if data.pretrain:
-        pretrain = [as_text(item) for item in read(load_demonstrations, data.pretrain, "pretrain")]
+        pretrain = read(load_demonstrations, data.pretrain, "pretrain")
     elif data.demonstrations:
         pretrain = [as_text(item) for item in demonstrations]
     else:
@@ -149,6 +151,22 @@ def read_corpus(config: Config, workdir: Workdir, say: Callable[[str], None]) ->
         eval_prompts=eval_prompts[:count] if count else eval_prompts,
         judge=world_judge(tokenizer) if config.world.name else None,
     )
+
+
+def check_sources(data: DataGroup, model: ModelGroup) -> None:
+    """Refuse what is not there before anything is read: a missing last source would cost the reading of the others."""
+    for name in ("train", "eval", "demonstrations", "pretrain", "prompts"):
+        spec = getattr(data, name)
+        for path, _ in parse_mixture(spec, field=f"config.data.{name}") if spec else ():
+            if not path.startswith("tfds:") and "://" not in path and not pathlib.Path(path).exists():
+                raise ValueError(f"config.data.{name}={spec!r}: {path!r} does not exist; give the path of a file")
+    for name in ("model_name_or_path", "sft_model_path"):
+        path = getattr(model, name)
+        try:
+            if path:
+                read_config(pathlib.Path(path))
+        except (FileNotFoundError, ValueError) as error:
+            raise ValueError(f"config.model.{name}={path!r}: {error}") from error
 
 
 def open_tokenizer(data: DataGroup, model: ModelGroup, workdir: Workdir) -> tuple[Tokenizer, str]:

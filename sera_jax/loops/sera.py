@@ -12,13 +12,14 @@ The implicit reward is that of the loss, with the SFT model as the fixed referen
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from sera_jax import irm
-from sera_jax.checkpoint.phases import digest_of
+from sera_jax.checkpoint.phases import digest_of, write_jsonl
 from sera_jax.config import SamplingGroup, SeraGroup, TrainGroup
 from sera_jax.core import Stream, rng_for
 from sera_jax.data.batches import PairLoader
@@ -83,10 +84,11 @@ def sera(study: Study, arm: str) -> tuple[Policy, list[dict[str, Any]]]:
         reviewed = round_ > 1 and (settings.selection != "none" or settings.bootstrap_fraction > 0)
         if reviewed:
             scores.append(study.run.score(f"{now.name}/pool", now, offline))
-            kept, margins, record = review(study, settings, pool, scores, round_)
+            chosen, margins, record = review(study, settings, pool, scores, round_)
             fresh, more = bootstrap(study, settings, policies, round_)
             record |= more
-            kept = [kept[i] for i in irm.order(margins, settings.curriculum)]
+            save_pairs(study, f"{arm}/pairs{round_}", chosen, margins, fresh)
+            kept = [pool[i] for i in chosen[irm.order(margins[chosen], settings.curriculum)]]
         pairs = with_reference(study, settings, policies, [*kept, *fresh], round_)
         if not pairs:
             raise ValueError(
@@ -117,9 +119,8 @@ def sera(study: Study, arm: str) -> tuple[Policy, list[dict[str, Any]]]:
 
 def review(
     study: Study, settings: SeraGroup, pool: Sequence[PairItem], scores: Sequence[list[np.ndarray]], round_: int
-) -> tuple[list[PairItem], np.ndarray, dict[str, Any]]:
-    """Keep the offline pairs that the rule selects by their ensembled margin; also the kept margins, for a
-    curriculum."""
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Which offline pairs the rule selects by their ensembled margin (ascending indices), and the margins of all."""
 
     def margins_under(logps: list[np.ndarray]) -> np.ndarray:
         return np.array([pair_margins(study.loss, pair, logp)[0] for pair, logp in zip(pool, logps, strict=True)])
@@ -151,7 +152,7 @@ def review(
         **irm.selection_summary(margins, chosen),
         **irm.ensemble_summary(current, previous, settings.ensemble_gamma),
     }
-    return [pool[i] for i in chosen], margins[chosen], record
+    return chosen, margins, record
 
 
 def bootstrap(
@@ -212,6 +213,35 @@ def bootstrap(
     if study.judge is not None and fresh:
         record["agreement"] = agreement(study.judge, fresh)
     return fresh, record
+
+
+def save_pairs(study: Study, name: str, kept: np.ndarray, margins: np.ndarray, fresh: Sequence[PairItem]) -> None:
+    """What a round decided, for readers and as a check on restarts: every offline pair's margin and whether it is kept,
+    and the tokens of the sampled pairs."""
+
+    def produce(folder: pathlib.Path) -> None:
+        keep = set(kept.tolist())
+        offline = zip(study.pool, margins.tolist(), strict=True)
+        write_jsonl(
+            folder / "offline.jsonl",
+            ({"id": p.item.id, "margin": m, "kept": i in keep} for i, (p, m) in enumerate(offline)),
+        )
+        write_jsonl(
+            folder / "sampled.jsonl",
+            (
+                {
+                    "id": p.item.id,
+                    "prompt": p.item.prompt.tolist(),
+                    "chosen": p.item.responses[w].tolist(),
+                    "rejected": p.item.responses[l].tolist(),
+                }
+                for p in fresh
+                for w, l in p.pairs
+            ),
+        )
+
+    inputs = {"margins": margins.tobytes().hex(), "kept": kept.tolist(), "sampled": pairs_digest(fresh)}
+    study.run.workdir.phase(name, {"digest": digest_of(inputs)}, produce)
 
 
 def train_round(
