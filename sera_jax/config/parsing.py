@@ -232,7 +232,7 @@ def _parse_value(kind: Any, value: Any, name: str) -> Any:
         if not isinstance(value, tuple | list):
             raise ValueError(f"config.{name}={value!r} must be a tuple")
         if parts[0] is str:  # --config.sera.arms=daa,sera arrives as one string, or as a tuple that holds it
-            value = tuple(part for text in value for part in str(text).split(",") if part)
+            value = tuple(part.strip() for text in value for part in str(text).split(",") if part.strip())
         if parts[-1] is not Ellipsis and len(value) != len(parts):
             raise ValueError(f"config.{name}={value!r} must hold {len(parts)} values")
         return tuple(_parse_value(parts[0], part, name) for part in value)

@@ -269,9 +269,9 @@ def test_plain_daa_is_sera_without_selection_and_bootstrapping(lab, tmp_path):
 
 
 def test_the_random_control_keeps_as_many_as_a_threshold_would(lab, tmp_path):
-    study = _study(lab, tmp_path, selection="threshold", threshold=0.0, rounds=2, bootstrap_fraction=0.0)
-    kept = {arm: _run(study, arm)[1][1]["kept"] for arm in ("sera", "random")}
-    rows = _jsonl(tmp_path / "phases" / "sera" / "pairs2" / "offline.jsonl")
+    settings = {"selection": "threshold", "threshold": 0.0, "rounds": 2, "bootstrap_fraction": 0.0}
+    kept = {arm: _run(_study(lab, tmp_path / arm, **settings), arm)[1][1]["kept"] for arm in ("sera", "random")}
+    rows = _jsonl(tmp_path / "sera" / "phases" / "sera" / "pairs2" / "offline.jsonl")
     assert 0 < kept["sera"] < PAIRS
     assert kept["sera"] == kept["random"] == sum(row["margin"] >= 0 for row in rows)
 

@@ -1,0 +1,269 @@
+"""The config is refused at the door: every field, its type, its choices, its range, and the rules that join fields."""
+
+import dataclasses
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import typing
+
+import ml_collections
+import pytest
+
+from configs.base import get_config
+from sera_jax.config import ARMS, Config, check_field, parse, to_config_dict, to_dict
+from sera_jax.config.parsing import CHOICES, RANGES
+from sera_jax.losses.preference import LOSSES, resolve
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def raw_config(**changes):
+    """A ConfigDict that parses, with changes (`group__field`)."""
+    raw = get_config()
+    raw.workdir, raw.data.train = "runs/x", "pairs.jsonl"
+    raw.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+    return raw
+
+
+def refused(**changes):
+    with pytest.raises(ValueError) as error:
+        parse(raw_config(**changes))
+    return str(error.value)
+
+
+def fields(kind=Config, prefix=""):
+    """(path, type) of every leaf."""
+    for name, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            yield from fields(hint, f"{prefix}{name}.")
+        else:
+            yield prefix + name, hint
+
+
+FIELDS = dict(fields())
+
+
+def value_at(config, path):
+    for part in path.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def test_the_defaults_come_back_as_they_are_and_the_dict_is_locked():
+    raw = to_config_dict(Config(workdir="runs/x", data=dataclasses.replace(Config().data, train="a.jsonl")))
+    assert parse(raw) == dataclasses.replace(
+        Config(), workdir="runs/x", data=dataclasses.replace(Config().data, train="a.jsonl")
+    )
+    with pytest.raises(AttributeError, match="keep_fraction"):
+        raw.sera.keep_fractoin = 0.5
+    assert to_dict(parse(raw))["sera"]["keep_fraction"] == 0.7
+
+
+def test_the_tables_name_fields_that_exist():
+    assert set(CHOICES) | set(RANGES) <= set(FIELDS)
+
+
+@pytest.mark.parametrize("path", CHOICES)
+def test_a_value_that_is_no_choice_is_refused_with_the_choices(path):
+    message = refused(**{path.replace(".", "__"): "nonsense"})
+    assert f"config.{path}='nonsense'" in message
+    assert all(repr(choice) in message for choice in CHOICES[path])
+
+
+@pytest.mark.parametrize("path", CHOICES)
+def test_every_choice_is_taken(path):
+    for choice in CHOICES[path]:
+        changes = {path.replace(".", "__"): choice}
+        if choice == "threshold":
+            changes["sera__threshold"] = 0.5
+        if path == "world.name":
+            changes["data__train"] = "" if choice else "pairs.jsonl"
+        assert value_at(parse(raw_config(**changes)), path) == choice
+
+
+@pytest.mark.parametrize("path", RANGES)
+def test_a_number_out_of_range_is_refused_with_the_range(path):
+    low, high, closed = RANGES[path]
+    kind = int if FIELDS[path] is int else float
+    outside = [low - 1] + ([] if closed else [low]) + ([] if math.isinf(high) else [high + 1])
+    for value in outside:
+        message = refused(**{path.replace(".", "__"): kind(value)})
+        assert f"config.{path}={kind(value)!r} is out of range" in message
+        assert str(low) in message and str(high) in message
+
+
+@pytest.mark.parametrize("path", RANGES)
+def test_the_limits_of_a_range_are_taken(path):
+    low, high, closed = RANGES[path]
+    kind = int if FIELDS[path] is int else float
+    together = {
+        "data.max_prompt_length": {"sera__rounds": 1},
+        "data.row_tokens": {"data__max_prompt_length": 1, "sera__rounds": 1},
+        "sampling.max_new_tokens": {"sampling__min_new_tokens": 0},
+    }
+    inside = ([low] if closed else []) + ([] if math.isinf(high) else [high])
+    for value in inside:
+        config = parse(raw_config(**together.get(path, {}), **{path.replace(".", "__"): kind(value)}))
+        assert value_at(config, path) == value
+
+
+@pytest.mark.parametrize("path", [p for p, kind in FIELDS.items() if kind in (int, float, str, bool)])
+def test_a_value_of_another_type_is_refused_by_field(path):
+    kind = FIELDS[path]
+    wrong = {int: 1.5, float: "1.5", str: 3, bool: 1}[kind]
+    raw = raw_config()
+    with raw.ignore_type():
+        raw.update_from_flattened_dict({path: wrong})
+    with pytest.raises(ValueError, match=rf"config\.{path}={wrong!r} is a \w+; it must be a {kind.__name__}"):
+        parse(raw)
+
+
+@pytest.mark.parametrize("path", [p for p, kind in FIELDS.items() if kind is float])
+def test_what_is_not_a_finite_number_is_refused(path):
+    for value in (math.nan, math.inf):
+        assert f"config.{path}={value!r} is not a finite number" in refused(**{path.replace(".", "__"): value})
+
+
+def test_an_integer_serves_as_a_float_but_not_the_other_way_round_and_true_is_no_number():
+    raw = raw_config()
+    with raw.ignore_type():
+        raw.train.learning_rate = 1
+    value = parse(raw).train.learning_rate
+    assert (value, type(value)) == (1.0, float)
+    for path, wrong in (("train.learning_rate", True), ("train.batch_size", True), ("train.batch_size", 8.0)):
+        plain = raw_config().to_dict()
+        plain["train"][path.split(".")[1]] = wrong
+        raw = ml_collections.ConfigDict(plain)
+        with pytest.raises(ValueError, match=rf"config\.{path}={wrong!r}"):
+            parse(raw)
+
+
+def test_an_unset_field_stays_unset():
+    config = parse(raw_config())
+    unset = [path for path, kind in FIELDS.items() if value_at(config, path) is None]
+    assert {"loss.beta", "sera.threshold", "sera.band", "sera.min_margin"} <= set(unset)
+
+
+@pytest.mark.parametrize("given", ["daa,sera", "daa, sera", ("daa", "sera"), ["daa", "sera"], ("daa,sera",)])
+def test_arms_may_be_a_string_with_commas(given):
+    raw = raw_config()
+    with raw.ignore_type():
+        raw.sera.arms = given
+    assert parse(raw).sera.arms == ("daa", "sera")
+
+
+@pytest.mark.parametrize("given", [("dpo",), ("daa", "daa"), ()])
+def test_unknown_repeated_or_no_arms_are_refused_with_the_choices(given):
+    message = refused(sera__arms=given)
+    assert f"config.sera.arms={given!r}" in message
+    assert all(arm in message for arm in ARMS)
+
+
+def test_a_band_is_two_rising_quantiles_of_the_middle_rule():
+    config = parse(raw_config(sera__selection="middle", sera__band=(0, 0.5)))
+    assert config.sera.band == (0.0, 0.5)
+    for band in ((0.5, 0.2), (0.5, 0.5), (-0.1, 0.5), (0.5, 1.1)):
+        message = refused(sera__selection="middle", sera__band=band)
+        assert repr(tuple(map(float, band))) in message and "0 <= low < high <= 1" in message
+    assert "must hold 2 values" in refused(sera__selection="middle", sera__band=(0.1, 0.2, 0.3))
+    assert "selection='middle' only, but selection='top'" in refused(sera__band=(0.1, 0.5))
+
+
+def test_a_threshold_belongs_to_the_threshold_rule_and_the_rule_needs_it():
+    assert parse(raw_config(sera__selection="threshold", sera__threshold=-1.0)).sera.threshold == -1.0
+    assert "needs config.sera.threshold" in refused(sera__selection="threshold")
+    assert "config.sera.threshold=1.0 is read by selection='threshold' only" in refused(sera__threshold=1.0)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"workdir": ""}, ["config.workdir", "--config.workdir="]),
+        ({"data__train": ""}, ["config.data.train", "--config.data.train="]),
+        ({"world__name": "habits"}, ["config.data.train='pairs.jsonl'", "config.world.name='habits'", "empty one"]),
+        ({"sampling__min_new_tokens": 300}, ["min_new_tokens=300", "max_new_tokens=256"]),
+        ({"data__max_prompt_length": 1024}, ["max_prompt_length=1024", "row_tokens=1024", "raise row_tokens"]),
+        ({"sampling__max_new_tokens": 257}, ["max_new_tokens=257", "1026 tokens", "row_tokens=1024"]),
+        ({"data__share_prompt": False}, ["1536 tokens", "row_tokens=1024"]),
+    ],
+    ids=str,
+)
+def test_fields_that_contradict_each_other_are_refused_with_both_values(changes, words):
+    message = refused(**changes)
+    assert [word for word in words if word not in message] == []
+
+
+def test_the_length_of_sampled_pairs_matters_only_where_pairs_are_sampled():
+    long = {"sampling__max_new_tokens": 1000}
+    for free in ({"sera__rounds": 1}, {"sera__bootstrap_fraction": 0.0}, {"sera__arms": ("daa", "selection_only")}):
+        parse(raw_config(**long, **free))
+
+
+def test_a_missing_group_or_field_and_an_unknown_one_are_refused():
+    raw = ml_collections.ConfigDict(raw_config().to_dict())
+    raw.sera.keep_fractoin = 0.5
+    with pytest.raises(ValueError, match=r"config\.sera\.keep_fractoin is not a field; did you mean sera\.keep_frac"):
+        parse(raw)
+    del raw.sera["keep_fractoin"], raw.sera["rounds"]
+    with pytest.raises(ValueError, match=r"config\.sera\.rounds is missing; start from configs/base\.py"):
+        parse(raw)
+    with raw.ignore_type():
+        raw.sera = 3
+    with pytest.raises(ValueError, match=r"config\.sera=3 must be a group"):
+        parse(raw)
+
+
+def test_a_field_is_checked_by_its_path():
+    for path in (*FIELDS, "sera"):
+        check_field(path)
+    for path, hint in {
+        "sera.keep_fractoin": "did you mean sera.keep_fraction",
+        "trian.batch_size": "did you mean train",
+        "zzz": "fields here: workdir, seed",
+        "seed.x": "config.seed has no parts",
+    }.items():
+        with pytest.raises(ValueError, match=hint):
+            check_field(path)
+
+
+def test_the_fields_of_the_loss_are_what_the_losses_read():
+    group = {path.removeprefix("loss.") for path in FIELDS if path.startswith("loss.")} - {"name"}
+    assert group == {name for spec in LOSSES.values() for name in spec.hyper}
+    for name in LOSSES:
+        resolve(**dataclasses.asdict(parse(raw_config(loss__name=name)).loss))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
+def test_every_config_of_the_repository_parses(path):
+    scope = {}
+    exec(compile(path.read_text(), path, "exec"), scope)
+    raw = scope["get_config"]()
+    raw.workdir = raw.workdir or "runs/x"
+    if not raw.world.name and not raw.data.train:
+        raw.data.train = "pairs.jsonl"
+    parse(raw)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--config.sera.keep_fractoin=1"], ["config.sera.keep_fractoin", "did you mean sera.keep_fraction?"]),
+        (["--config.train.batch_size=x"], ["--config.train.batch_size=x"]),
+        (["--config.sera.selection=best"], ["config.sera.selection='best'", "'top', 'bottom'"]),
+        (["--config.data.train=absent.jsonl"], ["config.data.train='absent.jsonl'", "does not exist"]),
+        (["--config.loss.tau=0.1"], ["'dpo' does not read tau", "beta, label_smoothing"]),
+    ],
+    ids=str,
+)
+def test_the_command_refuses_with_code_2_before_any_work(tmp_path, flags, words):
+    workdir = tmp_path / "run"
+    command = [sys.executable, "-m", "sera_jax.main", "--config=configs/quickstart.py", f"--config.workdir={workdir}"]
+    if "data.train" in flags[0]:
+        command += ["--config.world.name="]
+    done = subprocess.run([*command, *flags], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert [word for word in words if word not in done.stderr] == []
+    assert "Traceback" not in done.stderr
+    assert not (workdir / "phases").exists()
