@@ -23,6 +23,8 @@ def raw_config(**changes):
     """A ConfigDict that parses, with changes (`group__field`)."""
     raw = get_config()
     raw.workdir, raw.data.train = "runs/x", "pairs.jsonl"
+    raw.data.row_tokens, raw.data.max_prompt_length = 1024, 512
+    raw.sampling.max_new_tokens, raw.sampling.min_new_tokens = 256, 1
     raw.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
     return raw
 
