@@ -54,7 +54,7 @@ class DataGroup:
     max_prompt_length: int = 512
     max_completion_length: int = 512
     truncation_mode: str = "keep_end"
-    row_tokens: int = 1024
+    row_tokens: int = 1536
     share_prompt: bool = True
     max_row_shapes: int = 3
     max_bad_fraction: float = 0.05

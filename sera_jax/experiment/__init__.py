@@ -16,7 +16,7 @@ from sera_jax.checkpoint import Workdir
 from sera_jax.checkpoint.phases import file_digest, versions, write_jsonl
 from sera_jax.config import Config
 from sera_jax.evaluation import picture, report
-from sera_jax.experiment.assembly import Corpus, base_model, folder_identity, read_corpus, sft_model
+from sera_jax.experiment.assembly import Corpus, base_model, check_positions, folder_identity, read_corpus, sft_model
 from sera_jax.experiment.evaluator import Evaluator
 from sera_jax.experiment.saved import describe, export
 from sera_jax.loops.runtime import Policy, Runtime
@@ -42,6 +42,7 @@ def run(config: Config, *, stop_requested: Callable[[], bool] = lambda: False) -
         writer.announce(f"loss {loss}")
         corpus = read_corpus(config, workdir, writer.announce)
         cfg, make_base = base_model(config.model, corpus.tokenizer, config.seed)
+        check_positions(config, cfg)
         runtime = Runtime(
             cfg=cfg,
             mesh=mesh,

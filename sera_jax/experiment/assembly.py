@@ -213,6 +213,21 @@ def base_model(model: ModelGroup, tokenizer: Tokenizer, seed: int) -> tuple[Mode
     return cfg, lambda: load_pretrained(path, **precision)[1]
 
 
+def check_positions(config: Config, cfg: ModelConfig) -> None:
+    """Raises ValueError, before any work, for lengths that the model has no positions for."""
+    room, prompt = cfg.max_position_embeddings, config.data.max_prompt_length
+    for field, length in (
+        ("data.max_completion_length", config.data.max_completion_length),
+        ("sampling.max_new_tokens", config.sampling.max_new_tokens),
+        ("eval.max_new_tokens", config.eval.max_new_tokens),
+    ):
+        if prompt + length > room:
+            raise ValueError(
+                f"config.data.max_prompt_length={prompt} and config.{field}={length} exceed the model's "
+                f"max_position_embeddings={room} together; lower one of them"
+            )
+
+
 def sft_model(model: ModelGroup, cfg: ModelConfig) -> Params:
     """The parameters of `model.sft_model_path`.
 
