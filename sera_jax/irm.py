@@ -257,7 +257,7 @@ def pair_candidates(
     mode: str = "best_worst",
     length_alpha: float = 0.0,
     finished: Sequence[bool] | None = None,
-    eos_id: int | None = None,
+    stop_ids: Sequence[int] = (),
 ) -> Pairing:
     """Make preference pairs of the N candidates of one prompt.
 
@@ -267,7 +267,7 @@ def pair_candidates(
         mode: `best_worst` (SeRA: highest against lowest reward) or `all` N (N - 1) / 2 pairs.
         length_alpha: reward taken off per token before ranking (see `length_controlled`).
         finished: whether each candidate ended by itself; those that did not are refused. None refuses none.
-        eos_id: a candidate that is nothing but this token counts as empty.
+        stop_ids: a candidate that is nothing but one of these tokens counts as empty.
 
     Raises:
         ValueError: fewer than two candidates, lengths that disagree, a reward that is not finite.
@@ -281,7 +281,7 @@ def pair_candidates(
     refused: Counter[str] = Counter()
     usable = []
     for i, candidate in enumerate(tokens):
-        if len(candidate) == 0 or (eos_id is not None and len(candidate) == 1 and candidate[0] == eos_id):
+        if len(candidate) == 0 or (len(candidate) == 1 and candidate[0] in stop_ids):
             refused["empty"] += 1
         elif finished is not None and not finished[i]:
             refused["truncated"] += 1

@@ -251,6 +251,7 @@ def test_permuting_the_candidates_pairs_the_same_answers(mode):
         ([1, 1], answers([5], [6]), None, {"tie": 1}, None),
         ([3, 2, 1], [*answers([5], [6]), np.array([], int)], None, {"empty": 1}, (0, 1)),
         ([3, 2, 1], [np.array([EOS]), *answers([5], [6])], None, {"empty": 1}, (1, 2)),
+        ([3, 2, 1], [np.array([EOS + 1]), *answers([5], [6])], None, {"empty": 1}, (1, 2)),
         ([3, 2, 1], answers([5], [6], [7]), [False, True, True], {"truncated": 1}, (1, 2)),
         ([3, 2], answers([5], [6]), [False, True], {"truncated": 1, "too_few": 1}, None),
         ([3, 2], [np.array([EOS]), np.array([], int)], None, {"empty": 2, "too_few": 1}, None),
@@ -259,7 +260,7 @@ def test_permuting_the_candidates_pairs_the_same_answers(mode):
     ids=str,
 )
 def test_what_cannot_make_a_pair_is_refused_with_a_counted_reason(rewards, tokens, finished, refused, pair):
-    got = irm.pair_candidates(f32(rewards), tokens, finished=finished, eos_id=EOS)
+    got = irm.pair_candidates(f32(rewards), tokens, finished=finished, stop_ids=(EOS, EOS + 1))
     assert dict(got.refused) == refused
     assert [(p.chosen, p.rejected) for p in got.pairs] == ([pair] if pair else [])
 

@@ -186,7 +186,7 @@ def bootstrap(
             mode=settings.pairing,
             length_alpha=settings.length_alpha,
             finished=[s.finished for s in group] if settings.require_eos else None,
-            eos_id=run.stop_ids[0] if len(run.stop_ids) == 1 else None,
+            stop_ids=run.stop_ids,
         )
         for item, reward, group in zip(candidates, rewards, groups, strict=True)
     ]
