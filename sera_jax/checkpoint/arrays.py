@@ -63,9 +63,14 @@ def _verify(tree: Any, expected: dict[str, str], path: pathlib.Path) -> None:
     if bad:
         raise CorruptCheckpoint(
             f"{path}: {len(bad)} of {len(expected)} arrays fail their checksum, first {bad[0]} "
-            f"(expected {expected[bad[0]]}, read {found.get(bad[0])}); delete {path} "
+            f"(expected {expected[bad[0]]}, read {found.get(bad[0])}); delete {_whole(path)} "
             "and start the same command again to recompute it"
         )
+
+
+def _whole(path: pathlib.Path) -> pathlib.Path:
+    """What to delete so that a tree is made again: the phase it is a part of, or the tree itself."""
+    return next((p for p in (path, *path.parents) if (p / "manifest.json").exists()), path)
 
 
 def save_tree(path: pathlib.Path, tree: Any) -> str:
@@ -92,7 +97,7 @@ def load_tree(path: pathlib.Path, abstract: Any) -> Any:
             tree = checkpointer.restore(path / "arrays", abstract)
     except (ValueError, OSError, KeyError) as error:
         raise CorruptCheckpoint(
-            f"{path} cannot be read ({error}); delete it and start the same command again to recompute it"
+            f"{path} cannot be read ({error}); delete {_whole(path)} and start the same command again to recompute it"
         ) from error
     _verify(tree, expected, path)
     return tree

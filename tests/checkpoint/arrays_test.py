@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sera_jax.checkpoint import Checkpoints, CorruptCheckpoint, load_tree, save_tree, tree_digest
+from sera_jax.checkpoint import Checkpoints, CorruptCheckpoint, Workdir, load_tree, save_tree, tree_digest
 from sera_jax.mesh import make_mesh
 
 
@@ -68,6 +68,17 @@ def test_a_flipped_bit_is_an_error_that_names_the_way_out(tmp_path):
     _flip_a_byte(tmp_path / "t" / "arrays")
     with pytest.raises(CorruptCheckpoint, match=r"delete .* and start the same command again"):
         load_tree(tmp_path / "t", _abstract(tree))
+
+
+def test_a_damaged_part_of_a_phase_names_the_phase_to_delete(tmp_path):
+    tree = {"w": jnp.asarray(np.random.default_rng(1).normal(size=(64, 64)), jnp.float32)}
+    product = Workdir(tmp_path, {}).phase("sft", {}, lambda folder: save_tree(folder / "params", tree) and None)
+    _flip_a_byte(product.path / "params" / "arrays")
+    with pytest.raises(CorruptCheckpoint, match=rf"delete {product.path} and start the same command again"):
+        load_tree(product.path / "params", _abstract(tree))
+    (product.path / "params" / "checksums.json").unlink()
+    with pytest.raises(CorruptCheckpoint, match=rf"delete {product.path} and start the same command again"):
+        load_tree(product.path / "params", _abstract(tree))
 
 
 def test_background_checkpoints_survive_donation_and_keep_only_the_last(tmp_path):
