@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     d.train, d.eval = "helpful-online.jsonl.gz,helpful-rejection-sampled.jsonl.gz", "helpful-base.jsonl.gz"
     d.chat_template = "hh"
     d.row_tokens, d.max_prompt_length, d.max_completion_length, d.max_row_shapes = 256, 128, 64, 2
-    c.loss.name, c.loss.beta = "dpo", 0.1
+    c.loss.name = "dpo"
     s = c.sera
     s.arms, s.rounds, s.bootstrap_prompts, s.require_eos = ("daa", "sera"), 3, 1000, False
     c.sampling.max_new_tokens, c.sampling.slots = 64, 64

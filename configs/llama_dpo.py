@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     m.dtype, m.remat = "bfloat16", "full"
     c.data.row_tokens, c.data.max_prompt_length, c.data.max_completion_length = 4096, 1024, 1024
     c.data.train = "ultrafeedback.jsonl"
-    c.loss.name, c.loss.beta = "dpo", 0.1
+    c.loss.name = "dpo"
     c.sampling.max_new_tokens, c.sampling.slots = 1024, 256
     for group in (c.sft, c.train):
         group.batch_size, group.gradient_accumulation_steps = 64, 4

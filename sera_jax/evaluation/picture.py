@@ -139,9 +139,10 @@ class _Report:
         axis.legend(handles=handles, loc="upper center", ncols=3, columnspacing=1.0, handlelength=1.4)
 
     def agreement(self, axis: Any) -> None:
-        """Stacked shares of the sampled pairs, one bar per arm and round."""
-        width = min(0.8 / len(self.arms), 0.35)
-        for i, (arm, rounds) in enumerate(self.arms.items()):
+        """Stacked shares of the sampled pairs, one bar per round and arm that has such pairs."""
+        sampling = {arm: rounds for arm, rounds in self.arms.items() if any("agreement" in f for f in rounds)}
+        width = min(0.8 / len(sampling), 0.35)
+        for i, (arm, rounds) in enumerate(sampling.items()):
             colour = self.styles[arm][0]
             for facts in rounds:
                 shares, bottom = facts.get("agreement", {}), 0.0
@@ -152,7 +153,7 @@ class _Report:
                 )
                 for name, look in looks:
                     height = 100 * shares.get(name, 0.0)
-                    x = facts["round"] + (i + 0.5 - len(self.arms) / 2) * width
+                    x = facts["round"] + (i + 0.5 - len(sampling) / 2) * width
                     axis.bar(x, height, 0.88 * width, bottom=bottom, edgecolor=colour, linewidth=0.8, **look)
                     bottom += height
         self.rounds_axis(axis, first=self.first("agreement"))

@@ -97,6 +97,26 @@ def table(summary: Summary) -> str:
     return "\n\n".join(parts)
 
 
+def legend(summary: Summary) -> str:
+    """A line for each column of `table` that does not speak for itself, of those that it shows."""
+    facts = [*summary["arms"].values(), *summary["rounds"]]
+    shown = [(head, text) for name, head, text in _LEGEND if any(name in fact for fact in facts)]
+    width = max((len(head) for head, _ in shown), default=0)
+    return "\n".join(f"{head:>{width}}  {text}" for head, text in shown)
+
+
+# (fact that the column shows, heading, meaning)
+_LEGEND: list[tuple[str, str, str]] = [
+    ("gold_mean", "gold", "mean reward of answers to held-out prompts, by the world's rule; 95 % over prompts"),
+    ("heldout_accuracy", "accuracy", "held-out pairs that the implicit reward ranks as labelled"),
+    ("length_baseline_accuracy", "by length", "the same for a rule that prefers the longer answer"),
+    ("heldout_accuracy_shorter", "on shorter", "accuracy on the pairs whose shorter answer was preferred"),
+    ("flipped_fraction_kept", "flipped", "wrong labels among the offline pairs kept"),
+    ("agreement", "agree/not/tie", "does the gold agree with the added pairs, %"),
+    ("margin_mean", "margin", "chosen minus rejected, nats: of held-out pairs above, of offline pairs below"),
+]
+
+
 def _percent(name: str) -> Callable[[dict[str, Any]], str]:
     return lambda facts: f"{100 * facts[name]:.1f} %"
 

@@ -115,6 +115,16 @@ def test_the_table_of_real_data_speaks_of_no_gold():
     assert "74.0 %" in text
 
 
+def test_the_legend_explains_columns_that_the_table_has_and_no_other():
+    for summary in (make_summary(), make_summary(with_gold=False, arms=("sera",))):
+        shown, legend = report.table(summary), report.legend(summary)
+        for line in legend.splitlines():
+            assert line.split("  ")[-2].strip() in shown
+            assert len(line) <= 110
+    assert "gold" in report.legend(make_summary())
+    assert "gold" not in legend
+
+
 @pytest.mark.parametrize(
     "kind",
     [
