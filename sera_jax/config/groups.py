@@ -29,6 +29,7 @@ class ModelGroup:
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
     dtype: str = "float32"
     param_dtype: str = "float32"
     logits_dtype: str = "float32"
@@ -41,8 +42,10 @@ class DataGroup:
     """Where rows come from and how they become packed rows. Sources are comma-separated, `path=weight` mixes.
 
     train: preference pairs. eval: held-out pairs (empty: `eval_fraction` of the train prompts, by a stable hash).
-    demonstrations: for SFT (empty: the chosen responses). pretrain: texts for a base model from scratch (empty: the
-    demonstrations). prompts: what bootstrapping samples on (empty: the prompts of `train`).
+    demonstrations: for SFT (empty: the chosen responses).
+    pretrain: prompts and responses for a base model from scratch, which learns the responses (empty: the whole texts of
+        the demonstrations, or else of both sides of the pairs).
+    prompts: what bootstrapping samples on (empty: the prompts of `train`).
     """
 
     train: str = ""

@@ -20,8 +20,9 @@ from sera_jax.experiment.assembly import Corpus, base_model, check_positions, fo
 from sera_jax.experiment.evaluator import Evaluator
 from sera_jax.experiment.saved import describe, export
 from sera_jax.loops.runtime import Policy, Runtime
-from sera_jax.loops.sera import Study, sera
+from sera_jax.loops.sera import sera
 from sera_jax.loops.sft import sft
+from sera_jax.loops.study import Study
 from sera_jax.losses.preference import resolve
 from sera_jax.mesh import make_mesh
 from sera_jax.writer import MetricWriter

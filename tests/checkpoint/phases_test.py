@@ -90,6 +90,7 @@ def test_two_processes_do_not_work_in_one_directory(tmp_path):
         "try: Workdir(pathlib.Path(sys.argv[1]), {})\n"
         "except StaleWorkdir as error: print(error)"
     )
-    shown = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "in use by another process" in shown
     assert held.root == tmp_path

@@ -19,9 +19,10 @@ from sera_jax.data.batches import PairLoader
 from sera_jax.data.items import Item
 from sera_jax.data.packing import RowSpec, build_rows
 from sera_jax.evaluation.report import check_summary
-from sera_jax.loops import sera as sera_module
+from sera_jax.loops import study as study_module
 from sera_jax.loops.runtime import NonFinite, Policy
-from sera_jax.loops.sera import Study, sera
+from sera_jax.loops.sera import sera
+from sera_jax.loops.study import Study
 from sera_jax.losses.preference import resolve
 from sera_jax.mesh import make_mesh
 from sera_jax.training.optimizer import make_optimizer
@@ -345,7 +346,7 @@ def test_a_curriculum_orders_what_was_reviewed_and_only_that(lab, tmp_path, monk
             super().__init__(pairs, **options)
             loaders.append((self, [pair.item.id for pair in pairs], options["order"]))
 
-    monkeypatch.setattr(sera_module, "PairLoader", Spy)
+    monkeypatch.setattr(study_module, "PairLoader", Spy)
     _run(_study(lab, tmp_path, train=SHORT, rounds=2, curriculum=curriculum, bootstrap_fraction=0.0))
     (_, _, order_1), (loader, ids, order_2) = loaders
     assert (order_1, order_2) == ("shuffle", "given")
