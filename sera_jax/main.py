@@ -8,6 +8,7 @@ message says why and the way out);
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 from types import FrameType
@@ -49,6 +50,7 @@ class StopOnSignal:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"{argv[1]!r} is not understood; overrides look like --config.train.learning_rate=1e-6")
+    logging.getLogger("jax").setLevel(logging.WARNING)  # or it tells which accelerators this machine has not
     try:
         experiment.run(parse(_CONFIG.value), stop_requested=StopOnSignal())
     except (ValueError, FileNotFoundError) as error:

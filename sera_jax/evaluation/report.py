@@ -111,7 +111,7 @@ _LEGEND: list[tuple[str, str, str]] = [
     ("heldout_accuracy", "accuracy", "held-out pairs that the implicit reward ranks as labelled"),
     ("length_baseline_accuracy", "by length", "the same for a rule that prefers the longer answer"),
     ("heldout_accuracy_shorter", "on shorter", "accuracy on the pairs whose shorter answer was preferred"),
-    ("flipped_fraction_kept", "flipped", "wrong labels among the offline pairs kept"),
+    ("flipped_fraction_kept", "flipped", "offline pairs kept whose label data.label_noise had exchanged"),
     ("agreement", "agree/not/tie", "does the gold agree with the added pairs, %"),
     ("margin_mean", "margin", "chosen minus rejected, nats: of held-out pairs above, of offline pairs below"),
 ]
