@@ -212,8 +212,11 @@ def test_a_run_killed_again_and_again_ends_as_one_that_was_not(whole, tmp_path):
     for moment in MOMENTS.values():
         process = start(tmp_path)
         signal_when(process, lambda moment=moment: moment.there(tmp_path), signal.SIGKILL)
-        kills += finish(process)[0] == -signal.SIGKILL
+        code, err = finish(process)
+        kills += code == -signal.SIGKILL
+        if code == 0:  # too fast for the eye at this moment, and so at its end
+            break
+    assert kills >= 2, "several kills in one work directory"
     code, err = finish(start(tmp_path))
     assert code == 0, err
-    assert kills >= len(MOMENTS) // 2
     assert_same_end(tmp_path, whole)
