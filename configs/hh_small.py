@@ -8,7 +8,8 @@ on the chosen responses, then three rounds of SeRA. The data: https://github.com
         --config.data.train=helpful-online.jsonl.gz,helpful-rejection-sampled.jsonl.gz \\
         --config.data.eval=helpful-base.jsonl.gz
 
-Lengths are cut for the CPU: prompts to their last 128 tokens, responses to 64, so every pair fits a row of 256.
+Lengths are cut for the CPU: prompts to their last 128 tokens, responses to 64, so every pair fits a row of 256. Each
+round trains on 20 x 64 = 1280 pairs, and samples 4 answers of at most 64 tokens to 1000 prompts.
 """
 
 from typing import Any
@@ -33,8 +34,8 @@ def get_config() -> ConfigDict:
     s = c.sera
     s.arms, s.rounds, s.bootstrap_prompts, s.require_eos = ("daa", "sera"), 3, 1000, False
     c.sampling.max_new_tokens, c.sampling.slots = 64, 64
-    c.pretrain.num_train_epochs, c.pretrain.batch_size, c.pretrain.learning_rate = 4, 64, 2e-3
-    c.sft.num_train_epochs, c.sft.batch_size, c.sft.learning_rate = 1, 64, 5e-4
-    c.train.batch_size, c.train.learning_rate, c.train.num_train_epochs = 64, 2e-5, 1
+    c.pretrain.max_steps, c.pretrain.batch_size, c.pretrain.learning_rate = 150, 64, 2e-3
+    c.sft.max_steps, c.sft.batch_size, c.sft.learning_rate = 30, 64, 5e-4
+    c.train.max_steps, c.train.batch_size, c.train.learning_rate = 20, 64, 5e-5
     c.eval.max_pairs, c.eval.num_prompts = 1000, 64
     return c

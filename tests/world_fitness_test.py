@@ -24,8 +24,9 @@ from sera_jax.evaluation import gold, heldout
 from sera_jax.experiment import starting_policy
 from sera_jax.experiment.assembly import base_model, read_corpus
 from sera_jax.loops.runtime import Runtime
-from sera_jax.loops.sera import Study, sera
+from sera_jax.loops.sera import sera
 from sera_jax.loops.sft import sft
+from sera_jax.loops.study import Study
 from sera_jax.losses.preference import resolve
 from sera_jax.mesh import make_mesh
 from sera_jax.writer import MetricWriter

@@ -43,18 +43,25 @@ def packed_attention(
     groups = k.shape[1]
     repeat = heads // groups
     window = length if window is None else min(window, length)
+
+    # Recomputed in the backward pass: kept, the weights of all layers are most of a step's memory, and on a CPU storing
+    # and fetching them takes longer than computing them again.
+    @jax.checkpoint
+    def attend(block_q: jax.Array, block_k: jax.Array, block_v: jax.Array, mask: jax.Array) -> jax.Array:
+        width, keys = mask.shape[1:]
+        block_q = block_q.reshape(rows, groups, repeat * width, depth)
+        scores = jnp.einsum("rgtd,rgsd->rgts", block_q, block_k, preferred_element_type=jnp.float32)
+        scores = scores.reshape(rows, groups, repeat, width, keys) * depth**-0.5
+        weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, _MASKED), axis=-1).astype(v.dtype)
+        weights = weights.reshape(rows, groups, repeat * width, keys)
+        out = jnp.einsum("rgts,rgsd->rgtd", weights, block_v)
+        return out.reshape(rows, heads, width, depth)
+
     blocks = []
     for start in range(0, length, BLOCK):
         stop = min(start + BLOCK, length)
         low = max(0, start - window + 1)
-        width, keys = stop - start, stop - low
-        block_q = q[:, :, start:stop].reshape(rows, groups, repeat * width, depth)
-        scores = jnp.einsum("rgtd,rgsd->rgts", block_q, k[:, :, low:stop], preferred_element_type=jnp.float32)
-        scores = scores.reshape(rows, groups, repeat, width, keys) * depth**-0.5
         mask = row_mask(segment[:, start:stop], branch[:, start:stop], segment[:, low:stop], branch[:, low:stop])
         mask &= (jnp.arange(low, stop)[None, :] <= jnp.arange(start, stop)[:, None])[None]
-        weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, _MASKED), axis=-1).astype(v.dtype)
-        weights = weights.reshape(rows, groups, repeat * width, keys)
-        out = jnp.einsum("rgts,rgsd->rgtd", weights, v[:, :, low:stop])
-        blocks.append(out.reshape(rows, heads, width, depth))
+        blocks.append(attend(q[:, :, start:stop], k[:, :, low:stop], v[:, :, low:stop], mask))
     return jnp.concatenate(blocks, axis=2) if len(blocks) > 1 else blocks[0]

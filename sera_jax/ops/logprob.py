@@ -13,14 +13,14 @@ def token_logps(
 ) -> jax.Array:
     """Log-probability of every scored token, f32[R, M]; 0 at unused places.
 
-    The vocabulary projection is done `chunk` columns of M at a time and recomputed in the backward pass, so the
-    largest live array is [R, chunk, V].
+    The vocabulary projection is done at most `chunk` columns of M at a time, in steps of equal width, and recomputed in
+    the backward pass, so the largest live array is [R, chunk, V].
 
     Args:
         hidden: [R, T, D] final hidden states.
         head: [D, V] output projection.
         rows: the packed rows; `source` says which hidden state predicts `target`.
-        chunk: columns of M at a time; static.
+        chunk: most columns of M at a time; static.
         logits_dtype: dtype of the logits; log-sum-exp is float32 whatever it is.
     """
     width = rows.source.shape[1]
@@ -35,15 +35,17 @@ def token_logps(
     if chunk >= width:
         return jnp.where(used, columns(rows.source, rows.target), 0.0)
 
-    pad = -width % chunk
-    steps = (width + pad) // chunk
+    # equal steps: with a full chunk and a nearly empty one, filling would cost up to as much as the work
+    steps = -(-width // chunk)
+    even = -(-width // steps)
+    pad = steps * even - width
 
-    def split(x: jax.Array) -> jax.Array:  # [R, M] -> [steps, R, chunk]
-        return jnp.pad(x, ((0, 0), (0, pad))).reshape(x.shape[0], steps, chunk).swapaxes(0, 1)
+    def split(x: jax.Array) -> jax.Array:  # [R, M] -> [steps, R, even]
+        return jnp.pad(x, ((0, 0), (0, pad))).reshape(x.shape[0], steps, even).swapaxes(0, 1)
 
     body = jax.checkpoint(lambda xs: columns(*xs))
-    out = jax.lax.map(body, (split(rows.source), split(rows.target)))  # [steps, R, chunk]
-    out = out.swapaxes(0, 1).reshape(rows.source.shape[0], steps * chunk)[:, :width]
+    out = jax.lax.map(body, (split(rows.source), split(rows.target)))  # [steps, R, even]
+    out = out.swapaxes(0, 1).reshape(rows.source.shape[0], steps * even)[:, :width]
     return jnp.where(used, out, 0.0)
 
 
