@@ -23,7 +23,7 @@ from sera_jax.loops.runtime import Policy, Runtime
 from sera_jax.loops.sera import sera
 from sera_jax.loops.sft import sft
 from sera_jax.loops.study import Study
-from sera_jax.losses.preference import resolve
+from sera_jax.losses.preference import ResolvedLoss, resolve
 from sera_jax.mesh import make_mesh
 from sera_jax.writer import MetricWriter
 
@@ -58,31 +58,7 @@ def run(config: Config, *, stop_requested: Callable[[], bool] = lambda: False) -
         )
         describe(root, cfg, corpus.tokenizer, config.model.model_name_or_path)
         start = starting_policy(config, runtime, corpus, make_base)
-        evaluator = Evaluator(
-            run=runtime,
-            loss=loss,
-            pairs=corpus.heldout,
-            prompts=corpus.eval_prompts,
-            tokenizer=corpus.tokenizer,
-            judge=corpus.judge,
-            reference=start,
-            settings=config.eval,
-            sampling=config.sampling,
-        )
-        study = Study(
-            run=runtime,
-            sft=start,
-            loss=loss,
-            settings=config.sera,
-            train=config.train,
-            sampling=config.sampling,
-            pool=corpus.train,
-            prompts=corpus.prompts,
-            evaluate=evaluator,
-            judge=corpus.judge,
-            max_row_shapes=config.data.max_row_shapes,
-            logging_steps=config.log.logging_steps,
-        )
+        evaluator, study = prepare_rounds(config, runtime, corpus, start, loss)
         arms: dict[str, dict[str, Any]] = {"sft": evaluator.of_arm(start)}
         rounds: list[dict[str, Any]] = []
         final = {"sft": start}
@@ -102,8 +78,48 @@ def run(config: Config, *, stop_requested: Callable[[], bool] = lambda: False) -
             "seed": config.seed,
             "versions": versions(),
         }
-        finish(config, runtime, corpus, evaluator, final, summary)
+        finish(config, runtime, corpus, final, summary)
     return summary
+
+
+def prepare_rounds(
+    config: Config, runtime: Runtime, corpus: Corpus, start: Policy, loss: ResolvedLoss
+) -> tuple[Evaluator, Study]:
+    """What the rounds of every arm are given; evaluating a round also adds its answers to generations.jsonl."""
+    evaluator = Evaluator(
+        run=runtime,
+        loss=loss,
+        pairs=corpus.heldout,
+        prompts=corpus.eval_prompts,
+        tokenizer=corpus.tokenizer,
+        judge=corpus.judge,
+        reference=start,
+        settings=config.eval,
+        sampling=config.sampling,
+    )
+    shown: dict[str, list[dict[str, Any]]] = {}
+
+    def evaluate(policy: Policy, round_: int) -> dict[str, Any]:
+        shown[policy.name] = evaluator.show(policy)
+        write_jsonl(runtime.workdir.root / "generations.jsonl", [row for rows in shown.values() for row in rows])
+        return evaluator(policy, round_)
+
+    evaluate(start, 0)
+    study = Study(
+        run=runtime,
+        sft=start,
+        loss=loss,
+        settings=config.sera,
+        train=config.train,
+        sampling=config.sampling,
+        pool=corpus.train,
+        prompts=corpus.prompts,
+        evaluate=evaluate,
+        judge=corpus.judge,
+        max_row_shapes=config.data.max_row_shapes,
+        logging_steps=config.log.logging_steps,
+    )
+    return evaluator, study
 
 
 def starting_policy(config: Config, runtime: Runtime, corpus: Corpus, make_base: Callable[[], Any]) -> Policy:
@@ -132,16 +148,12 @@ def finish(
     config: Config,
     runtime: Runtime,
     corpus: Corpus,
-    evaluator: Evaluator,
     final: dict[str, Policy],
     summary: dict[str, Any],
 ) -> None:
     """Write summary.json, report.png and, if asked for, Hugging Face folders of the last policies; print the table."""
     root, say = runtime.workdir.root, runtime.writer.report
     report.write_summary(root / "summary.json", summary)
-    if corpus.eval_prompts:
-        shown = [row for policy in final.values() for row in evaluator.show(policy)]
-        write_jsonl(root / "generations.jsonl", shown)
     say(f"{report.table(summary)}\n\n{report.legend(summary)}\n")
     if config.log.report:
         picture.report_png(summary, root / "report.png")

@@ -72,6 +72,8 @@ class Evaluator:
 
     def show(self, policy: Policy) -> list[dict[str, Any]]:
         """The first generations, as texts."""
+        if not self.prompts:
+            return []
         answers = self._answers(policy)[: self.settings.num_generations]
         return [
             {
