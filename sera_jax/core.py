@@ -104,6 +104,8 @@ class Stream(enum.IntEnum):
     WORLD = 6
     SPLIT = 7
     BOOTSTRAP_CI = 8
+    PROMPTS = 9
+    REWARD = 10
 
 
 def key_for(seed: int, stream: Stream, *indices: int) -> jax.Array:

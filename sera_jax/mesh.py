@@ -29,6 +29,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"layers/block/(attention|mlp)_norm/scale", P(None, None)),  # [L, D]
     (r"layers/block/(q|k|v|gate|up)/kernel", P(None, "fsdp", "tensor")),  # [L, D, out]
     (r"layers/block/(o|down)/kernel", P(None, "tensor", "fsdp")),  # [L, in, D]
+    (r"value_head", P(None)),  # [D], of a critic
 )
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -55,11 +56,8 @@ GOLD_TERMS: dict[str, float] = {"right": 0.6, "closing": 0.25, "opener": 0.15, "
 
 SPECIAL_TOKENS: tuple[str, ...] = ("<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>")
 _FUNCTION_WORDS = ("name", "repeat", "first", "last", "of", ":", *CATEGORIES)
-VOCABULARY: tuple[str, ...] = tuple(
-    dict.fromkeys(
-        (*SPECIAL_TOKENS, *_FUNCTION_WORDS, *OPENER, *CLOSING, AGAIN, *(w for p in CHATTER for w in p), *CONTENT_WORDS)
-    )
-)
+_SAID = (*OPENER, *CLOSING, AGAIN, *(word for phrase in CHATTER for word in phrase), *CONTENT_WORDS)
+VOCABULARY: tuple[str, ...] = tuple(dict.fromkeys((*SPECIAL_TOKENS, *_FUNCTION_WORDS, *_SAID)))
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -112,6 +110,7 @@ class WorldSpec:
         seed: of every draw of the world; another seed is another sample of the same language.
         pretrain, demonstrations, preferences: rows for training.
         heldout_preferences, heldout_prompts: rows for evaluation; their prompts occur in no training row.
+        heldout_demonstrations: answers of the demonstrator to the held-out prompts in turn (none if there are none).
         prompts: further training prompts without a response (for methods that sample their own).
         demonstrator: author of the demonstrations, a name in `AUTHORS`.
         cue: how strongly chatter goes with the careful author of preference pairs, 0 to 1: the careful author
@@ -124,6 +123,7 @@ class WorldSpec:
     preferences: int = 800
     heldout_preferences: int = 400
     heldout_prompts: int = 200
+    heldout_demonstrations: int = 200
     prompts: int = 400
     demonstrator: str = "better"
     cue: float = 0.6
@@ -266,34 +266,32 @@ def write_prompt(rng: np.random.Generator) -> str:
     return f"repeat : {words}" if task == "repeat" else f"{task} of : {words}"
 
 
-# One stream index per list, so that asking for more of one leaves the others as they were.
-_LISTS = ("heldout_prompts", "heldout_preferences", "pretrain", "demonstrations", "preferences", "prompts")
+# One stream index per list, so that asking for more of one leaves the others as they were; the first ones draw prompts.
+_DRAWN = ("heldout_prompts", "heldout_preferences", "pretrain", "demonstrations", "preferences", "prompts")
+_LISTS = (*_DRAWN, "heldout_demonstrations")
 
 
 def make_world(spec: WorldSpec) -> dict[str, list[dict[str, Any]]]:
     """All rows of the world, the same for the same spec.
 
     Returns:
-        Lists of JSON rows: `pretrain` and `demonstrations` {id, prompt, response}; `preferences` and
-        `heldout_preferences` {id, prompt, chosen, rejected, gold_chosen, gold_rejected} with clean labels and no ties;
-        `heldout_prompts` and `prompts` {id, prompt}. Prompts of the two held-out lists are all different and occur in
-        no other list.
+        Lists of JSON rows: `pretrain`, `demonstrations` and `heldout_demonstrations` {id, prompt, response};
+        `preferences` and `heldout_preferences` {id, prompt, chosen, rejected, gold_chosen, gold_rejected} with clean
+        labels and no ties; `heldout_prompts` and `prompts` {id, prompt}. Prompts of `heldout_prompts` and
+        `heldout_preferences` are all different and occur in no list for training.
     """
     careful = dataclasses.replace(AUTHORS["careful"], chatter=0.5 + spec.cue / 2)
     careless = dataclasses.replace(AUTHORS["careless"], chatter=0.5 - spec.cue / 2)
     heldout: set[str] = set()
 
     def draws(name: str) -> Iterator[tuple[np.random.Generator, str]]:
-        index = 0
-        while True:
+        for index in itertools.count():
             rng = rng_for(spec.seed, Stream.WORLD, _LISTS.index(name), index)
             prompt = write_prompt(rng)
-            index += 1
-            if prompt in heldout:
-                continue
-            if name.startswith("heldout"):
-                heldout.add(prompt)
-            yield rng, prompt
+            if prompt not in heldout:
+                if name.startswith("heldout"):
+                    heldout.add(prompt)
+                yield rng, prompt
 
     def rows(name: str, fill: Any) -> list[dict[str, Any]]:
         out: list[dict[str, Any]] = []
@@ -321,15 +319,16 @@ def make_world(spec: WorldSpec) -> dict[str, list[dict[str, Any]]]:
     def answer(author: str) -> Any:
         return lambda rng, prompt: {"response": write_response(prompt, AUTHORS[author], rng)}
 
-    fills = {
-        "heldout_prompts": lambda rng, prompt: {},
-        "heldout_preferences": pair,
-        "pretrain": answer("base"),
-        "demonstrations": answer(spec.demonstrator),
-        "preferences": pair,
-        "prompts": lambda rng, prompt: {},
-    }
-    return {name: rows(name, fills[name]) for name in _LISTS}
+    imitated = answer(spec.demonstrator)
+    fills = {"heldout_preferences": pair, "pretrain": answer("base"), "demonstrations": imitated, "preferences": pair}
+    world = {name: rows(name, fills.get(name, lambda rng, prompt: {})) for name in _DRAWN}
+    asked = itertools.cycle(row["prompt"] for row in world["heldout_prompts"])
+    world["heldout_demonstrations"] = [
+        {"id": f"heldout_demonstrations-{i:05d}", "prompt": prompt, **imitated(rng, prompt)}
+        for i, prompt in zip(range(spec.heldout_demonstrations), asked)
+        for rng in [rng_for(spec.seed, Stream.WORLD, len(_DRAWN), i)]
+    ]
+    return world
 
 
 def write_tokenizer(directory: str | os.PathLike[str]) -> pathlib.Path:

@@ -12,11 +12,20 @@ import ml_collections
 import pytest
 
 from configs.base import get_config
-from sera_jax.config import ARMS, Config, check_field, parse, to_config_dict, to_dict
+from sera_jax.config import ARMS, PPO_ARMS, Config, check_field, parse, to_config_dict, to_dict
 from sera_jax.config.parsing import CHOICES, RANGES
 from sera_jax.losses.preference import LOSSES, resolve
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+SRPPO = {
+    "method": "srppo",
+    "data__train": "",
+    "data__demonstrations": "answers.jsonl",
+    "sampling__temperature": 1.0,
+    "sampling__min_new_tokens": 0,
+}
 
 
 def raw_config(**changes):
@@ -33,6 +42,10 @@ def refused(**changes):
     with pytest.raises(ValueError) as error:
         parse(raw_config(**changes))
     return str(error.value)
+
+
+def srppo_refused(**changes):
+    return refused(**{**SRPPO, **changes})
 
 
 def fields(kind=Config, prefix=""):
@@ -82,6 +95,8 @@ def test_every_choice_is_taken(path):
             changes["sera__threshold"] = 0.5
         if path == "world.name":
             changes["data__train"] = "" if choice else "pairs.jsonl"
+        if choice == "srppo":
+            changes = SRPPO
         assert value_at(parse(raw_config(**changes)), path) == choice
 
 
@@ -156,11 +171,13 @@ def test_arms_may_be_a_string_with_commas(given):
     assert parse(raw).sera.arms == ("daa", "sera")
 
 
-@pytest.mark.parametrize("given", [("dpo",), ("daa", "daa"), ()])
-def test_unknown_repeated_or_no_arms_are_refused_with_the_choices(given):
-    message = refused(sera__arms=given)
-    assert f"config.sera.arms={given!r}" in message
-    assert all(arm in message for arm in ARMS)
+@pytest.mark.parametrize("group, known", [("sera", ARMS), ("ppo", PPO_ARMS)])
+@pytest.mark.parametrize("given", [("dpo",), "twice", ()], ids=str)
+def test_unknown_repeated_or_no_arms_are_refused_with_the_choices(group, known, given):
+    given = known[:1] * 2 if given == "twice" else given
+    message = refused(**{f"{group}__arms": given})
+    assert f"config.{group}.arms={given!r}" in message
+    assert all(arm in message for arm in known)
 
 
 def test_a_band_is_two_rising_quantiles_of_the_middle_rule():
@@ -203,6 +220,75 @@ def test_the_length_of_sampled_pairs_matters_only_where_pairs_are_sampled():
         parse(raw_config(**long, **free))
 
 
+def test_self_rewarding_ppo_needs_no_pairs_and_its_defaults_suit_each_other():
+    config = parse(raw_config(**SRPPO))
+    assert (config.method, config.data.train, config.ppo) == ("srppo", "", Config().ppo)
+    parse(raw_config(**SRPPO, data__prompts="new.jsonl", ppo__prompt_overlap=0.5))
+    parse(raw_config(**{**SRPPO, "data__demonstrations": ""}, world__name="habits"))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"data__train": "pairs.jsonl"}, ["config.data.train='pairs.jsonl'", "config.data.demonstrations"]),
+        ({"data__demonstrations": ""}, ["config.data.demonstrations=''", "exactly one"]),
+        ({"world__name": "habits"}, ["config.data.demonstrations='answers.jsonl'", "config.world.name='habits'"]),
+        ({"data__label_noise": 0.2}, ["config.data.label_noise=0.2", "set it to 0"]),
+        ({"model__sft_model_path": "sft"}, ["config.model.sft_model_path='sft'", "config.model.model_name_or_path"]),
+        ({"ppo__prompt_overlap": 0.5}, ["config.ppo.prompt_overlap=0.5", "config.data.prompts=''"]),
+        (
+            {"data__demonstrations": "", "world__name": "habits", "ppo__prompt_overlap": 0.5},
+            ["config.ppo.prompt_overlap=0.5", "config.world.prompts=0"],
+        ),
+        ({"sampling__temperature": 0.7}, ["temperature=0.7", "set temperature=1"]),
+        ({"sampling__top_p": 0.9}, ["top_p=0.9", "top_p=1"]),
+        ({"sampling__top_k": 5}, ["top_k=5", "top_k=0"]),
+        ({"sampling__min_new_tokens": 1}, ["min_new_tokens=1", "min_new_tokens=0"]),
+        ({"train__batch_size": 6}, ["config.train.batch_size=6", "num_mini_batches=4", "a multiple of 4"]),
+        ({"ppo__num_samples": 3}, ["batch_size=64", "num_samples=3", "a multiple of 12"]),
+        ({"ppo__num_samples": 4}, ["its 4 responses may have 1536 tokens", "row_tokens=1024"]),
+        ({"eval__max_new_tokens": 600}, ["config.eval.max_new_tokens=600", "1112 tokens", "row_tokens=1024"]),
+        ({"ppo__arms": ("sft_longer", "sft_equal_compute")}, ["sft_equal_compute", "add srppo to the arms"]),
+        ({"train__max_steps": 5}, ["config.train.max_steps=5", "config.ppo.iterations"]),
+        ({"train__num_train_epochs": 2}, ["config.train.num_train_epochs=2", "config.ppo.iterations"]),
+        ({"ppo__kl_in": "loss"}, ["config.ppo.kl_in='loss'", "kl_estimator='k1'", "use k2 or k3"]),
+        (
+            {"ppo__critic": "head", "ppo__critic_learning_rate": 1e-5},
+            ["config.ppo.critic_learning_rate=1e-05", "critic='model' only"],
+        ),
+        (
+            {"ppo__critic_warmup_iterations": 100},
+            ["config.ppo.critic_warmup_iterations=100", "ppo.iterations=100", "lower it"],
+        ),
+    ],
+    ids=str,
+)
+def test_what_self_rewarding_ppo_cannot_do_is_refused_with_the_way_out(changes, words):
+    message = srppo_refused(**changes)
+    assert [word for word in words if word not in message] == []
+
+
+def test_the_rules_of_one_method_do_not_bind_the_other():
+    parse(raw_config(ppo__kl_in="loss", train__max_steps=5, data__label_noise=0.2))
+    parse(raw_config(**SRPPO, sera__selection="threshold"))
+
+
+def test_responses_with_prompts_of_their_own_must_fit_a_row_together():
+    two = {"data__max_prompt_length": 400, "sampling__max_new_tokens": 200, "ppo__num_samples": 2}
+    parse(raw_config(**SRPPO, **two))
+    assert "may have 1200 tokens" in srppo_refused(**two, data__share_prompt=False)
+
+
+@pytest.mark.parametrize(
+    "pattern, words",
+    [("(", ["answer_pattern='('", "no regular expression"]), (r"\d", ["0 groups"]), (r"(\d)(\d)", ["2 groups"])],
+)
+def test_an_answer_pattern_marks_the_answer_with_one_group(pattern, words):
+    parse(raw_config(eval__answer_pattern=r"####\s*(-?[\d,]+)"))
+    message = refused(eval__answer_pattern=pattern)
+    assert [word for word in words if word not in message] == []
+
+
 def test_a_missing_group_or_field_and_an_unknown_one_are_refused():
     raw = ml_collections.ConfigDict(raw_config().to_dict())
     raw.sera.keep_fractoin = 0.5
@@ -243,7 +329,7 @@ def test_every_config_of_the_repository_parses(path):
     exec(compile(path.read_text(), path, "exec"), scope)
     raw = scope["get_config"]()
     raw.workdir = raw.workdir or "runs/x"
-    if not raw.world.name and not raw.data.train:
+    if raw.method == "sera" and not raw.world.name and not raw.data.train:
         raw.data.train = "pairs.jsonl"
     parse(raw)
 

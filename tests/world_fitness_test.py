@@ -66,16 +66,7 @@ def lab(tmp_path_factory):
             chunk_tokens=config.train.logits_chunk_tokens,
             stop_ids=corpus.tokenizer.stop_ids,
         )
-        start = starting_policy(config, run, corpus, make_base)
-        base = sft(
-            run,
-            "pretrain",
-            run.store("init", {"model": dataclasses.asdict(config.model), "seed": config.seed}, make_base),
-            corpus.pretrain,
-            config.pretrain,
-            max_row_shapes=config.data.max_row_shapes,
-            logging_steps=config.log.logging_steps,
-        )
+        base, start = starting_policy(config, run, corpus, make_base)
 
         def sample(policy, count=1, temperature=1.0):
             settings = SamplingGroup(temperature=temperature, max_new_tokens=32, slots=128)

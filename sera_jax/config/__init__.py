@@ -12,15 +12,19 @@ from sera_jax.config.groups import (
     LossGroup,
     MeshGroup,
     ModelGroup,
+    PpoGroup,
+    RewardGroup,
     SamplingGroup,
     SeraGroup,
     TrainGroup,
     WorldGroup,
 )
-from sera_jax.config.parsing import ARMS, check_field, parse, to_config_dict, to_dict
+from sera_jax.config.parsing import check_field, parse, to_config_dict, to_dict
+from sera_jax.config.rules import ARMS, PPO_ARMS
 
 __all__ = [
     "ARMS",
+    "PPO_ARMS",
     "Config",
     "DataGroup",
     "EvalGroup",
@@ -28,6 +32,8 @@ __all__ = [
     "LossGroup",
     "MeshGroup",
     "ModelGroup",
+    "PpoGroup",
+    "RewardGroup",
     "SamplingGroup",
     "SeraGroup",
     "TrainGroup",

@@ -42,10 +42,12 @@ class DataGroup:
     """Where rows come from and how they become packed rows. Sources are comma-separated, `path=weight` mixes.
 
     train: preference pairs. eval: held-out pairs (empty: `eval_fraction` of the train prompts, by a stable hash).
+        With method="srppo" there are no pairs: train is empty, eval names held-out demonstrations (empty:
+        `eval_fraction` of the demonstrations' prompts).
     demonstrations: for SFT (empty: the chosen responses).
     pretrain: prompts and responses for a base model from scratch, which learns the responses (empty: the whole texts of
         the demonstrations, or else of both sides of the pairs).
-    prompts: what bootstrapping samples on (empty: the prompts of `train`).
+    prompts: what bootstrapping samples on (empty: the prompts of `train`); new prompts of PPO, see ppo.prompt_overlap.
     """
 
     train: str = ""
@@ -117,6 +119,87 @@ class SeraGroup:
 
 
 @dataclasses.dataclass(frozen=True)
+class RewardGroup:
+    """The coherent reward of Self-Rewarding PPO, log pi_sft - log pi_base, and how it is paid.
+
+    placement: `eos` pays a response's summed log-ratio at its last token (the paper), `token` each token its own.
+    count_eos: whether the end token's own log-ratio counts.
+    length_normalize: divide by the response's number of tokens.
+    missing_eos: what a response gets that the length limit cut: `penalty` (no coherent reward, and -missing_eos_penalty
+        at its last token), `subtract` (its coherent reward less missing_eos_penalty), or `keep` (its coherent reward).
+    whiten: divide by the running standard deviation of the scores so far; with placement="eos" their running mean is
+        subtracted first.
+    clip: what is paid (a score, or a token's share) is cut to [-clip, clip]; unset: it is not.
+    """
+
+    placement: str = "eos"
+    count_eos: bool = True
+    length_normalize: bool = False
+    missing_eos: str = "penalty"
+    missing_eos_penalty: float = 1.0
+    whiten: bool = False
+    clip: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PpoGroup:
+    """Self-Rewarding PPO: rollouts, advantages and the clipped updates. Optimiser settings are those of `train`, whose
+    batch_size is then the number of responses of an iteration (global and exact) and whose save_steps count iterations.
+
+    arms: what to run from the same SFT model: `srppo` itself, and the controls `sft_longer` (sft_longer_factor times
+        the SFT updates), `sft_equal_compute` (as many SFT updates as the model passes of `srppo` would pay for),
+        `best_of_n` (the SFT model's answer of the largest coherent reward among best_of), `random_reward` (normal noise
+        of the coherent reward's mean and variance), `reinforce` (the batch mean of the returns in place of the critic).
+    iterations: rollout, score, update; eval_iterations: held-out evaluation and a saved policy every so many of them
+        (0: at the end only).
+    num_samples: responses to each prompt; num_ppo_epochs passes over num_mini_batches parts of an iteration's rollouts.
+    prompt_overlap: share of each iteration's prompts taken from the SFT demonstrations; the rest are those of
+        `data.prompts` that no demonstration has.
+    gamma, lam: of GAE. cliprange, cliprange_value: of PPO's losses. whiten_advantages: over an iteration's real tokens.
+    kl_coef: weight of the KL to the SFT model; kl_in: `reward` (per token) or `loss`; kl_estimator: k1, k2 or k3;
+        kl_controller: `fixed`, or `adaptive` towards kl_target nats per response over kl_horizon responses.
+    critic: `model` (a copy of the SFT model with a zero scalar head) or `head` (a value head on the policy, weighted by
+        vf_coef in a joint loss). critic_learning_rate: unset, that of `train`. critic_warmup_iterations: only the
+        critic learns in the first ones (with `head`, only the head).
+    target_kl: once an update's approximate KL to the rollout policy exceeds it, the iteration makes no further update;
+        unset: never. ratio_limit: an update whose mean probability ratio exceeds it is refused and counted.
+    max_kl: KL to the SFT model, nats per response, at which the run stops.
+    max_decode_score_gap: mean absolute difference of the sampler's and the scorer's log-prob of a token, nats, at which
+        the run stops.
+    """
+
+    arms: tuple[str, ...] = ("srppo", "sft_longer")
+    iterations: int = 100
+    eval_iterations: int = 0
+    num_samples: int = 1
+    num_ppo_epochs: int = 1
+    num_mini_batches: int = 4
+    prompt_overlap: float = 1.0
+    gamma: float = 1.0
+    lam: float = 0.95
+    cliprange: float = 0.2
+    cliprange_value: float = 0.2
+    whiten_advantages: bool = True
+    entropy_coef: float = 0.0
+    kl_coef: float = 0.05
+    kl_estimator: str = "k1"
+    kl_in: str = "reward"
+    kl_controller: str = "fixed"
+    kl_target: float = 6.0
+    kl_horizon: float = 10000.0
+    critic: str = "model"
+    vf_coef: float = 0.1
+    critic_learning_rate: float | None = None
+    critic_warmup_iterations: int = 0
+    target_kl: float | None = None
+    ratio_limit: float = 10.0
+    max_kl: float = 200.0
+    max_decode_score_gap: float = 0.05
+    sft_longer_factor: int = 3
+    best_of: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
 class SamplingGroup:
     """How the policy answers prompts, and in how many decode slots."""
 
@@ -133,7 +216,7 @@ class TrainGroup:
     """One optimisation. Used for `pretrain`, `sft` (batches in demonstrations) and `train` (batches in pairs).
 
     batch_size is global and exact, whatever the accumulation. max_steps > 0 overrides the epochs; for `train` it is the
-    number of updates of each round. save_steps=0 saves at the end of each phase only.
+    number of updates of each round. save_steps=0 saves at the end of each phase only. PPO reads `train` as `ppo` says.
     """
 
     batch_size: int = 64
@@ -165,18 +248,28 @@ class MeshGroup:
 
 @dataclasses.dataclass(frozen=True)
 class EvalGroup:
-    """Held-out evaluation after every round. 0 pairs or prompts: all there are."""
+    """Held-out evaluation after every round. 0 pairs or prompts: all there are.
+
+    max_pairs: of held-out pairs, or of held-out demonstrations with method="srppo".
+    answer_pattern: a regular expression with one group; the report then shows the share of held-out answers in which it
+        is found (`wellformed_fraction`) and, where the rows have responses, the share whose last match is theirs
+        (`answer_accuracy`).
+    """
 
     max_pairs: int = 0
     num_prompts: int = 64
     temperature: float = 0.0
     max_new_tokens: int = 0
     num_generations: int = 8
+    answer_pattern: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class LogGroup:
+    """What is written. rollout_iterations: rollouts are saved as text every so many PPO iterations (0: never)."""
+
     logging_steps: int = 10
+    rollout_iterations: int = 10
     tensorboard: bool = True
     report: bool = True
     hf_export: bool = False
@@ -192,6 +285,7 @@ class WorldGroup:
     preferences: int = 800
     heldout_preferences: int = 400
     heldout_prompts: int = 200
+    heldout_demonstrations: int = 200
     prompts: int = 0
     demonstrator: str = "better"
     cue: float = 0.6
@@ -199,12 +293,17 @@ class WorldGroup:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    """A run. method: `sera` (reads `loss` and `sera`) or `srppo`, Self-Rewarding PPO (reads `reward` and `ppo`)."""
+
     workdir: str = ""
     seed: int = 0
+    method: str = "sera"
     model: ModelGroup = ModelGroup()
     data: DataGroup = DataGroup()
     loss: LossGroup = LossGroup()
     sera: SeraGroup = SeraGroup()
+    reward: RewardGroup = RewardGroup()
+    ppo: PpoGroup = PpoGroup()
     sampling: SamplingGroup = SamplingGroup()
     pretrain: TrainGroup = TrainGroup(learning_rate=1e-3, batch_size=64)
     sft: TrainGroup = TrainGroup(learning_rate=2e-5, batch_size=64)

@@ -13,9 +13,10 @@ import ml_collections
 from ml_collections import config_dict
 
 from sera_jax.config.groups import Config
+from sera_jax.config.rules import check_together
 
-ARMS = ("sera", "daa", "random", "selection_only", "bootstrap_only")
 CHOICES: dict[str, tuple[str, ...]] = {
+    "method": ("sera", "srppo"),
     "model.dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
     "model.logits_dtype": ("float32", "bfloat16"),
@@ -26,6 +27,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "sera.curriculum": ("none", "easy_to_hard", "hard_to_easy"),
     "sera.pairing": ("best_worst", "all"),
     "sera.reference": ("fixed", "previous"),
+    "reward.placement": ("eos", "token"),
+    "reward.missing_eos": ("penalty", "subtract", "keep"),
+    "ppo.kl_estimator": ("k1", "k2", "k3"),
+    "ppo.kl_in": ("reward", "loss"),
+    "ppo.kl_controller": ("fixed", "adaptive"),
+    "ppo.critic": ("model", "head"),
     "world.name": ("", "habits"),
     **{f"{g}.optim": ("adamw", "adafactor", "lion") for g in ("pretrain", "sft", "train")},
     **{f"{g}.lr_scheduler_type": ("linear", "cosine", "constant") for g in ("pretrain", "sft", "train")},
@@ -52,6 +59,31 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "sera.bootstrap_prompts": (0, math.inf, True),
     "sera.num_samples": (2, math.inf, True),
     "sera.ensemble_gamma": (0, 1, True),
+    "reward.missing_eos_penalty": (0, math.inf, True),
+    "reward.clip": (0, math.inf, False),
+    "ppo.iterations": (1, math.inf, True),
+    "ppo.eval_iterations": (0, math.inf, True),
+    "ppo.num_samples": (1, math.inf, True),
+    "ppo.num_ppo_epochs": (1, math.inf, True),
+    "ppo.num_mini_batches": (1, math.inf, True),
+    "ppo.prompt_overlap": (0, 1, True),
+    "ppo.gamma": (0, 1, True),
+    "ppo.lam": (0, 1, True),
+    "ppo.cliprange": (0, math.inf, False),
+    "ppo.cliprange_value": (0, math.inf, False),
+    "ppo.entropy_coef": (0, math.inf, True),
+    "ppo.kl_coef": (0, math.inf, True),
+    "ppo.kl_target": (0, math.inf, False),
+    "ppo.kl_horizon": (1, math.inf, True),
+    "ppo.vf_coef": (0, math.inf, False),
+    "ppo.critic_learning_rate": (0, math.inf, False),
+    "ppo.critic_warmup_iterations": (0, math.inf, True),
+    "ppo.target_kl": (0, math.inf, False),
+    "ppo.ratio_limit": (1, math.inf, False),
+    "ppo.max_kl": (0, math.inf, False),
+    "ppo.max_decode_score_gap": (0, math.inf, False),
+    "ppo.sft_longer_factor": (2, math.inf, True),
+    "ppo.best_of": (2, math.inf, True),
     "sampling.temperature": (0, math.inf, True),
     "sampling.top_p": (0, 1, False),
     "sampling.top_k": (0, math.inf, True),
@@ -64,6 +96,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "eval.max_new_tokens": (0, math.inf, True),
     "eval.num_generations": (0, math.inf, True),
     "log.logging_steps": (1, math.inf, True),
+    "log.rollout_iterations": (0, math.inf, True),
     **{
         f"{group}.{field}": bounds
         for group in ("pretrain", "sft", "train")
@@ -125,7 +158,7 @@ def parse(raw: ml_collections.ConfigDict) -> Config:
         if not (low <= value <= high) or (value == low and not closed):
             sign = "<=" if closed else "<"
             raise ValueError(f"config.{name}={value!r} is out of range; it must be {low} {sign} {name} <= {high}")
-    _check_together(config)
+    check_together(config)
     return config
 
 
@@ -147,58 +180,6 @@ def check_field(path: str) -> None:
             hint = f"did you mean {prefix}{near[0]}?" if near else f"fields here: {', '.join(names)}"
             raise ValueError(f"config.{prefix}{part} is not a field; {hint}")
         kind, prefix = typing.get_type_hints(kind)[part], f"{prefix}{part}."
-
-
-def _check_together(config: Config) -> None:
-    """The rules that join fields."""
-    if not config.workdir:
-        raise ValueError(
-            "config.workdir is empty; give a folder for checkpoints and results: --config.workdir=runs/NAME"
-        )
-    unknown = [arm for arm in config.sera.arms if arm not in ARMS]
-    if unknown or not config.sera.arms or len(set(config.sera.arms)) != len(config.sera.arms):
-        raise ValueError(
-            f"config.sera.arms={config.sera.arms!r}; give each of {', '.join(ARMS)} at most once, and one at least"
-        )
-    if not config.world.name and not config.data.train:
-        raise ValueError("config.data.train is empty; name preference rows: --config.data.train=pairs.jsonl")
-    if config.world.name and config.data.train:
-        raise ValueError(
-            f"config.data.train={config.data.train!r} and config.world.name={config.world.name!r} are both set; "
-            "the embedded world writes its own rows: empty one of them"
-        )
-    band = config.sera.band
-    if band is not None and not 0 <= band[0] < band[1] <= 1:
-        raise ValueError(f"config.sera.band={band!r}; it must be two quantiles 0 <= low < high <= 1")
-    if config.sera.selection == "threshold" and config.sera.threshold is None:
-        raise ValueError("config.sera.selection='threshold' needs config.sera.threshold (nats)")
-    for field, rule in (("threshold", "threshold"), ("band", "middle")):
-        value = getattr(config.sera, field)
-        if value is not None and config.sera.selection != rule:
-            raise ValueError(
-                f"config.sera.{field}={value} is read by selection={rule!r} only, "
-                f"but selection={config.sera.selection!r}; change one of them"
-            )
-    sampling = config.sampling
-    if sampling.min_new_tokens > sampling.max_new_tokens:
-        raise ValueError(
-            f"config.sampling.min_new_tokens={sampling.min_new_tokens} exceeds max_new_tokens={sampling.max_new_tokens}"
-        )
-    if config.data.max_prompt_length >= config.data.row_tokens:
-        raise ValueError(
-            f"config.data.max_prompt_length={config.data.max_prompt_length} leaves no room for a response in rows of "
-            f"config.data.row_tokens={config.data.row_tokens}; raise row_tokens or lower max_prompt_length"
-        )
-    sera, data = config.sera, config.data
-    if sera.rounds > 1 and sera.bootstrap_fraction > 0 and set(sera.arms) - {"daa", "selection_only"}:
-        prompts = 1 if data.share_prompt else 2
-        longest = prompts * data.max_prompt_length + 2 * sampling.max_new_tokens
-        if longest > data.row_tokens:
-            raise ValueError(
-                f"config.sampling.max_new_tokens={sampling.max_new_tokens}: a sampled pair may have {longest} tokens "
-                f"(config.data.max_prompt_length={data.max_prompt_length}), but config.data.row_tokens="
-                f"{data.row_tokens}; raise row_tokens, or lower one of the others"
-            )
 
 
 def _parse_group(cls: type, raw: ml_collections.ConfigDict, prefix: str) -> Any:

@@ -299,3 +299,17 @@ def padding_fraction(rows: Rows) -> float:
 def shared_prompt_savings(items: Sequence[Item]) -> float:
     """Tokens laid with shared prompts over tokens if each response carried its prompt; 1 saves nothing."""
     return sum(item.tokens for item in items) / max(sum(laid_tokens(item, False) for item in items), 1)
+
+
+def split_items(items: Sequence[Item], row_tokens: int, share_prompt: bool = True) -> list[Item]:
+    """The same responses, in the same order, in items that fit a row; most items are one piece."""
+    pieces: list[Item] = []
+    for item in items:
+        part: tuple[np.ndarray, ...] = ()
+        for response in item.responses:
+            if part and laid_tokens(Item("", item.prompt, (*part, response)), share_prompt) > row_tokens:
+                pieces.append(Item(f"{item.id}@{len(pieces)}", item.prompt, part))
+                part = ()
+            part = (*part, response)
+        pieces.append(Item(f"{item.id}@{len(pieces)}", item.prompt, part))
+    return pieces

@@ -156,6 +156,10 @@ class Tokenizer:
             text = text.removesuffix(before_end) if end is not None and len(ids) and ids[-1] == self.end_id else text
         return text
 
+    def vocabulary(self) -> dict[str, int]:
+        """Every token and its id."""
+        return self._hf.get_vocab()
+
     def fingerprint(self) -> str:
         """sha256 (hex) over the tokenizer's content, the template and this module's rules."""
         parts = {

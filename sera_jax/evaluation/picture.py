@@ -1,23 +1,24 @@
-"""`report.png`: how margins, pairs, accuracy, gold reward and length go from round to round, an arm a colour."""
+"""`report.png`. Of SeRA, how margins, pairs, accuracy, gold reward and length go from round to round, an arm a colour.
+
+The picture of Self-Rewarding PPO is in `iterations`.
+"""
 
 from __future__ import annotations
 
 import os
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
-# Okabe and Ito's palette, told apart by every common kind of colour vision; markers differ as well.
+from sera_jax.evaluation import iterations, look
+from sera_jax.evaluation.look import GREY
+
 _STYLES: dict[str, tuple[str, str]] = {
-    "daa": ("#0072B2", "s"),
-    "sera": ("#D55E00", "o"),
-    "random": ("#009E73", "^"),
-    "selection_only": ("#CC79A7", "D"),
-    "bootstrap_only": ("#E69F00", "v"),
+    "daa": (look.BLUE, "s"),
+    "sera": (look.VERMILION, "o"),
+    "random": (look.GREEN, "^"),
+    "selection_only": (look.PURPLE, "D"),
+    "bootstrap_only": (look.ORANGE, "v"),
 }
-_OTHERS = [("#56B4E9", "P"), ("#000000", "X"), ("#F0E442", "*")]
-_GREY = "#6E6E6E"
-_INK = "#222222"
 _LABELS = {"daa": "DAA alone", "sera": "SeRA", "random": "random selection"}
 _STEP = 0.07  # arms stand this far apart around a round, so that equal values stay visible
 
@@ -36,7 +37,7 @@ class _Report:
             facts.sort(key=lambda f: f["round"])
         self.final: dict[str, Round] = summary["arms"]
         self.last = max((f["round"] for facts in self.arms.values() for f in facts), default=1)
-        others = iter(_OTHERS * 9)
+        others = iter(look.OTHERS * 9)
         self.styles = {arm: _STYLES[arm] if arm in _STYLES else next(others) for arm in self.arms}
 
     def shift(self, arm: str) -> float:
@@ -60,7 +61,7 @@ class _Report:
             if points:
                 axis.plot(*zip(*points), color=colour, marker=marker)
         if start and name in self.sft:
-            axis.plot(0, scale * self.sft[name], marker="o", color=_GREY, markersize=7, zorder=5)
+            axis.plot(0, scale * self.sft[name], marker="o", color=GREY, markersize=7, zorder=5)
         self.rounds_axis(axis, first=0 if start and name in self.sft else self.first(name))
 
     def rounds_axis(self, axis: Any, *, first: int) -> None:
@@ -84,10 +85,10 @@ class _Report:
             f["length_baseline_accuracy"] for r in self.arms.values() for f in r if "length_baseline_accuracy" in f
         ]
         if baselines:
-            axis.axhline(100 * baselines[0], color=_GREY, ls=(0, (4, 3)), lw=1.2, zorder=1)
+            axis.axhline(100 * baselines[0], color=GREY, ls=(0, (4, 3)), lw=1.2, zorder=1)
             place = axis.get_yaxis_transform()  # x as a share of the axis, y as data
             axis.text(
-                0.99, 100 * baselines[0], "longer answer wins", transform=place, ha="right", va="bottom", color=_GREY
+                0.99, 100 * baselines[0], "longer answer wins", transform=place, ha="right", va="bottom", color=GREY
             )
         axis.set(title="Held-out pairs ranked as labelled", ylabel="reward accuracy (%)")
 
@@ -101,7 +102,7 @@ class _Report:
 
     def heldout_margin(self, axis: Any) -> None:
         self.lines(axis, "heldout_margin")
-        axis.axhline(0, color=_GREY, lw=0.8, zorder=1)
+        axis.axhline(0, color=GREY, lw=0.8, zorder=1)
         axis.set(title="Margin of held-out pairs", ylabel="mean implicit reward margin (nats)")
 
     def margins(self, axis: Any) -> None:
@@ -111,7 +112,7 @@ class _Report:
                 if "margin_p10" in facts and "margin_p90" in facts:
                     x = facts["round"] + self.shift(arm)
                     axis.vlines(x, facts["margin_p10"], facts["margin_p90"], color=self.styles[arm][0], lw=4, alpha=0.3)
-        axis.axhline(0, color=_GREY, lw=0.8, zorder=1)
+        axis.axhline(0, color=GREY, lw=0.8, zorder=1)
         axis.set(title="Offline pairs before selection", ylabel="margin, mean and p10 to p90 (nats)")
 
     def pairs(self, axis: Any) -> None:
@@ -130,9 +131,9 @@ class _Report:
         axis.set_ylim(0, 1.2 * max(top, 1))
         axis.set(title="Pairs trained on", ylabel="pairs")
         handles = [
-            _patch(facecolor=_GREY, label="kept"),
-            _patch(facecolor=_GREY, edgecolor="white", hatch="////", label="of them flipped"),
-            _patch(facecolor="white", edgecolor=_GREY, label="added"),
+            look.patch(facecolor=GREY, label="kept"),
+            look.patch(facecolor=GREY, edgecolor="white", hatch="////", label="of them flipped"),
+            look.patch(facecolor="white", edgecolor=GREY, label="added"),
         ]
         flips = any(f.get("flipped_fraction_kept") for rounds in self.arms.values() for f in rounds)
         handles = handles if flips else [handles[0], handles[2]]
@@ -146,31 +147,25 @@ class _Report:
             colour = self.styles[arm][0]
             for facts in rounds:
                 shares, bottom = facts.get("agreement", {}), 0.0
-                looks = (
+                fills = (
                     ("agree", {"color": colour}),
                     ("tie", {"color": colour, "alpha": 0.3}),
                     ("disagree", {"color": "white"}),
                 )
-                for name, look in looks:
+                for name, fill in fills:
                     height = 100 * shares.get(name, 0.0)
                     x = facts["round"] + (i + 0.5 - len(sampling) / 2) * width
-                    axis.bar(x, height, 0.88 * width, bottom=bottom, edgecolor=colour, linewidth=0.8, **look)
+                    axis.bar(x, height, 0.88 * width, bottom=bottom, edgecolor=colour, linewidth=0.8, **fill)
                     bottom += height
         self.rounds_axis(axis, first=self.first("agreement"))
         axis.set(title="Sampled pairs against the gold reward", ylabel="share of added pairs (%)", ylim=(0, 122))
         axis.set_yticks(range(0, 101, 25))
         handles = [
-            _patch(facecolor=_GREY, edgecolor=_GREY, label="agree"),
-            _patch(facecolor="#CFCFCF", edgecolor=_GREY, label="tie"),
-            _patch(facecolor="white", edgecolor=_GREY, label="disagree"),
+            look.patch(facecolor=GREY, edgecolor=GREY, label="agree"),
+            look.patch(facecolor="#CFCFCF", edgecolor=GREY, label="tie"),
+            look.patch(facecolor="white", edgecolor=GREY, label="disagree"),
         ]
         axis.legend(handles=handles, loc="upper center", ncols=3, columnspacing=1.0, handlelength=1.4)
-
-
-def _patch(**look: Any) -> Any:
-    from matplotlib.patches import Patch
-
-    return Patch(**{"linewidth": 1.0, **look})
 
 
 def _panels(report: _Report) -> list[Callable[[Any], None]]:
@@ -191,72 +186,28 @@ def _panels(report: _Report) -> list[Callable[[Any], None]]:
 def report_png(summary: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Draw a summary (keys as `report.check_summary` wants them) into a PNG; panels without data are left out.
 
-    The file is whole or absent. Nothing is drawn, and no file written, for a summary without rounds.
+    The file is whole or absent. Nothing is drawn, and no file written, for a summary without rounds or, with
+    method="srppo", with neither rounds nor iterations.
     """
-    if not summary["rounds"]:
-        return
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    if summary["config"].get("method") == "srppo":
+        iterations.draw(summary, path)
+    elif summary["rounds"]:
+        _draw_rounds(summary, path)
 
+
+def _draw_rounds(summary: dict[str, Any], path: str | os.PathLike[str]) -> None:
     report = _Report(summary)
     panels = _panels(report)
     columns = min(3, len(panels)) if len(panels) != 4 else 2
     lines = -(-len(panels) // columns)
-    look = {
-        "font.size": 9.5,
-        "axes.titlesize": 11,
-        "axes.titlelocation": "left",
-        "axes.titleweight": "bold",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": "#888888",
-        "axes.labelcolor": _INK,
-        "axes.titlepad": 10,
-        "text.color": _INK,
-        "axes.grid": True,
-        "axes.grid.axis": "y",
-        "axes.axisbelow": True,
-        "grid.color": "#E6E6E6",
-        "xtick.color": _INK,
-        "ytick.color": _INK,
-        "lines.linewidth": 2.0,
-        "lines.markersize": 6.5,
-        "lines.markeredgecolor": "white",
-        "lines.markeredgewidth": 0.8,
-        "legend.frameon": False,
-        "legend.fontsize": 8.5,
-        "hatch.linewidth": 1.4,
-    }
-    with matplotlib.rc_context(look):
-        figure = Figure(
-            figsize=(4.3 * columns, 3.5 * lines + 0.9), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.14)
-        )
-        FigureCanvasAgg(figure)
+    with look.page(path, columns=columns, lines=lines) as figure:
         axes = figure.subplots(lines, columns, squeeze=False).ravel()
         for axis, draw in zip(axes, panels):
             draw(axis)
         for axis in axes[len(panels) :]:
             axis.set_axis_off()
-        figure.suptitle(_heading(summary), x=0.012, ha="left", fontsize=13, fontweight="bold")
-        figure.legend(
-            handles=[_line(report.styles[arm], _LABELS.get(arm, arm)) for arm in report.arms],
-            loc="outside upper right" if columns > 1 else "outside lower left",
-            ncols=len(report.arms),
-            fontsize=10,
-        )
-        path = pathlib.Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torn = path.with_name(path.name + ".tmp")
-        figure.savefig(torn, format="png", dpi=140)
-        torn.replace(path)
-
-
-def _line(style: tuple[str, str], label: str) -> Any:
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], color=style[0], marker=style[1], label=label)
+        handles = [look.line(*report.styles[arm], _LABELS.get(arm, arm)) for arm in report.arms]
+        look.head(figure, _heading(summary), handles, wide=columns > 1)
 
 
 def _heading(summary: dict[str, Any]) -> str:

@@ -26,7 +26,9 @@ KEYS: dict[str, type | tuple[type, ...]] = {
     "seed": int,
     "versions": dict,
 }
-# Facts that lie between 0 and 1 wherever they occur, in an arm or in a round.
+# What the summary of a method has besides.
+METHOD_KEYS: dict[str, dict[str, type]] = {"srppo": {"iterations": list, "prompts": dict}}
+# Facts that lie between 0 and 1 wherever they occur: in an arm, in a round, in an iteration.
 _SHARES = (
     "win_rate_vs_sft",
     "heldout_accuracy",
@@ -35,42 +37,67 @@ _SHARES = (
     "length_baseline_accuracy",
     "flipped_fraction_kept",
     "eos_fraction",
+    "wellformed_fraction",
+    "answer_accuracy",
+    "completions/clipped_ratio",
+    "policy/clipfrac_avg",
 )
+_CORRELATIONS = ("coherent_reward_length_corr", "coherent_reward/length_corr")
+_ROUNDING = 1e-5  # by which a float32 correlation may exceed 1
 
 
 def check_summary(summary: Summary) -> None:
     """ValueError, naming the key, where a summary is not what readers of summary.json rely on.
 
-    `arms` maps an arm to its facts; `rounds` lists the facts of each (`arm`, `round`), rounds counted from 1. A
-    fact that does not apply is absent, never None or nan.
+    `arms` maps an arm to its facts; `rounds` lists the facts of each (`arm`, `round`), rounds counted from 1. With
+    method="srppo" there are `prompts`, counts, and `iterations`, the facts of each (`arm`, `iteration`), and a round
+    is an evaluation during training that names its `iteration`. A fact that does not apply is absent, never None or
+    nan.
     """
-    for key, kind in KEYS.items():
-        if key not in summary:
-            raise ValueError(f"the summary has no {key!r}; it needs {', '.join(KEYS)}")
-        if not isinstance(summary[key], kind):
-            raise ValueError(f"summary[{key!r}] is a {type(summary[key]).__name__}; it must be {kind}")
+    _check_keys(summary, KEYS)
+    _check_keys(summary, METHOD_KEYS.get(method_of(summary), {}))
+    by_iteration = method_of(summary) == "srppo"
+    _check_counted(summary, "rounds", ("round", "iteration") if by_iteration else ("round",))
     places = [(f"arms[{arm!r}]", facts) for arm, facts in summary["arms"].items()]
     places += [(f"rounds[{i}]", facts) for i, facts in enumerate(summary["rounds"])]
-    for i, facts in enumerate(summary["rounds"]):
-        if not isinstance(facts.get("arm"), str) or not isinstance(facts.get("round"), int) or facts["round"] < 1:
-            raise ValueError(f"rounds[{i}] needs `arm` (a name) and `round` (1 or more), not {facts.get('arm')!r}")
+    if by_iteration:
+        _check_counted(summary, "iterations", ("iteration",))
+        places += [(f"iterations[{i}]", facts) for i, facts in enumerate(summary["iterations"])]
     for place, facts in places:
         for name, value in facts.items():
-            if value is None or (isinstance(value, float) and not math.isfinite(value)):
+            if not _applies(value):
                 raise ValueError(f"{place}[{name!r}] is {value}; leave out what does not apply")
             if name in _SHARES and not 0 <= value <= 1:
                 raise ValueError(f"{place}[{name!r}] is {value}; it is a share, 0 to 1")
+            if name in _CORRELATIONS and abs(value) > 1 + _ROUNDING:
+                raise ValueError(f"{place}[{name!r}] is {value}; it is a correlation, -1 to 1")
+
+
+def _check_keys(summary: Summary, keys: dict[str, Any]) -> None:
+    for key, kind in keys.items():
+        if key not in summary:
+            raise ValueError(f"the summary has no {key!r}; it needs {', '.join(keys)}")
+        if not isinstance(summary[key], kind):
+            raise ValueError(f"summary[{key!r}] is a {type(summary[key]).__name__}; it must be {kind}")
+
+
+def _check_counted(summary: Summary, key: str, counts: Sequence[str]) -> None:
+    """Each of summary[key] names its arm and its `counts`, which start at 1."""
+    for i, facts in enumerate(summary[key]):
+        if not isinstance(facts.get("arm"), str):
+            raise ValueError(f"{key}[{i}] needs `arm` (a name), not {facts.get('arm')!r}")
+        for name in counts:
+            if not isinstance(facts.get(name), int) or facts[name] < 1:
+                raise ValueError(f"{key}[{i}] needs `{name}` (1 or more), not {facts.get(name)!r}")
 
 
 def write_summary(path: str | os.PathLike[str], summary: Summary) -> None:
     """Write the checked summary as JSON so that the file is whole or absent.
 
-    Facts of arms and rounds that are None or not finite are left out; numpy numbers become plain ones.
+    Facts of arms, rounds and iterations that are None or not finite are left out; numpy numbers become plain ones.
     """
     path = pathlib.Path(path)
-    summary = _plain(summary)
-    summary["arms"] = {arm: _applicable(facts) for arm, facts in summary["arms"].items()}
-    summary["rounds"] = [_applicable(facts) for facts in summary["rounds"]]
+    summary = _applicable(_plain(summary))
     check_summary(summary)
     path.parent.mkdir(parents=True, exist_ok=True)
     torn = path.with_name(path.name + ".tmp")
@@ -89,20 +116,41 @@ def table(summary: Summary) -> str:
     accuracy where the shorter was preferred, held-out margin (nats), answer length. Of the rounds: offline pairs kept,
     the flipped share of them, sampled pairs added, their agreement with the gold (%), the mean margin of the offline
     pairs (nats).
+
+    With method="srppo", of the arms: gold reward, win rate, well-formed and right answers, coherent reward (nats per
+    answer), its correlation with length, KL to the SFT model (nats per answer), negative log-likelihood of held-out
+    demonstrations (nats per token), answer length, answers that ended. A round is then an evaluation during training.
     """
+    summary = _applicable(summary)
+    arm_columns, round_columns, _ = _METHODS.get(method_of(summary), _METHODS["sera"])
     arms = [{"arm": arm, **facts} for arm, facts in summary["arms"].items()]
-    parts = [_aligned(arms, _ARM_COLUMNS)]
+    parts = [_aligned(arms, arm_columns)]
     if summary["rounds"]:
-        parts.append(_aligned(summary["rounds"], _ROUND_COLUMNS))
+        parts.append(_aligned(summary["rounds"], round_columns))
     return "\n\n".join(parts)
 
 
 def legend(summary: Summary) -> str:
     """A line for each column of `table` that does not speak for itself, of those that it shows."""
+    summary = _applicable(summary)
     facts = [*summary["arms"].values(), *summary["rounds"]]
-    shown = [(head, text) for name, head, text in _LEGEND if any(name in fact for fact in facts)]
-    width = max((len(head) for head, _ in shown), default=0)
-    return "\n".join(f"{head:>{width}}  {text}" for head, text in shown)
+    *_, lines = _METHODS.get(method_of(summary), _METHODS["sera"])
+    shown = [(head, text) for name, head, text in lines if any(name in fact for fact in facts)]
+    heads = {head for head, _ in shown}
+    outcomes = [head for head in _OUTCOMES if head in heads]
+    width = max((len(head) for head in heads), default=0)
+    return "\n".join(f"{head:>{width}}  {text.format(outcomes=_or(outcomes))}" for head, text in shown)
+
+
+def method_of(summary: Summary) -> str:
+    """`sera` or `srppo`; summaries written before there were two methods name none."""
+    return summary["config"].get("method", "sera")
+
+
+def _or(heads: Sequence[str]) -> str:
+    if not heads:
+        return "some other measure"
+    return " or ".join(part for part in (", ".join(heads[:-1]), heads[-1]) if part)
 
 
 # (fact that the column shows, heading, meaning)
@@ -115,6 +163,22 @@ _LEGEND: list[tuple[str, str, str]] = [
     ("agreement", "agree/not/tie", "does the gold agree with the added pairs, %"),
     ("margin_mean", "margin", "chosen minus rejected, nats: of held-out pairs above, of offline pairs below"),
 ]
+# What says of an arm of Self-Rewarding PPO whether it is better, by heading.
+_OUTCOMES = ("gold", "right", "NLL")
+_SRPPO_LEGEND: list[tuple[str, str, str]] = [
+    _LEGEND[0],
+    ("wellformed_fraction", "well-formed", "answers to held-out prompts in which eval.answer_pattern is found"),
+    ("answer_accuracy", "right", "answers whose last match of eval.answer_pattern is the reference's"),
+    (
+        "coherent_reward_mean",
+        "coherent",
+        "log pi_sft - log pi_base, nats per answer. PPO optimises it: a gain must show in {outcomes}",
+    ),
+    ("coherent_reward_length_corr", "corr.", "correlation of the coherent reward with the answer's length"),
+    ("kl_to_sft", "KL", "of the policy to the SFT model, on its own answers, nats per answer"),
+    ("heldout_nll", "NLL", "of held-out demonstrations, nats per token; it rises as a policy forgets them"),
+    ("eos_fraction", "ended", "answers that ended within the token limit"),
+]
 
 
 def _percent(name: str) -> Callable[[dict[str, Any]], str]:
@@ -125,9 +189,17 @@ def _number(name: str, digits: int) -> Callable[[dict[str, Any]], str]:
     return lambda facts: f"{facts[name]:.{digits}f}"
 
 
-def _gold(facts: dict[str, Any]) -> str:
-    low, high = facts["gold_ci95"]
-    return f"{facts['gold_mean']:.3f} [{low:.3f}, {high:.3f}]"
+def _interval(name: str, digits: int) -> Callable[[dict[str, Any]], str]:
+    """Of `NAME_mean`, with `NAME_ci95` where that is known."""
+
+    def say(facts: dict[str, Any]) -> str:
+        mean = f"{facts[f'{name}_mean']:.{digits}f}"
+        if f"{name}_ci95" not in facts:
+            return mean
+        low, high = facts[f"{name}_ci95"]
+        return f"{mean} [{low:.{digits}f}, {high:.{digits}f}]"
+
+    return say
 
 
 def _agreement(facts: dict[str, Any]) -> str:
@@ -138,7 +210,7 @@ def _agreement(facts: dict[str, Any]) -> str:
 # (heading, what a cell says; KeyError where the fact is absent)
 _ARM_COLUMNS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
     ("arm", lambda facts: facts["arm"]),
-    ("gold [95 %]", _gold),
+    ("gold [95 %]", _interval("gold", 3)),
     ("wins vs sft", _percent("win_rate_vs_sft")),
     ("accuracy", _percent("heldout_accuracy")),
     ("by length", _percent("length_baseline_accuracy")),
@@ -161,6 +233,38 @@ _ROUND_COLUMNS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
 ]
 
 
+_SRPPO_ARM_COLUMNS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+    ("arm", lambda facts: facts["arm"]),
+    ("gold [95 %]", _interval("gold", 3)),
+    ("wins vs sft", _percent("win_rate_vs_sft")),
+    ("right", _percent("answer_accuracy")),
+    ("well-formed", _percent("wellformed_fraction")),
+    ("coherent [95 %]", _interval("coherent_reward", 2)),
+    ("corr.", _number("coherent_reward_length_corr", 2)),
+    ("KL", _number("kl_to_sft", 2)),
+    ("NLL", _number("heldout_nll", 3)),
+    ("tokens", _number("response_tokens_mean", 1)),
+    ("ended", _percent("eos_fraction")),
+]
+_SRPPO_ROUND_COLUMNS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+    ("arm", lambda facts: facts["arm"]),
+    ("iteration", lambda facts: str(facts["iteration"])),
+    ("gold", _number("gold_mean", 3)),
+    ("right", _percent("answer_accuracy")),
+    ("well-formed", _percent("wellformed_fraction")),
+    ("coherent", _number("coherent_reward_mean", 2)),
+    ("corr.", _number("coherent_reward_length_corr", 2)),
+    ("KL", _number("kl_to_sft", 2)),
+    ("NLL", _number("heldout_nll", 3)),
+    ("tokens", _number("response_tokens_mean", 1)),
+    ("ended", _percent("eos_fraction")),
+]
+_METHODS = {
+    "sera": (_ARM_COLUMNS, _ROUND_COLUMNS, _LEGEND),
+    "srppo": (_SRPPO_ARM_COLUMNS, _SRPPO_ROUND_COLUMNS, _SRPPO_LEGEND),
+}
+
+
 def _aligned(rows: Sequence[dict[str, Any]], columns: Sequence[tuple[str, Callable]]) -> str:
     def cell(say: Callable[[dict[str, Any]], str], facts: dict[str, Any]) -> str:
         try:
@@ -177,12 +281,18 @@ def _aligned(rows: Sequence[dict[str, Any]], columns: Sequence[tuple[str, Callab
     return "\n".join(lines)
 
 
-def _applicable(facts: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: value
-        for name, value in facts.items()
-        if value is not None and not (isinstance(value, float) and not math.isfinite(value))
-    }
+def _applies(value: Any) -> bool:
+    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
+
+
+def _applicable(summary: Summary) -> Summary:
+    """The summary without what does not apply of its arms, rounds and iterations."""
+
+    def known(facts: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in facts.items() if _applies(value)}
+
+    lists = {key: [known(facts) for facts in summary[key]] for key in ("rounds", "iterations") if key in summary}
+    return summary | lists | {"arms": {arm: known(facts) for arm, facts in summary["arms"].items()}}
 
 
 def _plain(value: Any) -> Any:

@@ -13,17 +13,15 @@ import jax
 
 from sera_jax import config as config_lib
 from sera_jax.checkpoint import Workdir
-from sera_jax.checkpoint.phases import file_digest, versions, write_jsonl
+from sera_jax.checkpoint.phases import versions
 from sera_jax.config import Config
 from sera_jax.evaluation import picture, report
-from sera_jax.experiment.assembly import Corpus, base_model, check_positions, folder_identity, read_corpus, sft_model
-from sera_jax.experiment.evaluator import Evaluator
+from sera_jax.experiment.assembly import base_model, check_positions, read_corpus
 from sera_jax.experiment.saved import describe, export
+from sera_jax.experiment.sera_arms import run_sera_arms
+from sera_jax.experiment.start import params_sha256, starting_policy
 from sera_jax.loops.runtime import Policy, Runtime
-from sera_jax.loops.sera import sera
-from sera_jax.loops.sft import sft
-from sera_jax.loops.study import Study
-from sera_jax.losses.preference import ResolvedLoss, resolve
+from sera_jax.losses.preference import resolve
 from sera_jax.mesh import make_mesh
 from sera_jax.writer import MetricWriter
 
@@ -35,12 +33,12 @@ def run(config: Config, *, stop_requested: Callable[[], bool] = lambda: False) -
         ValueError: what was asked for cannot be done; the message says the way out.
         Preempted: stopped on request, with everything saved.
     """
-    loss = resolve(**dataclasses.asdict(config.loss))
+    loss = resolve(**dataclasses.asdict(config.loss)) if config.method == "sera" else None
     root = pathlib.Path(config.workdir)
     workdir = Workdir(root, config_lib.to_dict(config))
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     with MetricWriter(root, tensorboard=config.log.tensorboard) as writer, jax.set_mesh(mesh):
-        writer.announce(f"loss {loss}")
+        writer.announce(f"loss {loss}" if loss is not None else f"coherent reward: {config.reward}")
         corpus = read_corpus(config, workdir, writer.announce)
         cfg, make_base = base_model(config.model, corpus.tokenizer, config.seed)
         check_positions(config, cfg)
@@ -57,19 +55,16 @@ def run(config: Config, *, stop_requested: Callable[[], bool] = lambda: False) -
             stop_requested=stop_requested,
         )
         describe(root, cfg, corpus.tokenizer, config.model.model_name_or_path)
-        start = starting_policy(config, runtime, corpus, make_base)
-        evaluator, study = prepare_rounds(config, runtime, corpus, start, loss)
-        arms: dict[str, dict[str, Any]] = {"sft": evaluator.of_arm(start)}
-        rounds: list[dict[str, Any]] = []
-        final = {"sft": start}
-        for arm in config.sera.arms:
-            final[arm], facts = sera(study, arm)
-            rounds += facts
-            arms[arm] = evaluator.of_arm(final[arm])
+        base, start = starting_policy(config, runtime, corpus, make_base)
+        if loss is not None:
+            final, facts = run_sera_arms(config, runtime, corpus, start, loss)
+        else:
+            from sera_jax.experiment.srppo_arms import run_srppo_arms
+
+            assert base is not None, "Self-Rewarding PPO scores with the base"
+            final, facts = run_srppo_arms(config, runtime, corpus, base, start)
         summary = {
-            "arms": arms,
-            "rounds": rounds,
-            "loss": loss.as_dict(),
+            **facts,
             "wall_seconds": {name: product.seconds for name, product in workdir.done.items()},
             "peak_memory_bytes": peak_memory_bytes(),
             "params_sha256": {arm: params_sha256(policy) for arm, policy in final.items()},
@@ -78,76 +73,13 @@ def run(config: Config, *, stop_requested: Callable[[], bool] = lambda: False) -
             "seed": config.seed,
             "versions": versions(),
         }
-        finish(config, runtime, corpus, final, summary)
+        finish(config, runtime, final, summary)
     return summary
-
-
-def prepare_rounds(
-    config: Config, runtime: Runtime, corpus: Corpus, start: Policy, loss: ResolvedLoss
-) -> tuple[Evaluator, Study]:
-    """What the rounds of every arm are given; evaluating a round also adds its answers to generations.jsonl."""
-    evaluator = Evaluator(
-        run=runtime,
-        loss=loss,
-        pairs=corpus.heldout,
-        prompts=corpus.eval_prompts,
-        tokenizer=corpus.tokenizer,
-        judge=corpus.judge,
-        reference=start,
-        settings=config.eval,
-        sampling=config.sampling,
-    )
-    shown: dict[str, list[dict[str, Any]]] = {}
-
-    def evaluate(policy: Policy, round_: int) -> dict[str, Any]:
-        shown[policy.name] = evaluator.show(policy)
-        write_jsonl(runtime.workdir.root / "generations.jsonl", [row for rows in shown.values() for row in rows])
-        return evaluator(policy, round_)
-
-    evaluate(start, 0)
-    study = Study(
-        run=runtime,
-        sft=start,
-        loss=loss,
-        settings=config.sera,
-        train=config.train,
-        sampling=config.sampling,
-        pool=corpus.train,
-        prompts=corpus.prompts,
-        evaluate=evaluate,
-        judge=corpus.judge,
-        max_row_shapes=config.data.max_row_shapes,
-        logging_steps=config.log.logging_steps,
-    )
-    return evaluator, study
-
-
-def starting_policy(config: Config, runtime: Runtime, corpus: Corpus, make_base: Callable[[], Any]) -> Policy:
-    """The SFT model: the checkpoint named, or SFT of the base on the demonstrations."""
-    say = runtime.writer.announce
-    if config.model.sft_model_path:
-        say(f"SFT model: {config.model.sft_model_path}; no SFT is run")
-        identity = folder_identity(config.model.sft_model_path)
-        return runtime.store("sft", identity, lambda: sft_model(config.model, runtime.cfg))
-    fresh = not config.model.model_name_or_path
-    identity = {"model": dataclasses.asdict(config.model), "seed": config.seed}
-    if not fresh:
-        identity |= folder_identity(config.model.model_name_or_path)
-    base = runtime.store("init" if fresh else "base", identity, make_base)
-    shapes, steps = config.data.max_row_shapes, config.log.logging_steps
-    if fresh:
-        say(f"base model from scratch, on {len(corpus.pretrain)} texts")
-        base = sft(
-            runtime, "pretrain", base, corpus.pretrain, config.pretrain, max_row_shapes=shapes, logging_steps=steps
-        )
-    say(f"SFT on {len(corpus.demonstrations)} demonstrations: {corpus.demonstrations_are}")
-    return sft(runtime, "sft", base, corpus.demonstrations, config.sft, max_row_shapes=shapes, logging_steps=steps)
 
 
 def finish(
     config: Config,
     runtime: Runtime,
-    corpus: Corpus,
     final: dict[str, Policy],
     summary: dict[str, Any],
 ) -> None:
@@ -170,11 +102,6 @@ def finish(
             )
             say(f"Hugging Face checkpoint of {arm}: {out}")
     say(f"summary: {root / 'summary.json'}")
-
-
-def params_sha256(policy: Policy) -> str:
-    """Digest of a policy's parameters, from the checksums stored beside them."""
-    return file_digest(policy.path / "params" / "checksums.json")
 
 
 def peak_memory_bytes() -> int:

@@ -1,19 +1,28 @@
-"""Held-out facts of a policy: reward accuracy on pairs, generations on prompts, and gold where a world has one."""
+"""Held-out facts of a policy, each where the run has what it needs.
+
+Preference pairs: reward accuracy. Prompts: length of the answers, gold where a world has one, what `answer_pattern`
+finds. Demonstrations: their likelihood. A base model: the coherent reward of the answers, and the KL to the SFT model.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from sera_jax.checkpoint.phases import write_jsonl
 from sera_jax.config import EvalGroup, SamplingGroup
 from sera_jax.data.items import Item, PairItem
 from sera_jax.data.tokenizing import Tokenizer
 from sera_jax.evaluation import gold, heldout
+from sera_jax.evaluation.answers import coherent_facts, kl_facts, likelihood_facts, pattern_facts
 from sera_jax.loops.runtime import Policy, Runtime
 from sera_jax.losses.preference import ResolvedLoss
+
+Answers = Sequence[tuple[np.ndarray, bool]]  # tokens, and whether the answer came to its end; one for each prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,13 +30,15 @@ class Evaluator:
     """Called with (policy, round), returns the facts that the report shows.
 
     Attributes:
+        loss: its implicit reward ranks the pairs; None where there are none.
         pairs: held-out preference pairs. prompts: what generations answer.
         tokenizer: turns answers into text. judge: gold reward of (prompt item, response tokens), or None.
         reference: the SFT model; implicit rewards and win rates are against it.
+        base: the model before SFT, where answers get a coherent reward. demonstrations: held-out ones.
     """
 
     run: Runtime
-    loss: ResolvedLoss
+    loss: ResolvedLoss | None
     pairs: Sequence[PairItem]
     prompts: Sequence[Item]
     tokenizer: Tokenizer
@@ -35,21 +46,71 @@ class Evaluator:
     reference: Policy
     settings: EvalGroup
     sampling: SamplingGroup
+    base: Policy | None = None
+    demonstrations: Sequence[Item] = ()
 
     def __call__(self, policy: Policy, round_: int) -> dict[str, Any]:
-        facts = self.pair_facts(policy)
-        facts |= {k: v for k, v in self.generation_facts(policy).items() if k != "gold_ci95"}
-        return facts
+        return {name: value for name, value in self._facts(policy).items() if not name.endswith("_ci95")}
 
     def of_arm(self, policy: Policy) -> dict[str, Any]:
-        """The same facts with the gold's interval and the win rate against the SFT model."""
-        facts = self.pair_facts(policy) | self.generation_facts(policy)
-        if self.judge is not None and self.prompts:
-            facts["win_rate_vs_sft"] = gold.win_rate(self._golds(policy), self._golds(self.reference))
-        return facts
+        """The same facts with their intervals and the win rate against the SFT model."""
+        facts = self._facts(policy)
+        return facts | self._win_rate(self.answers(policy)) if self.prompts else facts
 
-    def pair_facts(self, policy: Policy) -> dict[str, Any]:
-        if not self.pairs:
+    def facts_of_answers(self, name: str, answers: Answers) -> dict[str, Any]:
+        """The facts of an arm that is no policy but has an answer to each prompt; `name` is the arm's."""
+        return self._answer_facts(name, answers) | self._win_rate(answers) if self.prompts else {}
+
+    def answers(self, policy: Policy) -> Answers:
+        """The policy's answers to the held-out prompts, in their order."""
+        groups = self.run.sample(
+            f"{policy.name}/generations", policy, self.prompts, 1, self.answer_settings(), round_=0
+        )
+        return [(group[0].tokens, group[0].finished) for group in groups]
+
+    def answer_settings(self) -> SamplingGroup:
+        """How held-out prompts are answered."""
+        return dataclasses.replace(
+            self.sampling,
+            temperature=self.settings.temperature,
+            top_p=1.0,
+            top_k=0,
+            max_new_tokens=self.settings.max_new_tokens or self.sampling.max_new_tokens,
+        )
+
+    def show(self, policy: Policy) -> list[dict[str, Any]]:
+        """The first generations, as texts."""
+        return self.show_answers(policy.name, self.answers(policy)) if self.prompts else []
+
+    def show_answers(self, name: str, answers: Answers) -> list[dict[str, Any]]:
+        """The first answers, as texts."""
+        return [
+            {
+                "policy": name,
+                "id": item.id,
+                **self.texts(item, tokens),
+                "finished": finished,
+                "tokens": len(tokens),
+            }
+            for item, (tokens, finished) in zip(self.prompts[: self.settings.num_generations], answers)
+        ]
+
+    def texts(self, item: Item, tokens: np.ndarray) -> dict[str, Any]:
+        """Prompt and response as people read them."""
+        return {
+            "prompt": self.tokenizer.decode(item.prompt),
+            "response": self.tokenizer.decode_response(tokens),
+        }
+
+    def _facts(self, policy: Policy) -> dict[str, Any]:
+        facts = self._pair_facts(policy) | self._demonstration_facts(policy)
+        if not self.prompts:
+            return facts
+        answers = self.answers(policy)
+        return facts | self._answer_facts(policy.name, answers) | self._divergence(policy, answers)
+
+    def _pair_facts(self, policy: Policy) -> dict[str, Any]:
+        if not self.pairs or self.loss is None:
             return {}
         items = [pair.item for pair in self.pairs]
         lengths = np.array([[len(r) for r in item.responses] for item in items])  # [n, 2]
@@ -58,47 +119,70 @@ class Evaluator:
         rewards = self.loss.reward(logps, lengths, reference if self.loss.uses_reference else None)
         return heldout.facts(rewards[:, 0], rewards[:, 1], lengths[:, 0], lengths[:, 1], scale=self.loss.scale)
 
-    def generation_facts(self, policy: Policy) -> dict[str, Any]:
-        if not self.prompts:
+    def _demonstration_facts(self, policy: Policy) -> dict[str, Any]:
+        if not self.demonstrations:
             return {}
-        answers = self._answers(policy)
+        logps = self.run.score(f"{policy.name}/heldout_demonstrations", policy, self.demonstrations)
+        lengths = [len(item.responses[0]) for item in self.demonstrations]
+        return likelihood_facts(np.concatenate(logps), np.array(lengths))
+
+    def _answer_facts(self, name: str, answers: Answers) -> dict[str, Any]:
+        lengths = np.array([len(tokens) for tokens, _ in answers])
         facts: dict[str, Any] = {
-            "response_tokens_mean": float(np.mean([len(tokens) for tokens, _ in answers])),
+            "response_tokens_mean": float(np.mean(lengths)),
             "eos_fraction": float(np.mean([finished for _, finished in answers])),
         }
         if self.judge is not None:
-            facts |= gold.facts(self._golds(policy))
+            facts |= gold.facts(self._golds(answers))
+        if self.base is not None:
+            by_sft, by_base = (self._logps(name, scorer, answers) for scorer in (self.reference, self.base))
+            facts |= coherent_facts(by_sft, by_base, lengths)
+        if self.settings.answer_pattern:
+            said = [self.tokenizer.decode_response(tokens) for tokens, _ in answers]
+            facts |= pattern_facts(self.settings.answer_pattern, said, self._references())
         return facts
 
-    def show(self, policy: Policy) -> list[dict[str, Any]]:
-        """The first generations, as texts."""
-        if not self.prompts:
-            return []
-        answers = self._answers(policy)[: self.settings.num_generations]
-        return [
-            {
-                "policy": policy.name,
-                "id": item.id,
-                "prompt": self.tokenizer.decode(item.prompt),
-                "response": self.tokenizer.decode_response(tokens),
-                "finished": finished,
-                "tokens": len(tokens),
-            }
-            for item, (tokens, finished) in zip(self.prompts, answers)
+    def _divergence(self, policy: Policy, answers: Answers) -> dict[str, Any]:
+        """KL to the SFT model, where the answers are draws from the policy itself."""
+        if self.base is None or self.settings.temperature != 1.0:
+            return {}
+        own, sft = (self._logps(policy.name, scorer, answers) for scorer in (policy, self.reference))
+        return kl_facts(own, sft)
+
+    def _win_rate(self, answers: Answers) -> dict[str, Any]:
+        if self.judge is None:
+            return {}
+        return {"win_rate_vs_sft": gold.win_rate(self._golds(answers), self._golds(self.answers(self.reference)))}
+
+    def _logps(self, name: str, scorer: Policy, answers: Answers) -> np.ndarray:
+        """Summed log-prob of every answer under `scorer`, f32[prompts]."""
+        items = [
+            dataclasses.replace(item, responses=(tokens,))
+            for item, (tokens, _) in zip(self.prompts, answers, strict=True)
         ]
+        return np.concatenate(self.run.score(f"{name}/generations_by_{scorer.name.replace('/', '-')}", scorer, items))
 
-    def _answers(self, policy: Policy) -> list[tuple[np.ndarray, bool]]:
-        settings = dataclasses.replace(
-            self.sampling,
-            temperature=self.settings.temperature,
-            top_p=1.0,
-            top_k=0,
-            max_new_tokens=self.settings.max_new_tokens or self.sampling.max_new_tokens,
-        )
-        groups = self.run.sample(f"{policy.name}/generations", policy, self.prompts, 1, settings, round_=0)
-        return [(group[0].tokens, group[0].finished) for group in groups]
+    def _references(self) -> list[str | None]:
+        """The text of the first held-out demonstration of each prompt."""
+        given: dict[bytes, str] = {}
+        for item in self.demonstrations:
+            given.setdefault(item.prompt.tobytes(), self.tokenizer.decode_response(item.responses[0]))
+        return [given.get(item.prompt.tobytes()) for item in self.prompts]
 
-    def _golds(self, policy: Policy) -> np.ndarray:
+    def _golds(self, answers: Answers) -> np.ndarray:
         judge = self.judge
         assert judge is not None
-        return np.array([judge(i, tokens) for i, (tokens, _) in zip(self.prompts, self._answers(policy), strict=True)])
+        return np.array([judge(item, tokens) for item, (tokens, _) in zip(self.prompts, answers, strict=True)])
+
+
+class Generations:
+    """generations.jsonl: the first answers of every policy looked at so far, as texts."""
+
+    def __init__(self, root: pathlib.Path):
+        self._path = root / "generations.jsonl"
+        self._rows: dict[str, list[dict[str, Any]]] = {}
+
+    def add(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Answers of the policy `name`; the file is whole after every call."""
+        self._rows[name] = rows
+        write_jsonl(self._path, [row for rows in self._rows.values() for row in rows])

@@ -12,7 +12,7 @@ from sera_jax import irm
 from sera_jax.config import SeraGroup
 from sera_jax.core import Stream, rng_for
 from sera_jax.data.items import Item, PairItem
-from sera_jax.data.packing import laid_tokens
+from sera_jax.data.packing import laid_tokens, split_items
 from sera_jax.evaluation import gold
 from sera_jax.loops.runtime import Policy
 from sera_jax.loops.study import Study, pair_margins, pool_logps
@@ -120,7 +120,7 @@ def bootstrap(
 def candidate_logps(study: Study, scorer: Policy, items: Sequence[Item], sampled_by: Policy) -> list[np.ndarray]:
     """Summed log-prob of every candidate under `scorer`: f32[N] for each prompt."""
     name = f"{sampled_by.name}/candidates_by_{scorer.name.replace('/', '-')}"
-    pieces = _pieces(items, study.run.row_tokens, study.run.share_prompt)
+    pieces = split_items(items, study.run.row_tokens, study.run.share_prompt)
     flat = np.concatenate(study.run.score(name, scorer, pieces))
     return np.split(flat, np.cumsum([len(item.responses) for item in items])[:-1])
 
@@ -151,17 +151,3 @@ def _fresh_pairs(
         ]
     ref_logp = None if ref_logp is None else ref_logp[used]
     return [PairItem(cut, tuple((place[a], place[b]) for a, b in pairs), ref_logp, source="bootstrap")]
-
-
-def _pieces(items: Sequence[Item], row_tokens: int, share_prompt: bool) -> list[Item]:
-    """The same responses in items that fit a row; most items are one piece."""
-    pieces: list[Item] = []
-    for item in items:
-        part: tuple[np.ndarray, ...] = ()
-        for response in item.responses:
-            if part and laid_tokens(Item("", item.prompt, (*part, response)), share_prompt) > row_tokens:
-                pieces.append(Item(f"{item.id}@{len(pieces)}", item.prompt, part))
-                part = ()
-            part = (*part, response)
-        pieces.append(Item(f"{item.id}@{len(pieces)}", item.prompt, part))
-    return pieces

@@ -27,6 +27,7 @@ from sera_jax.mesh import param_shardings, row_shards
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import Params, abstract_params
 from sera_jax.sampling import Sample, SamplingParams, generate
+from sera_jax.training.ppo_steps import Programs
 from sera_jax.training.score import make_score, place_rows
 from sera_jax.writer import MetricWriter
 
@@ -91,6 +92,7 @@ class Runtime:
     def __post_init__(self) -> None:
         self._held: tuple[str, Params] | None = None
         self.steps: dict[Any, Any] = {}  # jitted update steps by what they compute
+        self.programs: dict[Any, Programs] = {}  # those of PPO, by arm and window
         self.row_shapes = RowShapes()
         self._scores: dict[int, Any] = {}  # jitted scorers by attention window
 
@@ -106,9 +108,12 @@ class Runtime:
 
     def compilations(self) -> dict[str, int]:
         """How many programs this process compiled for updates and for scoring."""
+        ppo = self.programs.values()
+        updates = [*self.steps.values(), *(f for p in ppo for f in (p.policy_step, p.critic_step) if f is not None)]
+        scores = [*self._scores.values(), *(f for p in ppo for f in (p.score, p.values) if f is not None)]
         return {
-            "update": sum(step._cache_size() for step in self.steps.values()),
-            "score": sum(score._cache_size() for score in self._scores.values()),
+            "update": sum(step._cache_size() for step in updates),
+            "score": sum(score._cache_size() for score in scores),
         }
 
     def release(self) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
-from sera_jax.core import Rows
+from sera_jax.core import Array, Rows
 
 
 def token_logps(
@@ -23,17 +25,55 @@ def token_logps(
         chunk: most columns of M at a time; static.
         logits_dtype: dtype of the logits; log-sum-exp is float32 whatever it is.
     """
+
+    def logp(logits: jax.Array, target: jax.Array) -> tuple[jax.Array]:
+        return (_logp(logits, target),)
+
+    return _by_columns(logp, hidden, head, rows, chunk=chunk, logits_dtype=logits_dtype)[0]
+
+
+def token_logps_and_entropies(
+    hidden: jax.Array, head: jax.Array, rows: Rows, *, chunk: int, logits_dtype: jnp.dtype = jnp.float32
+) -> tuple[jax.Array, jax.Array]:
+    """`token_logps`, and the entropy (nats) of the distribution that each scored token was drawn from; f32[R, M] both.
+
+    Arguments as in `token_logps`.
+    """
+
+    def both(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+        every = jax.nn.log_softmax(logits, axis=-1)
+        return _logp(logits, target), -jnp.sum(jnp.exp(every) * every, axis=-1)
+
+    logps, entropies = _by_columns(both, hidden, head, rows, chunk=chunk, logits_dtype=logits_dtype)
+    return logps, entropies
+
+
+def _logp(logits: jax.Array, target: jax.Array) -> jax.Array:
+    """Of logits f32[R, m, V] and targets i32[R, m]."""
+    at_target = jnp.take_along_axis(logits, target[:, :, None], axis=2)[:, :, 0]
+    return jnp.minimum(at_target - jax.nn.logsumexp(logits, axis=-1), 0.0)
+
+
+def _by_columns(
+    of_logits: Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]],
+    hidden: jax.Array,
+    head: jax.Array,
+    rows: Rows,
+    *,
+    chunk: int,
+    logits_dtype: jnp.dtype,
+) -> tuple[jax.Array, ...]:
+    """`of_logits` (f32[R, m, V], i32[R, m]) -> f32[R, m] each, over all of M; 0 at unused places."""
     width = rows.source.shape[1]
     used = rows.slot < rows.num_slots
 
-    def columns(source: jax.Array, target: jax.Array) -> jax.Array:
+    def columns(source: jax.Array, target: jax.Array) -> tuple[jax.Array, ...]:
         picked = jnp.take_along_axis(hidden, source[:, :, None], axis=1)  # [R, m, D]
         logits = jnp.einsum("rmd,dv->rmv", picked, head, preferred_element_type=logits_dtype).astype(jnp.float32)
-        at_target = jnp.take_along_axis(logits, target[:, :, None], axis=2)[:, :, 0]
-        return jnp.minimum(at_target - jax.nn.logsumexp(logits, axis=-1), 0.0)
+        return of_logits(logits, target)
 
     if chunk >= width:
-        return jnp.where(used, columns(rows.source, rows.target), 0.0)
+        return tuple(jnp.where(used, x, 0.0) for x in columns(rows.source, rows.target))
 
     # equal steps: with a full chunk and a nearly empty one, filling would cost up to as much as the work
     steps = -(-width // chunk)
@@ -43,16 +83,32 @@ def token_logps(
     def split(x: jax.Array) -> jax.Array:  # [R, M] -> [steps, R, even]
         return jnp.pad(x, ((0, 0), (0, pad))).reshape(x.shape[0], steps, even).swapaxes(0, 1)
 
+    def joined(x: jax.Array) -> jax.Array:  # [steps, R, even] -> [R, M]
+        whole = x.swapaxes(0, 1).reshape(rows.source.shape[0], steps * even)[:, :width]
+        return jnp.where(used, whole, 0.0)
+
     body = jax.checkpoint(lambda xs: columns(*xs))
-    out = jax.lax.map(body, (split(rows.source), split(rows.target)))  # [steps, R, even]
-    out = out.swapaxes(0, 1).reshape(rows.source.shape[0], steps * even)[:, :width]
-    return jnp.where(used, out, 0.0)
+    return tuple(joined(x) for x in jax.lax.map(body, (split(rows.source), split(rows.target))))
+
+
+def sum_slots(values: Array, slot: Array, num_slots: int) -> jax.Array:
+    """Sum values f32[..., M] over each response slot: f32[..., K]; what unused columns hold is not read.
+
+    Args:
+        values: f32[..., M], one number per scored column.
+        slot: i32[..., M] response slot of the column; `num_slots` where unused.
+        num_slots: K; static.
+    """
+
+    def add(row: jax.Array, row_slot: jax.Array) -> jax.Array:
+        return jax.ops.segment_sum(row, row_slot, num_segments=num_slots + 1)[:num_slots]
+
+    return jnp.vectorize(add, signature="(m),(m)->(k)")(values, slot)
 
 
 def sum_by_slot(values: jax.Array, rows: Rows) -> jax.Array:
     """Sum values f32[R, M] over each response slot: f32[R, K]."""
-    add = jax.vmap(lambda v, s: jax.ops.segment_sum(v, s, num_segments=rows.num_slots + 1))
-    return add(values, rows.slot)[:, : rows.num_slots]
+    return sum_slots(values, rows.slot, rows.num_slots)
 
 
 def slot_lengths(rows: Rows) -> jax.Array:

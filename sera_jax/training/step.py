@@ -41,9 +41,23 @@ def init_state(params: Params, opt_state: Any) -> TrainState:
     return TrainState(params, opt_state, jnp.zeros((), jnp.int32), jnp.ones((), bool))
 
 
-def abstract_state(cfg: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state; nothing is allocated."""
-    shapes = jax.eval_shape(lambda p: init_state(p, optimizer.init(p)), abstract_params(cfg))
+def abstract_state(
+    cfg: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    of_params: Callable[[Params], Params] = lambda params: params,
+) -> TrainState:
+    """Shapes, dtypes and shardings of the state; nothing is allocated.
+
+    Args:
+        of_params: from a decoder's parameters to those that are trained, such as `models.critic.critic_params`.
+    """
+
+    def make(decoder: Params) -> TrainState:
+        params = of_params(decoder)
+        return init_state(params, optimizer.init(params))
+
+    shapes = jax.eval_shape(make, abstract_params(cfg))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -52,7 +66,11 @@ def abstract_state(cfg: ModelConfig, optimizer: optax.GradientTransformation, me
 
 
 def make_step(
-    objective: Objective, optimizer: optax.GradientTransformation, state: TrainState, mesh: Mesh
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    mesh: Mesh,
+    accept: Callable[[Metrics], jax.Array] | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """A jitted (state, batch) -> (state, metrics); the state's buffers are donated.
 
@@ -61,6 +79,8 @@ def make_step(
 
     Args:
         state: what `abstract_state` returns; its shardings are those of the result.
+        accept: from the metrics of the whole batch, taken before the update, to whether it is done; one that is refused
+            leaves the state as it is. The metrics then say `accepted`, 1 or 0.
     """
 
     def gradients(params: Params, micro: Any) -> tuple[Params, tuple[jax.Array, Metrics]]:
@@ -85,16 +105,19 @@ def make_step(
         params = optax.apply_updates(state.params, updates)
         ok = state.ok & jnp.isfinite(norm) & jnp.isfinite(metrics["loss"].total)
 
+        taken = ok if accept is None else ok & accept(metrics)
+
         def keep(new: jax.Array, old: jax.Array) -> jax.Array:
-            return jnp.where(ok, new, old)
+            return jnp.where(taken, new, old)
 
         new = TrainState(
             jax.tree.map(keep, params, state.params),
             jax.tree.map(keep, opt_state, state.opt_state),
-            state.step + ok.astype(jnp.int32),
+            state.step + taken.astype(jnp.int32),
             ok,
         )
-        return new, {**metrics, "grad_norm": norm}
+        metrics = {**metrics, "grad_norm": norm}
+        return new, metrics if accept is None else metrics | {"accepted": taken.astype(jnp.float32)}
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))

@@ -19,6 +19,7 @@ from sera_jax.data.batches import PairLoader
 from sera_jax.data.items import Item
 from sera_jax.data.packing import RowSpec, build_rows
 from sera_jax.evaluation.report import check_summary
+from sera_jax.experiment import sera_arms
 from sera_jax.loops import study as study_module
 from sera_jax.loops.runtime import NonFinite, Policy
 from sera_jax.loops.sera import sera
@@ -81,7 +82,7 @@ def lab(tmp_path_factory):
         return make_mesh(1, 1, 1, devices=jax.devices()[:1])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "sera", spy)
+        patch.setattr(sera_arms, "sera", spy)
         patch.setattr(experiment, "make_mesh", one_device)
         summary = experiment.run(config)
     run = seen[0].run

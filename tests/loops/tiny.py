@@ -1,4 +1,5 @@
-"""The smallest run that has every phase: the embedded world, a few thousand parameters, four updates a round."""
+"""The smallest runs that have every phase: the embedded world, a few thousand parameters, four updates a round of SeRA,
+four iterations of Self-Rewarding PPO."""
 
 from typing import Any
 
@@ -39,17 +40,42 @@ TINY: dict[str, Any] = {
     "log.report": False,
     "log.logging_steps": 1,
 }
+TINY_SRPPO: dict[str, Any] = {
+    **TINY,
+    "method": "srppo",
+    "world.preferences": 0,
+    "world.heldout_preferences": 0,
+    "world.heldout_demonstrations": 16,
+    "data.label_noise": 0.0,
+    "train.batch_size": BATCH,
+    "ppo.arms": ("srppo",),
+    "ppo.iterations": 4,
+    "ppo.eval_iterations": 2,
+    "ppo.num_mini_batches": 2,
+    "sampling.min_new_tokens": 0,
+    "eval.temperature": 1.0,
+    "log.rollout_iterations": 2,
+}
 
 
-def tiny_config(workdir: Any, **changes: Any) -> Config:
+def tiny_config(workdir: Any, *, tiny: dict[str, Any] = TINY, **changes: Any) -> Config:
     """The parsed config; `changes` are full field names with `__` for the dot."""
     raw = get_config()
-    fields = {name.replace("__", "."): value for name, value in changes.items()}
-    raw.update_from_flattened_dict({**TINY, "workdir": str(workdir), **fields})
+    raw.update_from_flattened_dict(_fields(workdir, tiny, changes))
     return parse(raw)
 
 
-def tiny_flags(workdir: Any, **changes: Any) -> list[str]:
-    """The same as command-line flags."""
-    fields = {**TINY, "workdir": str(workdir), **{name.replace("__", "."): value for name, value in changes.items()}}
-    return ["--config=configs/base.py", *(f"--config.{name}={value}" for name, value in fields.items())]
+def tiny_srppo(workdir: Any, **changes: Any) -> Config:
+    """The same for Self-Rewarding PPO."""
+    return tiny_config(workdir, tiny=TINY_SRPPO, **changes)
+
+
+def tiny_flags(workdir: Any, *, tiny: dict[str, Any] = TINY, **changes: Any) -> list[str]:
+    """The fields as command-line flags."""
+    fields = _fields(workdir, tiny, changes)
+    values = {name: ",".join(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+    return ["--config=configs/base.py", *(f"--config.{name}={value}" for name, value in values.items())]
+
+
+def _fields(workdir: Any, tiny: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    return {**tiny, "workdir": str(workdir), **{name.replace("__", "."): value for name, value in changes.items()}}

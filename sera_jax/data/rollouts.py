@@ -1,0 +1,138 @@
+"""Rollouts in packed rows, and which prompts an iteration rolls out. Numpy only; pure functions of the iteration.
+
+An iteration's shapes follow from its own rollouts, rounded up to a few sizes, so that a restart in the middle of a run
+arrives at the same shapes as the run that was not interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from sera_jax.core import Stream, rng_for
+from sera_jax.data.items import Item
+from sera_jax.data.packing import Packed, build_rows, laid_tokens, merge_specs, pack, spec_for
+from sera_jax.data.planning import deal_rows
+
+_STEPS = (4, 5, 6, 7)  # sizes of R are these times powers of two: at most a fifth of the rows is filling
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptSchedule:
+    """The prompts of every iteration: each source is gone through in a fresh order again and again.
+
+    Attributes:
+        sft, new: prompts that have demonstrations, and prompts that have none.
+        overlap: share of an iteration's prompts that come from `sft`.
+        per_iteration: prompts of an iteration.
+    """
+
+    sft: Sequence[Item]
+    new: Sequence[Item]
+    overlap: float
+    per_iteration: int
+    seed: int
+
+    @property
+    def sft_per_iteration(self) -> int:
+        return round(self.overlap * self.per_iteration)
+
+    def prompts(self, iteration: int) -> list[Item]:
+        """Prompts of an iteration >= 1, without responses; ids name the pass over the source, so none comes twice.
+
+        Raises:
+            ValueError: a source that prompts are to come from is empty.
+        """
+        counts = (self.sft_per_iteration, self.per_iteration - self.sft_per_iteration)
+        return [
+            item
+            for source, (pool, count) in enumerate(zip((self.sft, self.new), counts, strict=True))
+            for item in self._take(source, pool, count, (iteration - 1) * count)
+        ]
+
+    def _take(self, source: int, pool: Sequence[Item], count: int, start: int) -> list[Item]:
+        if count and not pool:
+            name = ("demonstrations", "new prompts")[source]
+            raise ValueError(
+                f"ppo.prompt_overlap={self.overlap} takes {count} prompts of an iteration from the {name}, of which "
+                "there are none; give some, or change ppo.prompt_overlap"
+            )
+        out = []
+        for place in range(start, start + count):
+            lap, index = divmod(place, len(pool))
+            order = rng_for(self.seed, Stream.PROMPTS, source, lap).permutation(len(pool))
+            item = pool[order[index]]
+            out.append(Item(f"{item.id}#{lap}", item.prompt, ()))
+        return out
+
+
+def lay_rollouts(
+    items: Sequence[Item],
+    parts: int,
+    *,
+    row_tokens: int,
+    seed: int,
+    iteration: int,
+    row_multiple: int = 1,
+    share_prompt: bool = True,
+) -> list[Packed]:
+    """An iteration's rollouts as `parts` minibatches of the same shape, with as many items each, drawn at random.
+
+    Args:
+        items: prompts with their responses; a multiple of `parts`.
+        row_multiple: R is a multiple of this: microbatches x data shards.
+
+    Returns:
+        Packed rows whose `item` indexes `items`.
+
+    Raises:
+        ValueError: an item does not fit a row.
+    """
+    assert len(items) % parts == 0, "the config's rules make the rollouts divisible by the minibatches"
+    order = rng_for(seed, Stream.SHUFFLE, int(Stream.PROMPTS), iteration).permutation(len(items))
+    groups = [[items[i] for i in group] for group in np.split(order, parts)]
+    packed = [pack(group, row_tokens, share_prompt) for group in groups]
+    spec = None
+    for group, rows in zip(groups, packed, strict=True):
+        spec = merge_specs(spec, spec_for(group, rows, row_tokens))
+    assert spec is not None
+    size = rounded_rows(max(map(len, packed)), row_multiple)
+    out = []
+    for indices, group, rows in zip(np.split(order, parts), groups, packed, strict=True):
+        work = [sum(laid_tokens(group[i], share_prompt) for i in row) for row in rows]
+        laid = build_rows(group, deal_rows(rows, work, row_multiple, size), spec, size, share_prompt)
+        item = np.where(laid.item >= 0, indices[laid.item], -1).astype(np.int32)
+        out.append(dataclasses.replace(laid, item=item))
+    return out
+
+
+def rounded_rows(count: int, multiple: int = 1) -> int:
+    """The number of rows to lay for `count`: a multiple of `multiple`, of few sizes."""
+    units = -(-count // multiple)
+    scale = 1
+    while _STEPS[-1] * scale < units:
+        scale *= 2
+    sizes = [*range(1, _STEPS[0])] if scale == 1 else []
+    return multiple * next(size for size in [*sizes, *(step * scale for step in _STEPS), 8 * scale] if size >= units)
+
+
+def lay_token_values(packed: Packed, values: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+    """Values of response tokens in the places of the scored columns, f32[R, M]; 0 at unused places.
+
+    Args:
+        values: for every item, for every response, one value per token.
+    """
+    out = np.zeros(packed.rows.slot.shape, np.float32)
+    for r, k in np.argwhere(packed.item >= 0):
+        out[r, packed.rows.slot[r] == k] = values[int(packed.item[r, k])][int(packed.response[r, k])]
+    return out
+
+
+def lay_response_values(packed: Packed, values: Sequence[Sequence[float]], dtype: type) -> np.ndarray:
+    """Values of responses in their slots, [R, K]; 0 where the slot is empty."""
+    out = np.zeros(packed.item.shape, dtype)
+    for r, k in np.argwhere(packed.item >= 0):
+        out[r, k] = values[int(packed.item[r, k])][int(packed.response[r, k])]
+    return out

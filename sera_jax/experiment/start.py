@@ -1,0 +1,80 @@
+"""The two models that a run starts from: the base, and the SFT model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from sera_jax.checkpoint.phases import file_digest
+from sera_jax.config import Config
+from sera_jax.experiment.assembly import check_shape, sft_model
+from sera_jax.experiment.corpus import Corpus
+from sera_jax.experiment.folders import folder_identity
+from sera_jax.loops.runtime import Policy, Runtime
+from sera_jax.loops.sft import sft
+from sera_jax.models.decoder import Params
+
+
+def starting_policy(
+    config: Config, runtime: Runtime, corpus: Corpus, make_base: Callable[[], Params]
+) -> tuple[Policy | None, Policy]:
+    """Base and SFT model: the checkpoints named, or a base from scratch and SFT of it on the demonstrations.
+
+    The base is None where nothing asks for it: SeRA from an SFT model that is named.
+
+    Raises:
+        ValueError: the two are of different shapes, or, for Self-Rewarding PPO, the same model.
+    """
+    say, model = runtime.writer.announce, config.model
+    srppo = config.method == "srppo"
+    base = None
+    if model.sft_model_path:
+        check_shape(model, runtime.cfg)
+    if srppo or not model.sft_model_path:
+        base = _base_policy(config, runtime, corpus, make_base)
+    if model.sft_model_path:
+        say(f"SFT model: {model.sft_model_path}; no SFT is run")
+        identity = folder_identity(model.sft_model_path)
+        start = runtime.store("sft", identity, lambda: sft_model(model, runtime.cfg))
+    else:
+        assert base is not None
+        say(f"SFT on {len(corpus.demonstrations)} demonstrations: {corpus.demonstrations_are}")
+        shapes, steps = config.data.max_row_shapes, config.log.logging_steps
+        start = sft(runtime, "sft", base, corpus.demonstrations, config.sft, max_row_shapes=shapes, logging_steps=steps)
+    if srppo and base is not None:
+        _refuse_equal(config, base, start)
+    return base, start
+
+
+def params_sha256(policy: Policy) -> str:
+    """Digest of a policy's parameters, from the checksums stored beside them."""
+    return file_digest(policy.path / "params" / "checksums.json")
+
+
+def _base_policy(config: Config, runtime: Runtime, corpus: Corpus, make_base: Callable[[], Params]) -> Policy:
+    fresh = not config.model.model_name_or_path
+    identity = {"model": dataclasses.asdict(config.model), "seed": config.seed}
+    if not fresh:
+        identity |= folder_identity(config.model.model_name_or_path)
+    base = runtime.store("init" if fresh else "base", identity, make_base)
+    if not fresh:
+        return base
+    runtime.writer.announce(f"base model from scratch, on {len(corpus.pretrain)} texts")
+    shapes, steps = config.data.max_row_shapes, config.log.logging_steps
+    return sft(runtime, "pretrain", base, corpus.pretrain, config.pretrain, max_row_shapes=shapes, logging_steps=steps)
+
+
+def _refuse_equal(config: Config, base: Policy, start: Policy) -> None:
+    if params_sha256(base) != params_sha256(start):
+        return
+    if config.model.sft_model_path:
+        way_out = (
+            f"config.model.sft_model_path={config.model.sft_model_path!r} holds the weights of config.model."
+            f"model_name_or_path={config.model.model_name_or_path!r}; name the base that the SFT model was trained from"
+        )
+    else:
+        way_out = (
+            f"SFT with config.sft.learning_rate={config.sft.learning_rate} and parameters in "
+            f"config.model.param_dtype={config.model.param_dtype!r} left every weight as it was; raise the rate"
+        )
+    raise ValueError(f"the SFT model equals the base: log pi_sft - log pi_base, the reward, is 0 everywhere. {way_out}")

@@ -1,0 +1,306 @@
+"""What an iteration of PPO is made of: sample, score, reward, update. All are functions of state and iteration."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from sera_jax.checkpoint import load_tree
+from sera_jax.checkpoint.phases import write_jsonl
+from sera_jax.core import Mean, Rows, Stream, rng_for
+from sera_jax.data.items import Item
+from sera_jax.data.packing import Packed
+from sera_jax.data.rollouts import PromptSchedule, lay_response_values, lay_rollouts, lay_token_values
+from sera_jax.loops.ppo_checks import check_rewards, check_updates
+from sera_jax.loops.runtime import stable_id
+from sera_jax.loops.srppo_study import SrppoStudy
+from sera_jax.mesh import host_to_global, row_shards, rows_sharding
+from sera_jax.models.critic import without_value_head
+from sera_jax.sampling import Sample, SamplingParams, generate
+from sera_jax.training.experience import Scored
+from sera_jax.training.optimizer import schedule
+from sera_jax.training.ppo import Experience
+from sera_jax.training.ppo_steps import PpoState, Programs, make_programs
+from sera_jax.training.score import place_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+    """An iteration's responses and where they lie.
+
+    Attributes:
+        items: prompts with their responses. samples: the same responses as the sampler gave them, by item.
+        parts: minibatches of packed rows, whose `item` indexes `items`.
+        rows: the rows of each part on the device.
+    """
+
+    items: Sequence[Item]
+    samples: Sequence[Sequence[Sample]]
+    parts: Sequence[Packed]
+    rows: Sequence[Rows]
+
+
+class Learner:
+    """The verbs of an iteration, with what they need besides the state: programs, frozen models, prompts."""
+
+    def __init__(self, study: SrppoStudy, arm: str) -> None:
+        self.study, self.arm = study, arm
+        run, ppo = study.run, study.ppo
+        self.schedule = PromptSchedule(
+            sft=_prompts_of(study.demonstrations),
+            new=study.prompts,
+            overlap=ppo.prompt_overlap,
+            per_iteration=study.train.batch_size // ppo.num_samples,
+            seed=run.seed,
+        )
+        self.longest_prompt = max(len(i.prompt) for i in (*self.schedule.sft, *self.schedule.new))
+        responses = ppo.num_samples if run.share_prompt else 1
+        longest = self.longest_prompt + responses * study.sampling.max_new_tokens
+        self.window = min(-(-longest // 64) * 64, run.row_tokens)
+        self.row_multiple = study.train.gradient_accumulation_steps * row_shards(run.mesh)
+        self.sampling = SamplingParams(max_new_tokens=study.sampling.max_new_tokens, stop_ids=run.stop_ids)
+        self._frozen: tuple[Any, Any] | None = None
+        self._seconds: dict[str, float] = {}
+
+    @property
+    def programs(self) -> Programs:
+        """The compiled functions; arms that compute the same share them."""
+        study = self.study
+        how = dict(
+            baseline="batch_mean" if self.arm == "reinforce" else "critic", random_reward=self.arm == "random_reward"
+        )
+        key = ("ppo", self.window, *how.values())
+        if key not in study.run.programs:
+            study.run.programs[key] = make_programs(
+                study.run.cfg,
+                study.run.mesh,
+                ppo=study.ppo,
+                reward=study.reward,
+                train=study.train,
+                window=self.window,
+                **how,
+            )
+        return study.run.programs[key]
+
+    @property
+    def frozen(self) -> tuple[Any, Any]:
+        """Parameters of the SFT model and of the base, read when first asked for."""
+        if self._frozen is None:
+            run = self.study.run
+            run.release()
+            sft, base = (load_tree(p.path / "params", run.abstract_params()) for p in (self.study.sft, self.study.base))
+            self._frozen = (sft, base)
+        return self._frozen
+
+    def release(self) -> None:
+        """Let go of the frozen models."""
+        self._frozen = None
+
+    def timings(self) -> dict[str, float]:
+        """Seconds of the last iteration by verb; `score` holds the rewards and advantages too."""
+        return {f"timing_s/{name}": seconds for name, seconds in self._seconds.items()}
+
+    @contextlib.contextmanager
+    def _timed(self, name: str, more: bool = False) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self._seconds[name] = time.monotonic() - start + (self._seconds[name] if more else 0.0)
+
+    # ---- the verbs
+
+    def sample(self, state: PpoState, iteration: int) -> Rollouts:
+        """Responses of the policy to the iteration's prompts, laid into minibatches."""
+        run, study = self.study.run, self.study
+        prompts = self.schedule.prompts(iteration)
+        with self._timed("rollout"):
+            samples = generate(
+                run.cfg,
+                without_value_head(state.policy.params),
+                [item.prompt for item in prompts],
+                prompt_ids=[stable_id(item.id) for item in prompts],
+                num_samples=study.ppo.num_samples,
+                sampling=self.sampling,
+                seed=run.seed,
+                round=iteration,
+                slots=min(study.sampling.slots, study.train.batch_size),
+                mesh=run.mesh,
+                max_prompt_tokens=self.longest_prompt,
+                on_progress=lambda done, total, tokens: run.check_stop(),
+            )
+        count = study.ppo.num_samples
+        groups = [samples[i : i + count] for i in range(0, len(samples), count)]
+        items = [
+            dataclasses.replace(prompt, responses=tuple(s.tokens for s in group))
+            for prompt, group in zip(prompts, groups, strict=True)
+        ]
+        parts = lay_rollouts(
+            items,
+            study.ppo.num_mini_batches,
+            row_tokens=run.row_tokens,
+            seed=run.seed,
+            iteration=iteration,
+            row_multiple=self.row_multiple,
+            share_prompt=run.share_prompt,
+        )
+        return Rollouts(items, groups, parts, [place_rows(part.rows, run.mesh) for part in parts])
+
+    def score(self, state: PpoState, rollouts: Rollouts) -> list[dict[str, Any]]:
+        """Token log-probs of the same rows under policy, SFT model and base, and the critic's values; by minibatch."""
+        programs, (sft, base) = self.programs, self.frozen
+        policy = without_value_head(state.policy.params)
+        critic = state.policy.params if state.critic is None else state.critic.params
+        with self._timed("score"):
+            return [
+                {
+                    "logp": programs.score(policy, rows),
+                    "sft_logp": programs.score(sft, rows),
+                    "base_logp": programs.score(base, rows),
+                    "value": None if programs.values is None else programs.values(critic, rows),
+                }
+                for rows in rollouts.rows
+            ]
+
+    def reward(
+        self, state: PpoState, rollouts: Rollouts, scored: Sequence[dict[str, Any]], iteration: int
+    ) -> tuple[PpoState, list[Experience], dict[str, float]]:
+        """Coherent rewards less the KL, and advantages; the state with the next KL coefficient; metrics, checked.
+
+        Raises:
+            ValueError: a reward that is 0 everywhere or not finite, or a limit of PpoGroup that was passed.
+        """
+        with self._timed("score", more=True):
+            return self._reward(state, rollouts, scored, iteration)
+
+    def _reward(
+        self, state: PpoState, rollouts: Rollouts, scored: Sequence[dict[str, Any]], iteration: int
+    ) -> tuple[PpoState, list[Experience], dict[str, float]]:
+        study = self.study
+        sampled = [[s.logps for s in group] for group in rollouts.samples]
+        finished = [[s.finished for s in group] for group in rollouts.samples]
+        rng = rng_for(study.run.seed, Stream.REWARD, iteration)
+        noise = rng.standard_normal((len(rollouts.items), study.ppo.num_samples))
+        parts = []
+        for packed, rows, found in zip(rollouts.parts, rollouts.rows, scored, strict=True):
+            host = {
+                "sampled_logp": lay_token_values(packed, sampled),
+                "finished": lay_response_values(packed, finished, bool),
+                "noise": lay_response_values(packed, noise, np.float32),
+            }
+            parts.append(Scored(rows=rows, **found, **host_to_global(host, rows_sharding(study.run.mesh))))
+        experience, control, found = self.programs.experience(parts, state.control)
+        metrics = {name: float(value) for name, value in jax.device_get(found).items()}
+        check_rewards(metrics, study.ppo, f"{self.arm}, iteration {iteration}")
+        return dataclasses.replace(state, control=control), experience, metrics | self._prompt_metrics(rollouts)
+
+    def update(
+        self, state: PpoState, experience: Sequence[Experience], iteration: int
+    ) -> tuple[PpoState, dict[str, float]]:
+        """PPO epochs over the minibatches, in another order each epoch; the state is donated.
+
+        Raises:
+            NonFinite: a loss or gradient was not finite.
+        """
+        with self._timed("update"):
+            return self._update(state, experience, iteration)
+
+    def _update(
+        self, state: PpoState, experience: Sequence[Experience], iteration: int
+    ) -> tuple[PpoState, dict[str, float]]:
+        study, ppo, programs = self.study, self.study.ppo, self.programs
+        critic_step = programs.critic_step
+        warming = critic_step is not None and iteration <= ppo.critic_warmup_iterations
+        policy, critic = state.policy, state.critic
+        policy_metrics, critic_metrics, stopped = [], [], False
+        for epoch in range(ppo.num_ppo_epochs):
+            rng = rng_for(study.run.seed, Stream.SHUFFLE, int(Stream.PROMPTS), iteration, epoch)
+            for part in rng.permutation(len(experience)):
+                batch = experience[part]
+                if critic_step is not None and critic is not None:
+                    critic, found = critic_step(critic, batch)
+                    critic_metrics.append(found)
+                elif critic_step is not None and warming:  # a head on the policy: the head alone
+                    policy, found = critic_step(policy, batch)
+                    critic_metrics.append(found)
+                if not warming and not stopped:
+                    policy, found = programs.policy_step(policy, batch)
+                    policy_metrics.append(found)
+                    stopped = ppo.target_kl is not None and _fetch(found[_APPROX_KL]) > ppo.target_kl
+        state = dataclasses.replace(state, policy=policy, critic=critic)
+        metrics = _summed(policy_metrics) | {k: v for k, v in _summed(critic_metrics).items() if k in _CRITIC_METRICS}
+        check_updates(state, f"{self.arm}, iteration {iteration}", study.train.learning_rate)
+        return state, metrics | {
+            "ppo/updates": len(policy_metrics) - metrics["ppo/refused_updates"],
+            "ppo/early_stop": float(stopped),
+            "lr": float(schedule(study.train, programs.updates)(int(policy.step))),
+            "episode": iteration * study.train.batch_size,
+        }
+
+    def save_texts(self, rollouts: Rollouts, scored: Sequence[dict[str, Any]], iteration: int) -> None:
+        """Every few iterations, the rollouts as texts with their rewards: WORKDIR/rollouts/ARM/ITERATION.jsonl."""
+        study, every = self.study, self.study.rollout_iterations
+        if not every or (iteration % every and iteration != 1):
+            return
+        sums: dict[tuple[int, int], dict[str, float]] = {}
+        for part, found in zip(rollouts.parts, scored, strict=True):
+            logp, sft, base = jax.device_get([found[name] for name in ("logp", "sft_logp", "base_logp")])
+            for r, k in np.argwhere(part.item >= 0):
+                here = part.rows.slot[r] == k
+                reward, kl = float((sft - base)[r, here].sum()), float((logp - sft)[r, here].sum())
+                key = (int(part.item[r, k]), int(part.response[r, k]))
+                sums[key] = {"coherent_reward": round(reward, 6), "logratio_to_sft": round(kl, 6)}
+        rows = []
+        for i, (item, group) in enumerate(zip(rollouts.items, rollouts.samples, strict=True)):
+            for k, sample in enumerate(group):
+                row = {"iteration": iteration, "id": item.id, **study.show(item, sample.tokens), **sums[i, k]}
+                row |= {"finished": sample.finished, "tokens": len(sample.tokens)}
+                rows.append(row if study.judge is None else row | {"gold": study.judge(item, sample.tokens)})
+        write_jsonl(study.run.workdir.root / "rollouts" / self.arm / f"{iteration:06d}.jsonl", rows)
+
+    def _prompt_metrics(self, rollouts: Rollouts) -> dict[str, float]:
+        """How many prompts SFT had seen, and, in a world that has one, the gold reward of the rollouts."""
+        study = self.study
+        metrics = {"rollout/sft_prompt_fraction": self.schedule.sft_per_iteration / self.schedule.per_iteration}
+        if study.judge is not None:
+            golds = [study.judge(item, response) for item in rollouts.items for response in item.responses]
+            metrics["rollout/gold_mean"] = float(np.mean(golds))
+        return metrics
+
+
+_APPROX_KL = "policy/approxkl_avg"
+_CRITIC_METRICS = ("loss/value_avg", "val/clipfrac_avg", "critic/grad_norm")
+
+
+def _fetch(metric: Mean) -> float:
+    return jax.device_get(metric).value()
+
+
+def _summed(found: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Metrics of an iteration's updates as numbers: Means added, gradient norms averaged, refusals counted."""
+    host = jax.device_get(list(found))
+    out: dict[str, float] = {"ppo/refused_updates": sum(1 - float(m.get("accepted", 1)) for m in host)}
+    if not host:
+        return out
+    for name, first in host[0].items():
+        if isinstance(first, Mean):
+            total = first
+            for metrics in host[1:]:
+                total = total + metrics[name]
+            out[name] = total.value()
+    out["grad_norm"] = float(np.mean([m["grad_norm"] for m in host]))
+    if "val/ratio_squared" in out:
+        out["val/ratio_var"] = max(out.pop("val/ratio_squared") - out["val/ratio"] ** 2, 0.0)
+    return out
+
+
+def _prompts_of(demonstrations: Sequence[Item]) -> list[Item]:
+    """The prompts of the demonstrations, each once, without responses."""
+    seen: dict[bytes, Item] = {}
+    for item in demonstrations:
+        seen.setdefault(item.prompt.tobytes(), dataclasses.replace(item, responses=()))
+    return list(seen.values())

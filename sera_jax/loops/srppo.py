@@ -1,0 +1,53 @@
+"""Self-Rewarding PPO (Zhang et al., COLM 2025): PPO from demonstrations alone.
+
+    stage 1:  sft    = supervised fine-tuning of the pretrained base on the demonstrations        (loops/sft.py)
+    stage 2:  r(x,y) = log pi_sft(y|x) - log pi_base(y|x)          the coherent reward, paid at the end of a response
+    stage 3:  repeat   rollouts   = sample(policy, prompts)        prompts need no demonstrations
+                       reward     = r - kl_coef KL(policy || sft)  all four models score the same packed rows
+                       advantages = GAE(reward, critic)
+                       policy, critic = clipped updates on the rollouts
+
+Stage 3 is `iterate`; `srppo` repeats it and looks at the policy now and then.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sera_jax.loops.ppo import Learner
+from sera_jax.loops.ppo_segment import train_segment
+from sera_jax.loops.runtime import Policy
+from sera_jax.loops.srppo_study import SrppoStudy
+from sera_jax.training.ppo_steps import PpoState
+
+
+def iterate(learner: Learner, state: PpoState, iteration: int) -> tuple[PpoState, dict[str, Any]]:
+    """One iteration of stage 3; the new state and its metrics."""
+    rollouts = learner.sample(state, iteration)
+    scored = learner.score(state, rollouts)
+    state, experience, metrics = learner.reward(state, rollouts, scored, iteration)
+    learner.save_texts(rollouts, scored, iteration)
+    state, losses = learner.update(state, experience, iteration)
+    return state, metrics | losses
+
+
+def srppo(study: SrppoStudy, arm: str) -> tuple[Policy, list[dict[str, Any]]]:
+    """Stage 3 for one arm: `srppo`, or `random_reward` or `reinforce`, which differ from it in one thing.
+
+    Returns:
+        The last policy, and the held-out facts of every evaluation; the last also says `passes_tokens`, what training
+        cost in tokens times passes through a model (a backward pass counts as two).
+
+    Raises:
+        ValueError: the rewards are 0 everywhere, or the policy went past one of PpoGroup's limits.
+        NonFinite: a loss, gradient or reward was not finite.
+        Preempted: when asked to stop; a checkpoint was saved.
+    """
+    every = study.ppo.eval_iterations or study.ppo.iterations
+    learner = Learner(study, arm)
+    policy, facts = study.sft, []
+    for round_, first in enumerate(range(1, study.ppo.iterations + 1, every), 1):
+        last = min(first + every - 1, study.ppo.iterations)
+        policy, spent = train_segment(learner, iterate, previous=policy, first=first, last=last, round_=round_)
+        facts.append({"arm": arm, "round": round_, "iteration": last, **study.evaluate(policy, round_), **spent})
+    return policy, facts

@@ -1,0 +1,171 @@
+"""Every compiled program of a PPO iteration, made once for all of them, and the state that iterations hand on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+
+from sera_jax.config import PpoGroup, RewardGroup, TrainGroup
+from sera_jax.mesh import replicated, row_shards
+from sera_jax.models.config import ModelConfig
+from sera_jax.models.critic import critic_config, critic_params, with_value_head
+from sera_jax.models.decoder import Params
+from sera_jax.training.experience import Control, initial_control, make_experience
+from sera_jax.training.optimizer import make_optimizer
+from sera_jax.training.ppo import head_objective, joint_objective, policy_objective, value_objective
+from sera_jax.training.score import make_score, make_values
+from sera_jax.training.step import Metrics, TrainState, abstract_state, init_state, make_step
+
+_FORWARD_PASSES = 4  # of every token: decoding, and scoring under policy, SFT model and base; a critic adds one
+_TRAIN_PASSES = 3  # forward and backward
+
+
+@struct.dataclass
+class PpoState:
+    """What an iteration leaves to the next.
+
+    Attributes:
+        policy: with `critic="head"` its parameters hold the value head.
+        critic: None with a head on the policy, and without a critic.
+    """
+
+    policy: TrainState
+    critic: TrainState | None
+    control: Control
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The jitted functions of an iteration, and the shapes of its state.
+
+    Attributes:
+        score: (params, rows) -> token log-probs f32[R, M]: one program for policy, SFT model and base.
+        values: (critic's params, rows) -> f32[R, M]; None without a critic.
+        experience: see `make_experience`.
+        policy_step: the update of the policy; with a head on the policy, of both. critic_step: of a critic of its own,
+            or, in the warm-up of a head, of the head; None without a critic.
+        updates: that the learning-rate schedule spans.
+        start: (SFT params) -> a state before the first iteration, with buffers of its own.
+        abstract: its shapes and shardings.
+    """
+
+    score: Callable[..., jax.Array]
+    values: Callable[..., jax.Array] | None
+    experience: Callable[..., Any]
+    policy_step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+    critic_step: Callable[[TrainState, Any], tuple[TrainState, Metrics]] | None
+    updates: int
+    start: Callable[[Params], PpoState]
+    abstract: PpoState
+
+
+def make_programs(
+    cfg: ModelConfig,
+    mesh: Mesh,
+    *,
+    ppo: PpoGroup,
+    reward: RewardGroup,
+    train: TrainGroup,
+    window: int,
+    baseline: str = "critic",
+    random_reward: bool = False,
+) -> Programs:
+    """The programs of one arm.
+
+    Args:
+        train: optimiser settings; its schedule spans all updates of `ppo.iterations`.
+        window: no rollout with its prompt is longer than this.
+        baseline, random_reward: as in `make_experience`.
+    """
+    shards = row_shards(mesh)
+    updates = ppo.iterations * ppo.num_ppo_epochs * ppo.num_mini_batches
+    optimizer = make_optimizer(train, updates)
+    critic_cfg = critic_config(cfg)
+    shape = dict(window=window, chunk_tokens=train.logits_chunk_tokens)
+    policy_how: dict[str, Any] = dict(
+        **shape,
+        shards=shards,
+        cliprange=ppo.cliprange,
+        entropy_coef=ppo.entropy_coef,
+        kl_estimator=ppo.kl_estimator if ppo.kl_in == "loss" else None,
+    )
+    value_how: dict[str, Any] = dict(window=window, cliprange_value=ppo.cliprange_value)
+
+    def accept(metrics: Metrics) -> jax.Array:
+        """Whether the policy is still near the one that sampled."""
+        near = _mean(metrics["val/ratio"]) <= ppo.ratio_limit
+        if ppo.target_kl is not None:
+            near &= _mean(metrics["policy/approxkl_avg"]) <= ppo.target_kl
+        return near
+
+    head = baseline == "critic" and ppo.critic == "head"
+    separate = baseline == "critic" and ppo.critic == "model"
+    policy = abstract_state(cfg, optimizer, mesh, with_value_head if head else lambda params: params)
+    critic = critic_step = critic_optimizer = None
+    if separate:
+        rate = ppo.critic_learning_rate or train.learning_rate
+        critic_optimizer = make_optimizer(dataclasses.replace(train, learning_rate=rate), updates)
+        critic = abstract_state(critic_cfg, critic_optimizer, mesh, critic_params)
+        critic_step = make_step(value_objective(critic_cfg, **value_how), critic_optimizer, critic, mesh)
+    elif head:
+        critic_step = make_step(head_objective(cfg, **value_how), optimizer, policy, mesh)
+    if head:
+        objective = joint_objective(cfg, vf_coef=ppo.vf_coef, cliprange_value=ppo.cliprange_value, **policy_how)
+    else:
+        objective = policy_objective(cfg, **policy_how)
+    abstract = _abstract(policy, critic, ppo, mesh)
+    return Programs(
+        score=make_score(cfg, mesh, per_token=True, **shape),
+        values=make_values(critic_cfg if separate else cfg, mesh, window=window) if head or separate else None,
+        experience=make_experience(
+            reward,
+            ppo,
+            mesh,
+            microbatches=train.gradient_accumulation_steps,
+            passes=_FORWARD_PASSES + separate + _TRAIN_PASSES * (1 + separate) * ppo.num_ppo_epochs,
+            baseline=baseline,
+            random_reward=random_reward,
+        ),
+        policy_step=make_step(objective, optimizer, policy, mesh, accept),
+        critic_step=critic_step,
+        updates=updates,
+        start=_make_start(abstract, ppo, optimizer, critic_optimizer, head),
+        abstract=abstract,
+    )
+
+
+def _make_start(
+    abstract: PpoState,
+    ppo: PpoGroup,
+    optimizer: optax.GradientTransformation,
+    critic_optimizer: optax.GradientTransformation | None,
+    head: bool,
+) -> Callable[[Params], PpoState]:
+    def start(params: Params) -> PpoState:
+        policy = with_value_head(params) if head else params
+        critic = None
+        if critic_optimizer is not None:
+            of_critic = critic_params(params)
+            critic = init_state(of_critic, critic_optimizer.init(of_critic))
+        return PpoState(init_state(policy, optimizer.init(policy)), critic, initial_control(ppo))
+
+    return jax.jit(start, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))
+
+
+def _abstract(policy: TrainState, critic: TrainState | None, ppo: PpoGroup, mesh: Mesh) -> PpoState:
+    control = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
+        jax.eval_shape(lambda: initial_control(ppo)),
+    )
+    return PpoState(policy, critic, control)
+
+
+def _mean(metric: Any) -> jax.Array:
+    return metric.total / jnp.maximum(metric.weight, 1e-30)
