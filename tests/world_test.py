@@ -10,7 +10,13 @@ from sera_jax.core import Stream, rng_for
 from tests.tolerances import TOLERANCES
 
 SMALL = world.WorldSpec(
-    pretrain=60, demonstrations=20, preferences=40, heldout_preferences=30, heldout_prompts=30, prompts=20
+    pretrain=60,
+    demonstrations=20,
+    preferences=40,
+    heldout_preferences=30,
+    heldout_prompts=30,
+    heldout_demonstrations=40,
+    prompts=20,
 )
 PROMPTS = ["name : fruit tool", "repeat : saw red fig", "first of : saw red fig", "last of : saw red fig"]
 RIGHT = ["plum axe", "saw red fig", "saw", "fig"]
@@ -147,10 +153,23 @@ def test_the_same_spec_makes_the_same_world_and_another_seed_another():
     assert other["preferences"] != world.make_world(SMALL)["preferences"]
 
 
-def test_asking_for_more_of_one_list_leaves_the_others_as_they_were():
-    more = world.make_world(world.WorldSpec(**{**vars(SMALL), "pretrain": 80}))
+@pytest.mark.parametrize("name", ["pretrain", "heldout_demonstrations"])
+def test_asking_for_more_of_one_list_leaves_the_others_as_they_were(name):
+    more = world.make_world(world.WorldSpec(**{**vars(SMALL), name: 80}))
     for name, entries in world.make_world(SMALL).items():
         assert more[name][: len(entries)] == entries
+
+
+def test_held_out_demonstrations_answer_the_held_out_prompts_in_turn_as_the_demonstrator_does():
+    rows = world.make_world(SMALL)
+    asked = [row["prompt"] for row in rows["heldout_prompts"]]
+    assert [row["prompt"] for row in rows["heldout_demonstrations"]] == [*asked, *asked[:10]]
+    good = world.make_world(world.WorldSpec(**{**vars(SMALL), "demonstrator": "good"}))
+    assert all(close(world.gold(row["prompt"], row["response"]), 1.0) for row in good["heldout_demonstrations"])
+    again = [rows["heldout_demonstrations"][i]["response"] for i in (*range(10), *range(30, 40))]
+    assert again[:10] != again[10:], "another draw of the same author, not the same answer"
+    none = world.make_world(world.WorldSpec(**{**vars(SMALL), "heldout_prompts": 0}))
+    assert none["heldout_demonstrations"] == []
 
 
 def chatter_sign(rows):

@@ -56,14 +56,16 @@ def page(path: str | os.PathLike[str], *, columns: int, lines: int) -> Iterator[
     width, height = PANEL_INCHES
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure(
-            figsize=(width * columns, height * lines + 0.9), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.14)
+            figsize=(width * columns, height * lines + 0.9),
+            dpi=140,
+            layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.14),
         )
         FigureCanvasAgg(figure)
         yield figure
         path = pathlib.Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         torn = path.with_name(path.name + ".tmp")
-        figure.savefig(torn, format="png", dpi=140)
+        figure.savefig(torn, format="png", dpi="figure")
         torn.replace(path)
 
 

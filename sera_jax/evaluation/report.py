@@ -167,8 +167,8 @@ _LEGEND: list[tuple[str, str, str]] = [
 _OUTCOMES = ("gold", "right", "NLL")
 _SRPPO_LEGEND: list[tuple[str, str, str]] = [
     _LEGEND[0],
-    ("wellformed_fraction", "well-formed", "answers to held-out prompts in which eval.answer_pattern is found"),
     ("answer_accuracy", "right", "answers whose last match of eval.answer_pattern is the reference's"),
+    ("wellformed_fraction", "well-formed", "answers in which eval.answer_pattern is found"),
     (
         "coherent_reward_mean",
         "coherent",

@@ -19,6 +19,7 @@ from sera_jax.evaluation import picture, report
 from sera_jax.experiment.assembly import base_model, check_positions, read_corpus
 from sera_jax.experiment.saved import describe, export
 from sera_jax.experiment.sera_arms import run_sera_arms
+from sera_jax.experiment.srppo_arms import run_srppo_arms
 from sera_jax.experiment.start import params_sha256, starting_policy
 from sera_jax.loops.runtime import Policy, Runtime
 from sera_jax.losses.preference import resolve
@@ -59,8 +60,6 @@ def run(config: Config, *, stop_requested: Callable[[], bool] = lambda: False) -
         if loss is not None:
             final, facts = run_sera_arms(config, runtime, corpus, start, loss)
         else:
-            from sera_jax.experiment.srppo_arms import run_srppo_arms
-
             assert base is not None, "Self-Rewarding PPO scores with the base"
             final, facts = run_srppo_arms(config, runtime, corpus, base, start)
         summary = {

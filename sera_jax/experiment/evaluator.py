@@ -135,8 +135,8 @@ class Evaluator:
         if self.judge is not None:
             facts |= gold.facts(self._golds(answers))
         if self.base is not None:
-            by_sft, by_base = (self._logps(name, scorer, answers) for scorer in (self.reference, self.base))
-            facts |= coherent_facts(by_sft, by_base, lengths)
+            by_sft = self._logps(name, answers, "sft", self.reference)
+            facts |= coherent_facts(by_sft, self._logps(name, answers, "base", self.base), lengths)
         if self.settings.answer_pattern:
             said = [self.tokenizer.decode_response(tokens) for tokens, _ in answers]
             facts |= pattern_facts(self.settings.answer_pattern, said, self._references())
@@ -146,21 +146,22 @@ class Evaluator:
         """KL to the SFT model, where the answers are draws from the policy itself."""
         if self.base is None or self.settings.temperature != 1.0:
             return {}
-        own, sft = (self._logps(policy.name, scorer, answers) for scorer in (policy, self.reference))
-        return kl_facts(own, sft)
+        by_sft = self._logps(policy.name, answers, "sft", self.reference)
+        same = policy.digest == self.reference.digest
+        return kl_facts(by_sft if same else self._logps(policy.name, answers, "itself", policy), by_sft)
 
     def _win_rate(self, answers: Answers) -> dict[str, Any]:
         if self.judge is None:
             return {}
         return {"win_rate_vs_sft": gold.win_rate(self._golds(answers), self._golds(self.answers(self.reference)))}
 
-    def _logps(self, name: str, scorer: Policy, answers: Answers) -> np.ndarray:
-        """Summed log-prob of every answer under `scorer`, f32[prompts]."""
+    def _logps(self, name: str, answers: Answers, scorer: str, policy: Policy) -> np.ndarray:
+        """Summed log-prob f32[prompts] of the answers of arm `name` under `policy`, whose part is `scorer`."""
         items = [
             dataclasses.replace(item, responses=(tokens,))
             for item, (tokens, _) in zip(self.prompts, answers, strict=True)
         ]
-        return np.concatenate(self.run.score(f"{name}/generations_by_{scorer.name.replace('/', '-')}", scorer, items))
+        return np.concatenate(self.run.score(f"{name}/generations_by_{scorer}", policy, items))
 
     def _references(self) -> list[str | None]:
         """The text of the first held-out demonstration of each prompt."""

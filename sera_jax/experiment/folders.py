@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -57,11 +58,11 @@ def check_two_models(model: ModelGroup, say: Callable[[str], None]) -> None:
 
 
 def _first_difference(base: Tokenizer, sft: Tokenizer, *, special: bool) -> str:
-    """What differs first, by id; "" where nothing does."""
+    """What differs first, by id in the base; "" where nothing does."""
     ours, theirs = base.vocabulary(), sft.vocabulary()
     differ = [token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)]
     if differ:
-        token = min(differ, key=lambda t: (min(v[t] for v in (ours, theirs) if t in v), t))
+        token = min(differ, key=lambda t: (ours.get(t, math.inf), theirs.get(t, math.inf)))
         there, here = (f"id {v[token]}" if token in v else "absent" for v in (ours, theirs))
         return f"token {token!r} is {there} in the base and {here} in the SFT model"
     for name in ("bos_id", "eos_id") if special else ():

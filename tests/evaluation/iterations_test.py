@@ -111,7 +111,7 @@ def test_the_outcome_comes_first_and_a_panel_without_data_is_left_out(drawn):
     assert next(iter(panels)) == "Gold reward of answers to held-out prompts"
     assert set(panels) == TITLES
     real = drawn(make_summary(with_gold=False, with_pattern=True))
-    assert list(real)[0] == "Right answers to held-out prompts"
+    assert next(iter(real)) == "Right answers to held-out prompts"
     assert "Well-formed answers" in real
     assert not any("old reward" in title for title in real)
 

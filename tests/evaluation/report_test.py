@@ -1,4 +1,4 @@
-"""The summary's schema, the table and the picture, with and without a gold reward."""
+"""The summary's schema, the tables of both methods and SeRA's picture, with and without a gold reward."""
 
 import copy
 import json
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from sera_jax.evaluation import report
+from tests.evaluation import srppo_summary
 
 ARMS = ("daa", "sera", "random")
 
@@ -148,3 +149,145 @@ def test_a_picture_is_drawn_of_whatever_the_summary_has(tmp_path, kind):
 def test_no_rounds_no_picture(tmp_path):
     report.report_png(make_summary(arms=()), tmp_path / "report.png")
     assert not (tmp_path / "report.png").exists()
+
+
+# Made by hand from the facts of `make_summary`.
+SERA_TABLE = """\
+ arm           gold [95 %]  wins vs sft  accuracy  by length  on shorter  margin  tokens
+----  --------------------  -----------  --------  ---------  ----------  ------  ------
+ sft  0.400 [0.350, 0.450]            -    50.0 %     64.0 %      40.0 %    0.00     7.0
+sera  0.520 [0.470, 0.570]       60.0 %    66.0 %     64.0 %      50.0 %    3.00     9.0
+
+ arm  round  kept  flipped  added  agree/not/tie  margin   gold  accuracy  on shorter  tokens
+----  -----  ----  -------  -----  -------------  ------  -----  --------  ----------  ------
+sera      1    80   20.0 %      0              -       -  0.470    58.0 %      45.0 %     8.0
+sera      2    56    8.0 %     24   60 / 25 / 15    2.00  0.520    66.0 %      50.0 %     9.0"""
+
+
+@pytest.mark.parametrize("named", [{}, {"method": "sera"}])
+def test_the_table_of_sera_has_its_columns_in_their_order(named):
+    summary = make_summary(arms=("sera",), rounds=2)
+    summary["config"] |= named
+    assert report.table(summary) == SERA_TABLE
+
+
+# Heading, fact and how it is written, of what Self-Rewarding PPO's table of the arms shows.
+SHOWN = [
+    ("gold [95 %]", "gold_mean", "{:.3f}"),
+    ("wins vs sft", "win_rate_vs_sft", "{:.1%}"),
+    ("right", "answer_accuracy", "{:.1%}"),
+    ("well-formed", "wellformed_fraction", "{:.1%}"),
+    ("coherent [95 %]", "coherent_reward_mean", "{:.2f}"),
+    ("corr.", "coherent_reward_length_corr", "{:.2f}"),
+    ("KL", "kl_to_sft", "{:.2f}"),
+    ("NLL", "heldout_nll", "{:.3f}"),
+    ("tokens", "response_tokens_mean", "{:.1f}"),
+    ("ended", "eos_fraction", "{:.1%}"),
+]
+
+
+def cells_of(block):
+    """heading -> arm -> cell, of a table whose columns stand two spaces apart at least, as its rule says."""
+    head, rule, *lines = block.splitlines()
+    ends = [i for i in range(len(rule)) if rule[i] == "-" and rule[i + 1 : i + 2] != "-"]
+    starts = [0, *(end + 1 for end in ends)]
+    columns = [slice(a, b + 1) for a, b in zip(starts, ends)]
+    return {head[c].strip(): {line[columns[0]].strip(): line[c].strip() for line in lines} for c in columns}
+
+
+def test_every_arm_of_srppo_is_shown_with_all_of_its_facts():
+    summary = srppo_summary.make_summary(arms=srppo_summary.EVERY, with_pattern=True)
+    cells = cells_of(report.table(summary).split("\n\n")[0])
+    assert list(cells) == ["arm", *(heading for heading, _, _ in SHOWN)]
+    for heading, name, form in SHOWN:
+        assert list(cells[heading]) == ["sft", *srppo_summary.EVERY]
+        for arm, cell in cells[heading].items():
+            facts = summary["arms"][arm]
+            said = form.format(facts[name]).replace("%", " %") if name in facts else "-"
+            assert cell.split(" [")[0] == said
+            if "[" in heading:
+                low, high = facts[name.replace("mean", "ci95")]
+                assert cell.endswith(f"[{form.format(low)}, {form.format(high)}]")
+
+
+@pytest.mark.parametrize("heading, name", [(heading, name) for heading, name, _ in SHOWN])
+def test_a_fact_that_no_arm_has_has_no_column_and_the_others_stay(heading, name):
+    summary = srppo_summary.make_summary(with_pattern=True)
+    before = cells_of(report.table(summary).split("\n\n")[0])
+    for facts in summary["arms"].values():
+        facts.pop(name, None)
+    after = cells_of(report.table(summary).split("\n\n")[0])
+    assert after == {head: column for head, column in before.items() if head != heading}
+
+
+def test_the_evaluations_of_srppo_have_a_line_each_and_no_unknown_arm():
+    summary = srppo_summary.make_summary()
+    head, _, *lines = report.table(summary).split("\n\n")[1].splitlines()
+    assert head.split() == ["arm", "iteration", "gold", "coherent", "corr.", "KL", "NLL", "tokens", "ended"]
+    said = [line.split()[:3] for line in lines]
+    assert said == [[f["arm"], str(f["iteration"]), f"{f['gold_mean']:.3f}"] for f in summary["rounds"]]
+
+
+@pytest.mark.parametrize("kind", [dict(), dict(arms=srppo_summary.EVERY), dict(with_gold=False, with_pattern=True)])
+def test_the_tables_of_srppo_fit_a_terminal_and_their_legend_explains_what_they_show(kind):
+    summary = srppo_summary.make_summary(**kind)
+    shown, legend = report.table(summary), report.legend(summary)
+    for block in (*shown.split("\n\n"), legend):
+        assert max(map(len, block.splitlines())) <= 120
+    heads = [line.split("  ")[-2].strip() for line in legend.splitlines()]
+    assert all(head in shown for head in heads)
+    assert ("gold" in heads) == ("gold" in shown)
+    assert {"coherent", "corr.", "KL", "NLL", "ended"} <= set(heads)
+
+
+@pytest.mark.parametrize(
+    "kind, outcomes",
+    [
+        (dict(), "gold or NLL"),
+        (dict(with_pattern=True), "gold, right or NLL"),
+        (dict(with_gold=False), "NLL"),
+    ],
+)
+def test_the_legend_says_that_ppo_optimises_the_coherent_reward_and_where_a_gain_must_show(kind, outcomes):
+    line = next(line for line in report.legend(srppo_summary.make_summary(**kind)).splitlines() if "coherent  " in line)
+    assert line.endswith(f"PPO optimises it: a gain must show in {outcomes}")
+
+
+def test_the_table_of_what_was_written_is_the_table_of_what_was_at_hand(tmp_path):
+    summary = srppo_summary.make_summary()
+    summary["arms"]["srppo"]["coherent_reward_length_corr"] = float("nan")
+    summary["rounds"][0]["heldout_nll"] = None
+    summary["iterations"][0]["critic/vf_explained_var"] = float("-inf")
+    summary["iterations"][1]["objective/kl"] = np.float32(0.25)
+    report.write_summary(tmp_path / "summary.json", summary)
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert "critic/vf_explained_var" not in found["iterations"][0]
+    assert found["iterations"][1]["objective/kl"] == 0.25
+    assert report.table(found) == report.table(summary)
+    assert report.legend(found) == report.legend(summary)
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda s: s.pop("iterations"), "iterations"),
+        (lambda s: s.pop("prompts"), "prompts"),
+        (lambda s: s.update(iterations={}), "iterations"),
+        (lambda s: s["iterations"][0].pop("arm"), r"iterations\[0\].*arm"),
+        (lambda s: s["iterations"][1].update(iteration=0), r"iterations\[1\].*iteration"),
+        (lambda s: s["rounds"][1].pop("iteration"), r"rounds\[1\].*iteration"),
+        (lambda s: s["arms"]["srppo"].update(eos_fraction=98.0), "eos_fraction.*share"),
+        (lambda s: s["arms"]["srppo"].update(wellformed_fraction=-0.1), "wellformed_fraction.*share"),
+        (lambda s: s["rounds"][0].update(answer_accuracy=31.0), "answer_accuracy.*share"),
+        (lambda s: s["iterations"][0].update({"completions/clipped_ratio": 1.2}), "clipped_ratio.*share"),
+        (lambda s: s["arms"]["sft"].update(coherent_reward_length_corr=-1.2), "length_corr.*correlation"),
+        (lambda s: s["iterations"][0].update({"coherent_reward/length_corr": 2.0}), "length_corr.*correlation"),
+        (lambda s: s["iterations"][2].update({"objective/kl": float("nan")}), "objective/kl"),
+    ],
+)
+def test_a_summary_of_srppo_that_readers_could_not_use_is_refused(change, named):
+    summary = srppo_summary.make_summary()
+    report.check_summary(summary)
+    change(summary)
+    with pytest.raises(ValueError, match=named):
+        report.check_summary(summary)

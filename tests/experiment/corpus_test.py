@@ -1,0 +1,213 @@
+"""What Self-Rewarding PPO reads: which demonstrations are held out, which prompts are new, and what is refused."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from sera_jax import world
+from sera_jax.checkpoint import Workdir
+from sera_jax.data.items import Item
+from sera_jax.experiment.assembly import read_corpus
+from sera_jax.experiment.corpus import as_text, new_prompts
+from tests.loops.tiny import tiny_config, tiny_srppo
+
+
+def item(name, prompt, response=()):
+    responses = (np.array(response, np.int32),) if len(response) else ()
+    return Item(name, np.array(prompt, np.int32), responses)
+
+
+def prompts_of(items):
+    return {item.prompt.tobytes() for item in items}
+
+
+def ids(items):
+    return [item.id for item in items]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory):
+    return world.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Demonstrations and prompts in the made-up language, to be read as files of one's own."""
+    return world.make_world(
+        world.WorldSpec(seed=3, pretrain=40, demonstrations=60, heldout_demonstrations=12, prompts=30)
+    )
+
+
+@pytest.fixture
+def read(tmp_path, tokenizer_dir, rows):
+    """Reads files with the given rows in place of the embedded world: (corpus, what was said)."""
+
+    def write(name, entries):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in entries))
+        return str(tmp_path / name)
+
+    def corpus(workdir="run", demonstrations=rows["demonstrations"], pretrain=(), heldout=(), prompts=(), **changes):
+        changes = {
+            "world__name": "",
+            "model__tokenizer_name_or_path": str(tokenizer_dir),
+            "data__demonstrations": write("demonstrations.jsonl", demonstrations),
+            "data__pretrain": write("pretrain.jsonl", pretrain) if pretrain else "",
+            "data__eval": write("eval.jsonl", heldout) if heldout else "",
+            "data__prompts": write("prompts.jsonl", prompts) if prompts else "",
+            **changes,
+        }
+        config = tiny_srppo(tmp_path / workdir, **changes)
+        said: list[str] = []
+        return read_corpus(config, Workdir(tmp_path / workdir, {}), said.append), "\n".join(said)
+
+    return corpus
+
+
+def test_the_embedded_world_gives_demonstrations_and_new_prompts_but_no_pairs(tmp_path):
+    config = tiny_srppo(tmp_path, world__prompts=50, ppo__prompt_overlap=0.5)
+    said: list[str] = []
+    corpus = read_corpus(config, Workdir(tmp_path, {}), said.append)
+    assert (corpus.train, corpus.heldout) == ([], [])
+    assert len(corpus.demonstrations) == config.world.demonstrations
+    assert len(corpus.heldout_demonstrations) == config.world.heldout_demonstrations
+    assert all(len(item.responses) == 1 for item in [*corpus.demonstrations, *corpus.heldout_demonstrations])
+    assert prompts_of(corpus.heldout_demonstrations) <= prompts_of(corpus.eval_prompts)
+    assert len(corpus.eval_prompts) == config.world.heldout_prompts
+    assert not prompts_of(corpus.prompts) & prompts_of([*corpus.demonstrations, *corpus.eval_prompts])
+    assert len(corpus.prompts) + sum(corpus.prompts_left_out.values()) == 50
+    assert len(corpus.pretrain) == config.world.pretrain
+    held = corpus.heldout_demonstrations[0]
+    assert corpus.judge is not None
+    assert -0.3 <= corpus.judge(held, held.responses[0]) <= 1
+
+
+def test_without_new_prompts_there_are_none_and_sera_has_no_held_out_demonstrations(tmp_path):
+    corpus = read_corpus(tiny_srppo(tmp_path / "a"), Workdir(tmp_path / "a", {}), lambda text: None)
+    assert (corpus.prompts, corpus.prompts_left_out) == ([], {})
+    sera = read_corpus(tiny_config(tmp_path / "b"), Workdir(tmp_path / "b", {}), lambda text: None)
+    assert (sera.heldout_demonstrations, sera.prompts_left_out) == ([], {})
+    assert sera.train and sera.prompts
+
+
+def test_a_share_of_the_prompts_is_held_out_by_a_hash_that_the_order_does_not_change(read, rows):
+    first, said = read(data__eval_fraction=0.3)
+    again, _ = read("other", demonstrations=rows["demonstrations"][::-1], data__eval_fraction=0.3)
+    assert 0 < len(first.heldout_demonstrations) < 60
+    assert len(first.demonstrations) + len(first.heldout_demonstrations) == 60
+    assert prompts_of(first.heldout_demonstrations) == prompts_of(again.heldout_demonstrations)
+    assert not prompts_of(first.heldout_demonstrations) & prompts_of(first.demonstrations)
+    assert f"held out {len(first.heldout_demonstrations)} of 60 demonstrations" in said
+    assert prompts_of(first.eval_prompts) == prompts_of(first.heldout_demonstrations)
+    assert all(not item.responses for item in first.eval_prompts)
+
+
+def test_named_held_out_demonstrations_are_read_as_they_are_and_shared_prompts_are_said(read, rows):
+    corpus, said = read(heldout=[*rows["heldout_demonstrations"], rows["demonstrations"][0]])
+    assert len(corpus.demonstrations) == 60
+    assert len(corpus.heldout_demonstrations) == 13
+    shared = sum(row["prompt"] == rows["demonstrations"][0]["prompt"] for row in rows["demonstrations"])
+    assert f"warning: {shared} demonstrations have the prompt of a held-out one" in said
+    _, quiet = read("other", heldout=rows["heldout_demonstrations"])
+    assert "warning" not in quiet
+
+
+def test_nothing_left_to_imitate_is_refused_with_the_way_out(read, rows):
+    held = set(ids(read(data__eval_fraction=0.5)[0].heldout_demonstrations))
+    only = [row for row in rows["demonstrations"] if row["id"] in held]
+    with pytest.raises(ValueError, match=rf"eval_fraction=0\.5 holds out all {len(only)} .*lower it"):
+        read("other", demonstrations=only, data__eval_fraction=0.5)
+
+
+def test_held_out_evaluation_is_cut_to_what_the_config_asks_for(read, rows):
+    twice = [
+        *rows["heldout_demonstrations"],
+        *({**row, "id": "b" + row["id"]} for row in rows["heldout_demonstrations"]),
+    ]
+    corpus, _ = read(heldout=twice)
+    assert (len(corpus.heldout_demonstrations), len(corpus.eval_prompts)) == (24, 12)
+    corpus, _ = read("other", heldout=twice, eval__max_pairs=5, eval__num_prompts=3)
+    assert (len(corpus.heldout_demonstrations), len(corpus.eval_prompts)) == (5, 3)
+    assert prompts_of(corpus.eval_prompts) <= prompts_of(corpus.heldout_demonstrations)
+
+
+def test_the_base_reads_the_whole_demonstrations_that_are_not_held_out(read):
+    corpus, _ = read(data__eval_fraction=0.3)
+    assert ids(corpus.pretrain) == ids(corpus.demonstrations)
+    for text, demonstration in zip(corpus.pretrain, corpus.demonstrations, strict=True):
+        whole = np.concatenate([demonstration.prompt, *demonstration.responses])
+        np.testing.assert_array_equal(np.concatenate([text.prompt, *text.responses]), whole)
+        assert len(text.prompt) == 1
+
+
+def test_texts_for_the_base_that_have_a_split_off_prompt_are_left_out(read, rows):
+    corpus, said = read(pretrain=rows["demonstrations"] + rows["pretrain"], data__eval_fraction=0.3)
+    assert not prompts_of(corpus.pretrain) & prompts_of(corpus.heldout_demonstrations)
+    left_out = 100 - len(corpus.pretrain)
+    assert left_out >= len(corpus.heldout_demonstrations)
+    assert f"pretrain: left out {left_out} texts" in said
+
+
+def test_new_prompts_are_those_that_no_demonstration_has_each_once(read, rows):
+    given = [*rows["prompts"], *rows["prompts"][:4], *rows["demonstrations"][:5], *rows["heldout_demonstrations"][:3]]
+    corpus, said = read(heldout=rows["heldout_demonstrations"], prompts=given, ppo__prompt_overlap=0.5)
+    known = prompts_of([*corpus.demonstrations, *corpus.heldout_demonstrations])
+    assert not prompts_of(corpus.prompts) & known
+    assert len(prompts_of(corpus.prompts)) == len(corpus.prompts)
+    assert len(corpus.prompts) + corpus.prompts_left_out["known"] + corpus.prompts_left_out["repeated"] == len(given)
+    assert corpus.prompts_left_out["known"] >= 8
+    assert corpus.prompts_left_out["repeated"] >= 1
+    assert f"new prompts: {len(corpus.prompts)} that no demonstration has" in said
+    assert all(not item.responses for item in corpus.prompts)
+
+
+def test_new_prompts_keep_their_order_and_get_ids_of_their_own():
+    known = [item("a", [1, 2], [9]), item("b", [1, 3], [9])]
+    given = [item("c", [1, 5]), item("a", [1, 4]), item("d", [1, 3]), item("e", [1, 5])]
+    fresh, left_out = new_prompts(given, known)
+    assert [(i.id, i.prompt.tolist()) for i in fresh] == [("c", [1, 5]), ("new/a", [1, 4])]
+    assert left_out == {"known": 1, "repeated": 1}
+
+
+def test_prompts_that_are_all_known_are_refused_where_new_ones_are_asked_for(read, rows):
+    known = [{"id": row["id"], "prompt": row["prompt"]} for row in rows["demonstrations"]]
+    with pytest.raises(
+        ValueError, match=r"prompt_overlap=0\.5 .*holds none \(60 known, 0 repeated\).*prompt_overlap=1"
+    ):
+        read(prompts=known, ppo__prompt_overlap=0.5)
+    corpus, _ = read("other", prompts=known, ppo__prompt_overlap=1.0)
+    assert corpus.prompts == []
+
+
+def test_a_tokenizer_for_a_model_from_scratch_is_trained_on_demonstrations_and_texts(read, rows, tmp_path):
+    odd = [{"prompt": "name : zzyzx", "response": "zzyzx zzyzx"}] * 20
+    corpus, _ = read(pretrain=odd, model__tokenizer_name_or_path="", model__vocab_size=400, data__chat_template="none")
+    pieces = corpus.tokenizer.vocabulary()
+    assert "zzyzx" in {piece.removeprefix("Ġ") for piece in pieces}
+    assert corpus.tokenizer_dir.startswith(str(tmp_path / "run" / "phases" / "tokenizer"))
+    text = rows["demonstrations"][0]["response"]
+    assert corpus.tokenizer.decode_response(corpus.demonstrations[0].responses[0]) == text
+
+
+def test_a_tokenizer_that_cannot_end_a_response_is_refused(read, tokenizer_dir, tmp_path):
+    folder = tmp_path / "endless"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text((tokenizer_dir / "tokenizer.json").read_text())
+    config = json.loads((tokenizer_dir / "tokenizer_config.json").read_text())
+    del config["eos_token"], config["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"no token ends a response: .*set eos_token in tokenizer_config\.json"):
+        read(model__tokenizer_name_or_path=str(folder))
+
+
+def test_a_source_that_is_not_there_is_refused_before_any_is_read(tmp_path):
+    config = tiny_srppo(tmp_path, world__name="", data__demonstrations="absent.jsonl")
+    with pytest.raises(ValueError, match=r"config\.data\.demonstrations='absent\.jsonl'.*does not exist"):
+        read_corpus(config, Workdir(tmp_path, {}), lambda text: None)
+
+
+def test_a_text_is_its_first_token_and_the_rest():
+    text = as_text(item("x", [1, 2, 3], [4, 5]))
+    assert (text.prompt.tolist(), [r.tolist() for r in text.responses]) == ([1], [[2, 3, 4, 5]])
+    assert dataclasses.asdict(text)["id"] == "x"

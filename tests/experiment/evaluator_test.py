@@ -1,0 +1,162 @@
+"""Which facts a run gets, from what it has: composed from scores and answers that are made up here."""
+
+import dataclasses
+import json
+import pathlib
+import types
+
+import numpy as np
+import pytest
+
+from sera_jax import world
+from sera_jax.config import EvalGroup, SamplingGroup
+from sera_jax.data.items import Item, PairItem
+from sera_jax.data.tokenizing import Tokenizer
+from sera_jax.experiment.evaluator import Evaluator, Generations
+from sera_jax.loops.runtime import Policy
+from sera_jax.losses.preference import resolve
+
+BASE, SFT, OTHER = (Policy(name, pathlib.Path(), name) for name in ("base", "sft", "other/iteration3"))
+# log-prob of a token under each: the SFT model is surer than the base, the trained policy surer still
+PER_TOKEN = {"base": -2.0, "sft": -1.5, "other/iteration3": -1.0}
+QUESTIONS = ["repeat : saw red", "first of : oak tin elm"]
+REPLIES = {"sft": ["saw red", "oak"], "other/iteration3": ["sure , saw red all done .", "elm"]}
+
+
+class FakeRuntime:
+    """Scores by length alone, answers from a list; remembers what it was asked for."""
+
+    def __init__(self, root, tokenizer):
+        self.workdir = types.SimpleNamespace(root=root)
+        self.tokenizer = tokenizer
+        self.scored: list[str] = []
+        self.settings: list[SamplingGroup] = []
+
+    def score(self, name, policy, items):
+        self.scored.append(name)
+        rate = PER_TOKEN[policy.name]
+        return [np.array([rate * len(r) for r in item.responses], np.float32) for item in items]
+
+    def sample(self, name, policy, prompts, num_samples, settings, *, round_):
+        self.settings.append(settings)
+        replies = zip(QUESTIONS, REPLIES[policy.name])
+        answers = [self.tokenizer.encode_response(question, reply) for question, reply in replies]
+        return [[types.SimpleNamespace(tokens=tokens, finished=True)] for tokens in answers]
+
+
+@pytest.fixture
+def make(tmp_path):
+    tokenizer = Tokenizer.load(world.write_tokenizer(tmp_path / "t"))
+    prompts = [Item(f"q{i}", tokenizer.encode_prompt(text), ()) for i, text in enumerate(QUESTIONS)]
+    replies = ["saw red", "oak"]
+    held = [
+        dataclasses.replace(item, responses=(tokenizer.encode_response(question, reply),))
+        for item, question, reply in zip(prompts, QUESTIONS, replies)
+    ]
+
+    def evaluator(temperature=1.0, pattern="", **fields):
+        settings = EvalGroup(temperature=temperature, num_generations=1, answer_pattern=pattern)
+        given = {
+            "run": FakeRuntime(tmp_path, tokenizer),
+            "loss": None,
+            "pairs": [],
+            "prompts": prompts,
+            "tokenizer": tokenizer,
+            "judge": lambda item, tokens: world.gold(tokenizer.decode(item.prompt), tokenizer.decode(tokens)),
+            "reference": SFT,
+            "settings": settings,
+            "sampling": SamplingGroup(temperature=0.3, top_p=0.5, top_k=4, max_new_tokens=16),
+            "base": BASE,
+            "demonstrations": held,
+        }
+        return Evaluator(**{**given, **fields})
+
+    return evaluator
+
+
+def test_the_facts_of_a_policy_of_self_rewarding_ppo(make):
+    evaluator = make()
+    facts = evaluator.of_arm(OTHER)
+    lengths = np.array([len(tokens) for tokens, _ in evaluator.answers(OTHER)])
+    assert facts["response_tokens_mean"] == lengths.mean()
+    assert facts["eos_fraction"] == 1.0
+    assert facts["gold_mean"] == pytest.approx((1.0 + 0.0) / 2)
+    assert facts["win_rate_vs_sft"] == pytest.approx(0.5)  # better on the first prompt, worse on the second
+    assert facts["coherent_reward_mean"] == pytest.approx(0.5 * lengths.mean())
+    assert facts["coherent_reward_length_corr"] == pytest.approx(1.0)
+    assert facts["kl_to_sft"] == pytest.approx(0.5 * lengths.mean())
+    assert facts["heldout_nll"] == pytest.approx(1.0)
+    assert {"gold_ci95", "coherent_reward_ci95"} <= set(facts)
+    assert not {"wellformed_fraction", "heldout_accuracy"} & set(facts)
+
+
+def test_a_round_has_the_same_facts_without_the_intervals_and_the_win_rate(make):
+    evaluator = make()
+    whole = evaluator.of_arm(OTHER)
+    kept = {k: v for k, v in whole.items() if not k.endswith("_ci95") and k != "win_rate_vs_sft"}
+    assert evaluator(OTHER, 3) == kept
+
+
+def test_the_sft_model_is_at_no_distance_from_itself_and_scored_once(make):
+    evaluator = make()
+    facts = evaluator.of_arm(SFT)
+    assert (facts["kl_to_sft"], facts["win_rate_vs_sft"]) == (0.0, 0.5)
+    assert "sft/generations_by_itself" not in evaluator.run.scored
+
+
+def test_the_kl_is_left_out_where_answers_are_not_draws_from_the_policy(make):
+    greedy = make(temperature=0.0)
+    assert "kl_to_sft" not in greedy.of_arm(OTHER)
+    assert "coherent_reward_mean" in greedy.of_arm(OTHER)
+    assert {s.temperature for s in greedy.run.settings} == {0.0}
+    assert {(s.top_p, s.top_k, s.max_new_tokens) for s in greedy.run.settings} == {(1.0, 0, 16)}
+
+
+def test_answers_that_are_no_policys_get_what_answers_alone_can_tell(make):
+    evaluator = make(pattern=r"(\w+)$")
+    answers = evaluator.answers(OTHER)
+    facts = evaluator.facts_of_answers("best_of_n", answers)
+    assert facts == {k: v for k, v in evaluator.of_arm(OTHER).items() if k not in ("heldout_nll", "kl_to_sft")}
+    assert {"best_of_n/generations_by_sft", "best_of_n/generations_by_base"} <= set(evaluator.run.scored)
+
+
+def test_an_answer_is_compared_with_the_held_out_demonstration_of_its_prompt(make):
+    evaluator = make(pattern=r"(saw|oak|elm)")
+    assert evaluator.of_arm(SFT) | {"wellformed_fraction": 1.0, "answer_accuracy": 1.0} == evaluator.of_arm(SFT)
+    facts = evaluator.of_arm(OTHER)
+    assert (facts["wellformed_fraction"], facts["answer_accuracy"]) == (1.0, 0.5)
+    without = make(pattern=r"(saw|oak|elm)", demonstrations=[]).of_arm(OTHER)
+    assert without["wellformed_fraction"] == 1.0
+    assert not {"answer_accuracy", "heldout_nll"} & set(without)
+
+
+def test_without_a_base_there_is_no_coherent_reward_and_without_prompts_there_are_no_answers(make):
+    facts = make(base=None).of_arm(OTHER)
+    assert not [name for name in facts if name.startswith("coherent_reward") or name == "kl_to_sft"]
+    silent = make(prompts=[])
+    assert set(silent.of_arm(OTHER)) == {"heldout_nll"}
+    assert silent.show(OTHER) == []
+    assert silent.facts_of_answers("best_of_n", []) == {}
+
+
+def test_pairs_are_ranked_by_the_implicit_reward_of_the_loss(make):
+    def pair(name, chosen, rejected):
+        return PairItem(
+            Item(name, np.array([1, 2], np.int32), tuple(np.full(n, 3, np.int32) for n in (chosen, rejected)))
+        )
+
+    evaluator = make(loss=resolve("dpo"), pairs=[pair("a", 5, 2), pair("b", 1, 2)], base=None, demonstrations=[])
+    facts = evaluator.of_arm(OTHER)  # its log-ratio to the SFT model grows with every token
+    assert facts["heldout_accuracy"] == facts["length_baseline_accuracy"] == 0.5
+    assert facts["heldout_margin"] == pytest.approx(0.5 * np.mean([5 - 2, 1 - 2]))
+
+
+def test_the_generations_of_every_policy_stand_in_one_file(make, tmp_path):
+    evaluator, generations = make(), Generations(tmp_path)
+    for policy in (SFT, OTHER, SFT):
+        generations.add(policy.name, evaluator.show(policy))
+    rows = [json.loads(line) for line in (tmp_path / "generations.jsonl").read_text().splitlines()]
+    assert [(row["policy"], row["id"]) for row in rows] == [("sft", "q0"), ("other/iteration3", "q0")]
+    assert rows[1]["prompt"] == QUESTIONS[0]
+    assert rows[1]["response"] == REPLIES["other/iteration3"][0]
+    assert rows[1]["tokens"] == len(evaluator.answers(OTHER)[0][0])

@@ -1,0 +1,137 @@
+"""An experiment with Self-Rewarding PPO: which arms and iterations its summary holds, and what each arm is given."""
+
+import json
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from sera_jax import experiment
+from sera_jax.evaluation.report import check_summary
+from sera_jax.experiment import srppo_arms
+from sera_jax.experiment.srppo_arms import iteration_metrics
+from sera_jax.mesh import make_mesh
+from tests.loops.tiny import tiny_srppo
+
+ARMS = ("sft_equal_compute", "best_of_n", "srppo", "sft_longer")
+ITERATIONS = 2
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A finished run: config, summary, folder, and the calls of the controls."""
+    root = tmp_path_factory.mktemp("run")
+    config = tiny_srppo(
+        root,
+        world__prompts=30,
+        ppo__prompt_overlap=0.5,
+        ppo__arms=ARMS,
+        ppo__iterations=ITERATIONS,
+        ppo__eval_iterations=1,
+        ppo__best_of=2,
+        eval__num_generations=3,
+    )
+    calls = {}
+
+    def watched(name, function):
+        def call(*args, **options):
+            calls[name] = args
+            return function(*args, **options)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "make_mesh", lambda *_: make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+        for name in ("sft_equal_compute", "sft_longer", "best_of_n", "srppo"):
+            patch.setattr(srppo_arms, name, watched(name, getattr(srppo_arms, name)))
+        summary = experiment.run(config)
+    return types.SimpleNamespace(config=config, summary=summary, root=root, calls=calls)
+
+
+def test_every_arm_is_reported_in_the_order_asked_for_after_the_sft_model(done):
+    check_summary(json.loads((done.root / "summary.json").read_text()))
+    assert list(done.summary["arms"]) == ["sft", *ARMS]
+    for arm, facts in done.summary["arms"].items():
+        assert {"gold_mean", "gold_ci95", "coherent_reward_mean", "eos_fraction", "win_rate_vs_sft"} <= set(facts), arm
+        assert ("heldout_nll" in facts) == ("kl_to_sft" in facts) == (arm != "best_of_n"), arm
+    assert done.summary["arms"]["sft"]["kl_to_sft"] == 0.0
+    assert done.summary["arms"]["sft"]["win_rate_vs_sft"] == 0.5
+
+
+def test_only_arms_with_a_policy_have_parameters(done):
+    assert set(done.summary["params_sha256"]) == {"sft", *ARMS} - {"best_of_n"}
+    assert len(set(done.summary["params_sha256"].values())) == len(ARMS)
+
+
+def test_equal_compute_is_given_what_ppo_cost_though_it_was_named_before_it(done):
+    *_, last = [facts for facts in done.summary["rounds"] if facts["arm"] == "srppo"]
+    assert last["passes_tokens"] > 0
+    assert done.calls["sft_equal_compute"][1:] == (done.config.sft, last["passes_tokens"])
+
+
+def test_candidates_are_drawn_at_the_temperature_of_the_rollouts_for_every_held_out_prompt(done):
+    _, prompts, settings = done.calls["best_of_n"]
+    assert len(prompts) == done.config.world.heldout_prompts
+    assert (settings.temperature, settings.top_p, settings.max_new_tokens) == (1.0, 1.0, 16)
+
+
+def test_the_study_holds_the_two_models_the_demonstrations_and_the_new_prompts(done):
+    study, arm = done.calls["srppo"]
+    assert arm == "srppo"
+    assert (study.base.name, study.sft.name) == ("pretrain", "sft")
+    assert len(study.demonstrations) == done.config.world.demonstrations
+    known = {item.prompt.tobytes() for item in study.demonstrations}
+    assert study.prompts
+    assert not known & {item.prompt.tobytes() for item in study.prompts}
+    shown = study.show(study.prompts[0], np.array([10, 11, 2], np.int32))
+    assert set(shown) == {"prompt", "response"}
+    assert all(isinstance(text, str) and text for text in shown.values())
+
+
+def test_rounds_are_the_evaluations_and_iterations_the_metrics_of_ppo(done):
+    assert [(f["arm"], f["round"], f["iteration"]) for f in done.summary["rounds"]] == [
+        ("srppo", 1, 1),
+        ("srppo", 2, 2),
+    ]
+    assert not [name for facts in done.summary["rounds"] for name in facts if name.endswith("_ci95")]
+    lines = done.summary["iterations"]
+    assert [(line["arm"], line["iteration"]) for line in lines] == [("srppo", i) for i in (1, 2)]
+    assert {"objective/kl", "coherent_reward/mean", "loss/policy_avg"} <= set(lines[0])
+
+
+def test_the_prompts_are_counted_by_kind(done):
+    counts = done.summary["prompts"]
+    study = done.calls["srppo"][0]
+    assert counts["sft"] == len({item.prompt.tobytes() for item in study.demonstrations})
+    assert counts["new"] == len(study.prompts)
+    assert (counts["overlap"], counts["heldout"]) == (0.5, done.config.world.heldout_prompts)
+    assert counts["new"] + counts["left_out_known"] + counts["left_out_repeated"] == 30
+
+
+def test_the_first_answers_of_every_policy_and_of_best_of_n_are_kept_as_texts(done):
+    rows = [json.loads(line) for line in (done.root / "generations.jsonl").read_text().splitlines()]
+    names = [row["policy"] for row in rows]
+    expected = {"sft", "best_of_n", "srppo/iteration1", "srppo/iteration2", "sft_longer", "sft_equal_compute"}
+    assert set(names) == expected
+    assert all(names.count(name) == 3 for name in expected)
+
+
+def test_the_same_command_again_changes_nothing_and_makes_no_phase(done):
+    before = {path: path.stat().st_mtime_ns for path in (done.root / "phases").rglob("manifest.json")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "make_mesh", lambda *_: make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+        again = experiment.run(done.config)
+    for key in ("arms", "rounds", "iterations", "prompts", "params_sha256"):
+        assert again[key] == done.summary[key], key
+    assert before == {path: path.stat().st_mtime_ns for path in (done.root / "phases").rglob("manifest.json")}
+
+
+def test_iterations_keep_finite_numbers_and_drop_the_clock(tmp_path):
+    line = {"phase": "ppo", "arm": "srppo", "round": 1, "step": 7, "time": 1.5}
+    metrics = {"loss": 0.5, "grad_norm": None, "nonfinite": {"grad_norm": "nan"}, "timing_s/sample": 3.0}
+    other = {"phase": "sft", "arm": "", "round": 0, "step": 1, "time": 1.0, "loss": 2.0}
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (other, line | metrics)))
+    assert iteration_metrics(path) == [{"arm": "srppo", "iteration": 7, "loss": 0.5}]
+    assert iteration_metrics(tmp_path / "absent.jsonl") == []
