@@ -122,7 +122,8 @@ class SeraGroup:
 class RewardGroup:
     """The coherent reward of Self-Rewarding PPO, log pi_sft - log pi_base, and how it is paid.
 
-    placement: `eos` pays a response's summed log-ratio at its last token (the paper), `token` each token its own.
+    placement: `eos` pays a response's summed log-ratio at its last token (the paper), `token` each token its own. In
+        expectation both have the same gradient at gamma = lam = 1, unless length_normalize is set.
     count_eos: whether the end token's own log-ratio counts.
     length_normalize: divide by the response's number of tokens.
     missing_eos: what a response gets that the length limit cut: `penalty` (no coherent reward, and -missing_eos_penalty

@@ -160,6 +160,16 @@ def _check_ppo(config: Config) -> None:
                 f"config.train.{field}={value} is not read by method='srppo'; leave it at {unset} and set "
                 "config.ppo.iterations, ppo.num_ppo_epochs and ppo.num_mini_batches"
             )
+    if ppo.kl_controller == "adaptive" and 5 * ppo.kl_horizon <= train.batch_size:
+        raise ValueError(
+            f"config.ppo.kl_horizon={ppo.kl_horizon} with config.train.batch_size={train.batch_size}: one iteration "
+            f"could bring the KL coefficient to 0 or below; use a horizon above batch_size / 5 = {train.batch_size / 5}"
+        )
+    if ppo.critic == "head" and ppo.critic_warmup_iterations and train.weight_decay:
+        raise ValueError(
+            f"config.train.weight_decay={train.weight_decay} would shrink the policy while its value head warms up "
+            f"(ppo.critic='head', ppo.critic_warmup_iterations={ppo.critic_warmup_iterations}); set one of them to 0"
+        )
     if ppo.kl_in == "loss" and ppo.kl_estimator == "k1":
         raise ValueError(
             "config.ppo.kl_in='loss' with kl_estimator='k1': the expected gradient of k1 as a loss is 0; use k2 or k3, "

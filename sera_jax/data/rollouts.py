@@ -1,7 +1,7 @@
 """Rollouts in packed rows, and which prompts an iteration rolls out. Numpy only; pure functions of the iteration.
 
-An iteration's shapes follow from its own rollouts, rounded up to a few sizes, so that a restart in the middle of a run
-arrives at the same shapes as the run that was not interrupted.
+An iteration's shapes follow from its own rollouts, rounded up, and from the shapes before, which are kept where they
+hold the rollouts without much filling. They are a part of the training state, so a restart goes on with the same ones.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from sera_jax.data.items import Item
 from sera_jax.data.packing import Packed, build_rows, laid_tokens, merge_specs, pack, spec_for
 from sera_jax.data.planning import deal_rows
 
+Shape = tuple[int, int, int]  # R, M, K of a minibatch
 _STEPS = (4, 5, 6, 7)  # sizes of R are these times powers of two: at most a fifth of the rows is filling
+_LOOSE = 1.6  # an earlier shape that has more than this many times the rows needed is given up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +79,14 @@ def lay_rollouts(
     iteration: int,
     row_multiple: int = 1,
     share_prompt: bool = True,
+    earlier: Shape = (0, 0, 0),
 ) -> list[Packed]:
     """An iteration's rollouts as `parts` minibatches of the same shape, with as many items each, drawn at random.
 
     Args:
         items: prompts with their responses; a multiple of `parts`.
         row_multiple: R is a multiple of this: microbatches x data shards.
+        earlier: shape of the iteration before, kept if it holds these rollouts; a new shape costs a compilation.
 
     Returns:
         Packed rows whose `item` indexes `items`.
@@ -99,6 +103,9 @@ def lay_rollouts(
         spec = merge_specs(spec, spec_for(group, rows, row_tokens))
     assert spec is not None
     size = rounded_rows(max(map(len, packed)), row_multiple)
+    if size <= earlier[0] <= _LOOSE * size:
+        size = earlier[0]
+        spec = dataclasses.replace(spec, scored=max(spec.scored, earlier[1]), slots=max(spec.slots, earlier[2]))
     out = []
     for indices, group, rows in zip(np.split(order, parts), groups, packed, strict=True):
         work = [sum(laid_tokens(group[i], share_prompt) for i in row) for row in rows]

@@ -147,6 +147,7 @@ class Learner:
             iteration=iteration,
             row_multiple=self.row_multiple,
             share_prompt=run.share_prompt,
+            earlier=tuple(jax.device_get(state.control.shape).tolist()),
         )
         return Rollouts(items, groups, parts, [place_rows(part.rows, run.mesh) for part in parts])
 

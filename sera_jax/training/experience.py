@@ -43,17 +43,20 @@ class Scored:
 
 @struct.dataclass
 class Control:
-    """What iterations hand on besides parameters: i32[] iterations done, the KL coefficient, the moments of the scores
-    so far, and what training cost: f32[] tokens times passes through a model (a backward pass counts as two)."""
+    """What iterations hand on besides parameters: i32[] iterations done, i32[3] the shape of their minibatches
+    (`data.rollouts.Shape`), the KL coefficient, the moments of the scores so far, and what training cost: f32[] tokens
+    times passes through a model (a backward pass counts as two)."""
 
     iteration: jax.Array
+    shape: jax.Array
     kl_coef: jax.Array
     moments: coherent.Moments
     passes_tokens: jax.Array
 
 
 def initial_control(settings: PpoGroup) -> Control:
-    return Control(jnp.int32(0), jnp.float32(settings.kl_coef), coherent.no_moments(), jnp.float32(0))
+    shape = jnp.zeros(3, jnp.int32)
+    return Control(jnp.int32(0), shape, jnp.float32(settings.kl_coef), coherent.no_moments(), jnp.float32(0))
 
 
 Experienced = tuple[list[Experience], Control, dict[str, jax.Array]]
@@ -114,7 +117,9 @@ def make_experience(
         metrics["ppo/kl_coef"] = control.kl_coef
         kl_coef = _next_kl_coef(control.kl_coef, metrics, settings)
         tokens = jnp.sum(batch.rows.segment > 0).astype(jnp.float32)
-        after = Control(control.iteration + 1, kl_coef, moments, control.passes_tokens + passes * tokens)
+        sizes = (batch.rows.tokens.shape[1], batch.rows.source.shape[2], batch.rows.num_slots)
+        spent = control.passes_tokens + passes * tokens
+        after = Control(control.iteration + 1, jnp.array(sizes, jnp.int32), kl_coef, moments, spent)
         return [_split(experience, i, microbatches) for i in range(len(parts))], after, metrics
 
     by_rows = NamedSharding(mesh, PartitionSpec(None, ROW_AXES))
