@@ -84,6 +84,7 @@ class Learner:
                 reward=study.reward,
                 train=study.train,
                 window=self.window,
+                like=next((p for (_, window, *_), p in study.run.programs.items() if window == self.window), None),
                 **how,
             )
         return study.run.programs[key]
@@ -233,12 +234,13 @@ class Learner:
                     policy_metrics.append(found)
                     stopped = ppo.target_kl is not None and _fetch(found[_APPROX_KL]) > ppo.target_kl
         state = dataclasses.replace(state, policy=policy, critic=critic)
-        metrics = _summed(policy_metrics) | {k: v for k, v in _summed(critic_metrics).items() if k in _CRITIC_METRICS}
+        metrics = _summed(policy_metrics) | _of_critic(_summed(critic_metrics))
         check_updates(state, f"{self.arm}, iteration {iteration}", study.train.learning_rate)
         return state, metrics | {
             "ppo/updates": len(policy_metrics) - metrics["ppo/refused_updates"],
             "ppo/early_stop": float(stopped),
-            "lr": float(schedule(study.train, programs.updates)(int(policy.step))),
+            # of the last update made
+            "lr": float(schedule(study.train, programs.updates)(max(int(policy.step) - 1, 0))),
             "episode": iteration * study.train.batch_size,
         }
 
@@ -274,7 +276,12 @@ class Learner:
 
 
 _APPROX_KL = "policy/approxkl_avg"
-_CRITIC_METRICS = ("loss/value_avg", "val/clipfrac_avg", "critic/grad_norm")
+# What an update of the critic alone says, and what the log calls it; its other metrics are the policy's names.
+_CRITIC_METRICS = {
+    "loss/value_avg": "loss/value_avg",
+    "val/clipfrac_avg": "val/clipfrac_avg",
+    "grad_norm": "critic/grad_norm",
+}
 
 
 def _fetch(metric: Mean) -> float:
@@ -297,6 +304,10 @@ def _summed(found: Sequence[dict[str, Any]]) -> dict[str, float]:
     if "val/ratio_squared" in out:
         out["val/ratio_var"] = max(out.pop("val/ratio_squared") - out["val/ratio"] ** 2, 0.0)
     return out
+
+
+def _of_critic(metrics: dict[str, float]) -> dict[str, float]:
+    return {ours: metrics[name] for name, ours in _CRITIC_METRICS.items() if name in metrics}
 
 
 def _prompts_of(demonstrations: Sequence[Item]) -> list[Item]:

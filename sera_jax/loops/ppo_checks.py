@@ -20,7 +20,7 @@ def check_rewards(metrics: Mapping[str, float], ppo: PpoGroup, where: str) -> No
         ValueError: the coherent reward is 0 everywhere, the sampler and the scorer disagree, or the policy is further
             from the SFT model than `max_kl`.
     """
-    for name in ("coherent_reward/mean", "objective/kl", "objective/rlhf_reward"):
+    for name in ("coherent_reward/mean", "objective/kl", "objective/rlhf_reward", "rollout/decode_score_gap"):
         if not math.isfinite(metrics[name]):
             raise NonFinite(
                 f"{where}: {name} is {metrics[name]}; look at the parameters of the SFT model and the base, lower the "
@@ -49,10 +49,13 @@ def check_rewards(metrics: Mapping[str, float], ppo: PpoGroup, where: str) -> No
 
 def check_updates(state: PpoState, where: str, learning_rate: float) -> None:
     """Raises NonFinite where an update of policy or critic was refused because its loss or gradient was not finite."""
-    states = {"policy": state.policy, "critic": state.critic}
-    for name, part in states.items():
+    rate = f"config.train.learning_rate ({learning_rate})"
+    for name, part, rates in (
+        ("policy", state.policy, rate),
+        ("critic", state.critic, f"{rate} or config.ppo.critic_learning_rate"),
+    ):
         if part is not None and not bool(jax.device_get(part.ok)):
             raise NonFinite(
-                f"{where}: the loss or gradient of the {name} is not finite; the last checkpoint is from before. Lower "
-                f"config.train.learning_rate ({learning_rate}), and start with a new --config.workdir"
+                f"{where}: the loss or gradient of the {name} is not finite; nothing of this iteration was saved. "
+                f"Lower {rates}, and start with a new --config.workdir"
             )

@@ -109,8 +109,8 @@ class Runtime:
     def compilations(self) -> dict[str, int]:
         """How many programs this process compiled for updates and for scoring."""
         ppo = self.programs.values()
-        updates = [*self.steps.values(), *(f for p in ppo for f in (p.policy_step, p.critic_step) if f is not None)]
-        scores = [*self._scores.values(), *(f for p in ppo for f in (p.score, p.values) if f is not None)]
+        updates = {*self.steps.values(), *(f for p in ppo for f in (p.policy_step, p.critic_step) if f is not None)}
+        scores = {*self._scores.values(), *(f for p in ppo for f in (p.score, p.values) if f is not None)}
         return {
             "update": sum(step._cache_size() for step in updates),
             "score": sum(score._cache_size() for score in scores),

@@ -76,6 +76,7 @@ def make_programs(
     window: int,
     baseline: str = "critic",
     random_reward: bool = False,
+    like: Programs | None = None,
 ) -> Programs:
     """The programs of one arm.
 
@@ -83,6 +84,7 @@ def make_programs(
         train: optimiser settings; its schedule spans all updates of `ppo.iterations`.
         window: no rollout with its prompt is longer than this.
         baseline, random_reward: as in `make_experience`.
+        like: those of another arm, made from the same other arguments; what both compute is compiled once.
     """
     shards = row_shards(mesh)
     updates = ppo.iterations * ppo.num_ppo_epochs * ppo.num_mini_batches
@@ -121,7 +123,7 @@ def make_programs(
     else:
         objective = policy_objective(cfg, **policy_how)
     abstract = _abstract(policy, critic, ppo, mesh)
-    return Programs(
+    made = Programs(
         score=make_score(cfg, mesh, per_token=True, **shape),
         values=make_values(critic_cfg if separate else cfg, mesh, window=window) if head or separate else None,
         experience=make_experience(
@@ -139,6 +141,17 @@ def make_programs(
         start=_make_start(abstract, ppo, optimizer, critic_optimizer, head),
         abstract=abstract,
     )
+    return made if like is None else _sharing(made, like)
+
+
+def _sharing(made: Programs, like: Programs) -> Programs:
+    """`made` with the functions of `like` wherever both compute the same; nothing is compiled before it is called."""
+    shared: dict[str, Any] = {"score": like.score}
+    if made.values is not None and like.values is not None:
+        shared |= {"values": like.values, "critic_step": like.critic_step}
+    if jax.tree.structure(made.abstract.policy) == jax.tree.structure(like.abstract.policy):
+        shared["policy_step"] = like.policy_step
+    return dataclasses.replace(made, **shared)
 
 
 def _make_start(
