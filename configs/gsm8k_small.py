@@ -7,8 +7,9 @@ https://github.com/openai/grade-school-math (MIT), as JSONL rows `prompt/respons
     python -m sera_jax.main --config=configs/gsm8k_small.py \\
         --config.data.demonstrations=gsm8k_train.jsonl.gz --config.data.eval=gsm8k_test.jsonl.gz
 
-A model of this size does not learn to calculate: expect next to no right answers. What the run shows on real text is the
-likelihood of held-out answers, their form (`wellformed_fraction`: they end in `#### number`), and what PPO does to length.
+A model of this size does not learn to calculate: expect next to no right answers. What the run shows on real text is
+the likelihood of held-out answers, their form (`wellformed_fraction`: a number after `####`) and what PPO does to
+their length.
 
 Lengths are cut for the CPU: 99 % of the questions have at most 160 tokens, 96 % of the answers at most 192; what is
 longer is cut and counted when the rows are read.

@@ -15,6 +15,7 @@ from sera_jax import mesh as meshes
 from sera_jax.core import Rows
 from sera_jax.mesh import host_to_global, make_mesh, mesh_shape, param_shardings, replicated, rows_sharding
 from sera_jax.models.config import ModelConfig
+from sera_jax.models.critic import with_value_head
 from sera_jax.models.decoder import abstract_params, head_matrix, hidden_states, init_params
 from sera_jax.ops.logprob import sum_by_slot, token_logps
 from tests.tolerances import TOLERANCES
@@ -133,7 +134,8 @@ def test_every_parameter_matches_exactly_one_rule(monkeypatch):
 
 
 def test_no_rule_is_left_without_a_parameter():
-    names = [meshes.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract_params(CFG))]
+    params = with_value_head(abstract_params(CFG))
+    names = [meshes.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for pattern, _ in meshes.RULES:
         assert any(meshes.re.fullmatch(pattern, name) for name in names), pattern
 
@@ -220,6 +222,17 @@ def test_parameters_inside_a_training_state_must_match_a_rule_too():
     assert shardings["opt_state"]["mu"]["other"] == shardings["step"] == replicated(mesh)
     with pytest.raises(ValueError, match="parameter other"):
         meshes.state_shardings(mesh, {"params": {"other": leaf}})
+
+
+def test_a_value_head_and_its_moments_lie_whole_on_every_device_and_are_not_taken_for_a_vocabulary_projection():
+    mesh = tiny_mesh(2, 2, 2)
+    params = with_value_head(abstract_params(CFG))  # untied: it has a `head`, too
+    state = {"params": params, "opt_state": jax.eval_shape(optax.adamw(1e-3).init, params)}
+    shardings = meshes.state_shardings(mesh, state)
+    moments = shardings["opt_state"][0]
+    for tree in (shardings["params"], moments.mu, moments.nu):
+        assert tree["value_head"].is_fully_replicated
+        assert tree["head"].spec == P("fsdp", "tensor")
 
 
 def test_host_values_reach_the_mesh_whole_and_explicitly():

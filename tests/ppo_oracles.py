@@ -103,3 +103,109 @@ def paid(logratios, finished, *, placement, mean, std, clip, **options):
         score = coherent_score(logratios, finished, **options)
         return [0.0] * (len(logratios) - 1) + [cut((score - mean) / std)]
     return [cut(x / std) for x in coherent_shares(logratios, finished, **options)]
+
+
+def kl_estimate(logp, ref_logp, estimator):
+    """Schulman 2020: k1, k2, k3 of KL(pi || ref) at one token."""
+    d = logp - ref_logp
+    return {"k1": d, "k2": d * d / 2, "k3": math.exp(-d) - 1 + d}[estimator]
+
+
+def experience(responses, reward, ppo, *, kl_coef, earlier=(), baseline="critic", random_reward=False):
+    """What an iteration makes of its responses, whatever their layout.
+
+    Args:
+        responses: each a dict of `logp`, `sft`, `base`, `sampled`, `value` (numbers per token), `finished`, `noise`.
+        reward, ppo: settings, with the names of the groups of the config.
+        kl_coef: of this iteration; earlier: scores of the iterations before it.
+
+    Returns:
+        For each response its `score`, `paid`, `advantage`, `value` and `returns`; the metrics; the next kl_coef.
+    """
+    rules = dict(
+        count_eos=reward.count_eos,
+        length_normalize=reward.length_normalize,
+        missing_eos=reward.missing_eos,
+        missing_eos_penalty=reward.missing_eos_penalty,
+    )
+    scores = [coherent_score(_difference(x["sft"], x["base"]), x["finished"], **rules) for x in responses]
+    all_scores = [*earlier, *scores]
+    whiten = dict(mean=np.mean(all_scores), std=np.std(all_scores)) if reward.whiten else dict(mean=0.0, std=1.0)
+    out = []
+    for x, score in zip(responses, scores):
+        how = dict(placement=reward.placement, clip=reward.clip, **whiten)
+        if random_reward:
+            drawn = np.mean(scores) + np.std(scores) * x["noise"]
+            # a response of one counted token, whose log-ratio is the noise, is paid it as any score
+            only = rules | dict(missing_eos="keep", count_eos=True, length_normalize=False)
+            end = paid([drawn], True, **how | dict(placement="eos"), **only)
+            paid_ = [0.0] * (len(x["sft"]) - 1) + end
+        else:
+            paid_ = paid(_difference(x["sft"], x["base"]), x["finished"], **how, **rules)
+        kl = [kl_estimate(a, b, ppo.kl_estimator) for a, b in zip(x["logp"], x["sft"])]
+        penalty = [kl_coef * k if ppo.kl_in == "reward" else 0.0 for k in kl]
+        net = [a - b for a, b in zip(paid_, penalty)]
+        if baseline == "critic":
+            advantage = gae(net, x["value"], ppo.gamma, ppo.lam)
+            value = list(x["value"])
+            returns = [a + v for a, v in zip(advantage, value)]
+        else:
+            returns = advantage = rewards_to_go(net, ppo.gamma)
+            value = [0.0] * len(net)
+        out.append(dict(score=score, paid=paid_, penalty=penalty, advantage=advantage, value=value, returns=returns))
+    if baseline == "batch_mean":
+        mean = np.mean([x["returns"][0] for x in out])
+        for x in out:
+            x["advantage"] = [r - mean for r in x["returns"]]
+    if ppo.whiten_advantages:
+        flat = np.concatenate([x["advantage"] for x in out])
+        for x in out:
+            x["advantage"] = [(a - flat.mean()) / math.sqrt(flat.var() + 1e-8) for a in x["advantage"]]
+    metrics = _metrics(responses, out)
+    if baseline == "critic":
+        returns, values = (np.concatenate([x[name] for x in out]) for name in ("returns", "value"))
+        metrics["critic/vf_explained_var"] = 1 - np.var(returns - values) / np.var(returns)
+    metrics["ppo/kl_coef"] = kl_coef
+    error = max(-0.2, min(0.2, metrics["objective/kl"] / ppo.kl_target - 1)) if ppo.kl_controller == "adaptive" else 0.0
+    return out, metrics, kl_coef * (1 + error * len(responses) / ppo.kl_horizon)
+
+
+def _difference(x, y):
+    return [a - b for a, b in zip(x, y)]
+
+
+def _metrics(responses, out):
+    """The log's names and, for each, its number: means over responses unless the name says otherwise."""
+    lengths = np.array([len(x["logp"]) for x in responses], np.float64)
+    ended = np.array([x["finished"] for x in responses])
+    ratios = [_difference(x["sft"], x["base"]) for x in responses]
+    total = np.array([math.fsum(r) for r in ratios])
+    logratios = [_difference(x["logp"], x["sft"]) for x in responses]
+    gaps = np.abs(np.concatenate([_difference(x["sampled"], x["logp"]) for x in responses]))
+    paid_ = np.array([sum(x["paid"]) for x in out])
+    penalty = np.array([sum(x["penalty"]) for x in out])
+    return {
+        "coherent_reward/mean": total.mean(),
+        "coherent_reward/std": total.std(),
+        "coherent_reward/per_token": total.sum() / lengths.sum(),
+        "coherent_reward/length_corr": np.corrcoef(total, lengths)[0, 1],
+        "coherent_reward/largest": np.abs(np.concatenate(ratios)).max(),
+        "objective/kl": np.mean([sum(d) for d in logratios]),
+        "objective/kl_k3": np.mean([sum(kl_estimate(x, 0.0, "k3") for x in d) for d in logratios]),
+        "objective/entropy": np.mean([-sum(x["logp"]) for x in responses]),
+        "objective/scores": paid_.mean(),
+        "objective/non_score_reward": -penalty.mean(),
+        "objective/rlhf_reward": (paid_ - penalty).mean(),
+        "val/num_eos_tokens": ended.sum(),
+        "val/contain_eos_token": ended.mean(),
+        "ppo/missing_eos": (~ended).sum(),
+        "completions/mean_length": lengths.mean(),
+        "completions/min_length": lengths.min(),
+        "completions/max_length": lengths.max(),
+        "completions/clipped_ratio": (~ended).mean(),
+        "completions/mean_terminated_length": lengths[ended].mean(),
+        "rollout/decode_score_gap": gaps.mean(),
+        "rollout/decode_score_gap_max": gaps.max(),
+        "rollout/responses": len(responses),
+        "rollout/tokens": lengths.sum(),
+    }

@@ -61,10 +61,13 @@ class PromptSchedule:
                 f"ppo.prompt_overlap={self.overlap} takes {count} prompts of an iteration from the {name}, of which "
                 "there are none; give some, or change ppo.prompt_overlap"
             )
-        out = []
+        out: list[Item] = []
+        order, known = np.zeros(0, np.int64), -1  # of the lap that the last place lies in
         for place in range(start, start + count):
             lap, index = divmod(place, len(pool))
-            order = rng_for(self.seed, Stream.PROMPTS, source, lap).permutation(len(pool))
+            if lap != known:
+                order = rng_for(self.seed, Stream.PROMPTS, source, lap).permutation(len(pool))
+                known = lap
             item = pool[order[index]]
             out.append(Item(f"{item.id}#{lap}", item.prompt, ()))
         return out

@@ -65,6 +65,7 @@ def run(root: pathlib.Path) -> Lab:
         ppo__eval_iterations=EVERY,
         ppo__num_mini_batches=MINI_BATCHES,
         ppo__best_of=3,
+        sampling__slots=8,  # fewer than responses, so that a look between two calls of the decoder comes amid sampling
         log__rollout_iterations=2,
     )
     studies, seen = [], {}
@@ -160,3 +161,17 @@ def by_response(seen: Seen, values):
             here = part.rows.slot[r] == k
             out[int(part.item[r, k]), int(part.response[r, k])] = float(np.float64(value)[r, here].sum())
     return out
+
+
+def log_ratios(seen: Seen):
+    """log pi_sft - log pi_base of every response, nats, from its tokens' scores; one response to a prompt."""
+    sums = by_response(seen, [part["sft_logp"] - part["base_logp"] for part in seen.scored])
+    return np.array([sums[i, 0] for i in range(len(seen.rollouts.items))])
+
+
+def lengths_of(seen: Seen):
+    return np.array([len(r) for item in seen.rollouts.items for r in item.responses])
+
+
+def finished_of(seen: Seen):
+    return np.array([sample.finished for group in seen.rollouts.samples for sample in group])

@@ -1,4 +1,7 @@
-"""The law of the layout: a response scores the same alone or packed, shared or not; and chunks change nothing."""
+"""The law of the layout: a response scores the same alone or packed, shared or not; and chunks change nothing.
+
+The entropies beside the log-probs are those of the whole distribution, and as smooth.
+"""
 
 import functools
 
@@ -10,7 +13,7 @@ import pytest
 from sera_jax.data.packing import build_rows, gather_scores, pack, spec_for, window_for
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import head_matrix, hidden_states, init_params
-from sera_jax.ops.logprob import slot_lengths, sum_by_slot, token_logps
+from sera_jax.ops.logprob import slot_lengths, sum_by_slot, sum_slots, token_logps, token_logps_and_entropies
 from tests import oracles
 from tests.tolerances import TOLERANCES
 
@@ -158,3 +161,78 @@ def test_values_are_summed_by_slot(items):
     sums = np.asarray(sum_by_slot(values, rows))
     for r, k in np.ndindex(sums.shape):
         close(sums[r, k], values[r][rows.slot[r] == k].astype(np.float64).sum(), "closed_form")
+
+
+def test_slots_are_summed_over_any_leading_axes_and_unused_columns_are_not_read(items):
+    rows = packed(items, range(len(items)), True)[1].rows
+    values = np.random.default_rng(0).standard_normal(rows.slot.shape).astype(np.float32)
+    sums = sum_by_slot(values, rows)
+    junk = np.where(rows.slot < rows.num_slots, values, np.nan)
+    for lead in ((), (1,), (2, 3)):
+        wide = [np.broadcast_to(x, (*lead, *x.shape)) for x in (junk, rows.slot)]
+        got = sum_slots(*wide, rows.num_slots)
+        np.testing.assert_array_equal(got, np.broadcast_to(sums, (*lead, *sums.shape)))
+
+
+@pytest.fixture(scope="module")
+def projected(params, items):
+    """Rows, hidden states, output projection, and weights f32[R, M] for a sum that has a gradient everywhere."""
+    rows = packed(items, range(len(items)), True)[1].rows
+    hidden = 2 * jax.random.normal(jax.random.key(1), (*rows.tokens.shape, CFG.hidden_size))
+    weights = np.random.default_rng(0).uniform(0.5, 1.5, (2, *rows.slot.shape)).astype(np.float32)
+    return rows, hidden, head_matrix(CFG, params), weights
+
+
+def exact_logps(hidden, head, rows):
+    """Log-probs of the whole vocabulary at every scored place, f64[R, M, V]."""
+    hidden, head = np.asarray(hidden, np.float64), np.asarray(head, np.float64)
+    logits = np.take_along_axis(hidden, rows.source[:, :, None], axis=1) @ head
+    logits -= logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("chunk", [7, 1000])
+def test_entropies_are_those_of_the_whole_distribution_and_chunks_change_neither_them_nor_their_gradient(
+    projected, chunk
+):
+    rows, hidden, head, weights = projected
+
+    def total(hidden, head):
+        logps, entropies = token_logps_and_entropies(hidden, head, rows, chunk=chunk)
+        return jnp.sum(logps * weights[0]) + jnp.sum(entropies * weights[1]), (logps, entropies)
+
+    grads, (logps, entropies) = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(hidden, head)
+    assert logps.dtype == entropies.dtype == jnp.float32
+
+    exact, used = exact_logps(hidden, head, rows), rows.slot < rows.num_slots
+    p = np.exp(exact)
+    entropy = -(p * exact).sum(-1)
+    close(entropies, np.where(used, entropy, 0.0), "decoder_oracle")
+    close(logps, np.where(used, np.take_along_axis(exact, rows.target[:, :, None], 2)[:, :, 0], 0.0), "decoder_oracle")
+
+    # d logp / d logits = 1[target] - p, d entropy / d logits = -p (log p + entropy)
+    of_logps = (np.arange(CFG.vocab_size) == rows.target[:, :, None]) - p
+    of_logits = weights[0][:, :, None] * of_logps - weights[1][:, :, None] * p * (exact + entropy[:, :, None])
+    of_logits *= used[:, :, None]
+    of_hidden, of_head = np.zeros(hidden.shape), np.zeros(head.shape)
+    for r, m in np.argwhere(used):
+        of_hidden[r, rows.source[r, m]] += np.asarray(head, np.float64) @ of_logits[r, m]
+        of_head += np.outer(np.asarray(hidden, np.float64)[r, rows.source[r, m]], of_logits[r, m])
+    close(grads[0], of_hidden, "packing")
+    close(grads[1], of_head, "packing")
+
+
+def test_the_log_probs_beside_the_entropies_are_token_logps(projected):
+    rows, hidden, head, _ = projected
+    plain = token_logps(hidden, head, rows, chunk=1000)
+    close(token_logps_and_entropies(hidden, head, rows, chunk=1000)[0], plain, "closed_form")
+
+
+def test_the_entropy_of_equal_logits_is_the_log_of_the_vocabulary_and_of_a_certain_token_0(projected):
+    rows, hidden, head, _ = projected
+    used = rows.slot < rows.num_slots
+    flat = token_logps_and_entropies(jnp.zeros_like(hidden), head, rows, chunk=16)[1]
+    close(flat, np.where(used, np.log(CFG.vocab_size), 0.0), "closed_form")
+    certain = token_logps_and_entropies(1e4 * hidden, head, rows, chunk=16)[1]
+    assert not np.isnan(certain).any() and (np.asarray(certain) >= 0).all()
+    assert np.asarray(certain)[used].min() == 0.0

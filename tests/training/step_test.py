@@ -9,11 +9,11 @@ import optax
 import pytest
 
 from sera_jax.config import TrainGroup
-from sera_jax.core import Stream, key_for
+from sera_jax.core import Mean, Stream, key_for
 from sera_jax.data.batches import ItemLoader, PairLoader
 from sera_jax.data.items import Item, PairItem
 from sera_jax.losses.preference import LOSSES, resolve
-from sera_jax.mesh import host_to_global, make_mesh, param_shardings, row_shards
+from sera_jax.mesh import host_to_global, make_mesh, param_shardings, replicated, row_shards
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import init_params
 from sera_jax.training.objectives import align_objective, sft_objective
@@ -150,6 +150,63 @@ def test_a_batch_that_is_not_finite_changes_nothing_and_stops_all_later_steps(on
     assert int(state_3.step) == 1
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state_3.params), expected.params)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state_3.opt_state), expected.opt_state)
+
+
+@functools.cache
+def _choosy():
+    """Adam on the mean squared distance to the batch, of updates whose loss is at most 1 only."""
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    optimizer = optax.adam(0.1)
+
+    def objective(params, batch):
+        loss = Mean.of(jax.numpy.square(params["w"] - batch), jax.numpy.ones_like(batch))
+        return loss.total, loss.weight, {"loss": loss}
+
+    def start():
+        params = {"w": jax.numpy.zeros(3)}
+        return init_state(params, optimizer.init(params))
+
+    state = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), jax.eval_shape(start)
+    )
+    step = make_step(objective, optimizer, state, mesh, lambda metrics: metrics["loss"].total <= metrics["loss"].weight)
+    return jax.jit(start), step
+
+
+def _steps(state, *distances):
+    """The states and metrics after batches [A=2, R=2, 3] at these distances from 0, one after the other."""
+    out = []
+    for distance in distances:
+        state, metrics = _choosy()[1](state, np.full((2, 2, 3), distance, np.float32))
+        out.append(jax.device_get((state, metrics)))
+        state = jax.device_put(out[-1][0])
+    return out
+
+
+def test_an_update_that_is_not_accepted_leaves_the_state_as_it_is_and_stops_none_after_it():
+    (one, taken), (two, refused), (three, again) = _steps(_choosy()[0](), 0.5, 3.0, 0.5)
+    assert [float(m["accepted"]) for m in (taken, refused, again)] == [1.0, 0.0, 1.0]
+    jax.tree.map(np.testing.assert_array_equal, two, one)  # parameters, moments, their count, step, ok
+    assert (int(one.step), int(two.step), int(three.step)) == (1, 1, 2)
+    assert all(bool(state.ok) for state in (one, two, three))
+    # the metrics are those of the parameters that stay
+    np.testing.assert_allclose(refused["loss"].value(), np.mean(np.square(3.0 - one.params["w"])), rtol=1e-5)
+    # the one after it is as if the refused batch had not been
+    jax.tree.map(np.testing.assert_array_equal, three, _steps(_choosy()[0](), 0.5, 0.5)[1][0])
+
+
+def test_a_batch_that_is_not_finite_is_not_accepted_and_says_that_the_state_is_not_ok():
+    for bad in (np.nan, np.inf):
+        (one, _), (two, refused), (three, later) = _steps(_choosy()[0](), 0.5, bad, 0.5)
+        assert float(refused["accepted"]) == float(later["accepted"]) == 0.0
+        assert bool(one.ok) and not bool(two.ok) and not bool(three.ok)
+        for state in (two, three):
+            jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), (one.params, one.opt_state))
+            assert int(state.step) == 1
+
+
+def test_a_step_that_may_not_refuse_says_nothing_of_acceptance(plain):
+    assert "accepted" not in plain[1]
 
 
 @pytest.mark.parametrize("optim", ["adamw", "adafactor", "lion"])
