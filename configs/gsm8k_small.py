@@ -35,13 +35,14 @@ def get_config() -> ConfigDict:
     d.row_tokens, d.max_prompt_length, d.max_completion_length, d.max_row_shapes = 384, 160, 192, 2
     c.sampling.temperature, c.sampling.min_new_tokens = 1.0, 0
     c.sampling.max_new_tokens, c.sampling.slots = 192, 64
-    c.pretrain.max_steps, c.pretrain.batch_size, c.pretrain.learning_rate = 300, 64, 2e-3
+    c.pretrain.max_steps, c.pretrain.batch_size, c.pretrain.learning_rate = 250, 64, 2e-3
     c.sft.max_steps, c.sft.batch_size, c.sft.learning_rate = 60, 64, 5e-4
-    c.train.batch_size, c.train.learning_rate = 64, 2e-5
+    c.train.batch_size, c.train.learning_rate = 64, 1e-4
     p = c.ppo
     p.arms = ("srppo", "sft_longer", "best_of_n")
-    p.iterations, p.eval_iterations, p.prompt_overlap, p.best_of = 30, 15, 1.0, 4
-    p.critic_warmup_iterations, p.critic_learning_rate = 3, 1e-4
+    p.iterations, p.eval_iterations, p.prompt_overlap, p.kl_coef = 30, 10, 1.0, 0.2
+    p.critic_warmup_iterations, p.critic_learning_rate = 3, 5e-4
+    p.best_of, p.sft_longer_factor = 4, 2
     c.eval.max_pairs, c.eval.num_prompts, c.eval.temperature = 256, 128, 1.0
     c.eval.answer_pattern = r"####\s*(-?[\d,]+)"
     return c

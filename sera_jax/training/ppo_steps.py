@@ -131,7 +131,7 @@ def make_programs(
             ppo,
             mesh,
             microbatches=train.gradient_accumulation_steps,
-            passes=_FORWARD_PASSES + separate + _TRAIN_PASSES * (1 + separate) * ppo.num_ppo_epochs,
+            passes=_FORWARD_PASSES + (head or separate) + _TRAIN_PASSES * (1 + separate) * ppo.num_ppo_epochs,
             baseline=baseline,
             random_reward=random_reward,
         ),

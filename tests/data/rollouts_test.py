@@ -202,6 +202,28 @@ def test_the_rows_asked_for_are_rounded_up_to_few_sizes():
         assert len(set(sizes)) <= 4 * np.ceil(np.log2(top))  # four sizes to an octave
 
 
+def shape_of(part):
+    return (*part.rows.slot.shape, part.rows.num_slots)
+
+
+def test_the_shape_before_is_kept_where_it_holds_the_rollouts_and_is_not_much_too_large():
+    items = rollouts(3, count=24)
+    own = shape_of(lay(items, parts=2, row_multiple=1)[0])
+    rows, scored, slots = own
+    kept = (rows + rows // 3, scored + 5, 2 * slots)
+    for earlier, expected in (
+        (own, own),
+        (kept, kept),
+        ((kept[0], 1, 1), (kept[0], scored, slots)),  # too few places: as many as are needed
+        ((rows - 1, 10 * scored, 10 * slots), own),  # too few rows
+        ((2 * rows, scored, slots), own),  # mostly filling
+    ):
+        parts = lay(items, parts=2, row_multiple=1, earlier=earlier)
+        assert {shape_of(part) for part in parts} == {expected}
+        found = [(int(i), int(k)) for part in parts for i, k in zip(part.item.flat, part.response.flat) if i >= 0]
+        assert sorted(found) == [(i, b) for i, item in enumerate(items) for b in range(len(item.responses))]
+
+
 def test_an_item_that_fits_no_row_names_itself_and_the_limit():
     long = Item("long", np.ones(30, np.int32), (np.ones(20, np.int32),))
     with pytest.raises(ValueError, match=r"'long' takes 50 tokens.* 40 of a row"):

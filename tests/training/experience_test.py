@@ -14,11 +14,10 @@ from sera_jax.config import PpoGroup, RewardGroup
 from sera_jax.core import Stream, key_for
 from sera_jax.data.items import Item
 from sera_jax.data.rollouts import lay_response_values, lay_rollouts, lay_token_values
-from sera_jax.losses.coherent import no_moments
 from sera_jax.mesh import host_to_global, make_mesh, replicated, row_shards, rows_sharding
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import init_params
-from sera_jax.training.experience import Control, Scored, initial_control, make_experience
+from sera_jax.training.experience import Scored, initial_control, make_experience
 from sera_jax.training.score import make_score, place_rows
 from tests import ppo_oracles
 from tests.tolerances import TOLERANCES
@@ -193,7 +192,7 @@ def test_a_fractional_log_ratio_arrives_as_the_return_to_the_last_float32_digit(
         )
         said[-1] |= dict(finished=True)
     # a log-ratio is a difference of two log-probs: one of them is 0 here, so that the difference is exact
-    control = Control(jnp.int32(0), jnp.float32(0), no_moments(), jnp.float32(0))
+    control = dataclasses.replace(initial_control(SETTINGS["plain"][1]), kl_coef=jnp.float32(0))
     got, _, metrics, experience = make("plain", one, said, control)
     for i, returns in enumerate(got["returns"]):
         assert returns.dtype == np.float32
@@ -206,11 +205,12 @@ def test_a_fractional_log_ratio_arrives_as_the_return_to_the_last_float32_digit(
 
 
 def test_advantages_are_whitened_over_the_real_tokens_of_all_minibatches_together(one):
-    got, *_ = make("plain", one)
+    got, control, *_ = make("plain", one)
     flat = np.concatenate(got["advantage"]).astype(np.float64)
     close(flat.mean(), 0.0)
     close(flat.var(), 1.0)
     packed, _ = lay(one, SAID)
+    assert control.shape.tolist() == [*packed[0].rows.slot.shape, packed[0].rows.num_slots]
     of_parts = [
         np.concatenate([got["advantage"][SAMPLES * i + k] for i in {*part.item[part.item >= 0]} for k in range(SAMPLES)])
         for part in packed
