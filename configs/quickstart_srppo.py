@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     c.workdir, c.method = "runs/quickstart_srppo", "srppo"
     w = c.world
     w.name, w.pretrain, w.prompts = "habits", 16000, 2000
-    w.preferences, w.heldout_preferences, w.heldout_prompts, w.heldout_demonstrations = 0, 0, 400, 400
+    w.preferences, w.heldout_preferences, w.heldout_prompts, w.heldout_demonstrations = 0, 300, 400, 400
     m = c.model
     m.hidden_size, m.intermediate_size, m.num_hidden_layers = 64, 176, 3
     m.num_attention_heads, m.num_key_value_heads, m.head_dim = 4, 4, 16

@@ -253,6 +253,14 @@ def test_self_rewarding_ppo_needs_no_pairs_and_its_defaults_suit_each_other():
         ({"train__num_train_epochs": 2}, ["config.train.num_train_epochs=2", "config.ppo.iterations"]),
         ({"ppo__kl_in": "loss"}, ["config.ppo.kl_in='loss'", "kl_estimator='k1'", "use k2 or k3"]),
         (
+            {"ppo__kl_controller": "adaptive", "ppo__kl_horizon": 12.0},
+            ["config.ppo.kl_horizon=12.0", "config.train.batch_size=64", "above batch_size / 5 = 12.8"],
+        ),
+        (
+            {"ppo__critic": "head", "ppo__critic_warmup_iterations": 2, "train__weight_decay": 0.1},
+            ["config.train.weight_decay=0.1", "ppo.critic_warmup_iterations=2", "set one of them to 0"],
+        ),
+        (
             {"ppo__critic": "head", "ppo__critic_learning_rate": 1e-5},
             ["config.ppo.critic_learning_rate=1e-05", "critic='model' only"],
         ),
