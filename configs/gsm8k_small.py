@@ -1,6 +1,6 @@
 """Self-Rewarding PPO on grade-school mathematics (GSM8K), from scratch, within an hour on two CPU cores.
 
-A BPE of 4096 pieces and a model of about 5 M parameters are trained on the questions and answers of the training rows
+A BPE of 4096 pieces and a model of about 2.4 M parameters are trained on the questions and answers of the training rows
 (the base), then SFT on the answers, then PPO on the same questions with the coherent reward. The data:
 https://github.com/openai/grade-school-math (MIT), as JSONL rows `prompt/response`:
 
@@ -26,8 +26,8 @@ def get_config() -> ConfigDict:
     c: Any = base()
     c.workdir, c.method = "runs/gsm8k_small", "srppo"
     m = c.model
-    m.vocab_size, m.hidden_size, m.intermediate_size, m.num_hidden_layers = 4096, 256, 688, 6
-    m.num_attention_heads, m.num_key_value_heads, m.head_dim = 8, 4, 32
+    m.vocab_size, m.hidden_size, m.intermediate_size, m.num_hidden_layers = 4096, 192, 512, 4
+    m.num_attention_heads, m.num_key_value_heads, m.head_dim = 6, 2, 32
     m.max_position_embeddings, m.tie_word_embeddings = 512, True
     d = c.data
     d.demonstrations, d.eval = "gsm8k_train.jsonl.gz", "gsm8k_test.jsonl.gz"
@@ -35,8 +35,8 @@ def get_config() -> ConfigDict:
     d.row_tokens, d.max_prompt_length, d.max_completion_length, d.max_row_shapes = 384, 160, 192, 2
     c.sampling.temperature, c.sampling.min_new_tokens = 1.0, 0
     c.sampling.max_new_tokens, c.sampling.slots = 192, 64
-    c.pretrain.max_steps, c.pretrain.batch_size, c.pretrain.learning_rate = 250, 64, 2e-3
-    c.sft.max_steps, c.sft.batch_size, c.sft.learning_rate = 60, 64, 5e-4
+    c.pretrain.max_steps, c.pretrain.batch_size, c.pretrain.learning_rate = 400, 32, 2e-3
+    c.sft.max_steps, c.sft.batch_size, c.sft.learning_rate = 60, 32, 5e-4
     c.train.batch_size, c.train.learning_rate = 64, 1e-4
     p = c.ppo
     p.arms = ("srppo", "sft_longer", "best_of_n")

@@ -6,7 +6,6 @@ full length, shardings from sera_jax/mesh.py.
 """
 
 import dataclasses
-import re
 import types
 
 import jax
@@ -21,7 +20,7 @@ from sera_jax.data.batches import ItemLoader, PairLoader, score_batches
 from sera_jax.data.items import Item, PairItem
 from sera_jax.experiment.assembly import model_config
 from sera_jax.losses.preference import resolve
-from sera_jax.mesh import ROW_AXES, make_mesh, param_shardings, row_shards, rows_sharding
+from sera_jax.mesh import ROW_AXES, make_mesh, row_shards, rows_sharding
 from sera_jax.models.decoder import abstract_params
 from sera_jax.sampling import SamplingParams
 from sera_jax.sampling.decode import programs
@@ -29,6 +28,14 @@ from sera_jax.training.objectives import align_objective, sft_objective
 from sera_jax.training.optimizer import make_optimizer
 from sera_jax.training.score import make_score
 from sera_jax.training.step import abstract_state, make_step
+from tests.lowering import (
+    assert_arguments_lie_as_asked,
+    assert_state_returns_in_place,
+    bytes_on_a_device,
+    largest_logits,
+    params_on,
+    shapes,
+)
 
 CONFIG = parse(get_config())
 CFG = model_config(CONFIG.model, types.SimpleNamespace(vocab_size=CONFIG.model.vocab_size))
@@ -51,23 +58,6 @@ def pairs(count):
     return [
         PairItem(Item(str(i), prompt, (response, response)), ref_logp=np.zeros(2, np.float32)) for i in range(count)
     ]
-
-
-def shapes(tree, sharding, microbatches=0):
-    """Host arrays as shapes on the mesh; as microbatches [A, R / A, ...] where asked for."""
-
-    def of(x):
-        split = (microbatches, x.shape[0] // microbatches, *x.shape[1:]) if microbatches else x.shape
-        return jax.ShapeDtypeStruct(split, x.dtype, sharding=sharding)
-
-    return jax.tree.map(of, tree)
-
-
-def params_on(mesh):
-    tree = abstract_params(CFG)
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, param_shardings(mesh, tree)
-    )
 
 
 def training_batch(group, mesh, loader):
@@ -111,29 +101,6 @@ def sampler(mesh):
     return programs(CFG, sampling, mesh, CONFIG.sampling.slots)
 
 
-def argument_shardings(lowered):
-    """The sharding of every array argument of a lowered program, as written in it: [{"fsdp"}, {}] and so on."""
-    main = re.search(r"@main\((.*?)\) -> ", lowered.as_text(), re.DOTALL).group(1)
-    return [match.group(1) if match else None for match in map(_SHARDING.search, main.split("%arg")[1:])]
-
-
-_SHARDING = re.compile(r"sdy\.sharding = #sdy\.sharding<@mesh, (\[.*?\])>")
-
-
-def written(sharding, ndim):
-    """A NamedSharding as the lowered program writes it."""
-    axes = [*sharding.spec, *[None] * (ndim - len(sharding.spec))]
-    names = [() if axis is None else (axis,) if isinstance(axis, str) else axis for axis in axes]
-    return "[" + ", ".join("{" + ", ".join(f'"{name}"' for name in part) + "}" for part in names) + "]"
-
-
-def assert_arguments_lie_as_asked(lowered, *arguments):
-    leaves = jax.tree.leaves(arguments)
-    found = argument_shardings(lowered)
-    assert len(found) == len(leaves), "an argument was dropped: nothing reads it"
-    assert found == [written(leaf.sharding, len(leaf.shape)) for leaf in leaves]
-
-
 def test_the_config_has_the_size_it_is_named_after(mesh):
     tree = abstract_params(CFG)
     assert sum(leaf.size for leaf in jax.tree.leaves(tree)) == PARAMETERS
@@ -143,10 +110,6 @@ def test_the_config_has_the_size_it_is_named_after(mesh):
 
 def test_parameters_and_moments_are_split_over_all_devices(mesh, align):
     _, state, _ = align
-
-    def bytes_on_a_device(leaf):
-        return int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
-
     held = sum(map(bytes_on_a_device, jax.tree.leaves(state)))
     # float32 parameters and two moments; only norm scales and counters are whole on every device
     assert held == pytest.approx(3 * 4 * PARAMETERS / DEVICES, rel=1e-3)
@@ -169,13 +132,10 @@ def test_the_alignment_update_lowers_and_gives_its_state_back_in_place(mesh, ali
         lowered = step.lower(state, batch)
     assert_arguments_lie_as_asked(lowered, state, batch)
     after, metrics = lowered.out_info
-    for (path, old), new in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(after), strict=True):
-        assert (new.shape, new.dtype, new.sharding) == (old.shape, old.dtype, old.sharding), path
-    text = lowered.as_text()
-    assert text.count("tf.aliasing_output") + text.count("jax.buffer_donor") == len(jax.tree.leaves(state))
+    assert_state_returns_in_place(lowered, state, after)
     assert metrics["loss"].total.sharding.is_fully_replicated
-    logits = [int(rows) * int(m) for rows, m in re.findall(rf"tensor<(\d+)x(\d+)x{CFG.vocab_size}x", text)]
-    assert 0 < max(logits) <= CONFIG.train.logits_chunk_tokens * DEVICES, "logits of one chunk of positions at a time"
+    held = largest_logits(lowered, CFG.vocab_size)
+    assert 0 < held <= CONFIG.train.logits_chunk_tokens * DEVICES, "logits of one chunk of positions at a time"
 
 
 def test_the_sft_update_lowers(mesh):
@@ -193,7 +153,7 @@ def test_the_sft_update_lowers(mesh):
 def score_program(mesh):
     packed = score_batches([pair.item for pair in pairs(16)], T, 4 * row_shards(mesh))[0]
     score = make_score(CFG, mesh, window=T, chunk_tokens=CONFIG.train.logits_chunk_tokens)
-    return score, (params_on(mesh), shapes(packed.rows, rows_sharding(mesh)))
+    return score, (params_on(CFG, mesh), shapes(packed.rows, rows_sharding(mesh)))
 
 
 def test_the_scorer_lowers_and_returns_a_number_per_response(mesh):
@@ -208,7 +168,7 @@ def test_the_scorer_lowers_and_returns_a_number_per_response(mesh):
 def sampler_shapes(mesh, sampler):
     """(prepared parameters, slots) as shapes on the mesh."""
     columns = CONFIG.data.max_prompt_length + CONFIG.sampling.max_new_tokens
-    prepared = jax.eval_shape(sampler.prepare, params_on(mesh))
+    prepared = jax.eval_shape(sampler.prepare, params_on(CFG, mesh))
     slots = sampler.empty.lower(CONFIG.sampling.slots, columns).out_info
     return prepared, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), slots)
 
@@ -218,7 +178,7 @@ def test_prefill_and_decode_lower_with_the_cache_split_over_the_slots(mesh, samp
     limit = jax.ShapeDtypeStruct((), np.int32)
     prompts = jax.ShapeDtypeStruct((2, CONFIG.data.max_prompt_length), np.int32)
     with jax.set_mesh(mesh):
-        prefill = sampler.prefill.lower(params_on(mesh), prompts)
+        prefill = sampler.prefill.lower(params_on(CFG, mesh), prompts)
         decode = sampler.decode.lower(prepared, slots, limit, limit)
     heads, depth = CFG.num_key_value_heads, CFG.head_dim
     keys, values = prefill.out_info

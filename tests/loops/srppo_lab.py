@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import pathlib
 from typing import Any, NamedTuple
@@ -15,11 +16,12 @@ from sera_jax.checkpoint import Workdir
 from sera_jax.config import Config
 from sera_jax.experiment import srppo_arms
 from sera_jax.loops.ppo import Learner
+from sera_jax.loops.ppo_segment import train_segment
 from sera_jax.loops.runtime import Policy
-from sera_jax.loops.srppo import srppo
+from sera_jax.loops.srppo import iterate, srppo
 from sera_jax.loops.srppo_study import SrppoStudy
 from sera_jax.mesh import make_mesh
-from sera_jax.training.ppo_steps import PpoState
+from sera_jax.training.ppo_steps import PpoState, Programs
 from sera_jax.writer import MetricWriter, read_records
 from tests.loops.tiny import tiny_srppo
 
@@ -120,19 +122,29 @@ def study_of(lab: Lab, folder: pathlib.Path, *, mesh=None, sft=None, data=None, 
     return dataclasses.replace(lab.study, run=run, sft=sft or lab.study.sft, evaluate=lambda *_: {}, **groups)
 
 
-def run_arm(study: SrppoStudy, arm: str = "srppo") -> Policy:
+def run_arm(study: SrppoStudy, arm: str = "srppo", ends: tuple[int, ...] = ()) -> Policy:
+    """Stage 3; with `ends` only the segments that end with these iterations.
+
+    The number of iterations is a constant of the compiled updates, by the schedule of the rate: with `ends` a short run
+    shares the programs of the lab's in the compile cache.
+    """
     with jax.set_mesh(study.run.mesh), study.run.writer:
-        return srppo(study, arm)[0]
+        if not ends:
+            return srppo(study, arm)[0]
+        learner, policy = Learner(study, arm), study.sft
+        for round_, (before, last) in enumerate(itertools.pairwise((0, *ends)), 1):
+            policy, _ = train_segment(learner, iterate, previous=policy, first=before + 1, last=last, round_=round_)
+        return policy
 
 
-def first_rewards(study: SrppoStudy, arm: str = "srppo") -> tuple[dict[str, float], list[Any], PpoState]:
-    """Metrics, experience and state of the first iteration before its updates."""
+def first_rewards(study: SrppoStudy, arm: str = "srppo") -> tuple[dict[str, float], list[Any], PpoState, Programs]:
+    """Metrics, experience and state of the first iteration before its updates, and the arm's programs."""
     with jax.set_mesh(study.run.mesh), study.run.writer:
         learner = Learner(study, arm)
         state = learner.programs.start(study.run.params(study.sft))
         rollouts = learner.sample(state, 1)
         state, experience, metrics = learner.reward(state, rollouts, learner.score(state, rollouts), 1)
-    return metrics, jax.device_get(experience), state
+    return metrics, list(experience), state, learner.programs
 
 
 def ppo_lines(root, arm):
