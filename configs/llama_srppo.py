@@ -10,14 +10,16 @@ SFT is run first; an SFT model of one's own is named in `config.model.sft_model_
 same shape starts from scratch, which serves to compile and to measure.
 
 Four models are in memory during PPO, all split over `mesh.fsdp`. Bytes per parameter, with AdamW and float32
-parameters: policy 16 (parameters, gradient, two moments), critic 16 (as much, but no vocabulary), SFT model 4, base 4,
-and 2 while answers are sampled, for the policy in bfloat16. For 8 B parameters that is about 330 GB before activations:
-32 chips of 16 GB, 16 of 32 GB or 8 of 80 GB at the least. What makes it less: `ppo.critic="head"` (a value head on the
-policy in place of the critic: 16 less), `train.optim="lion"` (one moment: 4 less for each trained model), and
-`model.param_dtype="bfloat16"` (half of everything, but updates as small as 1e-6 are then lost to rounding).
+parameters: policy 16 (parameters, gradient, two moments), critic 16 (as much, but no vocabulary), SFT model 4, base
+4, and, while answers are sampled, 2 for a copy of the policy in bfloat16. For 8 B parameters that is about 330 GB
+before activations: 32 chips of 16 GB, 16 of 32 GB or 8 of 80 GB at the least. The cache of 256 answers of 2048 tokens
+takes another 69 GB while sampling (`sampling.slots` sets how many are drawn at a time). What makes it less:
+`ppo.critic="head"` (a value head on the policy in place of the critic: 16 less) and `train.optim="lion"` (one moment:
+4 less for each trained model).
 
-`train.gradient_accumulation_steps` divides a minibatch of 64 responses further, for chips with little room for
-activations; it changes no result.
+Rows come in multiples of chips x `gradient_accumulation_steps`. A minibatch of 64 answers fills at most 32 rows, and
+far fewer where answers are short: on few chips accumulate, on many raise `train.batch_size` with them, or most rows
+are filling (`rollout/padding_fraction`). Each evaluation saves a policy and the whole training state, about 190 GB.
 """
 
 from typing import Any
@@ -40,8 +42,8 @@ def get_config() -> ConfigDict:
     d.demonstrations, d.prompts = "demonstrations.jsonl", "prompts.jsonl"
     c.sampling.temperature, c.sampling.min_new_tokens = 1.0, 0  # rollouts come from the distribution that is scored
     c.sampling.max_new_tokens, c.sampling.slots = 1024, 256
-    c.sft.batch_size, c.sft.gradient_accumulation_steps, c.sft.learning_rate, c.sft.num_train_epochs = 128, 4, 1e-5, 2
-    c.train.batch_size, c.train.gradient_accumulation_steps, c.train.learning_rate = 256, 2, 1e-6
+    c.sft.batch_size, c.sft.learning_rate, c.sft.num_train_epochs = 128, 1e-5, 2
+    c.train.batch_size, c.train.learning_rate = 256, 1e-6
     c.train.save_steps = 10
     p = c.ppo
     p.arms = ("srppo", "sft_longer", "best_of_n")

@@ -126,8 +126,9 @@ class RewardGroup:
         expectation both have the same gradient at gamma = lam = 1, unless length_normalize is set.
     count_eos: whether the end token's own log-ratio counts.
     length_normalize: divide by the response's number of tokens.
-    missing_eos: what a response gets that the length limit cut: `penalty` (no coherent reward, and -missing_eos_penalty
-        at its last token), `subtract` (its coherent reward less missing_eos_penalty), or `keep` (its coherent reward).
+    missing_eos: what a response gets that the length limit cut (counted as ppo/missing_eos): `penalty` (no coherent
+        reward, and -missing_eos_penalty at its last token), `subtract` (its coherent reward less missing_eos_penalty),
+        or `keep` (its coherent reward; the penalty is then not read).
     whiten: divide by the running standard deviation of the scores so far; with placement="eos" their running mean is
         subtracted first.
     clip: what is paid (a score, or a token's share) is cut to [-clip, clip]; unset: it is not.
@@ -149,24 +150,30 @@ class PpoGroup:
 
     arms: what to run from the same SFT model: `srppo` itself, and the controls `sft_longer` (sft_longer_factor times
         the SFT updates), `sft_equal_compute` (as many SFT updates as the model passes of `srppo` would pay for),
-        `best_of_n` (the SFT model's answer of the largest coherent reward among best_of), `random_reward` (normal noise
-        of the coherent reward's mean and variance), `reinforce` (the batch mean of the returns in place of the critic).
+        `best_of_n` (the SFT model's answer of the largest coherent reward, the plain sum whatever `reward` says,
+        among best_of), `random_reward` (normal noise of the coherent reward's mean and variance), `reinforce` (the
+        batch mean of the returns in place of the critic).
     iterations: rollout, score, update; eval_iterations: held-out evaluation and a saved policy every so many of them
         (0: at the end only).
-    num_samples: responses to each prompt; num_ppo_epochs passes over num_mini_batches parts of an iteration's rollouts.
+    num_samples: responses to each prompt; num_ppo_epochs passes over num_mini_batches parts of an iteration's
+        rollouts.
     prompt_overlap: share of each iteration's prompts taken from the SFT demonstrations; the rest are those of
         `data.prompts` that no demonstration has.
-    gamma, lam: of GAE. cliprange, cliprange_value: of PPO's losses. whiten_advantages: over an iteration's real tokens.
+    gamma, lam: of GAE. cliprange, cliprange_value: of PPO's losses. whiten_advantages: over an iteration's real
+        tokens.
     kl_coef: weight of the KL to the SFT model; kl_in: `reward` (per token) or `loss`; kl_estimator: k1, k2 or k3;
-        kl_controller: `fixed`, or `adaptive` towards kl_target nats per response over kl_horizon responses.
-    critic: `model` (a copy of the SFT model with a zero scalar head) or `head` (a value head on the policy, weighted by
-        vf_coef in a joint loss). critic_learning_rate: unset, that of `train`. critic_warmup_iterations: only the
-        critic learns in the first ones (with `head`, only the head).
-    target_kl: once an update's approximate KL to the rollout policy exceeds it, the iteration makes no further update;
-        unset: never. ratio_limit: an update whose mean probability ratio exceeds it is refused and counted.
+        kl_controller: `fixed`, or `adaptive` towards kl_target nats per response over kl_horizon responses (read
+        then).
+    critic: `model` (a copy of the SFT model with a zero scalar head) or `head` (a value head on the policy, weighted
+        by vf_coef, which only it reads, in a joint loss). critic_learning_rate: unset, that of `train`.
+        critic_warmup_iterations: only the critic learns in the first ones (with `head`, only the head); no arm
+        updates its policy in them.
+    target_kl: once an update's approximate KL to the rollout policy exceeds it, the iteration makes no further update
+        of the policy; unset: never. ratio_limit: an update whose mean probability ratio exceeds it is refused and
+        counted.
     max_kl: KL to the SFT model, nats per response, at which the run stops.
-    max_decode_score_gap: mean absolute difference of the sampler's and the scorer's log-prob of a token, nats, at which
-        the run stops.
+    max_decode_score_gap: mean absolute difference of the sampler's and the scorer's log-prob of a token, nats, at
+        which the run stops.
     """
 
     arms: tuple[str, ...] = ("srppo", "sft_longer")

@@ -69,7 +69,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "ppo.prompt_overlap": (0, 1, True),
     "ppo.gamma": (0, 1, True),
     "ppo.lam": (0, 1, True),
-    "ppo.cliprange": (0, math.inf, False),
+    "ppo.cliprange": (0, 1, False),
     "ppo.cliprange_value": (0, math.inf, False),
     "ppo.entropy_coef": (0, math.inf, True),
     "ppo.kl_coef": (0, math.inf, True),

@@ -106,6 +106,17 @@ def _check_demonstrations(config: Config) -> None:
             f"config.model.sft_model_path={model.sft_model_path!r} without config.model.model_name_or_path: the reward "
             "compares the SFT model with the base it was trained from; name that base"
         )
+    if controls := [arm for arm in ("sft_longer", "sft_equal_compute") if arm in ppo.arms and model.sft_model_path]:
+        raise ValueError(
+            f"config.ppo.arms has {', '.join(controls)}, which train SFT from the base by config.sft, but the SFT "
+            f"model of config.model.sft_model_path={model.sft_model_path!r} was made otherwise; take them out of the arms"
+        )
+    files = {name: getattr(data, name) for name in ("eval", "prompts", "pretrain")}
+    if config.world.name and any(files.values()):
+        named = ", ".join(f"config.data.{name}={path!r}" for name, path in files.items() if path)
+        raise ValueError(f"{named}: the embedded world writes its own rows; empty them, or empty config.world.name")
+    if config.world.name and not config.world.heldout_demonstrations:
+        raise ValueError("config.world.heldout_demonstrations=0 leaves nothing to hold out; give at least 1")
     new_prompts = config.world.prompts if config.world.name else data.prompts
     if ppo.prompt_overlap < 1 and not new_prompts:
         field = "world.prompts" if config.world.name else "data.prompts"
@@ -160,6 +171,10 @@ def _check_ppo(config: Config) -> None:
                 f"config.train.{field}={value} is not read by method='srppo'; leave it at {unset} and set "
                 "config.ppo.iterations, ppo.num_ppo_epochs and ppo.num_mini_batches"
             )
+    if ppo.kl_controller == "adaptive" and not ppo.kl_coef:
+        raise ValueError(
+            "config.ppo.kl_coef=0 stays 0 with kl_controller='adaptive', which multiplies it; give a start"
+        )
     if ppo.kl_controller == "adaptive" and 5 * ppo.kl_horizon <= train.batch_size:
         raise ValueError(
             f"config.ppo.kl_horizon={ppo.kl_horizon} with config.train.batch_size={train.batch_size}: one iteration "

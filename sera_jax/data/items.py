@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -46,3 +47,11 @@ class PairItem:
     weight: float = 1.0
     flipped: bool = False
     source: str = "offline"
+
+
+def unique_prompts(items: Iterable[Item]) -> list[Item]:
+    """The prompts of the items, each once, without responses, in order."""
+    seen: dict[bytes, Item] = {}
+    for item in items:
+        seen.setdefault(item.prompt.tobytes(), Item(item.id, item.prompt, ()))
+    return list(seen.values())

@@ -106,7 +106,7 @@ def lay_rollouts(
         spec = merge_specs(spec, spec_for(group, rows, row_tokens))
     assert spec is not None
     size = rounded_rows(max(map(len, packed)), row_multiple)
-    if size <= earlier[0] <= _LOOSE * size:
+    if size <= earlier[0] <= _LOOSE * size and earlier[0] % row_multiple == 0:
         size = earlier[0]
         spec = dataclasses.replace(spec, scored=max(spec.scored, earlier[1]), slots=max(spec.slots, earlier[2]))
     out = []

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from sera_jax.config import Config, DataGroup
-from sera_jax.data.items import Item, PairItem
+from sera_jax.data.items import Item, PairItem, unique_prompts
 from sera_jax.data.loading import flip_labels, load_demonstrations, load_preferences, load_prompts, split_heldout
 from sera_jax.data.tokenizing import Tokenizer
 
@@ -133,6 +133,8 @@ def of_demonstrations(config: Config, data: DataGroup, heldout_prompts: str, rea
     if data.pretrain:
         texts = read(load_demonstrations, data.pretrain, "pretrain")
         pretrain = texts if data.eval else _without(texts, heldout)  # what was split off may stand there too
+        if data.eval and (known := len(texts) - len(_without(texts, heldout))):
+            read.say(f"warning: {known} pretrain texts have the prompt of a held-out one; they are trained on")
         if len(pretrain) < len(texts):
             read.say(f"pretrain: left out {len(texts) - len(pretrain)} texts with the prompt of a held-out one")
     else:
@@ -177,14 +179,6 @@ def new_prompts(prompts: Sequence[Item], known: Sequence[Item]) -> tuple[list[It
     once = unique_prompts(fresh)
     named = [dataclasses.replace(item, id=f"new/{item.id}") if item.id in ids else item for item in once]
     return named, {"known": len(prompts) - len(fresh), "repeated": len(fresh) - len(once)}
-
-
-def unique_prompts(items: Iterable[Item]) -> list[Item]:
-    """The prompts of the items, each once, without responses, in order."""
-    seen: dict[bytes, Item] = {}
-    for item in items:
-        seen.setdefault(item.prompt.tobytes(), Item(item.id, item.prompt, ()))
-    return list(seen.values())
 
 
 def as_text(item: Item) -> Item:

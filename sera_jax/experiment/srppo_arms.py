@@ -8,7 +8,8 @@ import pathlib
 from typing import Any
 
 from sera_jax.config import Config
-from sera_jax.experiment.corpus import Corpus, unique_prompts
+from sera_jax.data.items import unique_prompts
+from sera_jax.experiment.corpus import Corpus
 from sera_jax.experiment.evaluator import Evaluator, Generations
 from sera_jax.loops.controls import best_of_n, sft_equal_compute, sft_longer
 from sera_jax.loops.runtime import Policy, Runtime
@@ -26,6 +27,12 @@ def run_srppo_arms(
         The last policy of each arm that has one, `sft` first; and the method's part of the summary: `arms`, `rounds`
         (the evaluations of the PPO arms), `prompts` (how many of which kind) and `iterations` (their metrics).
     """
+    if "best_of_n" in config.ppo.arms and not corpus.eval_prompts:
+        raise ValueError(
+            "config.ppo.arms has best_of_n, which answers held-out prompts, and there are none; name held-out "
+            f"demonstrations in config.data.eval, raise config.data.eval_fraction={config.data.eval_fraction}, or take "
+            "best_of_n out"
+        )
     evaluator, generations, study = prepare_iterations(config, runtime, corpus, base, start)
     final = {"sft": start}
     arms: dict[str, dict[str, Any]] = {"sft": evaluator.of_arm(start)}

@@ -13,8 +13,7 @@ from sera_jax.data.packing import split_items
 from sera_jax.loops.runtime import Policy
 from sera_jax.loops.sft import sft
 from sera_jax.loops.srppo_study import SrppoStudy
-
-_TRAIN_PASSES = 3  # forward and backward
+from sera_jax.training.ppo_steps import TRAIN_PASSES
 
 
 def sft_longer(study: SrppoStudy, group: TrainGroup, name: str = "sft_longer") -> Policy:
@@ -29,7 +28,7 @@ def sft_equal_compute(study: SrppoStudy, group: TrainGroup, passes_tokens: float
         passes_tokens: of PPO: tokens times passes through a model; a token of SFT costs three.
     """
     tokens = float(np.mean([item.tokens for item in study.demonstrations]))
-    more = round(passes_tokens / (_TRAIN_PASSES * group.batch_size * tokens))
+    more = round(passes_tokens / (TRAIN_PASSES * group.batch_size * tokens))
     return _sft(study, group, "sft_equal_compute", _updates(study, group) + more)
 
 

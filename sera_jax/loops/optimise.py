@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ from sera_jax.checkpoint import Checkpoints, load_tree, save_tree
 from sera_jax.config import TrainGroup
 from sera_jax.core import Mean
 from sera_jax.loops.runtime import NonFinite, Policy, Preempted, Runtime
-from sera_jax.training.optimizer import make_optimizer, schedule
+from sera_jax.training.optimizer import init_optimizer, make_optimizer, schedule
 from sera_jax.training.step import Objective, TrainState, abstract_state, init_state, make_step, place_batch
 
 
@@ -106,7 +107,8 @@ def _fresh_state(run: Runtime, task: Task, optimizer: optax.GradientTransformati
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     params = run.params(task.start)
     if task.continue_from is None:
-        opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+        init = functools.partial(init_optimizer, optimizer)
+        opt_state = jax.jit(init, out_shardings=shardings.opt_state)(params)
     else:
         opt_state = load_tree(task.continue_from.path / "optimizer", abstract.opt_state)
     # through jit, so that the state has buffers of its own: the step donates them

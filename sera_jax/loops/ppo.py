@@ -14,7 +14,7 @@ import numpy as np
 from sera_jax.checkpoint import load_tree
 from sera_jax.checkpoint.phases import write_jsonl
 from sera_jax.core import Mean, Rows, Stream, rng_for
-from sera_jax.data.items import Item
+from sera_jax.data.items import Item, unique_prompts
 from sera_jax.data.packing import Packed
 from sera_jax.data.rollouts import PromptSchedule, lay_response_values, lay_rollouts, lay_token_values
 from sera_jax.loops.ppo_checks import check_rewards, check_updates
@@ -53,7 +53,7 @@ class Learner:
         self.study, self.arm = study, arm
         run, ppo = study.run, study.ppo
         self.schedule = PromptSchedule(
-            sft=_prompts_of(study.demonstrations),
+            sft=unique_prompts(study.demonstrations),
             new=study.prompts,
             overlap=ppo.prompt_overlap,
             per_iteration=study.train.batch_size // ppo.num_samples,
@@ -75,7 +75,7 @@ class Learner:
         how = dict(
             baseline="batch_mean" if self.arm == "reinforce" else "critic", random_reward=self.arm == "random_reward"
         )
-        key = ("ppo", self.window, *how.values())
+        key = (self.window, *how.values())
         if key not in study.run.programs:
             study.run.programs[key] = make_programs(
                 study.run.cfg,
@@ -84,7 +84,7 @@ class Learner:
                 reward=study.reward,
                 train=study.train,
                 window=self.window,
-                like=next((p for (_, window, *_), p in study.run.programs.items() if window == self.window), None),
+                like=next((p for made, p in study.run.programs.items() if made[0] == self.window), None),
                 **how,
             )
         return study.run.programs[key]
@@ -216,7 +216,7 @@ class Learner:
     ) -> tuple[PpoState, dict[str, float]]:
         study, ppo, programs = self.study, self.study.ppo, self.programs
         critic_step = programs.critic_step
-        warming = critic_step is not None and iteration <= ppo.critic_warmup_iterations
+        warming = iteration <= ppo.critic_warmup_iterations  # in every arm, so that all update the policy as often
         policy, critic = state.policy, state.critic
         policy_metrics, critic_metrics, stopped = [], [], False
         for epoch in range(ppo.num_ppo_epochs):
@@ -308,11 +308,3 @@ def _summed(found: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def _of_critic(metrics: dict[str, float]) -> dict[str, float]:
     return {ours: metrics[name] for name, ours in _CRITIC_METRICS.items() if name in metrics}
-
-
-def _prompts_of(demonstrations: Sequence[Item]) -> list[Item]:
-    """The prompts of the demonstrations, each once, without responses."""
-    seen: dict[bytes, Item] = {}
-    for item in demonstrations:
-        seen.setdefault(item.prompt.tobytes(), dataclasses.replace(item, responses=()))
-    return list(seen.values())

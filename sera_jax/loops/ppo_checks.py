@@ -36,7 +36,8 @@ def check_rewards(metrics: Mapping[str, float], ppo: PpoGroup, where: str) -> No
         raise ValueError(
             f"{where}: the sampler's and the scorer's log-probs differ by {gap:.3g} nats a token on average "
             f"(rollout/decode_score_gap), more than config.ppo.max_decode_score_gap={limit}; use "
-            "config.model.dtype=float32 or config.model.logits_dtype=float32, or raise the limit"
+            "config.model.dtype=float32 or config.model.logits_dtype=float32, or raise the limit, and start with a new "
+            "--config.workdir"
         )
     kl = metrics["objective/kl"]
     if kl > ppo.max_kl:

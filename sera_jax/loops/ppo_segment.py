@@ -91,6 +91,10 @@ def _train(
             except Preempted:  # while sampling: the state before this iteration is whole
                 _save(learner, checkpoints, iteration - 1, state)
                 raise Preempted(f"stopped in {name} after iteration {iteration - 1}; {_GOES_ON}") from None
+            except ValueError:
+                if not any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):  # refused before any update
+                    _save(learner, checkpoints, iteration - 1, state)
+                raise
             state = after
             tokens = int(metrics["rollout/tokens"])
             run.writer.write(step=iteration, metrics=metrics | learner.timings(), tokens=tokens)

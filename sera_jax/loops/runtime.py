@@ -44,7 +44,8 @@ class NonFinite(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """Parameters on disk: `path/params`, and `path/optimizer` where training may go on. `name` is the phase's."""
+    """Parameters on disk: `path/params`, and where training may go on `path/optimizer`, or `path/state` after PPO.
+    `name` is the phase's."""
 
     name: str
     path: pathlib.Path
@@ -92,7 +93,7 @@ class Runtime:
     def __post_init__(self) -> None:
         self._held: tuple[str, Params] | None = None
         self.steps: dict[Any, Any] = {}  # jitted update steps by what they compute
-        self.programs: dict[Any, Programs] = {}  # those of PPO, by arm and window
+        self.programs: dict[tuple, Programs] = {}  # those of PPO, by window and what an arm changes
         self.row_shapes = RowShapes()
         self._scores: dict[int, Any] = {}  # jitted scorers by attention window
 

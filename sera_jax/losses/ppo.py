@@ -114,7 +114,7 @@ def approx_kl(*, logp: Array, old_logp: Array) -> jax.Array:
 
 
 def adaptive_kl_coef(
-    kl_coef: Array | float, *, kl: Array | float, target: float, horizon: float, responses: int
+    kl_coef: Array | float, *, kl: Array | float, target: float, horizon: float, responses: Array | float
 ) -> jax.Array:
     """The KL coefficient after an iteration, f32[]: larger where the KL was above its target, smaller below.
 

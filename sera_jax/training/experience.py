@@ -69,6 +69,7 @@ def make_experience(
     *,
     microbatches: int = 1,
     passes: int = 0,
+    warmup_passes: int = 0,
     baseline: str = "critic",
     random_reward: bool = False,
 ) -> Callable[[list[Scored], Control], Experienced]:
@@ -76,7 +77,7 @@ def make_experience(
 
     Args:
         microbatches: A; the leaves of the experience are [A, R / A, ...], as `step.make_step` takes them.
-        passes: model passes that an iteration costs every token.
+        passes, warmup_passes: model passes that an iteration costs every token, after and in the critic's warm-up.
         baseline: `critic` (GAE), or `batch_mean` (REINFORCE: returns less their mean over the batch).
         random_reward: pay normal noise of the scores' mean and variance in place of the scores.
     """
@@ -115,10 +116,13 @@ def make_experience(
             kl_coef=jnp.broadcast_to(control.kl_coef, used.shape[:2]),
         )
         metrics["ppo/kl_coef"] = control.kl_coef
-        kl_coef = _next_kl_coef(control.kl_coef, metrics, settings)
-        tokens = jnp.sum(batch.rows.segment > 0).astype(jnp.float32)
+        warming = control.iteration < settings.critic_warmup_iterations
+        kl_coef = jnp.where(warming, control.kl_coef, _next_kl_coef(control.kl_coef, metrics, settings))
+        filled = (batch.rows.segment > 0).astype(jnp.float32)
+        tokens = jnp.sum(filled)
+        metrics["rollout/padding_fraction"] = 1 - tokens / filled.size
         sizes = (batch.rows.tokens.shape[1], batch.rows.source.shape[2], batch.rows.num_slots)
-        spent = control.passes_tokens + passes * tokens
+        spent = control.passes_tokens + jnp.where(warming, warmup_passes, passes) * tokens
         after = Control(control.iteration + 1, jnp.array(sizes, jnp.int32), kl_coef, moments, spent)
         return [_split(experience, i, microbatches) for i in range(len(parts))], after, metrics
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import optax
 
 from sera_jax.config import TrainGroup
@@ -21,6 +25,11 @@ def schedule(group: TrainGroup, total_steps: int) -> optax.Schedule:
     # the first update already moves: 1 / warmup of the peak, not 0
     ramp = optax.linear_schedule(group.learning_rate / warmup, group.learning_rate, max(1, warmup - 1))
     return optax.join_schedules([ramp, decay], [warmup])
+
+
+def init_optimizer(optimizer: optax.GradientTransformation, params: Any) -> Any:
+    """Optimiser state for `params`: float32 whatever they are, as gradients are, so that no update changes a dtype."""
+    return optimizer.init(jax.tree.map(lambda p: p.astype(jnp.float32), params))
 
 
 def make_optimizer(group: TrainGroup, total_steps: int) -> optax.GradientTransformation:

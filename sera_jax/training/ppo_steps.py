@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,13 +19,13 @@ from sera_jax.models.config import ModelConfig
 from sera_jax.models.critic import critic_config, critic_params, with_value_head
 from sera_jax.models.decoder import Params
 from sera_jax.training.experience import Control, initial_control, make_experience
-from sera_jax.training.optimizer import make_optimizer
+from sera_jax.training.optimizer import init_optimizer, make_optimizer
 from sera_jax.training.ppo import head_objective, joint_objective, policy_objective, value_objective
 from sera_jax.training.score import make_score, make_values
 from sera_jax.training.step import Metrics, TrainState, abstract_state, init_state, make_step
 
 _FORWARD_PASSES = 4  # of every token: decoding, and scoring under policy, SFT model and base; a critic adds one
-_TRAIN_PASSES = 3  # forward and backward
+TRAIN_PASSES = 3  # forward and backward
 
 
 @struct.dataclass
@@ -51,7 +52,7 @@ class Programs:
         experience: see `make_experience`.
         policy_step: the update of the policy; with a head on the policy, of both. critic_step: of a critic of its own,
             or, in the warm-up of a head, of the head; None without a critic.
-        updates: that the learning-rate schedule spans.
+        updates: that the policy's learning-rate schedule spans.
         start: (SFT params) -> a state before the first iteration, with buffers of its own.
         abstract: its shapes and shardings.
     """
@@ -81,13 +82,17 @@ def make_programs(
     """The programs of one arm.
 
     Args:
-        train: optimiser settings; its schedule spans all updates of `ppo.iterations`.
+        train: optimiser settings; schedules span the updates that policy and critic make in `ppo.iterations`.
         window: no rollout with its prompt is longer than this.
         baseline, random_reward: as in `make_experience`.
         like: those of another arm, made from the same other arguments; what both compute is compiled once.
     """
     shards = row_shards(mesh)
-    updates = ppo.iterations * ppo.num_ppo_epochs * ppo.num_mini_batches
+    head = baseline == "critic" and ppo.critic == "head"
+    separate = baseline == "critic" and ppo.critic == "model"
+    per_iteration = ppo.num_ppo_epochs * ppo.num_mini_batches
+    critic_updates = ppo.iterations * per_iteration
+    updates = critic_updates if head else critic_updates - ppo.critic_warmup_iterations * per_iteration
     optimizer = make_optimizer(train, updates)
     critic_cfg = critic_config(cfg)
     shape = dict(window=window, chunk_tokens=train.logits_chunk_tokens)
@@ -100,20 +105,11 @@ def make_programs(
     )
     value_how: dict[str, Any] = dict(window=window, cliprange_value=ppo.cliprange_value)
 
-    def accept(metrics: Metrics) -> jax.Array:
-        """Whether the policy is still near the one that sampled."""
-        near = _mean(metrics["val/ratio"]) <= ppo.ratio_limit
-        if ppo.target_kl is not None:
-            near &= _mean(metrics["policy/approxkl_avg"]) <= ppo.target_kl
-        return near
-
-    head = baseline == "critic" and ppo.critic == "head"
-    separate = baseline == "critic" and ppo.critic == "model"
     policy = abstract_state(cfg, optimizer, mesh, with_value_head if head else lambda params: params)
     critic = critic_step = critic_optimizer = None
     if separate:
         rate = ppo.critic_learning_rate or train.learning_rate
-        critic_optimizer = make_optimizer(dataclasses.replace(train, learning_rate=rate), updates)
+        critic_optimizer = make_optimizer(dataclasses.replace(train, learning_rate=rate), critic_updates)
         critic = abstract_state(critic_cfg, critic_optimizer, mesh, critic_params)
         critic_step = make_step(value_objective(critic_cfg, **value_how), critic_optimizer, critic, mesh)
     elif head:
@@ -123,6 +119,7 @@ def make_programs(
     else:
         objective = policy_objective(cfg, **policy_how)
     abstract = _abstract(policy, critic, ppo, mesh)
+    forward = _FORWARD_PASSES + (head or separate)
     made = Programs(
         score=make_score(cfg, mesh, per_token=True, **shape),
         values=make_values(critic_cfg if separate else cfg, mesh, window=window) if head or separate else None,
@@ -131,11 +128,12 @@ def make_programs(
             ppo,
             mesh,
             microbatches=train.gradient_accumulation_steps,
-            passes=_FORWARD_PASSES + (head or separate) + _TRAIN_PASSES * (1 + separate) * ppo.num_ppo_epochs,
+            passes=forward + TRAIN_PASSES * ppo.num_ppo_epochs * (1 + separate),
+            warmup_passes=forward + TRAIN_PASSES * ppo.num_ppo_epochs * (head or separate),
             baseline=baseline,
             random_reward=random_reward,
         ),
-        policy_step=make_step(objective, optimizer, policy, mesh, accept),
+        policy_step=make_step(objective, optimizer, policy, mesh, functools.partial(_is_near, ppo)),
         critic_step=critic_step,
         updates=updates,
         start=_make_start(abstract, ppo, optimizer, critic_optimizer, head),
@@ -166,8 +164,8 @@ def _make_start(
         critic = None
         if critic_optimizer is not None:
             of_critic = critic_params(params)
-            critic = init_state(of_critic, critic_optimizer.init(of_critic))
-        return PpoState(init_state(policy, optimizer.init(policy)), critic, initial_control(ppo))
+            critic = init_state(of_critic, init_optimizer(critic_optimizer, of_critic))
+        return PpoState(init_state(policy, init_optimizer(optimizer, policy)), critic, initial_control(ppo))
 
     return jax.jit(start, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))
 
@@ -178,6 +176,14 @@ def _abstract(policy: TrainState, critic: TrainState | None, ppo: PpoGroup, mesh
         jax.eval_shape(lambda: initial_control(ppo)),
     )
     return PpoState(policy, critic, control)
+
+
+def _is_near(ppo: PpoGroup, metrics: Metrics) -> jax.Array:
+    """Whether the policy is still near the one that sampled, so that an update may be made."""
+    near = _mean(metrics["val/ratio"]) <= ppo.ratio_limit
+    if ppo.target_kl is not None:
+        near &= _mean(metrics["policy/approxkl_avg"]) <= ppo.target_kl
+    return near
 
 
 def _mean(metric: Any) -> jax.Array:

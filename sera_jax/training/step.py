@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sera_jax.mesh import ROW_AXES, host_to_global, replicated, state_shardings
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import Params, abstract_params
+from sera_jax.training.optimizer import init_optimizer
 
 Metrics = dict[str, Any]
 # (params, microbatch) -> (loss summed over examples, weight of those examples, metrics as Means)
@@ -55,7 +56,7 @@ def abstract_state(
 
     def make(decoder: Params) -> TrainState:
         params = of_params(decoder)
-        return init_state(params, optimizer.init(params))
+        return init_state(params, init_optimizer(optimizer, params))
 
     shapes = jax.eval_shape(make, abstract_params(cfg))
     return jax.tree.map(

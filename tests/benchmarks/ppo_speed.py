@@ -168,9 +168,9 @@ def measure(folder: pathlib.Path, args: argparse.Namespace) -> None:
     )
     for key, rounds in seconds.items():
         total, rollout, score, update = np.median(rounds, axis=0)
-        count = float(np.median(tokens[key]))
+        best, count = np.min(rounds, axis=0)[0], float(np.median(tokens[key]))
         print(
-            f"{key[0]:10}{key[1]:13}{total:16.2f}{np.min(rounds, axis=0)[0]:7.2f}{rollout:9.2f}{score:7.2f}{update:8.2f}"
+            f"{key[0]:10}{key[1]:13}{total:16.2f}{best:7.2f}{rollout:9.2f}{score:7.2f}{update:8.2f}"
             f"{count:8.0f}{count / total:10.0f}{needed_flops() / 1e9 / total / top:9.2f}{warm[key][0]:14.1f}",
             flush=True,
         )

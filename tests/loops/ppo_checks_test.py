@@ -1,4 +1,4 @@
-"""What stops Self-Rewarding PPO, and what it counts and goes on: every refusal names the value, the limit, the way out."""
+"""What stops Self-Rewarding PPO, and what is counted: a refusal names the value, the limit and the way out."""
 
 import json
 import math
@@ -91,19 +91,19 @@ def test_what_the_config_rules_out_is_an_error_of_the_command(lab, tmp_path, com
 
 
 def test_prompts_longer_than_the_limit_are_counted_on_screen_and_on_disk(tmp_path):
-    said = []
+    said, limit = [], 8
     config = tiny_srppo(
-        tmp_path, world__prompts=30, ppo__prompt_overlap=0.5, data__max_prompt_length=10, data__truncation_mode="drop"
+        tmp_path, world__prompts=30, ppo__prompt_overlap=0.5, data__max_prompt_length=limit, data__truncation_mode="drop"
     )
     corpus = read_corpus(config, Workdir(tmp_path, {}), said.append)
     for name, items in (("demonstrations", corpus.demonstrations), ("prompts", corpus.prompts)):
         report = json.loads((tmp_path / "data" / f"{name}.json").read_text())
         dropped = report["dropped"]["prompt_too_long"]
         assert 0 < dropped["count"] < report["rows"] == report["kept"] + dropped["count"]
-        assert "at most 10" in dropped["detail"]
+        assert f"at most {limit}" in dropped["detail"]
         (table,) = [text for text in said if text.startswith(f"{name}: ")]
         assert f"{dropped['count']}  prompt_too_long" in table
-        assert max(len(item.prompt) for item in items) <= 10
+        assert max(len(item.prompt) for item in items) <= limit
 
 
 def test_a_policy_that_runs_away_stops_the_run(lab, tmp_path):
@@ -123,7 +123,7 @@ def test_a_policy_that_runs_away_stops_the_run(lab, tmp_path):
 
 def test_a_sampler_that_disagrees_with_the_scorer_stops_the_run(lab, tmp_path):
     with pytest.raises(
-        ValueError, match=r"iteration 1: .* max_decode_score_gap=1e-12; use config\.model\.dtype=float32"
+        ValueError, match=r"iteration 1: .* config\.ppo\.max_decode_score_gap=1e-12; use config\.model\.dtype=float32"
     ):
         run_arm(study_of(lab, tmp_path, ppo__max_decode_score_gap=1e-12), ends=(1,))
     assert ppo_lines(tmp_path, "srppo") == []
@@ -137,7 +137,7 @@ def test_a_reward_of_nothing_is_refused_and_one_of_something_is_not(lab):
     check_rewards(FINE | {"coherent_reward/mean": 0.0}, ppo, "a mean of 0 says nothing")
 
 
-@pytest.mark.parametrize("name", sorted(FINE))
+@pytest.mark.parametrize("name", [name for name in FINE if name != "coherent_reward/largest"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_reward_that_is_not_finite_is_named(lab, name, value):
     with pytest.raises(NonFinite, match=rf"reinforce, iteration 3: {name} is {value}; .* new --config\.workdir"):

@@ -1,4 +1,4 @@
-"""Self-Rewarding PPO on a tiny embedded world: what is rolled out, scored, paid and learnt, and what is logged of it."""
+"""Self-Rewarding PPO on a tiny embedded world: what is rolled out, scored, paid, learnt, and what is logged of it."""
 
 import json
 

@@ -40,7 +40,7 @@ CFG = ModelConfig(
     vocab_size=32,
     hidden_size=16,
     intermediate_size=24,
-    num_hidden_layers=2,
+    num_hidden_layers=1,
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=8,
@@ -387,8 +387,8 @@ GROUPS = dict(
     window=T,
 )
 PPO = {
-    "model": PpoGroup(iterations=3, num_mini_batches=2, critic_learning_rate=2e-2),
-    "head": PpoGroup(iterations=3, num_mini_batches=2, critic="head", ratio_limit=1.02, target_kl=0.5),
+    "model": PpoGroup(iterations=3, num_mini_batches=2, critic_learning_rate=2e-2, ratio_limit=1.02, target_kl=0.5),
+    "head": PpoGroup(iterations=3, num_mini_batches=2, critic="head"),
 }
 
 
@@ -516,14 +516,12 @@ def test_an_update_moves_policy_and_critic_at_their_own_rates():
     assert (int(policy.step), int(critic.step), float(metrics["accepted"])) == (1, 1, 1.0)
 
 
-def test_a_kl_that_the_reward_carries_is_not_in_the_loss_and_without_a_target_no_drift_is_refused():
+def test_a_kl_that_the_reward_carries_is_not_in_the_loss():
     state, experience, *_ = iteration("model", eight())
-    far = dataclasses.replace(experience[0], sft_logp=experience[0].sft_logp - 3, old_logp=experience[0].old_logp + 2)
+    far = dataclasses.replace(experience[0], sft_logp=experience[0].sft_logp - 3)
     assert np.all(jax.device_get(far.kl_coef) > 0)
     _, metrics = take(programs("model", eight()).policy_step, state.policy, far, eight())
     assert metrics["loss"].total == metrics["loss/policy_avg"].total
-    assert metrics["policy/approxkl_avg"].value() > 1.0
-    assert float(metrics["accepted"]) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -531,21 +529,14 @@ def test_a_kl_that_the_reward_carries_is_not_in_the_loss_and_without_a_target_no
 )
 def test_an_update_past_a_limit_is_refused_and_leaves_the_policy_as_it_is(shift, ratio, kl):
     """Each limit by itself: a ratio of 1.35 at a KL below its target, and a KL of 2 at a ratio below its limit."""
-    state, experience, *_ = iteration("head", one())
+    state, experience, *_ = iteration("model", eight())
     shifted = dataclasses.replace(experience[0], old_logp=experience[0].old_logp + shift)
-    after, metrics = take(programs("head", one()).policy_step, state.policy, shifted, one())
+    after, metrics = take(programs("model", eight()).policy_step, state.policy, shifted, eight())
     np.testing.assert_allclose(metrics["val/ratio"].value(), ratio, rtol=1e-4)
     np.testing.assert_allclose(metrics["policy/approxkl_avg"].value(), kl, rtol=1e-3)
     assert float(metrics["accepted"]) == 0.0
     close(after, jax.device_get(state.policy), "exact")
     assert bool(after.ok)
-
-
-def test_an_update_within_the_limits_is_made():
-    state, experience, *_ = iteration("head", one())
-    after, metrics = take(programs("head", one()).policy_step, state.policy, experience[0], one())
-    assert float(metrics["accepted"]) == 1.0 and int(after.step) == 1
-    assert (after.params["embed"] != jax.device_get(state.policy.params)["embed"]).any()
 
 
 def test_arms_that_compute_the_same_share_their_programs_and_no_others():
