@@ -109,7 +109,7 @@ def _check_demonstrations(config: Config) -> None:
     if controls := [arm for arm in ("sft_longer", "sft_equal_compute") if arm in ppo.arms and model.sft_model_path]:
         raise ValueError(
             f"config.ppo.arms has {', '.join(controls)}, which train SFT from the base by config.sft, but the SFT "
-            f"model of config.model.sft_model_path={model.sft_model_path!r} was made otherwise; take them out of the arms"
+            f"model of config.model.sft_model_path={model.sft_model_path!r} was made otherwise; take them out"
         )
     files = {name: getattr(data, name) for name in ("eval", "prompts", "pretrain")}
     if config.world.name and any(files.values()):

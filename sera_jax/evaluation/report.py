@@ -137,7 +137,7 @@ def legend(summary: Summary) -> str:
     *_, lines = _METHODS.get(method_of(summary), _METHODS["sera"])
     shown = [(head, text) for name, head, text in lines if any(name in fact for fact in facts)]
     heads = {head for head, _ in shown}
-    outcomes = [head for head in _OUTCOMES if head in heads]
+    outcomes = [head for head in _OUTCOMES if head in heads] or ["NLL"]
     width = max((len(head) for head in heads), default=0)
     return "\n".join(f"{head:>{width}}  {text.format(outcomes=_or(outcomes))}" for head, text in shown)
 
@@ -164,7 +164,7 @@ _LEGEND: list[tuple[str, str, str]] = [
     ("margin_mean", "margin", "chosen minus rejected, nats: of held-out pairs above, of offline pairs below"),
 ]
 # What says of an arm of Self-Rewarding PPO whether it is better, by heading.
-_OUTCOMES = ("gold", "right", "NLL")
+_OUTCOMES = ("gold", "right")  # NLL only in place of them: a policy that sharpens loses likelihood even where it gains
 _SRPPO_LEGEND: list[tuple[str, str, str]] = [
     _LEGEND[0],
     ("answer_accuracy", "right", "answers whose last match of eval.answer_pattern is the reference's"),

@@ -39,6 +39,8 @@ def best_of_n(
 
     Answers that ended by themselves go first; among equals the first sampled.
     """
+    if not prompts:
+        return []
     run, count = study.run, study.ppo.best_of
     groups = run.sample(f"{name}/candidates", study.sft, prompts, count, settings, round_=0)
     items = [

@@ -1,6 +1,6 @@
 """Seconds of one iteration of Self-Rewarding PPO at bench size, beside the matmul peak of the machine in the same run.
 
-    python -m tests.benchmarks.ppo_speed [--repeats 3] [--row-tokens 256] [--num-mini-batches 4]
+    python -m tests.benchmarks.ppo_speed [--repeats 3] [--row-tokens 128] [--num-mini-batches 4]
 
 Llama shape: hidden 256, intermediate 688, 8 layers, 8 heads, 4 key/value heads, vocabulary 8192, untied, float32,
 random weights; 16 prompts of 64 tokens, 64 new tokens each, temperature 1, one epoch. Four models: policy, SFT model,
@@ -8,9 +8,10 @@ base (of which the SFT model is a perturbation, so that rewards differ) and a cr
 shipped one, from sampling to the last update, with its packing, transfers and checks; nothing is evaluated or saved.
 
 The first iterations compile and are not timed. Several row lengths or numbers of minibatches are timed in turn, so that
-a busy machine slows all alike; peak memory is that of the whole process. `tokens` are prompts and responses; `of peak`
-are the FLOPs of the matmuls that these tokens need (no padding, no recomputation, attention over visible keys only)
-over those a square float32 matmul reaches.
+a busy machine slows all alike; `cpu s` are the seconds of all cores together, which a busy machine changes least. Peak
+memory is that of the whole process. `tokens` are prompts and responses; `of peak` are the FLOPs of the matmuls that
+these tokens need (no padding, no recomputation, attention over visible keys only) over those a square float32 matmul
+reaches.
 """
 
 import argparse
@@ -93,13 +94,13 @@ class Iterating:
         self.metrics: dict[str, float] = {}
 
     def next(self) -> list[float]:
-        """Seconds of the next iteration and of its parts."""
+        """Seconds of the next iteration, of its parts, and of all cores."""
         self.done += 1
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         self.state, self.metrics = iterate(self.learner, self.state, self.done)
-        seconds = time.perf_counter() - start
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
         assert self.metrics["ppo/updates"] == self.learner.study.ppo.num_mini_batches, "every update was done"
-        return [seconds, *(self.learner.timings()[f"timing_s/{part}"] for part in PARTS)]
+        return [seconds, *(self.learner.timings()[f"timing_s/{part}"] for part in PARTS), cpu]
 
     def tokens(self) -> int:
         """Of the last iteration, prompts included."""
@@ -117,7 +118,7 @@ def needed_flops() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--row-tokens", "--row_tokens", type=int, nargs="+", default=[256])
+    parser.add_argument("--row-tokens", "--row_tokens", type=int, nargs="+", default=[128])
     parser.add_argument("--num-mini-batches", "--num_mini_batches", type=int, nargs="+", default=[4])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -164,14 +165,14 @@ def measure(folder: pathlib.Path, args: argparse.Namespace) -> None:
     print(f"peak memory {memory:.2f} GiB; programs compiled while timed: {again}")
     print(
         f"{'row tokens':>10}{'minibatches':>13}{'seconds median':>16}{'best':>7}{'rollout':>9}{'score':>7}{'update':>8}"
-        f"{'tokens':>8}{'tokens/s':>10}{'of peak':>9}{'first call s':>14}"
+        f"{'cpu s':>7}{'tokens':>8}{'tokens/s':>10}{'of peak':>9}{'first call s':>14}"
     )
     for key, rounds in seconds.items():
-        total, rollout, score, update = np.median(rounds, axis=0)
+        total, rollout, score, update, cpu = np.median(rounds, axis=0)
         best, count = np.min(rounds, axis=0)[0], float(np.median(tokens[key]))
         print(
             f"{key[0]:10}{key[1]:13}{total:16.2f}{best:7.2f}{rollout:9.2f}{score:7.2f}{update:8.2f}"
-            f"{count:8.0f}{count / total:10.0f}{needed_flops() / 1e9 / total / top:9.2f}{warm[key][0]:14.1f}",
+            f"{cpu:7.2f}{count:8.0f}{count / total:10.0f}{needed_flops() / 1e9 / total / top:9.2f}{warm[key][0]:14.1f}",
             flush=True,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import jax
@@ -113,7 +114,11 @@ def test_prompts_come_without_responses_and_with_the_records_tokens():
 @pytest.mark.parametrize(
     ("sizes", "overlap", "message"),
     [
-        ((0, 5), 0.5, r"ppo.prompt_overlap=0.5 takes 4 prompts .* from the demonstrations, .* none; give some, or change"),
+        (
+            (0, 5),
+            0.5,
+            r"ppo.prompt_overlap=0.5 takes 4 prompts .* from the demonstrations, .* none; give some, or change",
+        ),
         ((5, 0), 0.25, r"ppo.prompt_overlap=0.25 takes 6 prompts .* from the new prompts"),
     ],
 )
@@ -192,7 +197,7 @@ def test_the_rows_asked_for_are_rounded_up_to_few_sizes():
         sizes = [rounded_rows(count, multiple) for count in range(1, 1000)]
         assert all(size % multiple == 0 for size in sizes)
         assert all(size >= count for count, size in enumerate(sizes, 1))
-        assert all(a <= b for a, b in zip(sizes, sizes[1:]))  # a bigger batch never gets fewer rows
+        assert all(a <= b for a, b in itertools.pairwise(sizes))  # a bigger batch never gets fewer rows
         assert all(rounded_rows(size, multiple) == size for size in sizes)
         units = [-(-count // multiple) for count in range(1, 1000)]
         for unit, size in zip(units, sizes):

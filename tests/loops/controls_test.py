@@ -91,6 +91,10 @@ def test_the_best_of_the_candidates_has_the_largest_coherent_reward_of_those_tha
     assert chosen_over > 1, "with nothing to choose from this would say nothing"
 
 
+def test_without_prompts_there_are_no_answers(lab, tmp_path):
+    assert best_of_n(study_of(lab, tmp_path), [], lab.study.sampling) == []
+
+
 def test_the_reported_answers_are_better_by_the_reward_than_those_of_the_sft_model(lab):
     arms = lab.summary["arms"]
     assert arms["best_of_n"]["coherent_reward_mean"] > arms["sft"]["coherent_reward_mean"]

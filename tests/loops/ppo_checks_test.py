@@ -93,7 +93,11 @@ def test_what_the_config_rules_out_is_an_error_of_the_command(lab, tmp_path, com
 def test_prompts_longer_than_the_limit_are_counted_on_screen_and_on_disk(tmp_path):
     said, limit = [], 8
     config = tiny_srppo(
-        tmp_path, world__prompts=30, ppo__prompt_overlap=0.5, data__max_prompt_length=limit, data__truncation_mode="drop"
+        tmp_path,
+        world__prompts=30,
+        ppo__prompt_overlap=0.5,
+        data__max_prompt_length=limit,
+        data__truncation_mode="drop",
     )
     corpus = read_corpus(config, Workdir(tmp_path, {}), said.append)
     for name, items in (("demonstrations", corpus.demonstrations), ("prompts", corpus.prompts)):

@@ -22,8 +22,10 @@ from tests.loops.srppo_lab import (
     checksums,
     finished_of,
     first_rewards,
+    jsonl,
     log_ratios,
     ppo_lines,
+    responses_of,
     run_arm,
     study_of,
     watch,
@@ -42,11 +44,23 @@ def test_several_answers_to_a_prompt_share_it(lab, tmp_path, monkeypatch):
     rollouts = seen["srppo", 1].rollouts
     assert [len(item.responses) for item in rollouts.items] == [2] * (BATCH // 2)
     assert all(not np.array_equal(*item.responses) for item in rollouts.items if len(item.responses[0]) > 3)
-    prompt_columns = sum(((p.rows.segment > 0) & (p.rows.branch == 0)).sum() for p in rollouts.parts)
-    assert prompt_columns == sum(len(item.prompt) for item in rollouts.items)
+    assert prompt_columns(rollouts) == sum(len(item.prompt) for item in rollouts.items)
     (line,) = ppo_lines(tmp_path, "srppo")
     assert (line["rollout/responses"], line["episode"], line["ppo/updates"]) == (BATCH, BATCH, MINI_BATCHES)
     assert line["objective/kl"] == 0.0
+    texts = jsonl(tmp_path / "rollouts" / "srppo" / "000001.jsonl")
+    assert [row["id"] for row in texts] == [item.id for item in rollouts.items for _ in range(2)]
+
+    repeated, *_ = first_rewards(study_of(lab, tmp_path / "apart", data={"share_prompt": False}, ppo__num_samples=2))
+    apart = seen["srppo", 1].rollouts
+    assert prompt_columns(apart) == 2 * prompt_columns(rollouts)
+    assert responses_of(apart) == responses_of(rollouts)
+    for name in ("coherent_reward/mean", "coherent_reward/std", "objective/entropy", "objective/scores"):
+        np.testing.assert_allclose(repeated[name], line[name], **PACKING, err_msg=name)
+
+
+def prompt_columns(rollouts):
+    return sum(((part.rows.segment > 0) & (part.rows.branch == 0)).sum() for part in rollouts.parts)
 
 
 WARM_UP = {"ppo__critic_warmup_iterations": 1}
@@ -94,6 +108,13 @@ def test_a_head_on_the_policy_crosses_the_border_of_segments(lab, warmed, tmp_pa
         pytest.skip("a critic of its own crosses it in the lab's run")
     whole = run_arm(study_of(lab, tmp_path, ppo__critic="head", **WARM_UP), ends=(2,))
     assert checksums(whole) == checksums(warmed.policy)
+
+
+def test_an_arm_without_a_critic_rests_while_that_of_the_others_warms_up(lab, tmp_path):
+    policy = run_arm(study_of(lab, tmp_path, **WARM_UP), "reinforce", ends=(1,))
+    (line,) = ppo_lines(tmp_path, "reinforce")
+    assert line["ppo/updates"] == 0 and "loss/policy_avg" not in line
+    assert checksums(policy) == checksums(lab.study.sft)
 
 
 def test_the_first_update_finds_the_policy_that_sampled(lab, tmp_path):

@@ -43,7 +43,7 @@ METRICS = CRITIC | {
     *(f"coherent_reward/{name}" for name in ("mean", "std", "per_token", "length_corr")),
     *(f"timing_s/{name}" for name in ("rollout", "score", "update")),
     *("loss/policy_avg", "lr", "episode", "grad_norm", "completions/clipped_ratio"),
-    *("rollout/decode_score_gap", "rollout/sft_prompt_fraction", "rollout/gold_mean"),
+    *("rollout/decode_score_gap", "rollout/sft_prompt_fraction", "rollout/gold_mean", "rollout/padding_fraction"),
     *("ppo/missing_eos", "ppo/kl_coef", "ppo/updates", "ppo/refused_updates", "ppo/early_stop"),
 }
 CLOSED = {name: TOLERANCES["closed_form"][name] for name in ("rtol", "atol")}

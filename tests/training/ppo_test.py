@@ -1,4 +1,4 @@
-"""PPO's updates: the policy gradient, plain regression, their sum; the same whatever the microbatches, mesh or layout."""
+"""PPO's updates: the policy gradient, plain regression, their sum; whatever the microbatches, mesh and layout."""
 
 from __future__ import annotations
 
@@ -135,8 +135,7 @@ def told(name, kind="logp"):
 
 def reference(kind, packed, weights):
     """Gradient of sum(weights * log-prob) or of sum(weights * value), of the tree that has the head in any case."""
-    gradient = jax.device_get(scorers()[f"{kind}_gradient"](params_of("joint"), packed.rows, np.float32(weights)))
-    return gradient
+    return jax.device_get(scorers()[f"{kind}_gradient"](params_of("joint"), packed.rows, np.float32(weights)))
 
 
 def by_item(packed, laid):
