@@ -224,9 +224,17 @@ def test_the_shape_before_is_kept_where_it_holds_the_rollouts_and_is_not_much_to
         ((2 * rows, scored, slots), own),  # mostly filling
     ):
         parts = lay(items, parts=2, row_multiple=1, earlier=earlier)
-        assert {shape_of(part) for part in parts} == {expected}
+        assert {shape_of(part) for part in parts} == {expected}, earlier
         found = [(int(i), int(k)) for part in parts for i, k in zip(part.item.flat, part.response.flat) if i >= 0]
         assert sorted(found) == [(i, b) for i, item in enumerate(items) for b in range(len(item.responses))]
+
+
+def test_a_shape_that_does_not_divide_over_the_devices_is_not_kept():
+    items = rollouts(3, count=24)
+    own = shape_of(lay(items, parts=2, row_multiple=4)[0])
+    assert shape_of(lay(items, parts=2, row_multiple=4, earlier=(own[0] + 1, *own[1:]))[0]) == own
+    larger = (own[0] + 4, *own[1:])
+    assert shape_of(lay(items, parts=2, row_multiple=4, earlier=larger)[0]) == larger
 
 
 def test_an_item_that_fits_no_row_names_itself_and_the_limit():

@@ -1,4 +1,4 @@
-"""From scores to rewards and advantages: the oracle's numbers under every setting, whatever the rows and minibatches."""
+"""From scores to rewards and advantages: the oracle's numbers under every setting, however the rollouts are laid."""
 
 from __future__ import annotations
 

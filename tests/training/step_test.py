@@ -210,6 +210,21 @@ def test_a_step_that_may_not_refuse_says_nothing_of_acceptance(plain):
 
 
 @pytest.mark.parametrize("optim", ["adamw", "adafactor", "lion"])
+def test_an_update_of_bfloat16_parameters_keeps_every_dtype_and_float32_optimiser_state(one, optim):
+    cfg = dataclasses.replace(CFG, param_dtype="bfloat16")
+    optimizer = make_optimizer(TrainGroup(optim=optim), 10)
+    state = abstract_state(cfg, optimizer, one)
+    objective = align_objective(cfg, resolve("dpo"), window=T, chunk_tokens=64, shards=1)
+    batch = jax.tree.map(lambda x: x[None], _loader(one, 1).batch(0).arrays)
+    after, _ = jax.eval_shape(make_step(objective, optimizer, state, one), state, batch)
+    dtypes = [[leaf.dtype for leaf in jax.tree.leaves(tree)] for tree in (state, after)]
+    assert dtypes[0] == dtypes[1]
+    assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {jax.numpy.dtype("bfloat16")}
+    floats = {x.dtype for x in jax.tree.leaves(after.opt_state) if jax.numpy.issubdtype(x.dtype, jax.numpy.floating)}
+    assert floats == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("optim", ["adamw", "adafactor", "lion"])
 def test_every_optimiser_steps_on_a_sharded_mesh_as_on_one_device(one, optim):
     optimizer = make_optimizer(TrainGroup(learning_rate=1e-2, optim=optim, warmup_ratio=0.0), 10)
     plain_, _, _ = _update(one, optimizer=optimizer)
