@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -29,6 +29,8 @@ from sera_jax.training.ppo import Experience
 from sera_jax.training.ppo_steps import PpoState, Programs, make_programs
 from sera_jax.training.score import place_rows
 
+_T = TypeVar("_T")
+
 
 @dataclasses.dataclass(frozen=True)
 class Rollouts:
@@ -44,6 +46,22 @@ class Rollouts:
     samples: Sequence[Sequence[Sample]]
     parts: Sequence[Packed]
     rows: Sequence[Rows]
+
+
+def _timed(name: str) -> Callable[[Callable[..., _T]], Callable[..., _T]]:
+    """Of a verb of `Learner`: the seconds it takes are added under `name`."""
+
+    def decorate(verb: Callable[..., _T]) -> Callable[..., _T]:
+        @functools.wraps(verb)
+        def timed(self: Learner, *args: Any) -> _T:
+            start = time.monotonic()
+            out = verb(self, *args)
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+            return out
+
+        return timed
+
+    return decorate
 
 
 class Learner:
@@ -66,7 +84,7 @@ class Learner:
         self.row_multiple = study.train.gradient_accumulation_steps * row_shards(run.mesh)
         self.sampling = SamplingParams(max_new_tokens=study.sampling.max_new_tokens, stop_ids=run.stop_ids)
         self._frozen: tuple[Any, Any] | None = None
-        self._seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}  # of the verbs, since `timings` was last asked
 
     @property
     def programs(self) -> Programs:
@@ -104,36 +122,31 @@ class Learner:
         self._frozen = None
 
     def timings(self) -> dict[str, float]:
-        """Seconds of the last iteration by verb; `score` holds the rewards and advantages too."""
-        return {f"timing_s/{name}": seconds for name, seconds in self._seconds.items()}
-
-    @contextlib.contextmanager
-    def _timed(self, name: str, more: bool = False) -> Iterator[None]:
-        start = time.monotonic()
-        yield
-        self._seconds[name] = time.monotonic() - start + (self._seconds[name] if more else 0.0)
+        """Seconds of the iteration by verb, and a fresh start; `score` holds the rewards and advantages too."""
+        seconds, self.seconds = self.seconds, {}
+        return {f"timing_s/{name}": value for name, value in seconds.items()}
 
     # ---- the verbs
 
+    @_timed("rollout")
     def sample(self, state: PpoState, iteration: int) -> Rollouts:
         """Responses of the policy to the iteration's prompts, laid into minibatches."""
         run, study = self.study.run, self.study
         prompts = self.schedule.prompts(iteration)
-        with self._timed("rollout"):
-            samples = generate(
-                run.cfg,
-                without_value_head(state.policy.params),
-                [item.prompt for item in prompts],
-                prompt_ids=[stable_id(item.id) for item in prompts],
-                num_samples=study.ppo.num_samples,
-                sampling=self.sampling,
-                seed=run.seed,
-                round=iteration,
-                slots=min(study.sampling.slots, study.train.batch_size),
-                mesh=run.mesh,
-                max_prompt_tokens=self.longest_prompt,
-                on_progress=lambda done, total, tokens: run.check_stop(),
-            )
+        samples = generate(
+            run.cfg,
+            without_value_head(state.policy.params),
+            [item.prompt for item in prompts],
+            prompt_ids=[stable_id(item.id) for item in prompts],
+            num_samples=study.ppo.num_samples,
+            sampling=self.sampling,
+            seed=run.seed,
+            round=iteration,
+            slots=min(study.sampling.slots, study.train.batch_size),
+            mesh=run.mesh,
+            max_prompt_tokens=self.longest_prompt,
+            on_progress=lambda done, total, tokens: run.check_stop(),
+        )
         count = study.ppo.num_samples
         groups = [samples[i : i + count] for i in range(0, len(samples), count)]
         items = [
@@ -152,22 +165,23 @@ class Learner:
         )
         return Rollouts(items, groups, parts, [place_rows(part.rows, run.mesh) for part in parts])
 
+    @_timed("score")
     def score(self, state: PpoState, rollouts: Rollouts) -> list[dict[str, Any]]:
         """Token log-probs of the same rows under policy, SFT model and base, and the critic's values; by minibatch."""
         programs, (sft, base) = self.programs, self.frozen
         policy = without_value_head(state.policy.params)
         critic = state.policy.params if state.critic is None else state.critic.params
-        with self._timed("score"):
-            return [
-                {
-                    "logp": programs.score(policy, rows),
-                    "sft_logp": programs.score(sft, rows),
-                    "base_logp": programs.score(base, rows),
-                    "value": None if programs.values is None else programs.values(critic, rows),
-                }
-                for rows in rollouts.rows
-            ]
+        return [
+            {
+                "logp": programs.score(policy, rows),
+                "sft_logp": programs.score(sft, rows),
+                "base_logp": programs.score(base, rows),
+                "value": None if programs.values is None else programs.values(critic, rows),
+            }
+            for rows in rollouts.rows
+        ]
 
+    @_timed("score")
     def reward(
         self, state: PpoState, rollouts: Rollouts, scored: Sequence[dict[str, Any]], iteration: int
     ) -> tuple[PpoState, list[Experience], dict[str, float]]:
@@ -176,12 +190,6 @@ class Learner:
         Raises:
             ValueError: a reward that is 0 everywhere or not finite, or a limit of PpoGroup that was passed.
         """
-        with self._timed("score", more=True):
-            return self._reward(state, rollouts, scored, iteration)
-
-    def _reward(
-        self, state: PpoState, rollouts: Rollouts, scored: Sequence[dict[str, Any]], iteration: int
-    ) -> tuple[PpoState, list[Experience], dict[str, float]]:
         study = self.study
         sampled = [[s.logps for s in group] for group in rollouts.samples]
         finished = [[s.finished for s in group] for group in rollouts.samples]
@@ -200,6 +208,7 @@ class Learner:
         check_rewards(metrics, study.ppo, f"{self.arm}, iteration {iteration}")
         return dataclasses.replace(state, control=control), experience, metrics | self._prompt_metrics(rollouts)
 
+    @_timed("update")
     def update(
         self, state: PpoState, experience: Sequence[Experience], iteration: int
     ) -> tuple[PpoState, dict[str, float]]:
@@ -208,12 +217,6 @@ class Learner:
         Raises:
             NonFinite: a loss or gradient was not finite.
         """
-        with self._timed("update"):
-            return self._update(state, experience, iteration)
-
-    def _update(
-        self, state: PpoState, experience: Sequence[Experience], iteration: int
-    ) -> tuple[PpoState, dict[str, float]]:
         study, ppo, programs = self.study, self.study.ppo, self.programs
         critic_step = programs.critic_step
         warming = iteration <= ppo.critic_warmup_iterations  # in every arm, so that all update the policy as often

@@ -84,6 +84,7 @@ def _train(
 ) -> PpoState:
     run, group = learner.study.run, learner.study.train
     done = int(jax.device_get(state.control.iteration))
+    below = 0
     with run.writer.phase("ppo", arm=learner.arm, round=round_, total_steps=last, start_step=done):
         for iteration in range(done + 1, last + 1):
             try:
@@ -96,6 +97,12 @@ def _train(
                     _save(learner, checkpoints, iteration - 1, state)
                 raise
             state = after
+            below = below + 1 if metrics["objective/kl"] < 0 else 0
+            if below == _BELOW_ZERO:
+                run.writer.announce(
+                    f"warning: objective/kl has been below 0 for {below} iterations, as no KL is: the rollouts are not of "
+                    "the policy that is scored, or k1 is too noisy for so few responses (see objective/kl_k3)"
+                )
             tokens = int(metrics["rollout/tokens"])
             run.writer.write(step=iteration, metrics=metrics | learner.timings(), tokens=tokens)
             stop = run.stop_requested() and iteration < last
@@ -107,6 +114,7 @@ def _train(
     return state
 
 
+_BELOW_ZERO = 10  # iterations in a row with a negative estimate of the KL, after which a warning is due
 _GOES_ON = "the same command goes on from there"
 
 

@@ -72,7 +72,10 @@ class Warmed(NamedTuple):
     root: pathlib.Path
 
 
-@pytest.fixture(scope="module", params=["model", "head"])
+CRITICS = pytest.mark.parametrize("warmed", ["model", "head"], indirect=True)
+
+
+@pytest.fixture(scope="module")
 def warmed(request, lab, tmp_path_factory):
     """An arm of two iterations, a segment each, in the first of which only the critic learns."""
     root = tmp_path_factory.mktemp("warmed")
@@ -80,6 +83,7 @@ def warmed(request, lab, tmp_path_factory):
     return Warmed(study, run_arm(study, ends=(1, 2)), root)
 
 
+@CRITICS
 def test_in_the_warm_up_only_the_critic_learns(lab, warmed):
     first, second = ppo_lines(warmed.root, "srppo")
     assert not [name for name in first if name.startswith(("policy/", "val/ratio", "loss/policy"))]
@@ -93,6 +97,7 @@ def test_in_the_warm_up_only_the_critic_learns(lab, warmed):
     assert checksums(warmed.policy) != checksums(lab.study.sft)
 
 
+@CRITICS
 def test_a_policy_leaves_without_its_critic(lab, warmed, tmp_path):
     assert checksums(warmed.policy).keys() == checksums(lab.study.sft).keys(), "no value head among its parameters"
     held = json.loads((warmed.policy.path / "state" / "checksums.json").read_text())
@@ -103,9 +108,8 @@ def test_a_policy_leaves_without_its_critic(lab, warmed, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), jax.device_get(read))
 
 
+@pytest.mark.parametrize("warmed", ["head"], indirect=True)  # a critic of its own crosses it in the lab's run
 def test_a_head_on_the_policy_crosses_the_border_of_segments(lab, warmed, tmp_path):
-    if warmed.study.ppo.critic != "head":
-        pytest.skip("a critic of its own crosses it in the lab's run")
     whole = run_arm(study_of(lab, tmp_path, ppo__critic="head", **WARM_UP), ends=(2,))
     assert checksums(whole) == checksums(warmed.policy)
 
