@@ -100,7 +100,8 @@ class Iterating:
         self.state, self.metrics = iterate(self.learner, self.state, self.done)
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
         assert self.metrics["ppo/updates"] == self.learner.study.ppo.num_mini_batches, "every update was done"
-        return [seconds, *(self.learner.timings()[f"timing_s/{part}"] for part in PARTS), cpu]
+        split = self.learner.timings()
+        return [seconds, *(split[f"timing_s/{part}"] for part in PARTS), cpu]
 
     def tokens(self) -> int:
         """Of the last iteration, prompts included."""
