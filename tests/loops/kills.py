@@ -76,7 +76,10 @@ def writing(phase, step):
     """orbax is at work on a checkpoint."""
 
     def there(workdir):
-        return any((workdir / "checkpoints" / phase).glob(f"{step}.orbax-checkpoint-tmp*"))
+        try:
+            return any((workdir / "checkpoints" / phase).glob(f"{step}.orbax-checkpoint-tmp*"))
+        except FileNotFoundError:  # the phase ended and took its checkpoints away while we looked
+            return False
 
     return Moment(there, phase)
 

@@ -5,14 +5,18 @@ import math
 import shutil
 import types
 
+import jax
 import pytest
 
 from sera_jax import experiment, main
 from sera_jax.checkpoint import Workdir
 from sera_jax.config import to_config_dict
 from sera_jax.experiment.assembly import read_corpus
+from sera_jax.loops import ppo_segment
+from sera_jax.loops.ppo import Learner
 from sera_jax.loops.ppo_checks import check_rewards
 from sera_jax.loops.runtime import NonFinite
+from sera_jax.loops.srppo import iterate
 from sera_jax.writer import read_records
 from tests.loops.srppo_lab import one_device, ppo_lines, run_arm, study_of
 from tests.loops.tiny import tiny_srppo
@@ -156,3 +160,17 @@ def test_at_its_limit_a_run_goes_on_and_beyond_it_stops(lab, name, field):
     check_rewards(FINE | {name: limit}, lab.config.ppo, "srppo, iteration 2")
     with pytest.raises(ValueError, match=rf"config\.ppo\.{field}={limit}"):
         check_rewards(FINE | {name: 1.01 * limit}, lab.config.ppo, "srppo, iteration 2")
+
+
+def test_a_kl_estimate_that_stays_below_0_is_warned_of_once(lab, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ppo_segment, "_BELOW_ZERO", 2)
+    study = study_of(lab, tmp_path)
+
+    def odd(learner, state, iteration):
+        state, metrics = iterate(learner, state, iteration)
+        return state, metrics | {"objective/kl": -0.5}
+
+    with jax.set_mesh(study.run.mesh), study.run.writer:
+        learner = Learner(study, "srppo")
+        ppo_segment.train_segment(learner, odd, previous=study.sft, first=1, last=3, round_=1)
+    assert capsys.readouterr().err.count("warning: objective/kl has been below 0 for 2 iterations") == 1
