@@ -100,7 +100,7 @@ def _train(
             below = below + 1 if metrics["objective/kl"] < 0 else 0
             if below == _BELOW_ZERO:
                 run.writer.announce(
-                    f"warning: objective/kl has been below 0 for {below} iterations, as no KL is: the rollouts are not of "
+                    f"warning: objective/kl has been below 0 for {below} iterations, as no KL is: rollouts are not of "
                     "the policy that is scored, or k1 is too noisy for so few responses (see objective/kl_k3)"
                 )
             tokens = int(metrics["rollout/tokens"])
