@@ -288,6 +288,11 @@ def window_for(items: Sequence[Item], row_tokens: int, share_prompt: bool = True
         longest = max((item.tokens for item in items), default=1)
     else:
         longest = max((len(item.prompt) + len(r) for item in items for r in item.responses), default=1)
+    return rounded_window(longest, row_tokens)
+
+
+def rounded_window(longest: int, row_tokens: int) -> int:
+    """Static attention window for items of at most `longest` tokens: rounded up to 64, at most `row_tokens`."""
     return min(-(-longest // 64) * 64, row_tokens)
 
 

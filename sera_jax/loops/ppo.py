@@ -15,7 +15,7 @@ from sera_jax.checkpoint import load_tree
 from sera_jax.checkpoint.phases import write_jsonl
 from sera_jax.core import Mean, Rows, Stream, rng_for
 from sera_jax.data.items import Item, unique_prompts
-from sera_jax.data.packing import Packed
+from sera_jax.data.packing import Packed, rounded_window
 from sera_jax.data.rollouts import PromptSchedule, lay_response_values, lay_rollouts, lay_token_values
 from sera_jax.loops.ppo_checks import check_rewards, check_updates
 from sera_jax.loops.runtime import stable_id
@@ -80,7 +80,7 @@ class Learner:
         self.longest_prompt = max(len(i.prompt) for i in (*self.schedule.sft, *self.schedule.new))
         responses = ppo.num_samples if run.share_prompt else 1
         longest = self.longest_prompt + responses * study.sampling.max_new_tokens
-        self.window = min(-(-longest // 64) * 64, run.row_tokens)
+        self.window = rounded_window(longest, run.row_tokens)
         self.row_multiple = study.train.gradient_accumulation_steps * row_shards(run.mesh)
         self.sampling = SamplingParams(max_new_tokens=study.sampling.max_new_tokens, stop_ids=run.stop_ids)
         self._frozen: tuple[Any, Any] | None = None
