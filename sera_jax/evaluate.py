@@ -18,17 +18,18 @@ import jax
 
 from sera_jax import world
 from sera_jax.checkpoint import StaleWorkdir, Workdir
-from sera_jax.checkpoint.phases import file_digest, write_json, write_jsonl
+from sera_jax.checkpoint.phases import file_digest, write_json
 from sera_jax.config import EvalGroup, SamplingGroup
 from sera_jax.data.items import Item, PairItem
 from sera_jax.data.loading import Limits, load_preferences, load_prompts
+from sera_jax.data.packing import Layout
 from sera_jax.data.tokenizing import Tokenizer
-from sera_jax.experiment.assembly import world_judge
+from sera_jax.experiment.assembly import world_gold
 from sera_jax.experiment.evaluator import Evaluator
 from sera_jax.experiment.saved import MAX_NEW_TOKENS, MAX_PROMPT_LENGTH, SavedPolicy, find_policy
 from sera_jax.loops.runtime import Policy, Runtime
 from sera_jax.losses.preference import ResolvedLoss, resolve
-from sera_jax.mesh import make_mesh
+from sera_jax.mesh import make_mesh, row_shards
 from sera_jax.models.families import mathematics
 from sera_jax.writer import MetricWriter
 
@@ -74,8 +75,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
             workdir=workdir,
             writer=writer,
             seed=args.seed,
-            row_tokens=row_tokens,
-            share_prompt=True,
+            layout=Layout(row_tokens, multiple=row_shards(mesh)),
             chunk_tokens=2048,
             stop_ids=tokenizer.stop_ids,
         )
@@ -86,7 +86,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
             pairs=pairs,
             prompts=prompts,
             tokenizer=tokenizer,
-            judge=world_judge(tokenizer) if args.world else None,
+            gold=world_gold(tokenizer) if args.world else None,
             reference=policies["reference"],
             settings=EvalGroup(temperature=args.temperature, num_generations=len(prompts)),
             sampling=SamplingGroup(max_new_tokens=new, slots=args.slots),
@@ -94,7 +94,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
         facts = {"loss": str(loss), "pairs": len(pairs), "prompts": len(prompts)}
         facts |= evaluator.of_arm(policies["policy"])
         if prompts:
-            write_jsonl(root / "generations.jsonl", evaluator.show(policies["policy"]))
+            evaluator.show(policies["policy"])
     write_json(root / "evaluation.json", facts)
     return facts
 

@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 
 from sera_jax.checkpoint.phases import file_digest, versions, write_json, write_jsonl
-from sera_jax.data.items import Item
+from sera_jax.data.items import Item, stable_id
 from sera_jax.data.loading import Limits, load_prompts
 from sera_jax.data.tokenizing import Tokenizer
 from sera_jax.experiment.saved import MAX_NEW_TOKENS, MAX_PROMPT_LENGTH, SavedPolicy, find_policy
-from sera_jax.loops.runtime import stable_id
 from sera_jax.mesh import make_mesh
 from sera_jax.progress import Progress
 from sera_jax.sampling import Sample, SamplingParams, generate

@@ -17,7 +17,8 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from sera_jax import experiment
-from sera_jax.config import check_field, parse
+from sera_jax.config import check_field
+from sera_jax.experiment.methods import parse
 from sera_jax.loops.runtime import Preempted
 
 EXIT_REFUSED = 2

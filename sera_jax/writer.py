@@ -1,10 +1,10 @@
 """Metrics on disk: JSONL and TensorBoard; each written step also moves the progress shown.
 
 `metrics.jsonl` in the work directory is the record; the TensorBoard files under `tensorboard/` are made from it. Every
-step of a phase is in both exactly once, also when the run was killed and started again: a phase that starts at step s,
+step of a span is in both exactly once, also when the run was killed and started again: a span that starts at step s,
 or the first write to it, drops what an earlier process wrote beyond. For that to hold, a loop writes step s, calls
 `sync`, and only then lets a checkpoint of step s become visible. A step is the number of updates done, so the first
-update of a phase is step 1.
+update of a span is step 1.
 
 One line holds `phase`, `arm`, `round`, `step`, `time` (seconds since 1970) and the metrics. JSON has no word for nan
 and the infinities: such a value is null, so that its column stays numeric, and its name and value ("nan", "inf",
@@ -35,8 +35,9 @@ from sera_jax.progress import Progress
 RESERVED = ("phase", "arm", "round", "step", "time", "nonfinite")
 
 
-class PhaseKey(NamedTuple):
-    """What a step is counted in. `arm` is "" and `round` 0 where a run has none."""
+class SpanKey(NamedTuple):
+    """A span of the log: what steps are counted in. `phase` says what is done ("train", "sft", "ppo", "round"); `arm`
+    is "" and `round` 0 where a run has none."""
 
     phase: str
     arm: str = ""
@@ -56,7 +57,7 @@ class PhaseKey(NamedTuple):
 
 
 class MetricWriter:
-    """Writes each step of each phase once, and shows how far the run is. On hosts other than 0 it does nothing."""
+    """Writes each step of each span once, and shows how far the run is. On hosts other than 0 it does nothing."""
 
     def __init__(
         self,
@@ -76,10 +77,10 @@ class MetricWriter:
         self._path = self._folder / "metrics.jsonl"
         self._tensorboard = tensorboard
         self._progress = progress or Progress()
-        self._stack: list[PhaseKey] = []
-        self._events: dict[PhaseKey, SummaryWriter] = {}
-        self._last: dict[PhaseKey, int] = {}  # last step on disk, for every phase of the record
-        self._owned: set[PhaseKey] = set()  # phases that this process has resumed or written
+        self._stack: list[SpanKey] = []
+        self._events: dict[SpanKey, SummaryWriter] = {}
+        self._last: dict[SpanKey, int] = {}  # last step on disk, for every span of the record
+        self._owned: set[SpanKey] = set()  # spans that this process has resumed or written
         if self._on:
             self._folder.mkdir(parents=True, exist_ok=True)
             records, torn = read_records(self._path)
@@ -89,17 +90,17 @@ class MetricWriter:
             self._file = self._path.open("a", encoding="utf-8")
 
     @contextlib.contextmanager
-    def phase(
+    def span(
         self, name: str, *, arm: str | None = None, round: int | None = None, total_steps: int, start_step: int = 0
     ) -> Iterator[MetricWriter]:
-        """The phase that `write` and `advance` belong to while the context is open; phases may be nested.
+        """The span that `write` and `advance` belong to while the context is open; spans may be nested.
 
-        Lines of this phase beyond `start_step` are dropped: all of them when it is 0.
+        Lines of this span beyond `start_step` are dropped: all of them when it is 0.
 
         Args:
-            name: the phase, e.g. "train".
-            arm, round: those of the enclosing phase where not given.
-            total_steps: the step at which the phase is complete; 0 where that is not known.
+            name: what is done, e.g. "train"; the `phase` of its lines.
+            arm, round: those of the enclosing span where not given.
+            total_steps: the step at which the span is complete; 0 where that is not known.
             start_step: steps that an earlier process has done, from its checkpoint.
         """
         key = self._key(name, arm, round)
@@ -116,7 +117,7 @@ class MetricWriter:
                 if key in self._events:
                     self._events.pop(key).close()
 
-    def resume(self, key: PhaseKey, step: int) -> None:
+    def resume(self, key: SpanKey, step: int) -> None:
         """Drops the lines of `key` with a later step (at 0, with any), in one atomic replacement of the record."""
         if not self._on:
             return
@@ -144,9 +145,9 @@ class MetricWriter:
         """Appends one line, handed to the operating system before this returns.
 
         Args:
-            step: updates done; later than the last one written in this phase.
+            step: updates done; later than the last one written in this span.
             metrics: name to number (Python, numpy, or a jax scalar) or `core.Mean`.
-            phase, arm, round: another phase than the open one, e.g. phase="eval" within training.
+            phase, arm, round: another span than the open one, e.g. phase="eval" within training.
             tokens: processed since the previous `write` or `advance`, for the tokens/s shown.
 
         Raises:
@@ -176,7 +177,7 @@ class MetricWriter:
             self.advance(step, tokens=tokens, metrics=metrics)
 
     def advance(self, step: int, *, tokens: int = 0, metrics: Mapping[str, Any] | None = None) -> None:
-        """Moves the progress shown to `step` of the open phase, without writing a line."""
+        """Moves the progress shown to `step` of the open span, without writing a line."""
         if self._on and self._stack:
             loss = None if metrics is None or "loss" not in metrics else _number(metrics["loss"])
             self._progress.update(step, tokens=tokens, note="" if loss is None else f"loss {loss:.4g}")
@@ -214,11 +215,11 @@ class MetricWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _key(self, phase: str | None, arm: str | None, round: int | None) -> PhaseKey:
+    def _key(self, phase: str | None, arm: str | None, round: int | None) -> SpanKey:
         outer = self._stack[-1] if self._stack else None
         if phase is None and outer is None:
-            raise ValueError("no phase is open: give write a phase, or write within `with writer.phase(...)`")
-        return PhaseKey(
+            raise ValueError("no span is open: give write a phase, or write within `with writer.span(...)`")
+        return SpanKey(
             phase if phase is not None else outer.phase if outer else "",
             arm if arm is not None else outer.arm if outer else "",
             int(round) if round is not None else outer.round if outer else 0,
@@ -230,8 +231,8 @@ class MetricWriter:
             key = _key_of(record)
             self._last[key] = max(record["step"], self._last.get(key, 0))
 
-    def _open_events(self, key: PhaseKey) -> None:
-        """Makes the phase's TensorBoard run anew from the record and leaves it open."""
+    def _open_events(self, key: SpanKey) -> None:
+        """Makes the span's TensorBoard run anew from the record and leaves it open."""
         if key in self._events:
             self._events.pop(key).close()
         folder = self._folder / "tensorboard" / key.folder
@@ -279,8 +280,8 @@ def _parse(line: bytes) -> dict | None:
         return None
 
 
-def _key_of(record: dict) -> PhaseKey:
-    return PhaseKey(record["phase"], record["arm"], record["round"])
+def _key_of(record: dict) -> SpanKey:
+    return SpanKey(record["phase"], record["arm"], record["round"])
 
 
 def _replace(path: pathlib.Path, records: list[dict]) -> None:

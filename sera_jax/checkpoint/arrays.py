@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from sera_jax.checkpoint.phases import StaleWorkdir, first_difference, plain
+
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname or record.levelno >= logging.WARNING)
 
 
@@ -104,10 +106,14 @@ def load_tree(path: pathlib.Path, abstract: Any) -> Any:
 
 
 class Checkpoints:
-    """The checkpoints of one optimisation: written in the background, atomic, the last few kept."""
+    """The checkpoints of one phase under way: written in the background, atomic, the last few kept.
 
-    def __init__(self, path: pathlib.Path, keep: int):
+    Each holds the inputs of its phase, and goes on with no others.
+    """
+
+    def __init__(self, path: pathlib.Path, keep: int, inputs: dict[str, Any] | None = None):
         self._path = path.absolute()
+        self._inputs = plain(inputs or {})
         self._manager = ocp.CheckpointManager(
             self._path, options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         )
@@ -115,7 +121,12 @@ class Checkpoints:
     def save(self, step: int, state: Any) -> None:
         """Start writing `state`; its buffers may be donated as soon as this returns."""
         self._manager.save(
-            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), sums=ocp.args.JsonSave(checksums(state)))
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                sums=ocp.args.JsonSave(checksums(state)),
+                inputs=ocp.args.JsonSave(self._inputs),
+            ),
         )
 
     def latest_step(self) -> int | None:
@@ -126,15 +137,25 @@ class Checkpoints:
 
         Raises:
             CorruptCheckpoint: never falls back to an older one by itself.
+            StaleWorkdir: it is of other inputs.
         """
         step = self._manager.latest_step()
         if step is None:
             return None
         where = self._path / str(step)
+        json_item = ocp.args.JsonRestore()
         try:
+            inputs = self._manager.restore(step, args=ocp.args.Composite(inputs=json_item))["inputs"]
+            if inputs != self._inputs:
+                raise StaleWorkdir(
+                    f"{where} is of a phase with other inputs ({first_difference(inputs, self._inputs)}); "
+                    f"choose another --config.workdir, or delete {self._path} to start that phase anew"
+                )
             found = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), sums=ocp.args.JsonRestore())
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), sums=json_item)
             )
+        except StaleWorkdir:
+            raise
         except (ValueError, OSError, KeyError) as error:
             raise CorruptCheckpoint(
                 f"{where} cannot be read ({error}); delete it and start the same command again: "

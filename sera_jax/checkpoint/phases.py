@@ -39,6 +39,18 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def plain(value: Any) -> Any:
+    """As JSON gives it back: tuples are lists, what JSON does not know is its text."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def first_difference(there: dict[str, Any], now: dict[str, Any]) -> str:
+    """Where two sets of inputs, which are not the same, part: the first field by name."""
+    old, new = _flatten(there), _flatten(now)
+    field = min(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+    return f"first difference {field}: {old.get(field)!r} there, {new.get(field)!r} now"
+
+
 def file_digest(path: pathlib.Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -111,7 +123,7 @@ class Workdir:
             StaleWorkdir: the product there was made from other inputs.
             ValueError: a file of the product is not what the manifest says.
         """
-        inputs = json.loads(json.dumps(inputs, default=str))
+        inputs = plain(inputs)
         folder = self.root / "phases" / name
         manifest_path = folder / "manifest.json"
         if manifest_path.exists():
@@ -144,12 +156,9 @@ class Workdir:
     def _open(self, name: str, inputs: dict[str, Any], folder: pathlib.Path) -> Product:
         manifest = json.loads((folder / "manifest.json").read_text())
         if manifest["inputs"] != inputs:
-            old, new = _flatten(manifest["inputs"]), _flatten(inputs)
-            changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
             raise StaleWorkdir(
-                f"{folder} was made from other inputs (first difference {changed[0]}: {old.get(changed[0])!r} there, "
-                f"{new.get(changed[0])!r} now); choose another --config.workdir, "
-                f"or delete {folder} and the phases after it"
+                f"{folder} was made from other inputs ({first_difference(manifest['inputs'], inputs)}); "
+                f"choose another --config.workdir, or delete {folder} and the phases after it"
             )
         for file, expected in manifest["files"].items():
             path = folder / file

@@ -1,7 +1,7 @@
 """Every option of a run, written once: frozen dataclasses whose defaults are the defaults.
 
 `configs/*.py` build an ml_collections ConfigDict from them (`to_config_dict`), the command line overrides it, and
-`parse` turns it back, checking every field and every rule that joins fields. Nothing else reads a ConfigDict.
+`parse` turns it back, checking every field and the rules that join fields. Nothing else reads a ConfigDict.
 """
 
 from sera_jax.config.groups import (
@@ -20,11 +20,8 @@ from sera_jax.config.groups import (
     WorldGroup,
 )
 from sera_jax.config.parsing import check_field, parse, to_config_dict, to_dict
-from sera_jax.config.rules import ARMS, PPO_ARMS
 
 __all__ = [
-    "ARMS",
-    "PPO_ARMS",
     "Config",
     "DataGroup",
     "EvalGroup",

@@ -1,8 +1,35 @@
-"""The groups of fields, their meanings and their defaults."""
+"""The groups of fields, their meanings, their defaults and what each may be.
+
+What joins fields stands in `rules`, and, for the fields of one method, with that method.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import Any
+
+RANGE, CHOICES = "range", "choices"  # of a field's metadata
+
+
+def at_least(default: Any, low: float) -> Any:
+    """A number of at least `low`."""
+    return dataclasses.field(default=default, metadata={RANGE: (low, math.inf, True)})
+
+
+def within(default: Any, low: float, high: float) -> Any:
+    """A number from `low` to `high`, both allowed."""
+    return dataclasses.field(default=default, metadata={RANGE: (low, high, True)})
+
+
+def above(default: Any, low: float, high: float = math.inf) -> Any:
+    """A number above `low`, and at most `high`."""
+    return dataclasses.field(default=default, metadata={RANGE: (low, high, False)})
+
+
+def one_of(default: str, *others: str) -> Any:
+    """One of these names."""
+    return dataclasses.field(default=default, metadata={CHOICES: (default, *others)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +57,11 @@ class ModelGroup:
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-    logits_dtype: str = "float32"
-    remat: str = "none"
-    attn_implementation: str = "xla"
+    dtype: str = one_of("float32", "bfloat16")
+    param_dtype: str = one_of("float32", "bfloat16")
+    logits_dtype: str = one_of("float32", "bfloat16")
+    remat: str = one_of("none", "full", "dots")
+    attn_implementation: str = one_of("xla")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,15 +82,15 @@ class DataGroup:
     demonstrations: str = ""
     pretrain: str = ""
     prompts: str = ""
-    eval_fraction: float = 0.1
-    max_prompt_length: int = 512
-    max_completion_length: int = 512
-    truncation_mode: str = "keep_end"
-    row_tokens: int = 1536
+    eval_fraction: float = within(0.1, 0, 0.9)
+    max_prompt_length: int = at_least(512, 1)
+    max_completion_length: int = at_least(512, 1)
+    truncation_mode: str = one_of("keep_end", "keep_start", "drop")
+    row_tokens: int = at_least(1536, 2)
     share_prompt: bool = True
-    max_row_shapes: int = 3
-    max_bad_fraction: float = 0.05
-    label_noise: float = 0.0
+    max_row_shapes: int = at_least(3, 1)
+    max_bad_fraction: float = within(0.05, 0, 1)
+    label_noise: float = within(0.0, 0, 1)
     chat_template: str = ""
 
 
@@ -92,6 +119,8 @@ class SeraGroup:
         band (two quantiles, in place of a centred keep_fraction) by selection="middle".
     bootstrap_fraction: at most this many sampled pairs, as a share of the offline pairs.
     bootstrap_prompts: prompts sampled for them each round (0: all); num_samples: answers to each.
+    ranking: what orders a prompt's answers: `implicit`, the loss's own reward (the method as published), or
+        `likelihood`, their mean log-prob under the policy.
     min_margin: sampled pairs below this margin (nats) are refused; unset: none is.
     length_alpha: reward per token taken off when candidates are ranked (DICE).
     require_eos: answers that did not end by themselves make no pair.
@@ -99,23 +128,24 @@ class SeraGroup:
     reference: `fixed` (the SFT model) or `previous` (the last round's policy; scoring stays with the SFT model).
     """
 
-    rounds: int = 3
+    rounds: int = at_least(3, 1)
     arms: tuple[str, ...] = ("sera",)
-    selection: str = "top"
-    keep_fraction: float = 0.7
+    selection: str = one_of("top", "bottom", "middle", "threshold", "random", "none")
+    keep_fraction: float = within(0.7, 0, 1)
     threshold: float | None = None
     band: tuple[float, float] | None = None
-    curriculum: str = "none"
-    bootstrap_fraction: float = 0.3
-    bootstrap_prompts: int = 0
-    num_samples: int = 4
-    pairing: str = "best_worst"
+    curriculum: str = one_of("none", "easy_to_hard", "hard_to_easy")
+    bootstrap_fraction: float = at_least(0.3, 0)
+    bootstrap_prompts: int = at_least(0, 0)
+    num_samples: int = at_least(4, 2)
+    ranking: str = one_of("implicit", "likelihood")
+    pairing: str = one_of("best_worst", "all")
     min_margin: float | None = None
     length_alpha: float = 0.0
     require_eos: bool = True
-    ensemble_gamma: float = 0.3
+    ensemble_gamma: float = within(0.3, 0, 1)
     reset_optimizer: bool = False
-    reference: str = "fixed"
+    reference: str = one_of("fixed", "previous")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,13 +164,13 @@ class RewardGroup:
     clip: what is paid (a score, or a token's share) is cut to [-clip, clip]; unset: it is not.
     """
 
-    placement: str = "eos"
+    placement: str = one_of("eos", "token")
     count_eos: bool = True
     length_normalize: bool = False
-    missing_eos: str = "penalty"
-    missing_eos_penalty: float = 1.0
+    missing_eos: str = one_of("penalty", "subtract", "keep")
+    missing_eos_penalty: float = at_least(1.0, 0)
     whiten: bool = False
-    clip: float | None = None
+    clip: float | None = above(None, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,46 +207,46 @@ class PpoGroup:
     """
 
     arms: tuple[str, ...] = ("srppo", "sft_longer")
-    iterations: int = 100
-    eval_iterations: int = 0
-    num_samples: int = 1
-    num_ppo_epochs: int = 1
-    num_mini_batches: int = 4
-    prompt_overlap: float = 1.0
-    gamma: float = 1.0
-    lam: float = 0.95
-    cliprange: float = 0.2
-    cliprange_value: float = 0.2
+    iterations: int = at_least(100, 1)
+    eval_iterations: int = at_least(0, 0)
+    num_samples: int = at_least(1, 1)
+    num_ppo_epochs: int = at_least(1, 1)
+    num_mini_batches: int = at_least(4, 1)
+    prompt_overlap: float = within(1.0, 0, 1)
+    gamma: float = within(1.0, 0, 1)
+    lam: float = within(0.95, 0, 1)
+    cliprange: float = above(0.2, 0, 1)
+    cliprange_value: float = above(0.2, 0)
     whiten_advantages: bool = True
-    entropy_coef: float = 0.0
-    kl_coef: float = 0.05
-    kl_estimator: str = "k1"
-    kl_in: str = "reward"
-    kl_controller: str = "fixed"
-    kl_target: float = 6.0
-    kl_horizon: float = 10000.0
-    critic: str = "model"
-    vf_coef: float = 0.1
-    critic_learning_rate: float | None = None
-    critic_warmup_iterations: int = 0
-    target_kl: float | None = None
-    ratio_limit: float = 10.0
-    max_kl: float = 200.0
-    max_decode_score_gap: float = 0.05
-    sft_longer_factor: int = 3
-    best_of: int = 8
+    entropy_coef: float = at_least(0.0, 0)
+    kl_coef: float = at_least(0.05, 0)
+    kl_estimator: str = one_of("k1", "k2", "k3")
+    kl_in: str = one_of("reward", "loss")
+    kl_controller: str = one_of("fixed", "adaptive")
+    kl_target: float = above(6.0, 0)
+    kl_horizon: float = at_least(10000.0, 1)
+    critic: str = one_of("model", "head")
+    vf_coef: float = above(0.1, 0)
+    critic_learning_rate: float | None = above(None, 0)
+    critic_warmup_iterations: int = at_least(0, 0)
+    target_kl: float | None = above(None, 0)
+    ratio_limit: float = above(10.0, 1)
+    max_kl: float = above(200.0, 0)
+    max_decode_score_gap: float = above(0.05, 0)
+    sft_longer_factor: int = at_least(3, 2)
+    best_of: int = at_least(8, 2)
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingGroup:
     """How the policy answers prompts, and in how many decode slots."""
 
-    temperature: float = 0.7
-    top_p: float = 1.0
-    top_k: int = 0
-    max_new_tokens: int = 256
-    min_new_tokens: int = 1
-    slots: int = 64
+    temperature: float = at_least(0.7, 0)
+    top_p: float = above(1.0, 0, 1)
+    top_k: int = at_least(0, 0)
+    max_new_tokens: int = at_least(256, 1)
+    min_new_tokens: int = at_least(1, 0)
+    slots: int = at_least(64, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,22 +257,22 @@ class TrainGroup:
     number of updates of each round. save_steps=0 saves at the end of each phase only. PPO reads `train` as `ppo` says.
     """
 
-    batch_size: int = 64
-    gradient_accumulation_steps: int = 1
-    num_train_epochs: int = 1
-    max_steps: int = 0
-    learning_rate: float = 1e-6
-    lr_scheduler_type: str = "cosine"
-    warmup_ratio: float = 0.1
-    optim: str = "adamw"
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
-    logits_chunk_tokens: int = 2048
-    save_steps: int = 200
-    save_total_limit: int = 1
+    batch_size: int = at_least(64, 1)
+    gradient_accumulation_steps: int = at_least(1, 1)
+    num_train_epochs: int = at_least(1, 1)
+    max_steps: int = at_least(0, 0)
+    learning_rate: float = above(1e-6, 0)
+    lr_scheduler_type: str = one_of("cosine", "linear", "constant")
+    warmup_ratio: float = within(0.1, 0, 1)
+    optim: str = one_of("adamw", "adafactor", "lion")
+    weight_decay: float = at_least(0.0, 0)
+    adam_beta1: float = within(0.9, 0, 1)
+    adam_beta2: float = within(0.999, 0, 1)
+    adam_epsilon: float = above(1e-8, 0, 1)
+    max_grad_norm: float = above(1.0, 0)
+    logits_chunk_tokens: int = at_least(2048, 1)
+    save_steps: int = at_least(200, 0)
+    save_total_limit: int = at_least(1, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,11 +294,11 @@ class EvalGroup:
         (`answer_accuracy`).
     """
 
-    max_pairs: int = 0
-    num_prompts: int = 64
-    temperature: float = 0.0
-    max_new_tokens: int = 0
-    num_generations: int = 8
+    max_pairs: int = at_least(0, 0)
+    num_prompts: int = at_least(64, 0)
+    temperature: float = at_least(0.0, 0)
+    max_new_tokens: int = at_least(0, 0)
+    num_generations: int = at_least(8, 0)
     answer_pattern: str = ""
 
 
@@ -276,8 +306,8 @@ class EvalGroup:
 class LogGroup:
     """What is written. rollout_iterations: rollouts are saved as text every so many PPO iterations (0: never)."""
 
-    logging_steps: int = 10
-    rollout_iterations: int = 10
+    logging_steps: int = at_least(10, 1)
+    rollout_iterations: int = at_least(10, 0)
     tensorboard: bool = True
     report: bool = True
     hf_export: bool = False
@@ -287,7 +317,7 @@ class LogGroup:
 class WorldGroup:
     """The embedded world (sera_jax/world.py); an empty name means real data. Sizes are counts of rows."""
 
-    name: str = ""
+    name: str = one_of("", "habits")
     pretrain: int = 8000
     demonstrations: int = 200
     preferences: int = 800
@@ -301,10 +331,10 @@ class WorldGroup:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A run. method: `sera` (reads `loss` and `sera`) or `srppo`, Self-Rewarding PPO (reads `reward` and `ppo`)."""
+    """A run. method: a name in `experiment.methods.METHODS`, which says the groups that only it reads."""
 
     workdir: str = ""
-    seed: int = 0
+    seed: int = within(0, 0, 2**31 - 1)
     method: str = "sera"
     model: ModelGroup = ModelGroup()
     data: DataGroup = DataGroup()

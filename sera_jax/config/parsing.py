@@ -7,117 +7,14 @@ import difflib
 import math
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
 
-from sera_jax.config.groups import Config
+from sera_jax.config.groups import CHOICES, RANGE, Config
 from sera_jax.config.rules import check_together
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "method": ("sera", "srppo"),
-    "model.dtype": ("float32", "bfloat16"),
-    "model.param_dtype": ("float32", "bfloat16"),
-    "model.logits_dtype": ("float32", "bfloat16"),
-    "model.remat": ("none", "full", "dots"),
-    "model.attn_implementation": ("xla",),
-    "data.truncation_mode": ("keep_end", "keep_start", "drop"),
-    "sera.selection": ("top", "bottom", "middle", "threshold", "random", "none"),
-    "sera.curriculum": ("none", "easy_to_hard", "hard_to_easy"),
-    "sera.pairing": ("best_worst", "all"),
-    "sera.reference": ("fixed", "previous"),
-    "reward.placement": ("eos", "token"),
-    "reward.missing_eos": ("penalty", "subtract", "keep"),
-    "ppo.kl_estimator": ("k1", "k2", "k3"),
-    "ppo.kl_in": ("reward", "loss"),
-    "ppo.kl_controller": ("fixed", "adaptive"),
-    "ppo.critic": ("model", "head"),
-    "world.name": ("", "habits"),
-    **{f"{g}.optim": ("adamw", "adafactor", "lion") for g in ("pretrain", "sft", "train")},
-    **{f"{g}.lr_scheduler_type": ("linear", "cosine", "constant") for g in ("pretrain", "sft", "train")},
-}
-# field -> (lowest, highest, lowest itself allowed)
-RANGES: dict[str, tuple[float, float, bool]] = {
-    "seed": (0, 2**31 - 1, True),
-    "data.eval_fraction": (0, 0.9, True),
-    "data.max_prompt_length": (1, math.inf, True),
-    "data.max_completion_length": (1, math.inf, True),
-    "data.row_tokens": (2, math.inf, True),
-    "data.max_row_shapes": (1, math.inf, True),
-    "data.max_bad_fraction": (0, 1, True),
-    "data.label_noise": (0, 1, True),
-    "loss.beta": (0, math.inf, False),
-    "loss.tau": (0, math.inf, False),
-    "loss.delta": (0, math.inf, False),
-    "loss.gamma_beta_ratio": (0, math.inf, True),
-    "loss.label_smoothing": (0, 0.5, True),
-    "loss.nll_coef": (0, math.inf, True),
-    "sera.rounds": (1, math.inf, True),
-    "sera.keep_fraction": (0, 1, True),
-    "sera.bootstrap_fraction": (0, math.inf, True),
-    "sera.bootstrap_prompts": (0, math.inf, True),
-    "sera.num_samples": (2, math.inf, True),
-    "sera.ensemble_gamma": (0, 1, True),
-    "reward.missing_eos_penalty": (0, math.inf, True),
-    "reward.clip": (0, math.inf, False),
-    "ppo.iterations": (1, math.inf, True),
-    "ppo.eval_iterations": (0, math.inf, True),
-    "ppo.num_samples": (1, math.inf, True),
-    "ppo.num_ppo_epochs": (1, math.inf, True),
-    "ppo.num_mini_batches": (1, math.inf, True),
-    "ppo.prompt_overlap": (0, 1, True),
-    "ppo.gamma": (0, 1, True),
-    "ppo.lam": (0, 1, True),
-    "ppo.cliprange": (0, 1, False),
-    "ppo.cliprange_value": (0, math.inf, False),
-    "ppo.entropy_coef": (0, math.inf, True),
-    "ppo.kl_coef": (0, math.inf, True),
-    "ppo.kl_target": (0, math.inf, False),
-    "ppo.kl_horizon": (1, math.inf, True),
-    "ppo.vf_coef": (0, math.inf, False),
-    "ppo.critic_learning_rate": (0, math.inf, False),
-    "ppo.critic_warmup_iterations": (0, math.inf, True),
-    "ppo.target_kl": (0, math.inf, False),
-    "ppo.ratio_limit": (1, math.inf, False),
-    "ppo.max_kl": (0, math.inf, False),
-    "ppo.max_decode_score_gap": (0, math.inf, False),
-    "ppo.sft_longer_factor": (2, math.inf, True),
-    "ppo.best_of": (2, math.inf, True),
-    "sampling.temperature": (0, math.inf, True),
-    "sampling.top_p": (0, 1, False),
-    "sampling.top_k": (0, math.inf, True),
-    "sampling.max_new_tokens": (1, math.inf, True),
-    "sampling.min_new_tokens": (0, math.inf, True),
-    "sampling.slots": (1, math.inf, True),
-    "eval.max_pairs": (0, math.inf, True),
-    "eval.num_prompts": (0, math.inf, True),
-    "eval.temperature": (0, math.inf, True),
-    "eval.max_new_tokens": (0, math.inf, True),
-    "eval.num_generations": (0, math.inf, True),
-    "log.logging_steps": (1, math.inf, True),
-    "log.rollout_iterations": (0, math.inf, True),
-    **{
-        f"{group}.{field}": bounds
-        for group in ("pretrain", "sft", "train")
-        for field, bounds in {
-            "batch_size": (1, math.inf, True),
-            "gradient_accumulation_steps": (1, math.inf, True),
-            "num_train_epochs": (1, math.inf, True),
-            "max_steps": (0, math.inf, True),
-            "learning_rate": (0, math.inf, False),
-            "warmup_ratio": (0, 1, True),
-            "weight_decay": (0, math.inf, True),
-            "adam_beta1": (0, 1, True),
-            "adam_beta2": (0, 1, True),
-            "adam_epsilon": (0, 1, False),
-            "max_grad_norm": (0, math.inf, False),
-            "logits_chunk_tokens": (1, math.inf, True),
-            "save_steps": (0, math.inf, True),
-            "save_total_limit": (1, math.inf, True),
-        }.items()
-    },
-}
 
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:
@@ -144,20 +41,9 @@ def parse(raw: ml_collections.ConfigDict) -> Config:
 
     Raises:
         ValueError: for an unknown or missing field, a wrong type, a value out of range, or fields that contradict each
-            other; the message names the field, the value and the choices.
+            other whatever the method; the message names the field, the value and the choices.
     """
     config = _parse_group(Config, raw, "")
-    for name, choices in CHOICES.items():
-        value = _get(config, name)
-        if value not in choices:
-            raise ValueError(f"config.{name}={value!r} is not a choice; choose one of {', '.join(map(repr, choices))}")
-    for name, (low, high, closed) in RANGES.items():
-        value = _get(config, name)
-        if value is None:
-            continue
-        if not (low <= value <= high) or (value == low and not closed):
-            sign = "<=" if closed else "<"
-            raise ValueError(f"config.{name}={value!r} is out of range; it must be {low} {sign} {name} <= {high}")
     check_together(config)
     return config
 
@@ -199,7 +85,21 @@ def _parse_group(cls: type, raw: ml_collections.ConfigDict, prefix: str) -> Any:
             values[name] = _parse_group(kind, value, f"{prefix}{name}.")
         else:
             values[name] = _parse_value(kind, value, prefix + name)
+    for field in dataclasses.fields(cls):
+        _check_value(f"{prefix}{field.name}", values[field.name], field.metadata)
     return cls(**values)
+
+
+def _check_value(name: str, value: Any, allowed: Mapping[str, Any]) -> None:
+    """Raises ValueError for a value that its field's choices or range do not hold."""
+    if CHOICES in allowed and value not in allowed[CHOICES]:
+        choices = ", ".join(map(repr, allowed[CHOICES]))
+        raise ValueError(f"config.{name}={value!r} is not a choice; choose one of {choices}")
+    if RANGE in allowed and value is not None:
+        low, high, closed = allowed[RANGE]
+        if not (low <= value <= high) or (value == low and not closed):
+            sign = "<=" if closed else "<"
+            raise ValueError(f"config.{name}={value!r} is out of range; it must be {low} {sign} {name} <= {high}")
 
 
 def _parse_value(kind: Any, value: Any, name: str) -> Any:
@@ -231,10 +131,3 @@ def _plain_type(kind: Any) -> Any:
     if isinstance(kind, types.UnionType):
         return next(part for part in typing.get_args(kind) if part is not type(None))
     return kind
-
-
-def _get(config: Config, path: str) -> Any:
-    value: Any = config
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value

@@ -16,6 +16,7 @@ import numpy as np
 from sera_jax.core import PairBatch, Rows
 from sera_jax.data.items import Item, PairItem
 from sera_jax.data.packing import (
+    Layout,
     Packed,
     RowSpec,
     build_rows,
@@ -25,7 +26,7 @@ from sera_jax.data.packing import (
     padding_fraction,
     spec_for,
 )
-from sera_jax.data.planning import Step, StepPlanner, deal_rows
+from sera_jax.data.planning import NO_SHAPES, Shapes, Step, StepPlanner, deal_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,41 +85,31 @@ class ItemBatch:
 class _Loader:
     """What both loaders share: the plan, its shapes, and laying a step's rows."""
 
-    def __init__(self, planner: StepPlanner, groups: int, share_prompt: bool) -> None:
-        self._planner, self._groups, self._share_prompt = planner, groups, share_prompt
+    def __init__(self, planner: StepPlanner, layout: Layout) -> None:
+        self._planner, self._layout = planner, layout
 
     @property
     def steps_per_epoch(self) -> int:
         return self._planner.steps_per_epoch
 
     @property
+    def shapes(self) -> Shapes:
+        """The shapes of every batch that there can be; hand them to the next round's loader as `known`."""
+        return self._planner.shapes
+
+    @property
     def spec(self) -> RowSpec:
-        return self._planner.spec
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """The numbers of rows R that batches have; hand them to the next round's loader as `known_sizes`."""
-        return self._planner.sizes
-
-    @property
-    def shapes(self) -> set[tuple[int, int, int, int, int]]:
-        """(R, T, M, K, Q) of every batch that there can be: as many compilations of the step."""
-        return {(rows, *dataclasses.astuple(self.spec)) for rows in self.sizes}
+        spec = self._planner.shapes.spec
+        assert spec is not None
+        return spec
 
     def _lay(self, step: int) -> tuple[Step, list[list[int]], Packed]:
         plan, size = self._planner.step(step)
+        share_prompt = self._layout.share_prompt
         items = [unit.item for unit in plan.units]
-        work = [sum(laid_tokens(items[i], self._share_prompt) for i in row) for row in plan.rows]
-        rows = deal_rows(plan.rows, work, self._groups, size)
-        return plan, rows, build_rows(items, rows, self.spec, size, self._share_prompt)
-
-
-def _check_multiple(row_multiple: int, microbatches: int) -> None:
-    if row_multiple % microbatches:
-        raise ValueError(
-            f"row_multiple={row_multiple} is not a multiple of microbatches={microbatches}; "
-            f"make it microbatches x data shards"
-        )
+        work = [sum(laid_tokens(items[i], share_prompt) for i in row) for row in plan.rows]
+        rows = deal_rows(plan.rows, work, self._layout.multiple, size)
+        return plan, rows, build_rows(items, rows, self.spec, size, share_prompt)
 
 
 class PairLoader(_Loader):
@@ -132,14 +123,9 @@ class PairLoader(_Loader):
     Args:
         pairs: the pool; each entry has at least one pair and a positive weight.
         batch_size: pairs of a step.
-        row_tokens: T.
         stream_indices: what names this loader's shuffle besides the seed, for instance the round.
-        row_multiple: R is a multiple of this: microbatches x data shards.
-        max_row_shapes: at most so many sizes of R, those in `known_sizes` counted; one more only if nothing fits.
-        microbatches: A.
-        share_prompt: see `packing`.
-        known_sizes: sizes of R that earlier rounds compiled.
-        spec: (T, M, K, Q) of earlier rounds; grows if an entry does not fit.
+        known: shapes of earlier rounds, which are compiled: their sizes of R count among `layout.max_shapes`, one more
+            is made only if nothing fits; their row spec grows if an entry does not fit.
         order: `shuffle` or `given` (a curriculum).
 
     Raises:
@@ -149,40 +135,23 @@ class PairLoader(_Loader):
     def __init__(
         self,
         pairs: Sequence[PairItem],
+        layout: Layout,
         *,
         batch_size: int,
-        row_tokens: int,
         seed: int,
         stream_indices: tuple[int, ...] = (),
-        row_multiple: int = 1,
-        max_row_shapes: int = 3,
-        microbatches: int = 1,
-        share_prompt: bool = True,
-        known_sizes: Sequence[int] = (),
-        spec: RowSpec | None = None,
+        known: Shapes = NO_SHAPES,
         order: str = "shuffle",
     ) -> None:
-        _check_multiple(row_multiple, microbatches)
         for pair in pairs:
             if not pair.pairs or pair.weight <= 0:
                 raise ValueError(
                     f"entry {pair.item.id!r} has {len(pair.pairs)} pairs and weight {pair.weight}; "
                     f"every entry needs a pair and a weight above 0, leave it out otherwise"
                 )
-        planner = StepPlanner(
-            [(pair.item, pair.pairs) for pair in pairs],
-            batch_size=batch_size,
-            row_tokens=row_tokens,
-            seed=seed,
-            stream_indices=stream_indices,
-            row_multiple=row_multiple,
-            max_row_shapes=max_row_shapes,
-            share_prompt=share_prompt,
-            known_sizes=known_sizes,
-            spec=spec,
-            order=order,
-        )
-        super().__init__(planner, row_multiple, share_prompt)
+        entries = [(pair.item, pair.pairs) for pair in pairs]
+        how = dict(batch_size=batch_size, seed=seed, stream_indices=stream_indices, known=known, order=order)
+        super().__init__(StepPlanner(entries, layout, **how), layout)
         self._pairs = pairs
 
     def batch(self, step: int) -> Batch:
@@ -224,36 +193,20 @@ class ItemLoader(_Loader):
     def __init__(
         self,
         items: Sequence[Item],
+        layout: Layout,
         *,
         batch_size: int,
-        row_tokens: int,
         seed: int,
         stream_indices: tuple[int, ...] = (),
-        row_multiple: int = 1,
-        max_row_shapes: int = 3,
-        microbatches: int = 1,
-        known_sizes: Sequence[int] = (),
-        spec: RowSpec | None = None,
+        known: Shapes = NO_SHAPES,
         order: str = "shuffle",
     ) -> None:
-        _check_multiple(row_multiple, microbatches)
         for item in items:
             if len(item.responses) != 1:
                 raise ValueError(f"item {item.id!r} has {len(item.responses)} responses; a demonstration has exactly 1")
-        planner = StepPlanner(
-            [(item, ()) for item in items],
-            batch_size=batch_size,
-            row_tokens=row_tokens,
-            seed=seed,
-            stream_indices=stream_indices,
-            row_multiple=row_multiple,
-            max_row_shapes=max_row_shapes,
-            share_prompt=True,
-            known_sizes=known_sizes,
-            spec=spec,
-            order=order,
-        )
-        super().__init__(planner, row_multiple, True)
+        layout = dataclasses.replace(layout, share_prompt=True)  # with one response each the same, and one packing
+        how = dict(batch_size=batch_size, seed=seed, stream_indices=stream_indices, known=known, order=order)
+        super().__init__(StepPlanner([(item, ()) for item in items], layout, **how), layout)
 
     def batch(self, step: int) -> ItemBatch:
         """The batch of any step >= 0."""
@@ -272,32 +225,22 @@ def _token_counts(rows: Rows) -> tuple[float, int, int]:
 class ScoreBatches(Sequence[Packed]):
     """A pool packed once into batches of one constant shape; each batch is built when it is asked for.
 
-    `spec` is the row spec, `shapes` the one shape, as in `PairLoader`.
+    `spec` is the row spec.
     """
 
     def __init__(
-        self,
-        items: Sequence[Item],
-        row_tokens: int,
-        rows_per_batch: int,
-        *,
-        spec: RowSpec | None = None,
-        share_prompt: bool = True,
+        self, items: Sequence[Item], layout: Layout, rows_per_batch: int, *, spec: RowSpec | None = None
     ) -> None:
         if rows_per_batch < 1:
             raise ValueError(f"rows_per_batch={rows_per_batch} must be at least 1")
-        self._items, self._size, self._share_prompt = items, rows_per_batch, share_prompt
+        self._items, self._size, self._share_prompt = items, rows_per_batch, layout.share_prompt
+        length = layout.row_tokens
         if spec is None:
-            self._rows = pack(items, row_tokens, share_prompt)
-            self.spec = spec_for(items, self._rows, row_tokens)
+            self._rows = pack(items, length, layout.share_prompt)
+            self.spec = spec_for(items, self._rows, length)
         else:
-            self.spec = merge_specs(spec, spec_for(items, [[i] for i in range(len(items))], row_tokens))
-            self._rows = pack(items, row_tokens, share_prompt, self.spec)
-
-    @property
-    def shapes(self) -> set[tuple[int, int, int, int, int]]:
-        """The one (R, T, M, K, Q)."""
-        return {(self._size, *dataclasses.astuple(self.spec))}
+            self.spec = merge_specs(spec, spec_for(items, [[i] for i in range(len(items))], length))
+            self._rows = pack(items, length, layout.share_prompt, self.spec)
 
     def __len__(self) -> int:
         return -(-len(self._rows) // self._size)
@@ -317,11 +260,7 @@ class ScoreBatches(Sequence[Packed]):
 
 
 def score_batches(
-    items: Sequence[Item],
-    row_tokens: int,
-    rows_per_batch: int,
-    spec: RowSpec | None = None,
-    share_prompt: bool = True,
+    items: Sequence[Item], layout: Layout, rows_per_batch: int, spec: RowSpec | None = None
 ) -> ScoreBatches:
     """Pack a pool to score every response once; all batches have the same shape, the last is filled with empty rows.
 
@@ -333,4 +272,4 @@ def score_batches(
     Raises:
         ValueError: an item does not fit a row.
     """
-    return ScoreBatches(items, row_tokens, rows_per_batch, spec=spec, share_prompt=share_prompt)
+    return ScoreBatches(items, layout, rows_per_batch, spec=spec)

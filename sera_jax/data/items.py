@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import hashlib
+import zlib
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -55,3 +57,18 @@ def unique_prompts(items: Iterable[Item]) -> list[Item]:
     for item in items:
         seen.setdefault(item.prompt.tobytes(), Item(item.id, item.prompt, ()))
     return list(seen.values())
+
+
+def stable_id(text: str) -> int:
+    """A 31-bit number for a record id, the same in every process."""
+    return zlib.crc32(text.encode()) & 0x7FFFFFFF
+
+
+def items_digest(items: Sequence[Item]) -> str:
+    """Digest of ids and tokens; of what a score depends on."""
+    total = hashlib.sha256()
+    for item in items:
+        total.update(item.id.encode() + b"\0")
+        for part in (item.prompt, *item.responses):
+            total.update(len(part).to_bytes(4, "little") + np.ascontiguousarray(part, np.int32).tobytes())
+    return total.hexdigest()

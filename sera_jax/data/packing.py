@@ -22,6 +22,43 @@ _TIGHT_TRIES = 30
 
 
 @dataclasses.dataclass(frozen=True)
+class Layout:
+    """How items are laid into rows; one for everything that a run scores and trains on.
+
+    Attributes:
+        row_tokens: T.
+        share_prompt: one copy of the prompt serves all responses of an item; else each response has its own.
+        multiple: the number of rows R is a multiple of this: microbatches x data shards.
+        microbatches: A; rows are dealt so that [R, ...] splits into [A, R / A, ...] of similar work.
+        max_shapes: at most so many sizes of R are compiled for one kind of batch.
+    """
+
+    row_tokens: int
+    share_prompt: bool = True
+    multiple: int = 1
+    microbatches: int = 1
+    max_shapes: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("row_tokens", "multiple", "microbatches", "max_shapes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.multiple % self.microbatches:
+            raise ValueError(
+                f"multiple={self.multiple} of rows is not a multiple of microbatches={self.microbatches}; "
+                f"make it microbatches x data shards"
+            )
+
+    def window(self, items: Sequence[Item]) -> int:
+        """Static attention window of items that are laid so."""
+        return window_for(items, self.row_tokens, self.share_prompt)
+
+    def accumulated(self, microbatches: int) -> Layout:
+        """The layout of batches that are trained on in so many microbatches."""
+        return dataclasses.replace(self, multiple=self.multiple * microbatches, microbatches=microbatches)
+
+
+@dataclasses.dataclass(frozen=True)
 class RowSpec:
     """The fixed sizes of a row: T tokens, M scored positions, K response slots, Q pairs."""
 
@@ -306,13 +343,14 @@ def shared_prompt_savings(items: Sequence[Item]) -> float:
     return sum(item.tokens for item in items) / max(sum(laid_tokens(item, False) for item in items), 1)
 
 
-def split_items(items: Sequence[Item], row_tokens: int, share_prompt: bool = True) -> list[Item]:
+def split_items(items: Sequence[Item], layout: Layout) -> list[Item]:
     """The same responses, in the same order, in items that fit a row; most items are one piece."""
     pieces: list[Item] = []
     for item in items:
         part: tuple[np.ndarray, ...] = ()
         for response in item.responses:
-            if part and laid_tokens(Item("", item.prompt, (*part, response)), share_prompt) > row_tokens:
+            together = Item("", item.prompt, (*part, response))
+            if part and laid_tokens(together, layout.share_prompt) > layout.row_tokens:
                 pieces.append(Item(f"{item.id}@{len(pieces)}", item.prompt, part))
                 part = ()
             part = (*part, response)

@@ -15,7 +15,7 @@ import numpy as np
 
 from sera_jax.core import Stream, rng_for
 from sera_jax.data.items import Item
-from sera_jax.data.packing import RowSpec, laid_tokens, merge_specs, pack, spec_for
+from sera_jax.data.packing import Layout, RowSpec, laid_tokens, merge_specs, pack, spec_for
 
 ORDERS = ("shuffle", "given")
 # Rows of a step left free, since packing a few items cannot fill every row to the last token: the loader takes the
@@ -23,6 +23,22 @@ ORDERS = ("shuffle", "given")
 _SLACKS = (0.1, 0.25, 0.5)
 _TOLERANCE_ROWS = 0.02
 _SPREAD = 1.5  # the standard deviation of the steps' work may become this many times what a plain shuffle gives
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """The shapes of a kind of batch, as many as its step compiles for.
+
+    Attributes:
+        sizes: the numbers of rows R, ascending.
+        spec: (T, M, K, Q) of every row; None before the first batch.
+    """
+
+    sizes: tuple[int, ...] = ()
+    spec: RowSpec | None = None
+
+
+NO_SHAPES = Shapes()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,58 +263,50 @@ class StepPlanner:
 
     Attributes:
         steps_per_epoch: steps of an epoch; the last one may be partial.
-        spec: the one row spec of all steps.
-        sizes: the row counts that steps are rounded up to, chosen on the first epoch and kept.
+        shapes: the one row spec of all steps, and the row counts that they are rounded up to, chosen on the first epoch
+            and kept.
     """
 
     def __init__(
         self,
         entries: Sequence[tuple[Item, tuple[tuple[int, int], ...]]],
+        layout: Layout,
         *,
         batch_size: int,
-        row_tokens: int,
         seed: int,
         stream_indices: tuple[int, ...],
-        row_multiple: int,
-        max_row_shapes: int,
-        share_prompt: bool,
-        known_sizes: Sequence[int],
-        spec: RowSpec | None,
+        known: Shapes,
         order: str,
     ) -> None:
         if not entries:
             raise ValueError("nothing to plan: no items were given; look at the loading report for what was dropped")
-        for name, value in (
-            ("batch_size", batch_size),
-            ("max_row_shapes", max_row_shapes),
-            ("row_multiple", row_multiple),
-        ):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
         if order not in ORDERS:
             raise ValueError(f"order={order!r} is unknown; choose one of {', '.join(ORDERS)}")
         self._entries = entries
         self._counts = [max(len(pairs), 1) for _, pairs in entries]
-        self._batch_size, self._row_tokens, self._multiple = batch_size, row_tokens, row_multiple
+        self._batch_size, self._row_tokens, self._multiple = batch_size, layout.row_tokens, layout.multiple
         self._seed, self._indices = seed, stream_indices
-        self._share_prompt, self._shuffle = share_prompt, order == "shuffle"
+        self._share_prompt, self._shuffle = layout.share_prompt, order == "shuffle"
         self._whole = [cut_unit(i, *entry, 0, self._counts[i]) for i, entry in enumerate(entries)]
-        self._shares = row_shares([u.item for u in self._whole], row_tokens, share_prompt)
+        self._shares = row_shares([u.item for u in self._whole], self._row_tokens, self._share_prompt)
         self._epochs: dict[int, list[Step]] = {}
 
         self._slack = _SLACKS[0]
         first = self._compose(0)
         self.steps_per_epoch = len(first)
-        self.spec = self._choose_spec(first, spec)
+        self._spec = self._choose_spec(first, known.spec)
         tries = []
         for slack in _SLACKS if self._shuffle else _SLACKS[:1]:
             self._slack = slack
             steps = self._pack(self._compose(0))
             needed = [len(step.rows) for step in steps]
-            sizes = choose_sizes(needed, multiple=row_multiple, most=max_row_shapes, known=known_sizes)
+            sizes = choose_sizes(needed, multiple=layout.multiple, most=layout.max_shapes, known=known.sizes)
             rows = sum(round_up(n, sizes) or 0 for n in needed)
-            tries.append((rows, len(set(sizes) - set(known_sizes)), len(tries), slack, sizes, steps))
-        *_, self._slack, self.sizes, self._first = min(tries, key=lambda t: t[:3])
+            tries.append((rows, len(set(sizes) - set(known.sizes)), len(tries), slack, sizes, steps))
+        *_, self._slack, sizes, self._first = min(tries, key=lambda t: t[:3])
+        self.shapes = Shapes(sizes, self._spec)
         self._epochs[0] = self._first
 
     def step(self, step: int) -> tuple[Step, int]:
@@ -307,14 +315,14 @@ class StepPlanner:
             raise ValueError(f"step={step} must be at least 0")
         epoch, place = divmod(step, self.steps_per_epoch)
         plan = self._plan(epoch if self._shuffle else 0)[place]
-        size = round_up(len(plan.rows), self.sizes)
+        size = round_up(len(plan.rows), self.shapes.sizes)
         assert size is not None, "every planned step fits the largest size"
         return plan, size
 
     def _plan(self, epoch: int) -> list[Step]:
         if epoch not in self._epochs:
             steps = self._pack(self._compose(epoch))
-            if any(len(step.rows) > self.sizes[-1] for step in steps):
+            if any(len(step.rows) > self.shapes.sizes[-1] for step in steps):
                 # This shuffle needs more rows than are compiled; the first epoch's steps in another order do not.
                 rng = rng_for(self._seed, Stream.SHUFFLE, *self._indices, epoch)
                 full = len(steps) - (sum(self._counts) % self._batch_size > 0)
@@ -325,7 +333,7 @@ class StepPlanner:
         return self._epochs[epoch]
 
     def _pack(self, steps: list[list[Unit]]) -> list[Step]:
-        return [pack_step(units, self._row_tokens, self._share_prompt, self.spec) for units in steps]
+        return [pack_step(units, self._row_tokens, self._share_prompt, self._spec) for units in steps]
 
     def _unit(self, index: int, start: int, end: int) -> Unit:
         if end - start == self._counts[index]:

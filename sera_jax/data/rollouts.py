@@ -13,7 +13,7 @@ import numpy as np
 
 from sera_jax.core import Stream, rng_for
 from sera_jax.data.items import Item
-from sera_jax.data.packing import Packed, build_rows, laid_tokens, merge_specs, pack, spec_for
+from sera_jax.data.packing import Layout, Packed, build_rows, laid_tokens, merge_specs, pack, spec_for
 from sera_jax.data.planning import deal_rows
 
 Shape = tuple[int, int, int]  # R, M, K of a minibatch
@@ -74,21 +74,12 @@ class PromptSchedule:
 
 
 def lay_rollouts(
-    items: Sequence[Item],
-    parts: int,
-    *,
-    row_tokens: int,
-    seed: int,
-    iteration: int,
-    row_multiple: int = 1,
-    share_prompt: bool = True,
-    earlier: Shape = (0, 0, 0),
+    items: Sequence[Item], parts: int, layout: Layout, *, seed: int, iteration: int, earlier: Shape = (0, 0, 0)
 ) -> list[Packed]:
     """An iteration's rollouts as `parts` minibatches of the same shape, with as many items each, drawn at random.
 
     Args:
         items: prompts with their responses; a multiple of `parts`.
-        row_multiple: R is a multiple of this: microbatches x data shards.
         earlier: shape of the iteration before, kept if it holds these rollouts; a new shape costs a compilation.
 
     Returns:
@@ -100,19 +91,19 @@ def lay_rollouts(
     assert len(items) % parts == 0, "the config's rules make the rollouts divisible by the minibatches"
     order = rng_for(seed, Stream.SHUFFLE, int(Stream.PROMPTS), iteration).permutation(len(items))
     groups = [[items[i] for i in group] for group in np.split(order, parts)]
-    packed = [pack(group, row_tokens, share_prompt) for group in groups]
+    packed = [pack(group, layout.row_tokens, layout.share_prompt) for group in groups]
     spec = None
     for group, rows in zip(groups, packed, strict=True):
-        spec = merge_specs(spec, spec_for(group, rows, row_tokens))
+        spec = merge_specs(spec, spec_for(group, rows, layout.row_tokens))
     assert spec is not None
-    size = rounded_rows(max(map(len, packed)), row_multiple)
-    if size <= earlier[0] <= _LOOSE * size and earlier[0] % row_multiple == 0:
+    size = rounded_rows(max(map(len, packed)), layout.multiple)
+    if size <= earlier[0] <= _LOOSE * size and earlier[0] % layout.multiple == 0:
         size = earlier[0]
         spec = dataclasses.replace(spec, scored=max(spec.scored, earlier[1]), slots=max(spec.slots, earlier[2]))
     out = []
     for indices, group, rows in zip(np.split(order, parts), groups, packed, strict=True):
-        work = [sum(laid_tokens(group[i], share_prompt) for i in row) for row in rows]
-        laid = build_rows(group, deal_rows(rows, work, row_multiple, size), spec, size, share_prompt)
+        work = [sum(laid_tokens(group[i], layout.share_prompt) for i in row) for row in rows]
+        laid = build_rows(group, deal_rows(rows, work, layout.multiple, size), spec, size, layout.share_prompt)
         item = np.where(laid.item >= 0, indices[laid.item], -1).astype(np.int32)
         out.append(dataclasses.replace(laid, item=item))
     return out

@@ -19,25 +19,6 @@ from sera_jax.evaluation.look import GREY, INK
 
 Facts = dict[str, Any]
 
-_TRAINED = {
-    "srppo": (look.VERMILION, "o"),
-    "random_reward": (look.GREEN, "^"),
-    "reinforce": (look.PURPLE, "D"),
-}
-_FLAT: dict[str, tuple[str, Any]] = {  # colour and dashes
-    "sft": (GREY, (0, (4, 3))),
-    "sft_longer": (look.BLUE, (0, (8, 2))),
-    "sft_equal_compute": (look.SKY, (0, (1, 1.2))),
-    "best_of_n": (look.ORANGE, (0, (7, 2, 1.5, 2))),
-}
-_LABELS = {
-    "sft": "SFT",
-    "sft_longer": "SFT longer",
-    "sft_equal_compute": "SFT, equal compute",
-    "srppo": "SRPPO",
-    "random_reward": "random reward",
-    "reinforce": "REINFORCE",
-}
 _SMALL = 8.5  # type size of what stands within a panel
 _LOWEST_EXPLAINED = -1.0  # an untrained critic explains far less than nothing; below this nobody needs to tell apart
 
@@ -62,12 +43,12 @@ _HELD_OUT = [
 ]
 
 
-def draw(summary: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Draw a summary with method="srppo" into a PNG, whole or absent; panels without data are left out.
+def draw(summary: dict[str, Any], path: str | os.PathLike[str], looks: look.Looks) -> None:
+    """Draw a summary by iterations into a PNG, whole or absent; panels without data are left out.
 
     Nothing is drawn, and no file written, where there are neither evaluations during training nor iterations.
     """
-    report = _Report(summary)
+    report = _Report(summary, looks)
     panels = _panels(report)
     if not panels:
         return
@@ -79,7 +60,8 @@ def draw(summary: dict[str, Any], path: str | os.PathLike[str]) -> None:
         places = [(0, slice(0, wide)), *(divmod(i, columns) for i in range(wide, lines * columns))]
         for place, (panel, span) in zip(places, zip(panels, [wide] + [1] * (len(panels) - 1))):
             panel(figure.add_subplot(grid[place]), span)
-        handles = [look.line(*report.styles[arm], report.label(arm)) for arm in report.trained]
+        trained = [(report.looks[arm], report.label(arm)) for arm in report.trained]
+        handles = [look.line(of.colour, of.marker, label) for of, label in trained]
         look.head(figure, _heading(summary), handles, wide=True)
 
 
@@ -108,22 +90,20 @@ def _panels(report: _Report) -> list[Callable[[Any, int], None]]:
 class _Report:
     """A summary by arm, and the panels that draw it."""
 
-    def __init__(self, summary: dict[str, Any]):
+    def __init__(self, summary: dict[str, Any], looks: look.Looks):
         self.final: dict[str, Facts] = summary["arms"]
         self.best_of = summary["config"].get("ppo", {}).get("best_of")
         self.evaluations = _by_arm(summary["rounds"])
         self.iterations = _by_arm(summary.get("iterations", []))
         names = {**self.iterations, **self.evaluations}
-        self.trained = sorted(names, key=lambda arm: list(_TRAINED).index(arm) if arm in _TRAINED else len(_TRAINED))
+        order = [*looks, *(arm for arm in names if arm not in looks)]
+        self.trained = sorted(names, key=order.index)
         self.flat = [arm for arm in self.final if arm not in names]
-        others = iter(look.OTHERS * 9)
-        self.styles = {arm: _TRAINED[arm] if arm in _TRAINED else next(others) for arm in self.trained}
+        self.looks = look.looks_of([*self.trained, *self.flat], looks)
         self.last = max((self.last_of(arm) for arm in self.trained), default=1)
 
     def label(self, arm: str) -> str:
-        if arm == "best_of_n":
-            return f"best of {self.best_of or 'n'}"
-        return _LABELS.get(arm, arm)
+        return self.looks[arm].label.format(best_of=self.best_of or "n")
 
     def last_of(self, arm: str) -> int:
         return max(facts["iteration"] for facts in [*self.iterations.get(arm, []), *self.evaluations.get(arm, [])])
@@ -147,18 +127,18 @@ class _Report:
         """A line with points per trained arm, a horizontal one per other arm, intervals and names at their ends."""
         ends = []
         for k, arm in enumerate([*self.flat, *self.trained]):
-            colour = self.styles[arm][0] if arm in self.styles else _flat_style(arm)[0]
+            of = self.looks[arm]
             interval = self.final.get(arm, {}).get(fact.interval)
             interval = None if interval is None else [fact.scale * bound for bound in interval]
-            if arm in self.styles:
+            if arm in self.trained:
                 course = [(i, fact.scale * value) for i, value in self.course(arm, fact.name)]
                 if course:
-                    axis.plot(*zip(*course), color=colour, marker=self.styles[arm][1], zorder=4 - 0.05 * k)
-                    ends.append(End(self.label(arm), colour, *course[-1], interval, self.styles[arm][1]))
+                    axis.plot(*zip(*course), color=of.colour, marker=of.marker, zorder=4 - 0.05 * k)
+                    ends.append(End(self.label(arm), of.colour, *course[-1], interval, of.marker))
             elif (value := _value(self.final[arm], fact.name)) is not None:
                 value *= fact.scale
-                axis.plot([0, self.last], [value, value], color=colour, ls=_flat_style(arm)[1], lw=1.4, zorder=3)
-                ends.append(End(self.label(arm), colour, self.last, value, interval, None))
+                axis.plot([0, self.last], [value, value], color=of.colour, ls=of.dashes, lw=1.4, zorder=3)
+                ends.append(End(self.label(arm), of.colour, self.last, value, interval, None))
                 if arm == "sft":
                     axis.plot(0, value, marker="o", color=GREY, markersize=7, zorder=5)
         says = fact.says + (" (95 % intervals right)" if any(end.interval for end in ends) else "")
@@ -182,7 +162,7 @@ class _Report:
             values = scale * _values(rows, name)
             if not np.isfinite(values).any():
                 continue
-            colour, marker = self.styles[arm]
+            colour, marker = self.looks[arm].colour, self.looks[arm].marker
             x = np.array([facts["iteration"] for facts in rows])
             step = max(1, len(rows) // 6)
             sparse = slice(min(k * step // len(self.trained), len(rows) - 1), None, step)
@@ -209,7 +189,7 @@ class _Report:
         axis.set(title="Length of answers", ylabel="of rollouts, mean (tokens)")
         sft = _value(self.final.get("sft", {}), "response_tokens_mean")
         if sft is not None:
-            axis.axhline(sft, color=GREY, ls=_FLAT["sft"][1], lw=1.4, zorder=3, label="SFT, held-out prompts")
+            axis.axhline(sft, color=GREY, ls=self.looks["sft"].dashes, lw=1.4, zorder=3, label="SFT, held-out prompts")
             low, high = axis.get_ylim()
             axis.set_ylim(low, high + 0.14 * (high - low))  # room for the legend
             axis.legend(loc="upper left", handlelength=3)
@@ -318,10 +298,6 @@ def _values(rows: Sequence[Facts], name: str) -> np.ndarray:
     """nan, a gap in the line, where a row lacks the fact."""
     found = [_value(facts, name) for facts in rows]
     return np.array([math.nan if value is None else value for value in found], np.float64)
-
-
-def _flat_style(arm: str) -> tuple[str, Any]:
-    return _FLAT.get(arm, ("#000000", (0, (2, 1))))
 
 
 def _heading(summary: Facts) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 # Okabe and Ito's palette, told apart by every common kind of colour vision; markers differ as well.
@@ -14,6 +15,32 @@ OTHERS = [(SKY, "P"), ("#000000", "X"), ("#F0E442", "*")]
 GREY = "#6E6E6E"
 INK = "#222222"
 PANEL_INCHES = (4.3, 3.5)  # width, height
+
+
+@dataclasses.dataclass(frozen=True)
+class ArmLook:
+    """An arm in a picture.
+
+    Attributes:
+        label: its name there; "" for the arm's own.
+        marker: of a line with points.
+        dashes: of an arm that has no course, which is then a level line.
+    """
+
+    label: str
+    colour: str
+    marker: str = "o"
+    dashes: Any = (0, (2, 1))
+
+
+Looks = Mapping[str, ArmLook]
+
+
+def looks_of(arms: Sequence[str], looks: Looks) -> dict[str, ArmLook]:
+    """How each of the arms looks; those without a look of their own share out what is left."""
+    others = iter(OTHERS * 9)
+    return {arm: looks[arm] if arm in looks else ArmLook(arm, *next(others)) for arm in arms}
+
 
 _SETTINGS = {
     "font.size": 9.5,

@@ -1,6 +1,5 @@
-"""`report.png`. Of SeRA, how margins, pairs, accuracy, gold reward and length go from round to round, an arm a colour.
-
-The picture of Self-Rewarding PPO is in `iterations`.
+"""`report.png` of a method that goes in rounds: how margins, pairs, accuracy, gold reward and length go from round to
+round, an arm a colour. The picture by iterations is in `iterations`.
 """
 
 from __future__ import annotations
@@ -9,17 +8,9 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from sera_jax.evaluation import iterations, look
+from sera_jax.evaluation import look
 from sera_jax.evaluation.look import GREY
 
-_STYLES: dict[str, tuple[str, str]] = {
-    "daa": (look.BLUE, "s"),
-    "sera": (look.VERMILION, "o"),
-    "random": (look.GREEN, "^"),
-    "selection_only": (look.PURPLE, "D"),
-    "bootstrap_only": (look.ORANGE, "v"),
-}
-_LABELS = {"daa": "DAA alone", "sera": "SeRA", "random": "random selection"}
 _STEP = 0.07  # arms stand this far apart around a round, so that equal values stay visible
 
 Round = dict[str, Any]
@@ -28,7 +19,7 @@ Round = dict[str, Any]
 class _Report:
     """A summary's rounds by arm, with the SFT model as round 0 of each, and the panels that draw them."""
 
-    def __init__(self, summary: dict[str, Any]):
+    def __init__(self, summary: dict[str, Any], looks: look.Looks):
         self.sft: Round = dict(summary["arms"].get("sft", {}))
         self.arms: dict[str, list[Round]] = {}
         for facts in summary["rounds"]:
@@ -37,8 +28,7 @@ class _Report:
             facts.sort(key=lambda f: f["round"])
         self.final: dict[str, Round] = summary["arms"]
         self.last = max((f["round"] for facts in self.arms.values() for f in facts), default=1)
-        others = iter(look.OTHERS * 9)
-        self.styles = {arm: _STYLES[arm] if arm in _STYLES else next(others) for arm in self.arms}
+        self.looks = look.looks_of(list(self.arms), looks)
 
     def shift(self, arm: str) -> float:
         names = list(self.arms)
@@ -54,7 +44,7 @@ class _Report:
     def lines(self, axis: Any, name: str, *, scale: float = 1.0, start: bool = True) -> None:
         """One line per arm over the rounds, from the SFT model as round 0 where `start` and it has the fact."""
         for arm, rounds in self.arms.items():
-            colour, marker = self.styles[arm]
+            colour, marker = self.looks[arm].colour, self.looks[arm].marker
             points = [(f["round"] + self.shift(arm), scale * f[name]) for f in rounds if name in f]
             if start and name in self.sft:
                 points.insert(0, (0.0, scale * self.sft[name]))
@@ -76,7 +66,9 @@ class _Report:
             facts = self.final.get(arm, {})
             if "gold_ci95" in facts:
                 low, high = facts["gold_ci95"]
-                axis.vlines(self.arms[arm][-1]["round"] + self.shift(arm), low, high, color=self.styles[arm][0], lw=1.2)
+                axis.vlines(
+                    self.arms[arm][-1]["round"] + self.shift(arm), low, high, color=self.looks[arm].colour, lw=1.2
+                )
         axis.set(title="Gold reward of answers", ylabel="mean gold reward (95 % interval at the end)")
 
     def accuracy(self, axis: Any) -> None:
@@ -111,7 +103,9 @@ class _Report:
             for facts in rounds:
                 if "margin_p10" in facts and "margin_p90" in facts:
                     x = facts["round"] + self.shift(arm)
-                    axis.vlines(x, facts["margin_p10"], facts["margin_p90"], color=self.styles[arm][0], lw=4, alpha=0.3)
+                    axis.vlines(
+                        x, facts["margin_p10"], facts["margin_p90"], color=self.looks[arm].colour, lw=4, alpha=0.3
+                    )
         axis.axhline(0, color=GREY, lw=0.8, zorder=1)
         axis.set(title="Offline pairs before selection", ylabel="margin, mean and p10 to p90 (nats)")
 
@@ -121,7 +115,7 @@ class _Report:
             x = [f["round"] + (i + 0.5 - len(self.arms) / 2) * width for f in rounds]
             kept, added = ([f.get(name, 0) for f in rounds] for name in ("kept", "added"))
             flipped = [k * f.get("flipped_fraction_kept", 0) for k, f in zip(kept, rounds)]
-            colour = self.styles[arm][0]
+            colour = self.looks[arm].colour
             inner = 0.88 * width
             axis.bar(x, kept, inner, color=colour)
             axis.bar(x, flipped, inner, color="none", edgecolor="white", hatch="////", lw=0)
@@ -144,7 +138,7 @@ class _Report:
         sampling = {arm: rounds for arm, rounds in self.arms.items() if any("agreement" in f for f in rounds)}
         width = min(0.8 / len(sampling), 0.35)
         for i, (arm, rounds) in enumerate(sampling.items()):
-            colour = self.styles[arm][0]
+            colour = self.looks[arm].colour
             for facts in rounds:
                 shares, bottom = facts.get("agreement", {}), 0.0
                 fills = (
@@ -183,20 +177,14 @@ def _panels(report: _Report) -> list[Callable[[Any], None]]:
     return [draw for name, draw in panels if draw is not None and report.has(name)]
 
 
-def report_png(summary: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Draw a summary (keys as `report.check_summary` wants them) into a PNG; panels without data are left out.
+def draw_rounds(summary: dict[str, Any], path: str | os.PathLike[str], looks: look.Looks) -> None:
+    """Draw a summary into a PNG, whole or absent; panels without data are left out.
 
-    The file is whole or absent. Nothing is drawn, and no file written, for a summary without rounds or, with
-    method="srppo", with neither rounds nor iterations.
+    Nothing is drawn, and no file written, for a summary without rounds.
     """
-    if summary["config"].get("method") == "srppo":
-        iterations.draw(summary, path)
-    elif summary["rounds"]:
-        _draw_rounds(summary, path)
-
-
-def _draw_rounds(summary: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    report = _Report(summary)
+    if not summary["rounds"]:
+        return
+    report = _Report(summary, looks)
     panels = _panels(report)
     columns = min(3, len(panels)) if len(panels) != 4 else 2
     lines = -(-len(panels) // columns)
@@ -206,7 +194,7 @@ def _draw_rounds(summary: dict[str, Any], path: str | os.PathLike[str]) -> None:
             draw(axis)
         for axis in axes[len(panels) :]:
             axis.set_axis_off()
-        handles = [look.line(*report.styles[arm], _LABELS.get(arm, arm)) for arm in report.arms]
+        handles = [look.line(of.colour, of.marker, of.label) for of in report.looks.values()]
         look.head(figure, _heading(summary), handles, wide=columns > 1)
 
 

@@ -1,21 +1,20 @@
-"""The end of a run: `summary.json` and the table on the terminal. The picture is in `picture`."""
+"""The end of a run: `summary.json`, the tables on the terminal, and what a method says of how its own are shown."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from sera_jax.evaluation.picture import report_png
-
-__all__ = ["check_summary", "report_png", "table", "write_summary"]
-
 Summary = dict[str, Any]
+Cell = Callable[[dict[str, Any]], str]  # of the facts of an arm or a round; KeyError where the fact is absent
+Column = tuple[str, Cell]  # with its heading
 KEYS: dict[str, type | tuple[type, ...]] = {
     "arms": dict,
     "rounds": list,
@@ -26,8 +25,32 @@ KEYS: dict[str, type | tuple[type, ...]] = {
     "seed": int,
     "versions": dict,
 }
-# What the summary of a method has besides.
-METHOD_KEYS: dict[str, dict[str, type]] = {"srppo": {"iterations": list, "prompts": dict}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """How the summary of a method is checked and shown.
+
+    Attributes:
+        arm_columns, round_columns: of the two tables.
+        legend: (fact that a column shows, its heading, its meaning), of those that do not speak for themselves.
+        outcomes: headings that say whether an arm is better; `{outcomes}` in a meaning names those that are shown.
+        draw: the picture, from a summary into a PNG; may draw nothing where there is nothing to draw.
+        keys: what the summary has besides `KEYS`.
+        counts: what each of summary["rounds"] is numbered by; those numbers start at 1.
+        lists: further lists of facts in the summary, each entry with its arm, and what they are numbered by.
+    """
+
+    arm_columns: Sequence[Column]
+    round_columns: Sequence[Column]
+    legend: Sequence[tuple[str, str, str]]
+    draw: Callable[[Summary, pathlib.Path], None]
+    outcomes: Sequence[str] = ("gold",)
+    keys: Mapping[str, type] = dataclasses.field(default_factory=dict)
+    counts: Sequence[str] = ("round",)
+    lists: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
 # Facts that lie between 0 and 1 wherever they occur: in an arm, in a round, in an iteration.
 _SHARES = (
     "win_rate_vs_sft",
@@ -46,23 +69,20 @@ _CORRELATIONS = ("coherent_reward_length_corr", "coherent_reward/length_corr")
 _ROUNDING = 1e-5  # by which a float32 correlation may exceed 1
 
 
-def check_summary(summary: Summary) -> None:
+def check_summary(summary: Summary, report: Report) -> None:
     """ValueError, naming the key, where a summary is not what readers of summary.json rely on.
 
-    `arms` maps an arm to its facts; `rounds` lists the facts of each (`arm`, `round`), rounds counted from 1. With
-    method="srppo" there are `prompts`, counts, and `iterations`, the facts of each (`arm`, `iteration`), and a round
-    is an evaluation during training that names its `iteration`. A fact that does not apply is absent, never None or
-    nan.
+    `arms` maps an arm to its facts; `rounds` lists the facts of each (`arm`, `round`), rounds counted from 1. A fact
+    that does not apply is absent, never None or nan.
     """
     _check_keys(summary, KEYS)
-    _check_keys(summary, METHOD_KEYS.get(method_of(summary), {}))
-    by_iteration = method_of(summary) == "srppo"
-    _check_counted(summary, "rounds", ("round", "iteration") if by_iteration else ("round",))
+    _check_keys(summary, report.keys)
+    _check_counted(summary, "rounds", report.counts)
     places = [(f"arms[{arm!r}]", facts) for arm, facts in summary["arms"].items()]
     places += [(f"rounds[{i}]", facts) for i, facts in enumerate(summary["rounds"])]
-    if by_iteration:
-        _check_counted(summary, "iterations", ("iteration",))
-        places += [(f"iterations[{i}]", facts) for i, facts in enumerate(summary["iterations"])]
+    for key, count in report.lists.items():
+        _check_counted(summary, key, (count,))
+        places += [(f"{key}[{i}]", facts) for i, facts in enumerate(summary[key])]
     for place, facts in places:
         for name, value in facts.items():
             if not _applies(value):
@@ -91,14 +111,15 @@ def _check_counted(summary: Summary, key: str, counts: Sequence[str]) -> None:
                 raise ValueError(f"{key}[{i}] needs `{name}` (1 or more), not {facts.get(name)!r}")
 
 
-def write_summary(path: str | os.PathLike[str], summary: Summary) -> None:
+def write_summary(path: str | os.PathLike[str], summary: Summary, report: Report) -> None:
     """Write the checked summary as JSON so that the file is whole or absent.
 
-    Facts of arms, rounds and iterations that are None or not finite are left out; numpy numbers become plain ones.
+    Facts of arms and rounds, and in the method's own lists, that are None or not finite are left out; numpy numbers
+    become plain ones.
     """
     path = pathlib.Path(path)
-    summary = _applicable(_plain(summary))
-    check_summary(summary)
+    summary = _applicable(_plain(summary), report)
+    check_summary(summary, report)
     path.parent.mkdir(parents=True, exist_ok=True)
     torn = path.with_name(path.name + ".tmp")
     with torn.open("w", encoding="utf-8") as file:
@@ -109,42 +130,25 @@ def write_summary(path: str | os.PathLike[str], summary: Summary) -> None:
     torn.replace(path)
 
 
-def table(summary: Summary) -> str:
-    """Two short tables, of the arms and of their rounds; a column that has no value at all is left out.
-
-    Of the arms: gold reward, win rate, held-out reward accuracy, the accuracy of preferring the longer answer, the
-    accuracy where the shorter was preferred, held-out margin (nats), answer length. Of the rounds: offline pairs kept,
-    the flipped share of them, sampled pairs added, their agreement with the gold (%), the mean margin of the offline
-    pairs (nats).
-
-    With method="srppo", of the arms: gold reward, win rate, well-formed and right answers, coherent reward (nats per
-    answer), its correlation with length, KL to the SFT model (nats per answer), negative log-likelihood of held-out
-    demonstrations (nats per token), answer length, answers that ended. A round is then an evaluation during training.
-    """
-    summary = _applicable(summary)
-    arm_columns, round_columns, _ = _METHODS.get(method_of(summary), _METHODS["sera"])
+def table(summary: Summary, report: Report) -> str:
+    """Two short tables, of the arms and of their rounds; a column that has no value at all is left out."""
+    summary = _applicable(summary, report)
     arms = [{"arm": arm, **facts} for arm, facts in summary["arms"].items()]
-    parts = [_aligned(arms, arm_columns)]
+    parts = [_aligned(arms, report.arm_columns)]
     if summary["rounds"]:
-        parts.append(_aligned(summary["rounds"], round_columns))
+        parts.append(_aligned(summary["rounds"], report.round_columns))
     return "\n\n".join(parts)
 
 
-def legend(summary: Summary) -> str:
+def legend(summary: Summary, report: Report) -> str:
     """A line for each column of `table` that does not speak for itself, of those that it shows."""
-    summary = _applicable(summary)
+    summary = _applicable(summary, report)
     facts = [*summary["arms"].values(), *summary["rounds"]]
-    *_, lines = _METHODS.get(method_of(summary), _METHODS["sera"])
-    shown = [(head, text) for name, head, text in lines if any(name in fact for fact in facts)]
+    shown = [(head, text) for name, head, text in report.legend if any(name in fact for fact in facts)]
     heads = {head for head, _ in shown}
-    outcomes = [head for head in _OUTCOMES if head in heads] or ["NLL"]
+    outcomes = [head for head in report.outcomes if head in heads] or ["NLL"]
     width = max((len(head) for head in heads), default=0)
     return "\n".join(f"{head:>{width}}  {text.format(outcomes=_or(outcomes))}" for head, text in shown)
-
-
-def method_of(summary: Summary) -> str:
-    """`sera` or `srppo`; summaries written before there were two methods name none."""
-    return summary["config"].get("method", "sera")
 
 
 def _or(heads: Sequence[str]) -> str:
@@ -153,43 +157,16 @@ def _or(heads: Sequence[str]) -> str:
     return " or ".join(part for part in (", ".join(heads[:-1]), heads[-1]) if part)
 
 
-# (fact that the column shows, heading, meaning)
-_LEGEND: list[tuple[str, str, str]] = [
-    ("gold_mean", "gold", "mean reward of answers to held-out prompts, by the world's rule; 95 % over prompts"),
-    ("heldout_accuracy", "accuracy", "held-out pairs that the implicit reward ranks as labelled"),
-    ("length_baseline_accuracy", "by length", "the same for a rule that prefers the longer answer"),
-    ("heldout_accuracy_shorter", "on shorter", "accuracy on the pairs whose shorter answer was preferred"),
-    ("flipped_fraction_kept", "flipped", "offline pairs kept whose label data.label_noise had exchanged"),
-    ("agreement", "agree/not/tie", "does the gold agree with the added pairs, %"),
-    ("margin_mean", "margin", "chosen minus rejected, nats: of held-out pairs above, of offline pairs below"),
-]
-# What says of an arm of Self-Rewarding PPO whether it is better, by heading.
-_OUTCOMES = ("gold", "right")  # NLL only in place of them: a policy that sharpens loses likelihood even where it gains
-_SRPPO_LEGEND: list[tuple[str, str, str]] = [
-    _LEGEND[0],
-    ("answer_accuracy", "right", "answers whose last match of eval.answer_pattern is the reference's"),
-    ("wellformed_fraction", "well-formed", "answers in which eval.answer_pattern is found"),
-    (
-        "coherent_reward_mean",
-        "coherent",
-        "log pi_sft - log pi_base, nats per answer. PPO optimises it: a gain must show in {outcomes}",
-    ),
-    ("coherent_reward_length_corr", "corr.", "correlation of the coherent reward with the answer's length"),
-    ("kl_to_sft", "KL", "of the policy to the SFT model, on its own answers, nats per answer"),
-    ("heldout_nll", "NLL", "of held-out demonstrations, nats per token; it rises as a policy forgets them"),
-    ("eos_fraction", "ended", "answers that ended within the token limit"),
-]
-
-
-def _percent(name: str) -> Callable[[dict[str, Any]], str]:
+def percent(name: str) -> Cell:
+    """A share as "12.3 %"."""
     return lambda facts: f"{100 * facts[name]:.1f} %"
 
 
-def _number(name: str, digits: int) -> Callable[[dict[str, Any]], str]:
+def number(name: str, digits: int) -> Cell:
     return lambda facts: f"{facts[name]:.{digits}f}"
 
 
-def _interval(name: str, digits: int) -> Callable[[dict[str, Any]], str]:
+def interval(name: str, digits: int) -> Cell:
     """Of `NAME_mean`, with `NAME_ci95` where that is known."""
 
     def say(facts: dict[str, Any]) -> str:
@@ -202,71 +179,23 @@ def _interval(name: str, digits: int) -> Callable[[dict[str, Any]], str]:
     return say
 
 
-def _agreement(facts: dict[str, Any]) -> str:
-    shares = facts["agreement"]
-    return " / ".join(f"{100 * shares[k]:.0f}" for k in ("agree", "disagree", "tie"))
+def shares(name: str, parts: Sequence[str]) -> Cell:
+    """Shares of a fact that is a dict, in per cent: "52 / 34 / 14"."""
+    return lambda facts: " / ".join(f"{100 * facts[name][part]:.0f}" for part in parts)
 
 
-# (heading, what a cell says; KeyError where the fact is absent)
-_ARM_COLUMNS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
-    ("arm", lambda facts: facts["arm"]),
-    ("gold [95 %]", _interval("gold", 3)),
-    ("wins vs sft", _percent("win_rate_vs_sft")),
-    ("accuracy", _percent("heldout_accuracy")),
-    ("by length", _percent("length_baseline_accuracy")),
-    ("on shorter", _percent("heldout_accuracy_shorter")),
-    ("margin", _number("heldout_margin", 2)),
-    ("tokens", _number("response_tokens_mean", 1)),
-]
-_ROUND_COLUMNS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
-    ("arm", lambda facts: facts["arm"]),
-    ("round", lambda facts: str(facts["round"])),
-    ("kept", lambda facts: str(facts["kept"])),
-    ("flipped", _percent("flipped_fraction_kept")),
-    ("added", lambda facts: str(facts["added"])),
-    ("agree/not/tie", _agreement),
-    ("margin", _number("margin_mean", 2)),
-    ("gold", _number("gold_mean", 3)),
-    ("accuracy", _percent("heldout_accuracy")),
-    ("on shorter", _percent("heldout_accuracy_shorter")),
-    ("tokens", _number("response_tokens_mean", 1)),
-]
+def plain(name: str) -> Cell:
+    """The fact as it is."""
+    return lambda facts: str(facts[name])
 
 
-_SRPPO_ARM_COLUMNS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
-    ("arm", lambda facts: facts["arm"]),
-    ("gold [95 %]", _interval("gold", 3)),
-    ("wins vs sft", _percent("win_rate_vs_sft")),
-    ("right", _percent("answer_accuracy")),
-    ("well-formed", _percent("wellformed_fraction")),
-    ("coherent [95 %]", _interval("coherent_reward", 2)),
-    ("corr.", _number("coherent_reward_length_corr", 2)),
-    ("KL", _number("kl_to_sft", 2)),
-    ("NLL", _number("heldout_nll", 3)),
-    ("tokens", _number("response_tokens_mean", 1)),
-    ("ended", _percent("eos_fraction")),
-]
-_SRPPO_ROUND_COLUMNS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
-    ("arm", lambda facts: facts["arm"]),
-    ("iteration", lambda facts: str(facts["iteration"])),
-    ("gold", _number("gold_mean", 3)),
-    ("right", _percent("answer_accuracy")),
-    ("well-formed", _percent("wellformed_fraction")),
-    ("coherent", _number("coherent_reward_mean", 2)),
-    ("corr.", _number("coherent_reward_length_corr", 2)),
-    ("KL", _number("kl_to_sft", 2)),
-    ("NLL", _number("heldout_nll", 3)),
-    ("tokens", _number("response_tokens_mean", 1)),
-    ("ended", _percent("eos_fraction")),
-]
-_METHODS = {
-    "sera": (_ARM_COLUMNS, _ROUND_COLUMNS, _LEGEND),
-    "srppo": (_SRPPO_ARM_COLUMNS, _SRPPO_ROUND_COLUMNS, _SRPPO_LEGEND),
-}
+# Columns and meanings that more than one method has, by what they show.
+GOLD = ("gold_mean", "gold", "mean reward of answers to held-out prompts, by the world's rule; 95 % over prompts")
+ARM: Column = ("arm", plain("arm"))
 
 
-def _aligned(rows: Sequence[dict[str, Any]], columns: Sequence[tuple[str, Callable]]) -> str:
-    def cell(say: Callable[[dict[str, Any]], str], facts: dict[str, Any]) -> str:
+def _aligned(rows: Sequence[dict[str, Any]], columns: Sequence[Column]) -> str:
+    def cell(say: Cell, facts: dict[str, Any]) -> str:
         try:
             return say(facts)
         except KeyError:
@@ -285,13 +214,13 @@ def _applies(value: Any) -> bool:
     return value is not None and not (isinstance(value, float) and not math.isfinite(value))
 
 
-def _applicable(summary: Summary) -> Summary:
-    """The summary without what does not apply of its arms, rounds and iterations."""
+def _applicable(summary: Summary, report: Report) -> Summary:
+    """The summary without what does not apply of its arms, its rounds and the method's own lists."""
 
     def known(facts: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in facts.items() if _applies(value)}
 
-    lists = {key: [known(facts) for facts in summary[key]] for key in ("rounds", "iterations") if key in summary}
+    lists = {key: [known(facts) for facts in summary[key]] for key in ("rounds", *report.lists) if key in summary}
     return summary | lists | {"arms": {arm: known(facts) for arm, facts in summary["arms"].items()}}
 
 

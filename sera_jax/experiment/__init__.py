@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 import resource
 import sys
@@ -15,15 +14,16 @@ from sera_jax import config as config_lib
 from sera_jax.checkpoint import Workdir
 from sera_jax.checkpoint.phases import versions
 from sera_jax.config import Config
-from sera_jax.evaluation import picture, report
+from sera_jax.data.packing import Layout
+from sera_jax.evaluation import report
+from sera_jax.evaluation.report import Report
 from sera_jax.experiment.assembly import base_model, check_positions, read_corpus
+from sera_jax.experiment.method import Experiment
+from sera_jax.experiment.methods import METHODS
 from sera_jax.experiment.saved import describe, export
-from sera_jax.experiment.sera_arms import run_sera_arms
-from sera_jax.experiment.srppo_arms import run_srppo_arms
 from sera_jax.experiment.start import params_sha256, starting_policy
 from sera_jax.loops.runtime import Policy, Runtime
-from sera_jax.losses.preference import resolve
-from sera_jax.mesh import make_mesh
+from sera_jax.mesh import make_mesh, row_shards
 from sera_jax.writer import MetricWriter
 
 
@@ -34,13 +34,13 @@ def run(config: Config, *, stop_requested: Callable[[], bool] = lambda: False) -
         ValueError: what was asked for cannot be done; the message says the way out.
         Preempted: stopped on request, with everything saved.
     """
-    loss = resolve(**dataclasses.asdict(config.loss)) if config.method == "sera" else None
+    method = METHODS[config.method]
     root = pathlib.Path(config.workdir)
     workdir = Workdir(root, config_lib.to_dict(config))
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     with MetricWriter(root, tensorboard=config.log.tensorboard) as writer, jax.set_mesh(mesh):
-        writer.announce(f"loss {loss}" if loss is not None else f"coherent reward: {config.reward}")
-        corpus = read_corpus(config, workdir, writer.announce)
+        writer.announce(method.announce(config))
+        corpus = read_corpus(config, method, workdir, writer.announce)
         cfg, make_base = base_model(config.model, corpus.tokenizer, config.seed)
         check_positions(config, cfg)
         runtime = Runtime(
@@ -49,19 +49,20 @@ def run(config: Config, *, stop_requested: Callable[[], bool] = lambda: False) -
             workdir=workdir,
             writer=writer,
             seed=config.seed,
-            row_tokens=config.data.row_tokens,
-            share_prompt=config.data.share_prompt,
+            layout=Layout(
+                row_tokens=config.data.row_tokens,
+                share_prompt=config.data.share_prompt,
+                multiple=row_shards(mesh),
+                max_shapes=config.data.max_row_shapes,
+            ),
             chunk_tokens=config.train.logits_chunk_tokens,
             stop_ids=corpus.tokenizer.stop_ids,
+            logging_steps=config.log.logging_steps,
             stop_requested=stop_requested,
         )
         describe(root, cfg, corpus.tokenizer, config.model.model_name_or_path)
-        base, start = starting_policy(config, runtime, corpus, make_base)
-        if loss is not None:
-            final, facts = run_sera_arms(config, runtime, corpus, start, loss)
-        else:
-            assert base is not None, "Self-Rewarding PPO scores with the base"
-            final, facts = run_srppo_arms(config, runtime, corpus, base, start)
+        base, start = starting_policy(config, method.needs_base, runtime, corpus, make_base)
+        final, facts = method.run(Experiment(config, runtime, corpus, start, base))
         summary = {
             **facts,
             "wall_seconds": {name: product.seconds for name, product in workdir.done.items()},
@@ -72,22 +73,17 @@ def run(config: Config, *, stop_requested: Callable[[], bool] = lambda: False) -
             "seed": config.seed,
             "versions": versions(),
         }
-        finish(config, runtime, final, summary)
+        finish(config, method.report, runtime, final, summary)
     return summary
 
 
-def finish(
-    config: Config,
-    runtime: Runtime,
-    final: dict[str, Policy],
-    summary: dict[str, Any],
-) -> None:
+def finish(config: Config, shown: Report, runtime: Runtime, final: dict[str, Policy], summary: dict[str, Any]) -> None:
     """Write summary.json, report.png and, if asked for, Hugging Face folders of the last policies; print the table."""
     root, say = runtime.workdir.root, runtime.writer.report
-    report.write_summary(root / "summary.json", summary)
-    say(f"{report.table(summary)}\n\n{report.legend(summary)}\n")
+    report.write_summary(root / "summary.json", summary, shown)
+    say(f"{report.table(summary, shown)}\n\n{report.legend(summary, shown)}\n")
     if config.log.report:
-        picture.report_png(summary, root / "report.png")
+        shown.draw(summary, root / "report.png")
         say(f"picture: {root / 'report.png'}")
     if config.log.hf_export:
         for arm, policy in final.items():

@@ -17,28 +17,32 @@ from sera_jax.data.bpe import train_bpe
 from sera_jax.data.loading import Limits, load_records
 from sera_jax.data.sources import parse_mixture
 from sera_jax.data.tokenizing import Tokenizer
-from sera_jax.experiment.corpus import Corpus, Judge, Reader, of_demonstrations, of_pairs
+from sera_jax.experiment.corpus import Corpus, Reader
 from sera_jax.experiment.folders import check_two_models, has_tokenizer
+from sera_jax.experiment.method import Method
+from sera_jax.loops.study import Gold
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import Params, init_params
 from sera_jax.models.families import config_from_hf, mathematics
 from sera_jax.models.folder import read_config
 from sera_jax.models.huggingface import load_pretrained
 
+SOURCES = ("train", "eval", "demonstrations", "pretrain", "prompts")  # fields of `data` that name rows
 
-def read_corpus(config: Config, workdir: Workdir, say: Callable[[str], None]) -> Corpus:
+
+def read_corpus(config: Config, method: Method, workdir: Workdir, say: Callable[[str], None]) -> Corpus:
     """Read, tokenize and report every source of the config.
 
     Raises:
         ValueError: a missing file, too many bad rows, or a tokenizer that cannot be used; with the way out.
     """
     check_sources(config.data, config.model)
-    if config.method == "srppo":
+    if method.needs_base:
         check_two_models(config.model, say)
     data, model, heldout_prompts = config.data, config.model, ""
     if config.world.name:
-        data, model, heldout_prompts = make_world_files(config, workdir)
-    tokenizer, tokenizer_dir = open_tokenizer(data, model, workdir, config.method)
+        data, model, heldout_prompts = make_world_files(config, method, workdir)
+    tokenizer, tokenizer_dir = open_tokenizer(data, model, workdir, method)
     limits = Limits(
         max_prompt_length=data.max_prompt_length,
         max_completion_length=data.max_completion_length,
@@ -52,28 +56,22 @@ def read_corpus(config: Config, workdir: Workdir, say: Callable[[str], None]) ->
         "workdir": workdir.root,
         "seed": config.seed,
     }
-    judge = world_judge(tokenizer) if config.world.name else None
-    read = Reader(tokenizer=tokenizer, tokenizer_dir=tokenizer_dir, judge=judge, options=options, say=say)
-    of_method = {"sera": of_pairs, "srppo": of_demonstrations}[config.method]
-    return of_method(config, data, heldout_prompts, read)
+    gold = world_gold(tokenizer) if config.world.name else None
+    read = Reader(tokenizer=tokenizer, tokenizer_dir=tokenizer_dir, gold=gold, options=options, say=say)
+    return method.read(config, data, heldout_prompts, read)
 
 
-def make_world_files(config: Config, workdir: Workdir) -> tuple[DataGroup, ModelGroup, str]:
+def make_world_files(config: Config, method: Method, workdir: Workdir) -> tuple[DataGroup, ModelGroup, str]:
     """Write the embedded world's files; data and model groups that point to them, and the held-out prompts' file."""
     group = dataclasses.asdict(config.world)
     group.pop("name")
     spec = world.WorldSpec(seed=config.seed, **group)
     product = workdir.phase("world", dataclasses.asdict(spec), lambda folder: _write_world(spec, folder))
     folder = product.path / "files"
-    srppo = config.method == "srppo"
-    data = dataclasses.replace(
-        config.data,
-        train="" if srppo else str(folder / "preferences.jsonl"),
-        eval=str(folder / ("heldout_demonstrations.jsonl" if srppo else "heldout_preferences.jsonl")),
-        demonstrations=str(folder / "demonstrations.jsonl"),
-        pretrain=str(folder / "pretrain.jsonl"),
-        prompts=str(folder / "prompts.jsonl") if spec.prompts else "",
-    )
+    files = {field: str(folder / file) for field, file in method.sources.items()}
+    if not spec.prompts:
+        files["prompts"] = ""
+    data = dataclasses.replace(config.data, **dict.fromkeys(SOURCES, "") | files)
     model = dataclasses.replace(config.model, tokenizer_name_or_path=str(folder / "tokenizer"))
     return data, model, str(folder / "heldout_prompts.jsonl")
 
@@ -84,7 +82,7 @@ def _write_world(spec: world.WorldSpec, folder: pathlib.Path) -> None:
 
 def check_sources(data: DataGroup, model: ModelGroup) -> None:
     """Refuse what is not there before anything is read: a missing last source would cost the reading of the others."""
-    for name in ("train", "eval", "demonstrations", "pretrain", "prompts"):
+    for name in SOURCES:
         spec = getattr(data, name)
         for path, _ in parse_mixture(spec, field=f"config.data.{name}") if spec else ():
             if not path.startswith("tfds:") and "://" not in path and not pathlib.Path(path).exists():
@@ -98,10 +96,10 @@ def check_sources(data: DataGroup, model: ModelGroup) -> None:
             raise ValueError(f"config.model.{name}={path!r}: {error}") from error
 
 
-def open_tokenizer(data: DataGroup, model: ModelGroup, workdir: Workdir, method: str) -> tuple[Tokenizer, str]:
+def open_tokenizer(data: DataGroup, model: ModelGroup, workdir: Workdir, method: Method) -> tuple[Tokenizer, str]:
     """The tokenizer the config names, or a BPE trained on the data for a model from scratch; and its folder."""
     name = model.tokenizer_name_or_path or model.model_name_or_path or model.sft_model_path
-    if method == "srppo" and not model.tokenizer_name_or_path and has_tokenizer(model.sft_model_path):
+    if method.needs_base and not model.tokenizer_name_or_path and has_tokenizer(model.sft_model_path):
         name = model.sft_model_path  # its chat template is the one that it was trained with
     if name:
         return Tokenizer.load(name, data.chat_template), name
@@ -110,10 +108,8 @@ def open_tokenizer(data: DataGroup, model: ModelGroup, workdir: Workdir, method:
             "config.model.vocab_size=0 and no tokenizer is named; give the number of BPE pieces to train, or "
             "config.model.tokenizer_name_or_path"
         )
-    if method == "sera":
-        kind, sources = "preference", {"train": data.train}
-    else:
-        kind, sources = "demonstration", {"demonstrations": data.demonstrations, "pretrain": data.pretrain}
+    kind, fields = method.texts
+    sources = {field: getattr(data, field) for field in fields}
 
     def texts() -> Iterator[str]:
         for field, spec in sources.items():
@@ -200,6 +196,6 @@ def _text_of(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt)
 
 
-def world_judge(tokenizer: Tokenizer) -> Judge:
+def world_gold(tokenizer: Tokenizer) -> Gold:
     """The embedded world's gold reward, of token ids."""
     return lambda item, tokens: world.gold(tokenizer.decode(item.prompt), tokenizer.decode(tokens))

@@ -12,8 +12,7 @@ from sera_jax.config import Config, DataGroup
 from sera_jax.data.items import Item, PairItem, unique_prompts
 from sera_jax.data.loading import flip_labels, load_demonstrations, load_preferences, load_prompts, split_heldout
 from sera_jax.data.tokenizing import Tokenizer
-
-Judge = Callable[[Item, np.ndarray], float]
+from sera_jax.loops.study import Gold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Corpus:
         prompts: what bootstrapping samples on; for SRPPO the new prompts, which no demonstration has.
         prompts_left_out: how many of data.prompts are not among the new prompts, by reason (SRPPO only).
         eval_prompts: what held-out generations answer.
-        judge: gold reward, in the embedded world.
+        gold: reward of (prompt item, response tokens), in the embedded world.
     """
 
     tokenizer: Tokenizer
@@ -43,7 +42,7 @@ class Corpus:
     prompts: list[Item]
     prompts_left_out: dict[str, int]
     eval_prompts: list[Item]
-    judge: Judge | None
+    gold: Gold | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +50,14 @@ class Reader:
     """Reads a source as tokens and says what became of its rows.
 
     Attributes:
-        tokenizer, tokenizer_dir, judge: as in Corpus.
+        tokenizer, tokenizer_dir, gold: as in Corpus.
         options: of every load: limits, max_bad_fraction, workdir, seed.
         say: takes a line for the user.
     """
 
     tokenizer: Tokenizer
     tokenizer_dir: str
-    judge: Judge | None
+    gold: Gold | None
     options: dict[str, Any]
     say: Callable[[str], None]
 
@@ -106,7 +105,7 @@ def of_pairs(config: Config, data: DataGroup, heldout_prompts: str, read: Reader
         prompts=prompts,
         prompts_left_out={},
         eval_prompts=_first(eval_prompts, config.eval.num_prompts),
-        judge=read.judge,
+        gold=read.gold,
     )
 
 
@@ -165,7 +164,7 @@ def of_demonstrations(config: Config, data: DataGroup, heldout_prompts: str, rea
         prompts=prompts,
         prompts_left_out=left_out,
         eval_prompts=_first(eval_prompts, config.eval.num_prompts),
-        judge=read.judge,
+        gold=read.gold,
     )
 
 

@@ -7,8 +7,7 @@ finds. Demonstrations: their likelihood. A base model: the coherent reward of th
 from __future__ import annotations
 
 import dataclasses
-import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,19 +19,21 @@ from sera_jax.data.tokenizing import Tokenizer
 from sera_jax.evaluation import gold, heldout
 from sera_jax.evaluation.answers import coherent_facts, kl_facts, likelihood_facts, pattern_facts
 from sera_jax.loops.runtime import Policy, Runtime
+from sera_jax.loops.study import Gold
 from sera_jax.losses.preference import ResolvedLoss
+from sera_jax.sampling import Sample
 
-Answers = Sequence[tuple[np.ndarray, bool]]  # tokens, and whether the answer came to its end; one for each prompt
+Answers = Sequence[Sample]  # one for each prompt
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """Called with (policy, round), returns the facts that the report shows.
+    """Looks at policies: the facts that the report shows, and the first answers, which generations.jsonl collects.
 
     Attributes:
         loss: its implicit reward ranks the pairs; None where there are none.
         pairs: held-out preference pairs. prompts: what generations answer.
-        tokenizer: turns answers into text. judge: gold reward of (prompt item, response tokens), or None.
+        tokenizer: turns answers into text. gold: reward of (prompt item, response tokens), or None.
         reference: the SFT model; implicit rewards and win rates are against it.
         base: the model before SFT, where answers get a coherent reward. demonstrations: held-out ones.
     """
@@ -42,14 +43,17 @@ class Evaluator:
     pairs: Sequence[PairItem]
     prompts: Sequence[Item]
     tokenizer: Tokenizer
-    judge: Callable[[Item, np.ndarray], float] | None
+    gold: Gold | None
     reference: Policy
     settings: EvalGroup
     sampling: SamplingGroup
     base: Policy | None = None
     demonstrations: Sequence[Item] = ()
+    _generations: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict, init=False)
 
-    def __call__(self, policy: Policy, round_: int) -> dict[str, Any]:
+    def look_at(self, policy: Policy, round_: int) -> dict[str, Any]:
+        """The policy's facts after a round, without intervals; its first answers go to generations.jsonl."""
+        self.show(policy)
         return {name: value for name, value in self._facts(policy).items() if not name.endswith("_ci95")}
 
     def of_arm(self, policy: Policy) -> dict[str, Any]:
@@ -63,10 +67,8 @@ class Evaluator:
 
     def answers(self, policy: Policy) -> Answers:
         """The policy's answers to the held-out prompts, in their order."""
-        groups = self.run.sample(
-            f"{policy.name}/generations", policy, self.prompts, 1, self.answer_settings(), round_=0
-        )
-        return [(group[0].tokens, group[0].finished) for group in groups]
+        name = f"{policy.name}/generations"
+        return [c.samples[0] for c in self.run.sample(name, policy, self.prompts, 1, self.answer_settings(), round_=0)]
 
     def answer_settings(self) -> SamplingGroup:
         """How held-out prompts are answered."""
@@ -78,22 +80,25 @@ class Evaluator:
             max_new_tokens=self.settings.max_new_tokens or self.sampling.max_new_tokens,
         )
 
-    def show(self, policy: Policy) -> list[dict[str, Any]]:
-        """The first generations, as texts."""
-        return self.show_answers(policy.name, self.answers(policy)) if self.prompts else []
+    def show(self, policy: Policy) -> None:
+        """Add the policy's first answers to generations.jsonl."""
+        self.show_answers(policy.name, self.answers(policy) if self.prompts else [])
 
-    def show_answers(self, name: str, answers: Answers) -> list[dict[str, Any]]:
-        """The first answers, as texts."""
-        return [
+    def show_answers(self, name: str, answers: Answers) -> None:
+        """Add the first of these answers to generations.jsonl, which is whole after every call."""
+        shown = zip(self.prompts[: self.settings.num_generations], answers)
+        self._generations[name] = [
             {
                 "policy": name,
                 "id": item.id,
-                **self.texts(item, tokens),
-                "finished": finished,
-                "tokens": len(tokens),
+                **self.texts(item, answer.tokens),
+                "finished": answer.finished,
+                "tokens": len(answer.tokens),
             }
-            for item, (tokens, finished) in zip(self.prompts[: self.settings.num_generations], answers)
+            for item, answer in shown
         ]
+        rows = [row for rows in self._generations.values() for row in rows]
+        write_jsonl(self.run.workdir.root / "generations.jsonl", rows)
 
     def texts(self, item: Item, tokens: np.ndarray) -> dict[str, Any]:
         """Prompt and response as people read them."""
@@ -127,18 +132,18 @@ class Evaluator:
         return likelihood_facts(np.concatenate(logps), np.array(lengths))
 
     def _answer_facts(self, name: str, answers: Answers) -> dict[str, Any]:
-        lengths = np.array([len(tokens) for tokens, _ in answers])
+        lengths = np.array([len(answer.tokens) for answer in answers])
         facts: dict[str, Any] = {
             "response_tokens_mean": float(np.mean(lengths)),
-            "eos_fraction": float(np.mean([finished for _, finished in answers])),
+            "eos_fraction": float(np.mean([answer.finished for answer in answers])),
         }
-        if self.judge is not None:
+        if self.gold is not None:
             facts |= gold.facts(self._golds(answers))
         if self.base is not None:
             by_sft = self._logps(name, answers, "sft", self.reference)
             facts |= coherent_facts(by_sft, self._logps(name, answers, "base", self.base), lengths)
         if self.settings.answer_pattern:
-            said = [self.tokenizer.decode_response(tokens) for tokens, _ in answers]
+            said = [self.tokenizer.decode_response(answer.tokens) for answer in answers]
             facts |= pattern_facts(self.settings.answer_pattern, said, self._references())
         return facts
 
@@ -151,15 +156,15 @@ class Evaluator:
         return kl_facts(by_sft if same else self._logps(policy.name, answers, "itself", policy), by_sft)
 
     def _win_rate(self, answers: Answers) -> dict[str, Any]:
-        if self.judge is None:
+        if self.gold is None:
             return {}
         return {"win_rate_vs_sft": gold.win_rate(self._golds(answers), self._golds(self.answers(self.reference)))}
 
     def _logps(self, name: str, answers: Answers, scorer: str, policy: Policy) -> np.ndarray:
         """Summed log-prob f32[prompts] of the answers of arm `name` under `policy`, whose part is `scorer`."""
         items = [
-            dataclasses.replace(item, responses=(tokens,))
-            for item, (tokens, _) in zip(self.prompts, answers, strict=True)
+            dataclasses.replace(item, responses=(answer.tokens,))
+            for item, answer in zip(self.prompts, answers, strict=True)
         ]
         return np.concatenate(self.run.score(f"{name}/generations_by_{scorer}", policy, items))
 
@@ -171,19 +176,6 @@ class Evaluator:
         return [given.get(item.prompt.tobytes()) for item in self.prompts]
 
     def _golds(self, answers: Answers) -> np.ndarray:
-        judge = self.judge
-        assert judge is not None
-        return np.array([judge(item, tokens) for item, (tokens, _) in zip(self.prompts, answers, strict=True)])
-
-
-class Generations:
-    """generations.jsonl: the first answers of every policy looked at so far, as texts."""
-
-    def __init__(self, root: pathlib.Path):
-        self._path = root / "generations.jsonl"
-        self._rows: dict[str, list[dict[str, Any]]] = {}
-
-    def add(self, name: str, rows: list[dict[str, Any]]) -> None:
-        """Answers of the policy `name`; the file is whole after every call."""
-        self._rows[name] = rows
-        write_jsonl(self._path, [row for rows in self._rows.values() for row in rows])
+        rule = self.gold
+        assert rule is not None
+        return np.array([rule(item, answer.tokens) for item, answer in zip(self.prompts, answers, strict=True)])

@@ -16,21 +16,21 @@ from sera_jax.models.decoder import Params
 
 
 def starting_policy(
-    config: Config, runtime: Runtime, corpus: Corpus, make_base: Callable[[], Params]
+    config: Config, needs_base: bool, runtime: Runtime, corpus: Corpus, make_base: Callable[[], Params]
 ) -> tuple[Policy | None, Policy]:
     """Base and SFT model: the checkpoints named, or a base from scratch and SFT of it on the demonstrations.
 
-    The base is None where nothing asks for it: SeRA from an SFT model that is named.
+    Args:
+        needs_base: the method scores with the base, too; without, it is None where an SFT model is named.
 
     Raises:
-        ValueError: the two are of different shapes, or, for Self-Rewarding PPO, the same model.
+        ValueError: the two are of different shapes, or, where the base is needed, the same model.
     """
     say, model = runtime.writer.announce, config.model
-    srppo = config.method == "srppo"
     base = None
     if model.sft_model_path:
         check_shape(model, runtime.cfg)
-    if srppo or not model.sft_model_path:
+    if needs_base or not model.sft_model_path:
         base = _base_policy(config, runtime, corpus, make_base)
     if model.sft_model_path:
         say(f"SFT model: {model.sft_model_path}; no SFT is run")
@@ -39,9 +39,8 @@ def starting_policy(
     else:
         assert base is not None
         say(f"SFT on {len(corpus.demonstrations)} demonstrations: {corpus.demonstrations_are}")
-        shapes, steps = config.data.max_row_shapes, config.log.logging_steps
-        start = sft(runtime, "sft", base, corpus.demonstrations, config.sft, max_row_shapes=shapes, logging_steps=steps)
-    if srppo and base is not None:
+        start = sft(runtime, "sft", base, corpus.demonstrations, config.sft)
+    if needs_base and base is not None:
         _refuse_equal(config, base, start)
     return base, start
 
@@ -60,8 +59,7 @@ def _base_policy(config: Config, runtime: Runtime, corpus: Corpus, make_base: Ca
     if not fresh:
         return base
     runtime.writer.announce(f"base model from scratch, on {len(corpus.pretrain)} texts")
-    shapes, steps = config.data.max_row_shapes, config.log.logging_steps
-    return sft(runtime, "pretrain", base, corpus.pretrain, config.pretrain, max_row_shapes=shapes, logging_steps=steps)
+    return sft(runtime, "pretrain", base, corpus.pretrain, config.pretrain)
 
 
 def _refuse_equal(config: Config, base: Policy, start: Policy) -> None:

@@ -9,10 +9,11 @@ import numpy as np
 
 from sera_jax.config import SamplingGroup, TrainGroup
 from sera_jax.data.items import Item
-from sera_jax.data.packing import split_items
+from sera_jax.loops.rewards import coherent
 from sera_jax.loops.runtime import Policy
 from sera_jax.loops.sft import sft
 from sera_jax.loops.srppo_study import SrppoStudy
+from sera_jax.sampling import Candidates, Sample
 from sera_jax.training.ppo_steps import TRAIN_PASSES
 
 
@@ -34,30 +35,27 @@ def sft_equal_compute(study: SrppoStudy, group: TrainGroup, passes_tokens: float
 
 def best_of_n(
     study: SrppoStudy, prompts: Sequence[Item], settings: SamplingGroup, name: str = "best_of_n"
-) -> list[tuple[np.ndarray, bool]]:
-    """For each prompt the SFT model's answer of the largest coherent reward among `ppo.best_of`: (tokens, ended).
+) -> list[Sample]:
+    """For each prompt the SFT model's answer of the largest coherent reward among `ppo.best_of`.
 
     Answers that ended by themselves go first; among equals the first sampled.
     """
-    if not prompts:
-        return []
-    run, count = study.run, study.ppo.best_of
-    groups = run.sample(f"{name}/candidates", study.sft, prompts, count, settings, round_=0)
-    items = [
-        dataclasses.replace(prompt, responses=tuple(s.tokens for s in group))
-        for prompt, group in zip(prompts, groups, strict=True)
-    ]
-    pieces = split_items(items, run.row_tokens, run.share_prompt)
-    sft_logp, base_logp = (
-        np.concatenate(run.score(f"{name}/candidates_by_{which}", policy, pieces))
+    run = study.run
+    candidates = run.sample(f"{name}/candidates", study.sft, prompts, study.ppo.best_of, settings, round_=0)
+    by_sft, by_base = (
+        run.score_candidates(f"{name}/candidates_by_{which}", policy, candidates)
         for which, policy in (("sft", study.sft), ("base", study.base))
     )
-    rewards = (sft_logp - base_logp).reshape(len(prompts), count)
-    best = [
-        max(range(count), key=lambda k: (group[k].finished, reward[k], -k))
-        for group, reward in zip(groups, rewards, strict=True)
+    scored = [
+        dataclasses.replace(group, logp=sft_logp, ref_logp=base_logp)
+        for group, sft_logp, base_logp in zip(candidates, by_sft, by_base, strict=True)
     ]
-    return [(group[k].tokens, group[k].finished) for group, k in zip(groups, best, strict=True)]
+    return [_best(group, coherent(group)) for group in scored]
+
+
+def _best(candidates: Candidates, rewards: np.ndarray) -> Sample:
+    ranked = zip(candidates.finished, rewards, range(0, -len(rewards), -1), candidates.samples, strict=True)
+    return max(ranked, key=lambda row: row[:3])[3]
 
 
 def _updates(study: SrppoStudy, group: TrainGroup) -> int:
@@ -66,12 +64,4 @@ def _updates(study: SrppoStudy, group: TrainGroup) -> int:
 
 
 def _sft(study: SrppoStudy, group: TrainGroup, name: str, updates: int) -> Policy:
-    return sft(
-        study.run,
-        name,
-        study.base,
-        study.demonstrations,
-        dataclasses.replace(group, max_steps=updates),
-        max_row_shapes=study.max_row_shapes,
-        logging_steps=study.logging_steps,
-    )
+    return sft(study.run, name, study.base, study.demonstrations, dataclasses.replace(group, max_steps=updates))

@@ -10,12 +10,12 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-import optax
 
-from sera_jax.checkpoint import Checkpoints, load_tree, save_tree
+from sera_jax.checkpoint import load_tree
 from sera_jax.config import TrainGroup
 from sera_jax.core import Mean
-from sera_jax.loops.runtime import NonFinite, Policy, Preempted, Runtime
+from sera_jax.loops.restartable import Span, run_to_end
+from sera_jax.loops.runtime import NonFinite, Policy, Runtime
 from sera_jax.training.optimizer import init_optimizer, make_optimizer, schedule
 from sera_jax.training.step import Objective, TrainState, abstract_state, init_state, make_step, place_batch
 
@@ -30,162 +30,162 @@ class Loader(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class Updates:
+    """How many updates, and where they lie in the learning-rate schedule.
+
+    Attributes:
+        count: batches to train on.
+        planned: updates that the schedule spans; more than `count` when later rounds go on with it.
+        before: updates that the optimiser state has seen already.
+    """
+
+    count: int
+    planned: int
+    before: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What is minimised.
+
+    Attributes:
+        computes: names it (hashable); phases that compute the same share a compiled step.
+        window: no item of the batches is longer than this many tokens.
+        make: the objective, made where it is not compiled yet.
+    """
+
+    computes: Any
+    window: int
+    make: Callable[[], Objective]
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
     """One optimisation.
 
     Attributes:
         name: the phase and the trained policy's name.
         start: where the parameters come from.
-        loader: the batches; window: no item of theirs is longer than this.
-        objective: from the attention window to the objective; `computes` names what it computes (hashable).
-        group: optimiser settings.
-        updates: how many batches to train on.
-        schedule_updates: updates that the learning-rate schedule spans; more than `updates` when later rounds
-            continue it.
+        loader: the batches; depends: what they depend on, JSON-able, for the manifest.
+        target: what is minimised. group: optimiser settings. updates: how many.
+        span: what the log counts the updates in.
         continue_from: the policy whose optimiser state goes on; None starts afresh.
-        updates_before: updates that state has done.
-        log: (phase, arm, round) of the metrics.
-        depends: what the batches depend on, JSON-able, for the manifest.
     """
 
     name: str
     start: Policy
     loader: Loader
-    window: int
-    objective: Callable[[int], Objective]
-    computes: Any
-    group: TrainGroup
-    updates: int
-    schedule_updates: int
     depends: dict[str, Any]
+    target: Target
+    group: TrainGroup
+    updates: Updates
+    span: Span
     continue_from: Policy | None = None
-    updates_before: int = 0
-    log: tuple[str, str, int] = ("train", "", 0)
-    logging_steps: int = 10
 
 
-def optimise(run: Runtime, task: Task) -> Policy:
+def optimise(run: Runtime, training: Training) -> Policy:
     """Train; a phase of the work directory.
 
     Raises:
         NonFinite: naming the update, the record ids and the checkpoint of the last good state.
         Preempted: when asked to stop; a checkpoint was saved.
     """
+    updates = training.updates
     inputs = {
-        "start": task.start.digest,
-        "continue_from": task.continue_from.digest if task.continue_from else None,
-        "group": dataclasses.asdict(task.group),
-        "updates": [task.updates, task.schedule_updates, task.updates_before],
-        "computes": str(task.computes),
-        **task.depends,
+        "start": training.start.digest,
+        "continue_from": training.continue_from.digest if training.continue_from else None,
+        "group": dataclasses.asdict(training.group),
+        "updates": [updates.count, updates.planned, updates.before],
+        "computes": str(training.target.computes),
+        **training.depends,
     }
-    product = run.workdir.phase(task.name, inputs, lambda folder: _optimise(run, task, folder))
-    return Policy(task.name, product.path, product.digest)
+    product = run_to_end(run, training.name, inputs, lambda: _Optimisation(run, training))
+    return Policy(training.name, product.path, product.digest)
 
 
-def _optimise(run: Runtime, task: Task, folder: pathlib.Path) -> None:
-    optimizer = make_optimizer(task.group, task.schedule_updates)
-    abstract = abstract_state(run.cfg, optimizer, run.mesh)
-    key = (task.computes, task.window, task.group, task.schedule_updates)
-    if key not in run.steps:  # phases that compute the same thing share the jitted step
-        run.steps[key] = make_step(task.objective(task.window), optimizer, abstract, run.mesh)
-    step_fn = run.steps[key]
-    checkpoints = Checkpoints(run.workdir.checkpoints(task.name), task.group.save_total_limit)
-    try:
-        state = checkpoints.restore(abstract)
-        if state is None:
-            state = _fresh_state(run, task, optimizer, abstract)
-        run.release()
-        state = _train(run, task, state, step_fn, checkpoints)
-    finally:
-        checkpoints.close()
-    save_tree(folder / "params", state.params)
-    save_tree(folder / "optimizer", state.opt_state)
+class _Optimisation:
+    """The `Work` of one training: an update a step. Host work of the next batch overlaps the device's, so metrics wait
+    on the device until they are written."""
 
+    unit = "update"
 
-def _fresh_state(run: Runtime, task: Task, optimizer: optax.GradientTransformation, abstract: TrainState) -> TrainState:
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    params = run.params(task.start)
-    if task.continue_from is None:
-        init = functools.partial(init_optimizer, optimizer)
-        opt_state = jax.jit(init, out_shardings=shardings.opt_state)(params)
-    else:
-        opt_state = load_tree(task.continue_from.path / "optimizer", abstract.opt_state)
-    # through jit, so that the state has buffers of its own: the step donates them
-    return jax.jit(init_state, out_shardings=shardings)(params, opt_state)
+    def __init__(self, run: Runtime, training: Training) -> None:
+        self.run, self.training = run, training
+        group, target, planned = training.group, training.target, training.updates.planned
+        self.optimizer = make_optimizer(group, planned)
+        self.abstract = abstract_state(run.cfg, self.optimizer, run.mesh)
+        self.update = run.compiled(
+            ("update", target.computes, target.window, group, planned),
+            lambda: make_step(target.make(), self.optimizer, self.abstract, run.mesh),
+        )
+        self.steps, self.span = training.updates.count, training.span
+        self.save_steps, self.keep = group.save_steps, group.save_total_limit
+        self.waiting: list[tuple[Any, Any]] = []  # batches and metrics of the updates that are not written yet
 
+    def fresh(self) -> TrainState:
+        run, before = self.run, self.training.continue_from
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+        params = run.params(self.training.start)
+        if before is None:
+            init = functools.partial(init_optimizer, self.optimizer)
+            opt_state = jax.jit(init, out_shardings=shardings.opt_state)(params)
+        else:
+            opt_state = load_tree(before.path / "optimizer", self.abstract.opt_state)
+        # through jit, so that the state has buffers of its own: the step donates them
+        return jax.jit(init_state, out_shardings=shardings)(params, opt_state)
 
-def _train(run: Runtime, task: Task, state: TrainState, step_fn: Any, checkpoints: Checkpoints) -> TrainState:
-    """The update loop. Host work of the next batch overlaps the device's; metrics are fetched when they are written."""
-    group, (phase, arm, round_) = task.group, task.log
-    done = int(jax.device_get(state.step))
-    waiting: list[tuple[Any, Any]] = []
-    with run.writer.phase(phase, arm=arm, round=round_, total_steps=task.updates, start_step=done):
-        for step in range(done + 1, task.updates + 1):
-            batch = task.loader.batch(step - 1)
-            state, metrics = step_fn(state, place_batch(batch.arrays, group.gradient_accumulation_steps, run.mesh))
-            waiting.append((batch, metrics))
-            last = step == task.updates
-            save = group.save_steps > 0 and step % group.save_steps == 0 and not last
-            stop = run.stop_requested() and not last
-            if last or save or stop or step % task.logging_steps == 0:
-                _write(run, task, state, waiting, step, checkpoints)
-                waiting = []
-            else:
-                run.writer.advance(step, tokens=batch.real_tokens)
-            if save or stop:
-                run.writer.sync()  # the metrics of a step are on disk before its checkpoint is
-                checkpoints.save(step, state)
-            if stop:
-                raise Preempted(f"stopped in {task.name} after update {step}; the same command goes on from there")
-        run.writer.sync()
-    return state
+    def done(self, state: TrainState) -> int:
+        return int(jax.device_get(state.step))
 
+    def step(self, state: TrainState, number: int) -> TrainState:
+        run, group = self.run, self.training.group
+        batch = self.training.loader.batch(number - 1)
+        state, metrics = self.update(state, place_batch(batch.arrays, group.gradient_accumulation_steps, run.mesh))
+        self.waiting.append((batch, metrics))
+        run.writer.advance(number, tokens=batch.real_tokens)
+        if number % run.logging_steps == 0:
+            self.flush(state, number)
+        return state
 
-def _write(
-    run: Runtime,
-    task: Task,
-    state: TrainState,
-    waiting: list[tuple[Any, Any]],
-    step: int,
-    checkpoints: Checkpoints,
-) -> None:
-    """Write the means of the metrics since the last write; stop the run where an update was refused."""
-    host = jax.device_get([metrics for _, metrics in waiting])
-    if not bool(jax.device_get(state.ok)):
-        _stop_at_non_finite(run, task, state, waiting, step, checkpoints)
-    batches = [batch for batch, _ in waiting]
-    record: dict[str, Any] = dict(host[0])
-    for metrics in host[1:]:
-        for key, value in metrics.items():
-            record[key] = record[key] + value if isinstance(value, Mean) else value
-    real = sum(batch.real_tokens for batch in batches)
-    record |= {
-        "learning_rate": float(schedule(task.group, task.schedule_updates)(task.updates_before + step - 1)),
-        "padding_fraction": 1 - real / sum(batch.tokens for batch in batches),
-        "num_tokens": real,
-        "epoch": step / task.loader.steps_per_epoch,
-    }
-    run.writer.write(step=step, metrics=record, tokens=batches[-1].real_tokens)
+    def flush(self, state: TrainState, number: int) -> None:
+        """Write the means of the metrics since the last write; stop the run where an update was refused."""
+        if not self.waiting:
+            return
+        host = jax.device_get([metrics for _, metrics in self.waiting])
+        if not bool(jax.device_get(state.ok)):
+            raise self._non_finite(state, number)
+        batches = [batch for batch, _ in self.waiting]
+        self.waiting = []
+        record: dict[str, Any] = dict(host[0])
+        for metrics in host[1:]:
+            for key, value in metrics.items():
+                record[key] = record[key] + value if isinstance(value, Mean) else value
+        real = sum(batch.real_tokens for batch in batches)
+        training, updates = self.training, self.training.updates
+        record |= {
+            "learning_rate": float(schedule(training.group, updates.planned)(updates.before + number - 1)),
+            "padding_fraction": 1 - real / sum(batch.tokens for batch in batches),
+            "num_tokens": real,
+            "epoch": number / training.loader.steps_per_epoch,
+        }
+        self.run.writer.write(step=number, metrics=record)
 
+    def leave(self, folder: pathlib.Path, state: TrainState) -> dict[str, Any]:
+        return {"params": state.params, "optimizer": state.opt_state}
 
-def _stop_at_non_finite(
-    run: Runtime,
-    task: Task,
-    state: TrainState,
-    waiting: list[tuple[Any, Any]],
-    step: int,
-    checkpoints: Checkpoints,
-) -> None:
-    good = int(jax.device_get(state.step))
-    failed = waiting[good - step + len(waiting)][0]
-    state = dataclasses.replace(state, ok=jax.device_put(np.ones((), bool), state.ok.sharding))
-    if checkpoints.latest_step() != good:
-        checkpoints.save(good, state)
-    ids = ", ".join(failed.ids[:20]) + (" ..." if len(failed.ids) > 20 else "")
-    raise NonFinite(
-        f"{task.name}: the loss or gradient of update {good + 1} is not finite. Records of its batch: {ids}. "
-        f"The last good state (update {good}) is saved in {run.workdir.checkpoints(task.name)}. "
-        f"Lower the learning rate ({task.group.learning_rate}) or remove the records, "
-        "and start with a new --config.workdir"
-    )
+    def close(self) -> None:
+        self.waiting = []
+
+    def _non_finite(self, state: TrainState, number: int) -> NonFinite:
+        training = self.training
+        good = int(jax.device_get(state.step))
+        failed = self.waiting[good - number + len(self.waiting)][0]
+        state = dataclasses.replace(state, ok=jax.device_put(np.ones((), bool), state.ok.sharding))
+        ids = ", ".join(failed.ids[:20]) + (" ..." if len(failed.ids) > 20 else "")
+        return NonFinite(
+            f"{training.name}: the loss or gradient of update {good + 1} is not finite. Records of its batch: {ids}. "
+            f"The last good state (update {good}) is saved in {self.run.workdir.checkpoints(training.name)}. "
+            f"Lower the learning rate ({training.group.learning_rate}) or remove the records, "
+            "and start with a new --config.workdir",
+            good=(state, good),
+        )

@@ -18,15 +18,14 @@ from sera_jax.data.items import Item, unique_prompts
 from sera_jax.data.packing import Packed, rounded_window
 from sera_jax.data.rollouts import PromptSchedule, lay_response_values, lay_rollouts, lay_token_values
 from sera_jax.loops.ppo_checks import check_rewards, check_updates
-from sera_jax.loops.runtime import stable_id
-from sera_jax.loops.srppo_study import SrppoStudy
-from sera_jax.mesh import host_to_global, row_shards, rows_sharding
+from sera_jax.loops.srppo_study import PpoArm, SrppoStudy
+from sera_jax.mesh import host_to_global, rows_sharding
 from sera_jax.models.critic import without_value_head
-from sera_jax.sampling import Sample, SamplingParams, generate
-from sera_jax.training.experience import Scored
+from sera_jax.sampling import Candidates, Sample, grouped
 from sera_jax.training.optimizer import schedule
 from sera_jax.training.ppo import Experience
-from sera_jax.training.ppo_steps import PpoState, Programs, make_programs
+from sera_jax.training.ppo_steps import PpoPrograms, PpoState, make_programs
+from sera_jax.training.rewards import Scored
 from sera_jax.training.score import place_rows
 
 _T = TypeVar("_T")
@@ -34,18 +33,26 @@ _T = TypeVar("_T")
 
 @dataclasses.dataclass(frozen=True)
 class Rollouts:
-    """An iteration's responses and where they lie.
+    """An iteration's answers and where they lie.
 
     Attributes:
-        items: prompts with their responses. samples: the same responses as the sampler gave them, by item.
-        parts: minibatches of packed rows, whose `item` indexes `items`.
+        candidates: the answers by prompt.
+        parts: minibatches of packed rows, whose `item` indexes the candidates.
         rows: the rows of each part on the device.
     """
 
-    items: Sequence[Item]
-    samples: Sequence[Sequence[Sample]]
+    candidates: Sequence[Candidates]
     parts: Sequence[Packed]
     rows: Sequence[Rows]
+
+    @functools.cached_property
+    def items(self) -> list[Item]:
+        """The prompts with their answers as responses."""
+        return [group.item for group in self.candidates]
+
+    @property
+    def samples(self) -> list[tuple[Sample, ...]]:
+        return [group.samples for group in self.candidates]
 
 
 def _timed(name: str) -> Callable[[Callable[..., _T]], Callable[..., _T]]:
@@ -67,7 +74,7 @@ def _timed(name: str) -> Callable[[Callable[..., _T]], Callable[..., _T]]:
 class Learner:
     """The verbs of an iteration, with what they need besides the state: programs, frozen models, prompts."""
 
-    def __init__(self, study: SrppoStudy, arm: str) -> None:
+    def __init__(self, study: SrppoStudy, arm: PpoArm) -> None:
         self.study, self.arm = study, arm
         run, ppo = study.run, study.ppo
         self.schedule = PromptSchedule(
@@ -78,34 +85,33 @@ class Learner:
             seed=run.seed,
         )
         self.longest_prompt = max(len(i.prompt) for i in (*self.schedule.sft, *self.schedule.new))
-        responses = ppo.num_samples if run.share_prompt else 1
+        self.layout = run.layout.accumulated(study.train.gradient_accumulation_steps)
+        responses = ppo.num_samples if self.layout.share_prompt else 1
         longest = self.longest_prompt + responses * study.sampling.max_new_tokens
-        self.window = rounded_window(longest, run.row_tokens)
-        self.row_multiple = study.train.gradient_accumulation_steps * row_shards(run.mesh)
-        self.sampling = SamplingParams(max_new_tokens=study.sampling.max_new_tokens, stop_ids=run.stop_ids)
+        self.window = rounded_window(longest, self.layout.row_tokens)
+        self.sampling = dataclasses.replace(study.sampling, slots=min(study.sampling.slots, study.train.batch_size))
         self._frozen: tuple[Any, Any] | None = None
         self.seconds: dict[str, float] = {}  # of the verbs, since `timings` was last asked
 
     @property
-    def programs(self) -> Programs:
+    def programs(self) -> PpoPrograms:
         """The compiled functions; arms that compute the same share them."""
-        study = self.study
-        how = dict(
-            baseline="batch_mean" if self.arm == "reinforce" else "critic", random_reward=self.arm == "random_reward"
-        )
-        key = (self.window, *how.values())
-        if key not in study.run.programs:
-            study.run.programs[key] = make_programs(
-                study.run.cfg,
-                study.run.mesh,
+        study, arm, window = self.study, self.arm, self.window
+        run = study.run
+
+        def make() -> PpoPrograms:
+            return make_programs(
+                run.cfg,
+                run.mesh,
                 ppo=study.ppo,
-                reward=study.reward,
+                reward=arm.reward(study.reward),
                 train=study.train,
-                window=self.window,
-                like=next((p for made, p in study.run.programs.items() if made[0] == self.window), None),
-                **how,
+                window=window,
+                baseline=arm.baseline,
+                like=next((made for made in run.made(PpoPrograms) if made.window == window), None),
             )
-        return study.run.programs[key]
+
+        return run.compiled(("ppo", window, arm.baseline, arm.reward), make)
 
     @property
     def frozen(self) -> tuple[Any, Any]:
@@ -133,37 +139,24 @@ class Learner:
         """Responses of the policy to the iteration's prompts, laid into minibatches."""
         run, study = self.study.run, self.study
         prompts = self.schedule.prompts(iteration)
-        samples = generate(
-            run.cfg,
+        samples = run.generate(
             without_value_head(state.policy.params),
-            [item.prompt for item in prompts],
-            prompt_ids=[stable_id(item.id) for item in prompts],
-            num_samples=study.ppo.num_samples,
-            sampling=self.sampling,
-            seed=run.seed,
-            round=iteration,
-            slots=min(study.sampling.slots, study.train.batch_size),
-            mesh=run.mesh,
+            prompts,
+            study.ppo.num_samples,
+            self.sampling,
+            round_=iteration,
             max_prompt_tokens=self.longest_prompt,
-            on_progress=lambda done, total, tokens: run.check_stop(),
         )
-        count = study.ppo.num_samples
-        groups = [samples[i : i + count] for i in range(0, len(samples), count)]
-        items = [
-            dataclasses.replace(prompt, responses=tuple(s.tokens for s in group))
-            for prompt, group in zip(prompts, groups, strict=True)
-        ]
+        candidates = grouped(prompts, samples)
         parts = lay_rollouts(
-            items,
+            [group.item for group in candidates],
             study.ppo.num_mini_batches,
-            row_tokens=run.row_tokens,
+            self.layout,
             seed=run.seed,
             iteration=iteration,
-            row_multiple=self.row_multiple,
-            share_prompt=run.share_prompt,
             earlier=tuple(jax.device_get(state.control.shape).tolist()),
         )
-        return Rollouts(items, groups, parts, [place_rows(part.rows, run.mesh) for part in parts])
+        return Rollouts(candidates, parts, [place_rows(part.rows, run.mesh) for part in parts])
 
     @_timed("score")
     def score(self, state: PpoState, rollouts: Rollouts) -> list[dict[str, Any]]:
@@ -193,19 +186,19 @@ class Learner:
         study = self.study
         sampled = [[s.logps for s in group] for group in rollouts.samples]
         finished = [[s.finished for s in group] for group in rollouts.samples]
-        rng = rng_for(study.run.seed, Stream.REWARD, iteration)
-        noise = rng.standard_normal((len(rollouts.items), study.ppo.num_samples))
+        none = np.zeros((len(rollouts.candidates), study.ppo.num_samples), np.float32)
+        given = none if self.arm.given is None else self.arm.given(study, rollouts.candidates, iteration)
         parts = []
         for packed, rows, found in zip(rollouts.parts, rollouts.rows, scored, strict=True):
             host = {
                 "sampled_logp": lay_token_values(packed, sampled),
                 "finished": lay_response_values(packed, finished, bool),
-                "noise": lay_response_values(packed, noise, np.float32),
+                "given": lay_response_values(packed, given, np.float32),
             }
             parts.append(Scored(rows=rows, **found, **host_to_global(host, rows_sharding(study.run.mesh))))
         experience, control, found = self.programs.experience(parts, state.control)
         metrics = {name: float(value) for name, value in jax.device_get(found).items()}
-        check_rewards(metrics, study.ppo, f"{self.arm}, iteration {iteration}")
+        check_rewards(metrics, study.ppo, f"{self.arm.name}, iteration {iteration}")
         return dataclasses.replace(state, control=control), experience, metrics | self._prompt_metrics(rollouts)
 
     @_timed("update")
@@ -238,7 +231,7 @@ class Learner:
                     stopped = ppo.target_kl is not None and _fetch(found[_APPROX_KL]) > ppo.target_kl
         state = dataclasses.replace(state, policy=policy, critic=critic)
         metrics = _summed(policy_metrics) | _of_critic(_summed(critic_metrics))
-        check_updates(state, f"{self.arm}, iteration {iteration}", study.train.learning_rate)
+        check_updates(state, f"{self.arm.name}, iteration {iteration}", study.train.learning_rate)
         return state, metrics | {
             "ppo/updates": len(policy_metrics) - metrics["ppo/refused_updates"],
             "ppo/early_stop": float(stopped),
@@ -263,17 +256,17 @@ class Learner:
         rows = []
         for i, (item, group) in enumerate(zip(rollouts.items, rollouts.samples, strict=True)):
             for k, sample in enumerate(group):
-                row = {"iteration": iteration, "id": item.id, **study.show(item, sample.tokens), **sums[i, k]}
+                row = {"iteration": iteration, "id": item.id, **study.texts(item, sample.tokens), **sums[i, k]}
                 row |= {"finished": sample.finished, "tokens": len(sample.tokens)}
-                rows.append(row if study.judge is None else row | {"gold": study.judge(item, sample.tokens)})
-        write_jsonl(study.run.workdir.root / "rollouts" / self.arm / f"{iteration:06d}.jsonl", rows)
+                rows.append(row if study.gold is None else row | {"gold": study.gold(item, sample.tokens)})
+        write_jsonl(study.run.workdir.root / "rollouts" / self.arm.name / f"{iteration:06d}.jsonl", rows)
 
     def _prompt_metrics(self, rollouts: Rollouts) -> dict[str, float]:
         """How many prompts SFT had seen, and, in a world that has one, the gold reward of the rollouts."""
         study = self.study
         metrics = {"rollout/sft_prompt_fraction": self.schedule.sft_per_iteration / self.schedule.per_iteration}
-        if study.judge is not None:
-            golds = [study.judge(item, response) for item in rollouts.items for response in item.responses]
+        if study.gold is not None:
+            golds = [study.gold(item, response) for item in rollouts.items for response in item.responses]
             metrics["rollout/gold_mean"] = float(np.mean(golds))
         return metrics
 

@@ -9,20 +9,32 @@ from typing import Any
 
 import jax
 
-from sera_jax.checkpoint import Checkpoints, load_tree, save_tree
+from sera_jax.checkpoint import load_tree
 from sera_jax.checkpoint.phases import write_json
+from sera_jax.data.items import items_digest
 from sera_jax.loops.ppo import Learner
-from sera_jax.loops.runtime import Policy, Preempted, items_digest
+from sera_jax.loops.restartable import Span, run_to_end
+from sera_jax.loops.runtime import Policy
 from sera_jax.models.critic import HEAD, without_value_head
+from sera_jax.models.parts import merge, split
 from sera_jax.training.ppo_steps import PpoState
 
 Iterate = Callable[[Learner, PpoState, int], tuple[PpoState, dict[str, Any]]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """Iterations `first` to `last`; `round` numbers it among the segments of its arm, from 1."""
+
+    first: int
+    last: int
+    round: int
+
+
 def train_segment(
-    learner: Learner, iterate: Iterate, *, previous: Policy, first: int, last: int, round_: int
+    learner: Learner, iterate: Iterate, segment: Segment, previous: Policy
 ) -> tuple[Policy, dict[str, float]]:
-    """Iterations `first` to `last` from where `previous` ended (or, at first=1, from the SFT model).
+    """The iterations of a segment from where `previous` ended (or, from iteration 1, from the SFT model).
 
     Returns:
         The policy, and what all iterations so far cost: `passes_tokens`.
@@ -30,109 +42,80 @@ def train_segment(
     Raises:
         Preempted: when asked to stop; a checkpoint was saved. Else as the verbs of `Learner`.
     """
-    study, arm = learner.study, learner.arm
+    study, arm = learner.study, learner.arm.name
+    layout = study.run.layout
     inputs = {
         "arm": arm,
-        "iterations": [first, last],
+        "iterations": [segment.first, segment.last],
         "policies": [policy.digest for policy in (previous, study.sft, study.base)],
         "groups": [dataclasses.asdict(group) for group in (study.ppo, study.reward, study.train, study.sampling)],
         "prompts": [items_digest(learner.schedule.sft), items_digest(learner.schedule.new)],
         "seed": study.run.seed,
-        "rows": [study.run.row_tokens, study.run.share_prompt],
+        "rows": [layout.row_tokens, layout.share_prompt],
     }
-    name = f"{arm}/iteration{last}"
-    product = study.run.workdir.phase(
-        name, inputs, lambda folder: _produce(folder, learner, iterate, name, previous, first, last, round_)
-    )
+    name = f"{arm}/iteration{segment.last}"
+    product = run_to_end(study.run, name, inputs, lambda: _Iterations(learner, iterate, segment, previous))
     return Policy(name, product.path, product.digest), product.json("spent.json")
 
 
-def _produce(
-    folder: pathlib.Path,
-    learner: Learner,
-    iterate: Iterate,
-    name: str,
-    previous: Policy,
-    first: int,
-    last: int,
-    round_: int,
-) -> None:
-    run, group = learner.study.run, learner.study.train
-    checkpoints = Checkpoints(run.workdir.checkpoints(name), group.save_total_limit)
-    try:
-        state = checkpoints.restore(learner.programs.abstract)
-        if state is None:
-            state = _state_after(learner, previous) if first > 1 else learner.programs.start(run.params(previous))
-        run.release()
-        state = _train(learner, iterate, state, checkpoints, name, last, round_)
-    finally:
-        checkpoints.close()
-        learner.release()
-    save_tree(folder / "params", without_value_head(state.policy.params))
-    save_tree(folder / "state", _rest(state))
-    write_json(folder / "spent.json", {"passes_tokens": float(jax.device_get(state.control.passes_tokens))})
+class _Iterations:
+    """The `Work` of a segment: an iteration a step."""
 
+    unit = "iteration"
 
-def _train(
-    learner: Learner,
-    iterate: Iterate,
-    state: PpoState,
-    checkpoints: Checkpoints,
-    name: str,
-    last: int,
-    round_: int,
-) -> PpoState:
-    run, group = learner.study.run, learner.study.train
-    done = int(jax.device_get(state.control.iteration))
-    below = 0
-    with run.writer.phase("ppo", arm=learner.arm, round=round_, total_steps=last, start_step=done):
-        for iteration in range(done + 1, last + 1):
-            try:
-                after, metrics = iterate(learner, state, iteration)
-            except Preempted:  # while sampling: the state before this iteration is whole
-                _save(learner, checkpoints, iteration - 1, state)
-                raise Preempted(f"stopped in {name} after iteration {iteration - 1}; {_GOES_ON}") from None
-            except ValueError:
-                if not any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):  # refused before any update
-                    _save(learner, checkpoints, iteration - 1, state)
-                raise
-            state = after
-            below = below + 1 if metrics["objective/kl"] < 0 else 0
-            if below == _BELOW_ZERO:
-                run.writer.announce(
-                    f"warning: objective/kl has been below 0 for {below} iterations, as no KL is: rollouts are not of "
-                    "the policy that is scored, or k1 is too noisy for so few responses (see objective/kl_k3)"
-                )
-            tokens = int(metrics["rollout/tokens"])
-            run.writer.write(step=iteration, metrics=metrics | learner.timings(), tokens=tokens)
-            stop = run.stop_requested() and iteration < last
-            if stop or (group.save_steps > 0 and iteration % group.save_steps == 0 and iteration < last):
-                _save(learner, checkpoints, iteration, state)
-            if stop:
-                raise Preempted(f"stopped in {name} after iteration {iteration}; {_GOES_ON}")
-        run.writer.sync()
-    return state
+    def __init__(self, learner: Learner, iterate: Iterate, segment: Segment, previous: Policy) -> None:
+        self.learner, self.iterate, self.segment, self.previous = learner, iterate, segment, previous
+        group = learner.study.train
+        self.abstract = learner.programs.abstract
+        self.steps, self.save_steps, self.keep = segment.last, group.save_steps, group.save_total_limit
+        self.span = Span("ppo", learner.arm.name, segment.round)
+        self.below = 0  # iterations in a row with a negative estimate of the KL
+
+    def fresh(self) -> PpoState:
+        learner, previous = self.learner, self.previous
+        if self.segment.first > 1:
+            return _state_after(previous, self.abstract)
+        return learner.programs.start(learner.study.run.params(previous))
+
+    def done(self, state: PpoState) -> int:
+        return int(jax.device_get(state.control.iteration))
+
+    def step(self, state: PpoState, number: int) -> PpoState:
+        writer = self.learner.study.run.writer
+        state, metrics = self.iterate(self.learner, state, number)
+        self.below = self.below + 1 if metrics["objective/kl"] < 0 else 0
+        if self.below == _BELOW_ZERO:
+            writer.announce(
+                f"warning: objective/kl has been below 0 for {self.below} iterations, as no KL is: rollouts are not of "
+                "the policy that is scored, or k1 is too noisy for so few responses (see objective/kl_k3)"
+            )
+        tokens = int(metrics["rollout/tokens"])
+        writer.write(step=number, metrics=metrics | self.learner.timings(), tokens=tokens)
+        return state
+
+    def flush(self, state: PpoState, number: int) -> None:
+        """Every iteration is written when it is done."""
+
+    def leave(self, folder: pathlib.Path, state: PpoState) -> dict[str, Any]:
+        spent = float(jax.device_get(state.control.passes_tokens))
+        write_json(folder / "spent.json", {"passes_tokens": spent})
+        return {"params": without_value_head(state.policy.params), "state": _rest(state)}
+
+    def close(self) -> None:
+        self.learner.release()
 
 
 _BELOW_ZERO = 10  # iterations in a row with a negative estimate of the KL, after which a warning is due
-_GOES_ON = "the same command goes on from there"
-
-
-def _save(learner: Learner, checkpoints: Checkpoints, iteration: int, state: PpoState) -> None:
-    if checkpoints.latest_step() != iteration:
-        learner.study.run.writer.sync()  # the metrics of an iteration are on disk before its checkpoint is
-        checkpoints.save(iteration, state)
 
 
 def _rest(state: PpoState) -> PpoState:
     """The state without the policy's own parameters, which are saved beside it; a value head on them stays."""
-    heads = {key: leaf for key, leaf in state.policy.params.items() if key == HEAD}
-    return dataclasses.replace(state, policy=dataclasses.replace(state.policy, params=heads))
+    head, _ = split(state.policy.params, HEAD)
+    return dataclasses.replace(state, policy=dataclasses.replace(state.policy, params=head))
 
 
-def _state_after(learner: Learner, previous: Policy) -> PpoState:
+def _state_after(previous: Policy, abstract: PpoState) -> PpoState:
     """The state that the segment of `previous` ended with."""
-    abstract = learner.programs.abstract
     rest = load_tree(previous.path / "state", _rest(abstract))
     params = load_tree(previous.path / "params", without_value_head(abstract.policy.params))
-    return dataclasses.replace(rest, policy=dataclasses.replace(rest.policy, params={**params, **rest.policy.params}))
+    return dataclasses.replace(rest, policy=dataclasses.replace(rest.policy, params=merge(params, rest.policy.params)))

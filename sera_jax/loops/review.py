@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,11 @@ from sera_jax import irm
 from sera_jax.config import SeraGroup
 from sera_jax.core import Stream, rng_for
 from sera_jax.data.items import Item, PairItem
-from sera_jax.data.packing import laid_tokens, split_items
+from sera_jax.data.packing import Layout, laid_tokens
 from sera_jax.evaluation import gold
 from sera_jax.loops.runtime import Policy
-from sera_jax.loops.study import Study, pair_margins, pool_logps
+from sera_jax.loops.study import Gold, Study, pair_margins, pool_logps
+from sera_jax.sampling import Candidates
 
 
 def review(
@@ -69,29 +70,13 @@ def bootstrap(
     if 0 < settings.bootstrap_prompts < len(prompts):
         picked = rng_for(run.seed, Stream.SELECT, round_, 2).permutation(len(prompts))[: settings.bootstrap_prompts]
         prompts = [prompts[i] for i in sorted(picked)]
-    groups = run.sample(f"{now.name}/candidates", now, prompts, settings.num_samples, study.sampling, round_=round_)
-    candidates = [
-        dataclasses.replace(prompt, responses=tuple(s.tokens for s in group)) for prompt, group in zip(prompts, groups)
+    candidates = run.sample(f"{now.name}/candidates", now, prompts, settings.num_samples, study.sampling, round_=round_)
+    newest, before = (scored(study, candidates, now, policy) for policy in policies[-1:-3:-1])
+    rewards = [
+        irm.ensemble(study.ranking(new), study.ranking(old), settings.ensemble_gamma)
+        for new, old in zip(newest, before, strict=True)
     ]
-    reference = (
-        candidate_logps(study, study.sft, candidates, now) if study.loss.uses_reference else [None] * len(prompts)
-    )
-    newest, before = (
-        [study.loss.score(logp, np.array([len(r) for r in item.responses]), ref) for item, logp, ref in rows]
-        for rows in (zip(candidates, candidate_logps(study, p, candidates, now), reference) for p in policies[-1:-3:-1])
-    )
-    rewards = [irm.ensemble(new, old, settings.ensemble_gamma) for new, old in zip(newest, before, strict=True)]
-    pairings = [
-        irm.pair_candidates(
-            reward,
-            item.responses,
-            mode=settings.pairing,
-            length_alpha=settings.length_alpha,
-            finished=[s.finished for s in group] if settings.require_eos else None,
-            stop_ids=run.stop_ids,
-        )
-        for item, reward, group in zip(candidates, rewards, groups, strict=True)
-    ]
+    pairings = pair_up(candidates, rewards, settings, run.stop_ids)
     flat = [(i, pair) for i, pairing in enumerate(pairings) for pair in pairing.pairs]
     kept = irm.filter_bootstrapped(
         np.array([pair.margin for _, pair in flat], np.float32),
@@ -101,53 +86,64 @@ def bootstrap(
         seed=run.seed,
         round_index=round_,
     )
-    grouped: dict[int, list[tuple[int, int]]] = {}
+    chosen: dict[int, list[irm.CandidatePair]] = {}
     for index in kept:
         i, pair = flat[index]
-        grouped.setdefault(i, []).append((pair.chosen, pair.rejected))
+        chosen.setdefault(i, []).append(pair)
     fresh = [
-        pair
-        for i, pairs in grouped.items()
-        for pair in _fresh_pairs(candidates[i], reference[i], pairs, round_, run.row_tokens, run.share_prompt)
+        item for i, pairs in chosen.items() for item in pair_items(newest[i], pairs, f"#round{round_}", run.layout)
     ]
-    lengths = [[len(r) for r in item.responses] for item in candidates]
-    record: dict[str, Any] = irm.bootstrap_summary(pairings, lengths, [[s.finished for s in g] for g in groups])
-    if study.judge is not None and fresh:
-        record["agreement"] = agreement(study.judge, fresh)
+    lengths, ended = [c.lengths for c in candidates], [c.finished for c in candidates]
+    record: dict[str, Any] = irm.bootstrap_summary(pairings, lengths, ended)
+    if study.gold is not None and fresh:
+        record["agreement"] = agreement(study.gold, fresh)
     return fresh, record
 
 
-def candidate_logps(study: Study, scorer: Policy, items: Sequence[Item], sampled_by: Policy) -> list[np.ndarray]:
-    """Summed log-prob of every candidate under `scorer`: f32[N] for each prompt."""
-    name = f"{sampled_by.name}/candidates_by_{scorer.name.replace('/', '-')}"
-    pieces = split_items(items, study.run.row_tokens, study.run.share_prompt)
-    flat = np.concatenate(study.run.score(name, scorer, pieces))
-    return np.split(flat, np.cumsum([len(item.responses) for item in items])[:-1])
+def scored(study: Study, candidates: Sequence[Candidates], sampled_by: Policy, policy: Policy) -> list[Candidates]:
+    """The candidates with their log-probs under `policy` and, where the loss has one, under the reference."""
+
+    def logps(scorer: Policy) -> list[np.ndarray]:
+        name = f"{sampled_by.name}/candidates_by_{scorer.name.replace('/', '-')}"
+        return study.run.score_candidates(name, scorer, candidates)
+
+    reference = logps(study.sft) if study.loss.uses_reference else [None] * len(candidates)
+    return [
+        dataclasses.replace(c, logp=logp, ref_logp=ref)
+        for c, logp, ref in zip(candidates, logps(policy), reference, strict=True)
+    ]
 
 
-def agreement(judge: Callable[[Item, np.ndarray], float], pairs: Sequence[PairItem]) -> dict[str, float]:
-    """Shares of pairs whose chosen response the gold reward puts above, below, or level with the rejected one."""
-    golds = [[judge(p.item, p.item.responses[k]) for k in pair] for p in pairs for pair in p.pairs]
-    return gold.agreement(*np.array(golds).T)
+def pair_up(
+    candidates: Sequence[Candidates], rewards: Sequence[np.ndarray], settings: SeraGroup, stop_ids: Sequence[int]
+) -> list[irm.Pairing]:
+    """What `settings` makes of every prompt's candidates, ranked by their rewards f32[N]."""
+    return [
+        irm.pair_candidates(
+            reward,
+            group.tokens,
+            mode=settings.pairing,
+            length_alpha=settings.length_alpha,
+            finished=group.finished if settings.require_eos else None,
+            stop_ids=stop_ids,
+        )
+        for group, reward in zip(candidates, rewards, strict=True)
+    ]
 
 
-def _fresh_pairs(
-    item: Item,
-    ref_logp: np.ndarray | None,
-    pairs: list[tuple[int, int]],
-    round_: int,
-    row_tokens: int,
-    share_prompt: bool,
-) -> list[PairItem]:
-    """A PairItem with only the responses that its pairs use; one for each pair where together they overflow a row."""
-    used = sorted({k for pair in pairs for k in pair})
+def pair_items(candidates: Candidates, pairs: Sequence[irm.CandidatePair], mark: str, layout: Layout) -> list[PairItem]:
+    """Training entries of one prompt's pairs, with only the responses they use and their reference log-probs: one, or
+    one for each pair where together they overflow a row. `mark` ends the ids."""
+    used = sorted({k for pair in pairs for k in (pair.chosen, pair.rejected)})
     place = {k: i for i, k in enumerate(used)}
-    cut = Item(f"{item.id}#round{round_}", item.prompt, tuple(item.responses[k] for k in used))
-    if len(pairs) > 1 and laid_tokens(cut, share_prompt) > row_tokens:
-        single = [_fresh_pairs(item, ref_logp, [pair], round_, row_tokens, share_prompt)[0] for pair in pairs]
-        return [
-            dataclasses.replace(p, item=dataclasses.replace(p.item, id=f"{p.item.id}.{k}"))
-            for k, p in enumerate(single)
-        ]
-    ref_logp = None if ref_logp is None else ref_logp[used]
-    return [PairItem(cut, tuple((place[a], place[b]) for a, b in pairs), ref_logp, source="bootstrap")]
+    cut = Item(f"{candidates.prompt.id}{mark}", candidates.prompt.prompt, tuple(candidates.tokens[k] for k in used))
+    if len(pairs) > 1 and laid_tokens(cut, layout.share_prompt) > layout.row_tokens:
+        return [pair_items(candidates, [pair], f"{mark}.{k}", layout)[0] for k, pair in enumerate(pairs)]
+    ref_logp = None if candidates.ref_logp is None else candidates.ref_logp[used]
+    return [PairItem(cut, tuple((place[p.chosen], place[p.rejected]) for p in pairs), ref_logp, source="bootstrap")]
+
+
+def agreement(gold_reward: Gold, pairs: Sequence[PairItem]) -> dict[str, float]:
+    """Shares of pairs whose chosen response the gold reward puts above, below, or level with the rejected one."""
+    golds = [[gold_reward(p.item, p.item.responses[k]) for k in pair] for p in pairs for pair in p.pairs]
+    return gold.agreement(*np.array(golds).T)

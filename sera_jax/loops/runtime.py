@@ -7,12 +7,10 @@ reference and earlier policies cost memory only in the phases that score with th
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import pathlib
-import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -21,17 +19,20 @@ from jax.sharding import Mesh
 from sera_jax.checkpoint import Workdir, load_tree, save_tree
 from sera_jax.config import SamplingGroup
 from sera_jax.data.batches import PairLoader, score_batches
-from sera_jax.data.items import Item
-from sera_jax.data.packing import RowSpec, gather_scores, window_for
+from sera_jax.data.items import Item, items_digest, stable_id
+from sera_jax.data.packing import Layout, gather_scores, split_items
+from sera_jax.data.planning import NO_SHAPES, Shapes
 from sera_jax.mesh import param_shardings, row_shards
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import Params, abstract_params
-from sera_jax.sampling import Sample, SamplingParams, generate
-from sera_jax.training.ppo_steps import Programs
+from sera_jax.sampling import Candidates, Sample, SamplingParams, generate, grouped
+from sera_jax.training.ppo_steps import PpoPrograms
 from sera_jax.training.score import make_score, place_rows
 from sera_jax.writer import MetricWriter
 
 SCORE_TOKENS = 16384  # tokens of packed rows scored at a time, per device
+
+Made = TypeVar("Made")
 
 
 class Preempted(Exception):
@@ -39,7 +40,11 @@ class Preempted(Exception):
 
 
 class NonFinite(ValueError):
-    """A loss or gradient was not finite; the last good state is on disk."""
+    """A loss or gradient was not finite. `good`: the last good state and its step, to be saved by who saves."""
+
+    def __init__(self, message: str, good: tuple[Any, int] | None = None) -> None:
+        super().__init__(message)
+        self.good = good
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,19 +58,18 @@ class Policy:
 
 
 @dataclasses.dataclass
-class RowShapes:
+class PairShapes:
     """Shapes of pair batches that earlier rounds made, so that later ones use them again and compile nothing.
 
     It grows where a loader is made, not where it trains, so a restart that skips a round still arrives at the same
     shapes.
     """
 
-    sizes: tuple[int, ...] = ()
-    spec: RowSpec | None = None
+    known: Shapes = NO_SHAPES
     window: int = 0
 
     def note(self, loader: PairLoader, window: int) -> None:
-        self.sizes, self.spec, self.window = loader.sizes, loader.spec, max(self.window, window)
+        self.known, self.window = loader.shapes, max(self.window, window)
 
 
 @dataclasses.dataclass
@@ -74,8 +78,10 @@ class Runtime:
 
     Attributes:
         cfg, mesh, workdir, writer, seed: as made by `experiment`.
-        row_tokens, share_prompt, chunk_tokens: the row layout (DESIGN: T, prompt sharing) and the logits chunk.
+        layout: how items become rows; `multiple` is the mesh's number of row shards.
+        chunk_tokens: logits of about this many tokens are alive at a time on each device.
         stop_ids: tokens that end a response.
+        logging_steps: metrics are written every so many updates.
         stop_requested: asked between steps; True makes the phase save what it can and raise Preempted.
     """
 
@@ -84,18 +90,39 @@ class Runtime:
     workdir: Workdir
     writer: MetricWriter
     seed: int
-    row_tokens: int
-    share_prompt: bool
+    layout: Layout
     chunk_tokens: int
     stop_ids: tuple[int, ...]
+    logging_steps: int = 10
     stop_requested: Callable[[], bool] = lambda: False
 
     def __post_init__(self) -> None:
         self._held: tuple[str, Params] | None = None
-        self.steps: dict[Any, Any] = {}  # jitted update steps by what they compute
-        self.programs: dict[tuple, Programs] = {}  # those of PPO, by window and what an arm changes
-        self.row_shapes = RowShapes()
-        self._scores: dict[int, Any] = {}  # jitted scorers by attention window
+        self._compiled: dict[tuple, Any] = {}  # by what they are and what they compute
+        self.pair_shapes = PairShapes()
+
+    # ---- compiled functions
+
+    def compiled(self, key: tuple, make: Callable[[], Made]) -> Made:
+        """What `make` gives, made once for `key`: phases that compute the same share a jitted function."""
+        if key not in self._compiled:
+            self._compiled[key] = make()
+        return self._compiled[key]
+
+    def made(self, kind: type[Made]) -> list[Made]:
+        """What was made so far of a kind."""
+        return [found for found in self._compiled.values() if isinstance(found, kind)]
+
+    def compilations(self) -> dict[str, int]:
+        """How many programs this process compiled for updates and for scoring."""
+        functions: dict[str, set[Any]] = {"update": set(), "score": set()}
+        for (kind, *_), made in self._compiled.items():
+            if isinstance(made, PpoPrograms):
+                functions["update"] |= {made.policy_step, made.critic_step} - {None}
+                functions["score"] |= {made.score, made.values} - {None}
+            else:
+                functions[kind].add(made)
+        return {kind: sum(f._cache_size() for f in these) for kind, these in functions.items()}
 
     # ---- parameters
 
@@ -106,16 +133,6 @@ class Runtime:
             shapes,
             param_shardings(self.mesh, shapes),
         )
-
-    def compilations(self) -> dict[str, int]:
-        """How many programs this process compiled for updates and for scoring."""
-        ppo = self.programs.values()
-        updates = {*self.steps.values(), *(f for p in ppo for f in (p.policy_step, p.critic_step) if f is not None)}
-        scores = {*self._scores.values(), *(f for p in ppo for f in (p.score, p.values) if f is not None)}
-        return {
-            "update": sum(step._cache_size() for step in updates),
-            "score": sum(score._cache_size() for score in scores),
-        }
 
     def release(self) -> None:
         """Let go of the parameters in memory."""
@@ -141,37 +158,51 @@ class Runtime:
 
     def score(self, name: str, policy: Policy, items: Sequence[Item]) -> list[np.ndarray]:
         """Summed log-prob of every response of every item under `policy`: f32[len(responses)] each."""
-        inputs = {"policy": policy.digest, "items": items_digest(items), "rows": [self.row_tokens, self.share_prompt]}
+        rows = [self.layout.row_tokens, self.layout.share_prompt]
+        inputs = {"policy": policy.digest, "items": items_digest(items), "rows": rows}
         product = self.workdir.phase(name, inputs, lambda folder: self._score(folder, name, policy, items))
         flat = np.load(product.path / "logps.npy")
         ends = np.cumsum([len(item.responses) for item in items])
         return np.split(flat, ends[:-1]) if len(items) else []
 
+    def score_candidates(self, name: str, policy: Policy, candidates: Sequence[Candidates]) -> list[np.ndarray]:
+        """Summed log-prob of every answer under `policy`: f32[N] for each prompt; answers may overflow a row."""
+        if not candidates:
+            return []
+        pieces = split_items([c.item for c in candidates], self.layout)
+        flat = np.concatenate(self.score(name, policy, pieces))
+        return np.split(flat, np.cumsum([len(c.samples) for c in candidates])[:-1])
+
+    def scorer(self, window: int) -> Callable[..., jax.Array]:
+        """The jitted (params, rows) -> f32[R, K] for items of at most `window` tokens."""
+        make = lambda: make_score(self.cfg, self.mesh, window=window, chunk_tokens=self.chunk_tokens)  # noqa: E731
+        return self.compiled(("score", window), make)
+
     def _score(self, folder: pathlib.Path, name: str, policy: Policy, items: Sequence[Item]) -> None:
-        shards = row_shards(self.mesh)
-        rows = max(1, SCORE_TOKENS // self.row_tokens) * shards
         # window and shapes come from the items alone, so that a restart computes the same numbers to the bit
-        window = window_for(items, self.row_tokens, self.share_prompt)
-        if window not in self._scores:
-            self._scores[window] = make_score(self.cfg, self.mesh, window=window, chunk_tokens=self.chunk_tokens)
-        score = self._scores[window]
-        batches = score_batches(items, self.row_tokens, rows, share_prompt=self.share_prompt)
+        score = self.scorer(self.layout.window(items))
+        rows = max(1, SCORE_TOKENS // self.layout.row_tokens) * row_shards(self.mesh)
+        batches = score_batches(items, self.layout, rows)
         params = self.params(policy)
         values = []
-        with self.writer.phase(name, total_steps=len(batches)):
+        with self.writer.span(name, total_steps=len(batches)):
             for step, packed in enumerate(batches, 1):
                 self.check_stop()
                 values.append(jax.device_get(score(params, place_rows(packed.rows, self.mesh))))
                 self.writer.advance(step, tokens=int((packed.rows.segment > 0).sum()))
-        flat = np.concatenate(gather_scores(values, batches, items)) if items else np.zeros(0, np.float32)
-        if not np.isfinite(flat).all():
-            bad = next(i.id for i, s in zip(items, gather_scores(values, batches, items)) if not np.isfinite(s).all())
+        scores = gather_scores(values, batches, items)
+        if bad := [item.id for item, found in zip(items, scores, strict=True) if not np.isfinite(found).all()]:
             raise NonFinite(
-                f"{name}: the log-prob of record {bad!r} is not finite; look at the parameters of {policy.path}"
+                f"{name}: the log-prob of record {bad[0]!r} is not finite; look at the parameters of {policy.path}"
             )
-        np.save(folder / "logps.npy", flat.astype(np.float32))
+        np.save(folder / "logps.npy", np.concatenate(scores) if items else np.zeros(0, np.float32))
 
     # ---- sample
+
+    def sampling_params(self, settings: SamplingGroup) -> SamplingParams:
+        """How the sampler draws by these settings."""
+        fields = {name: getattr(settings, name) for name in _SAMPLING_FIELDS}
+        return SamplingParams(**fields, stop_ids=self.stop_ids)
 
     def sample(
         self,
@@ -182,8 +213,8 @@ class Runtime:
         settings: SamplingGroup,
         *,
         round_: int,
-    ) -> list[list[Sample]]:
-        """`num_samples` responses of `policy` to each prompt, in the order of the prompts."""
+    ) -> list[Candidates]:
+        """`num_samples` answers of `policy` to each prompt, in the order of the prompts."""
         inputs = {
             "policy": policy.digest,
             "prompts": items_digest(prompts),
@@ -192,70 +223,70 @@ class Runtime:
         }
 
         def produce(folder: pathlib.Path) -> None:
-            samples = self._sample(name, policy, prompts, num_samples, settings, round_)
+            total = len(prompts) * num_samples
+            with self.writer.span(name, total_steps=total):
+                advance = lambda done, tokens: self.writer.advance(done, tokens=tokens)  # noqa: E731
+                samples = self.generate(
+                    self.params(policy), prompts, num_samples, settings, round_=round_, on_progress=advance
+                )
             with (folder / "samples.jsonl").open("w") as file:
                 for s in samples:
                     row = {"prompt": s.prompt, "sample": s.sample, "finished": s.finished, "tokens": s.tokens.tolist()}
                     file.write(json.dumps(row) + "\n")
 
         product = self.workdir.phase(name, inputs, produce)
-        out: list[list[Sample]] = [[] for _ in prompts]
-        for line in (product.path / "samples.jsonl").read_text().splitlines():
-            row = json.loads(line)
-            tokens = np.asarray(row["tokens"], np.int32)
-            out[row["prompt"]].append(
-                Sample(row["prompt"], row["sample"], tokens, np.zeros(0, np.float32), row["finished"])
-            )
-        return [sorted(group, key=lambda s: s.sample) for group in out]
+        rows = map(json.loads, (product.path / "samples.jsonl").read_text().splitlines())
+        return grouped(prompts, [_sample_of(row) for row in rows])
 
-    def _sample(
-        self, name: str, policy: Policy, prompts: Sequence[Item], num_samples: int, settings: SamplingGroup, round_: int
+    def generate(
+        self,
+        params: Params,
+        prompts: Sequence[Item],
+        num_samples: int,
+        settings: SamplingGroup,
+        *,
+        round_: int,
+        max_prompt_tokens: int | None = None,
+        on_progress: Callable[[int, int], None] = lambda done, tokens: None,
     ) -> list[Sample]:
-        with self.writer.phase(name, total_steps=len(prompts) * num_samples):
-            tokens_before = 0
+        """Answers by parameters in memory, by prompt and sample index; may be stopped between two calls of the decoder.
 
-            def progress(done: int, total: int, tokens: int) -> None:
-                nonlocal tokens_before
-                self.check_stop()
-                self.writer.advance(done, tokens=tokens - tokens_before)
-                tokens_before = tokens
+        Args:
+            max_prompt_tokens: as in `sampling.generate`.
+            on_progress: called with (samples done, new tokens since the last call).
+        """
+        tokens_before = 0
 
-            return generate(
-                self.cfg,
-                self.params(policy),
-                [item.prompt for item in prompts],
-                prompt_ids=[stable_id(item.id) for item in prompts],
-                num_samples=num_samples,
-                sampling=SamplingParams(
-                    temperature=settings.temperature,
-                    top_p=settings.top_p,
-                    top_k=settings.top_k,
-                    max_new_tokens=settings.max_new_tokens,
-                    min_new_tokens=settings.min_new_tokens,
-                    stop_ids=self.stop_ids,
-                ),
-                seed=self.seed,
-                round=round_,
-                slots=settings.slots,
-                mesh=self.mesh,
-                on_progress=progress,
-            )
+        def progress(done: int, total: int, tokens: int) -> None:
+            nonlocal tokens_before
+            self.check_stop()
+            on_progress(done, tokens - tokens_before)
+            tokens_before = tokens
+
+        return generate(
+            self.cfg,
+            params,
+            [item.prompt for item in prompts],
+            prompt_ids=[stable_id(item.id) for item in prompts],
+            num_samples=num_samples,
+            sampling=self.sampling_params(settings),
+            seed=self.seed,
+            round=round_,
+            slots=settings.slots,
+            mesh=self.mesh,
+            max_prompt_tokens=max_prompt_tokens,
+            on_progress=progress,
+        )
 
     def check_stop(self) -> None:
         if self.stop_requested():
             raise Preempted("stopped between phases' saves; the same command does the unfinished phase again")
 
 
-def stable_id(text: str) -> int:
-    """A 31-bit number for a record id, the same in every process."""
-    return zlib.crc32(text.encode()) & 0x7FFFFFFF
+_SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "max_new_tokens", "min_new_tokens")
 
 
-def items_digest(items: Sequence[Item]) -> str:
-    """Digest of ids and tokens; of what a score depends on."""
-    total = hashlib.sha256()
-    for item in items:
-        total.update(item.id.encode() + b"\0")
-        for part in (item.prompt, *item.responses):
-            total.update(len(part).to_bytes(4, "little") + np.ascontiguousarray(part, np.int32).tobytes())
-    return total.hexdigest()
+def _sample_of(row: dict[str, Any]) -> Sample:
+    """A sample as `Runtime.sample` wrote it; the sampler's own log-probs are not kept."""
+    tokens = np.asarray(row["tokens"], np.int32)
+    return Sample(row["prompt"], row["sample"], tokens, np.zeros(0, np.float32), row["finished"])

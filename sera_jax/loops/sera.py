@@ -20,16 +20,15 @@ from sera_jax import irm
 from sera_jax.config import SeraGroup
 from sera_jax.loops.review import bootstrap, review
 from sera_jax.loops.runtime import Policy
-from sera_jax.loops.study import Study, pool_logps, save_pairs, train_round, updates_per_round, with_reference
+from sera_jax.loops.study import Round, Study, pool_logps, save_pairs, train_round, updates_per_round, with_reference
 
 
-def sera(study: Study, arm: str) -> tuple[Policy, list[dict[str, Any]]]:
-    """Run the rounds of one arm; returns its last policy and the facts of every round.
+def sera(study: Study, arm: str, settings: SeraGroup) -> tuple[Policy, list[dict[str, Any]]]:
+    """Run the rounds of one arm by its settings; returns its last policy and the facts of every round.
 
     Raises:
         ValueError: a round is left without any pair.
     """
-    settings = settings_of_arm(study.settings, arm)
     reviews = settings.selection != "none" or settings.bootstrap_fraction > 0
     reference = pool_logps(study, study.sft)
     pool = [dataclasses.replace(pair, ref_logp=logp) for pair, logp in zip(study.pool, reference, strict=True)]
@@ -47,8 +46,7 @@ def sera(study: Study, arm: str) -> tuple[Policy, list[dict[str, Any]]]:
         _refuse_nothing(pairs, settings, arm, round_)
 
         ordered = kept is not pool and settings.curriculum != "none"
-        name = "round1" if round_ == 1 else f"{arm}/round{round_}"  # round 1 is the same in every arm
-        policies.append(train_round(study, settings, policies, pairs, name, arm, round_, ordered))
+        policies.append(train_round(study, settings, policies[-1], pairs, Round(arm, round_), ordered=ordered))
 
         record |= {
             "arm": arm,
@@ -63,18 +61,6 @@ def sera(study: Study, arm: str) -> tuple[Policy, list[dict[str, Any]]]:
         metrics = {"iteration": round_, **_numbers(record)}
         study.run.writer.write(phase="round", arm=arm, round=round_, step=1, metrics=metrics)
     return policies[-1], facts
-
-
-def settings_of_arm(settings: SeraGroup, arm: str) -> SeraGroup:
-    """The settings of an arm: `sera` itself, or a control that differs from it in one thing."""
-    changes: dict[str, dict[str, Any]] = {
-        "sera": {},
-        "daa": {"selection": "none", "bootstrap_fraction": 0.0, "threshold": None},
-        "random": {"selection": "random", "threshold": None},
-        "selection_only": {"bootstrap_fraction": 0.0},
-        "bootstrap_only": {"selection": "none", "threshold": None},
-    }
-    return dataclasses.replace(settings, **changes[arm])
 
 
 def _refuse_nothing(pairs: list[Any], settings: SeraGroup, arm: str, round_: int) -> None:

@@ -2,58 +2,43 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 from sera_jax.config import TrainGroup
 from sera_jax.data.batches import ItemLoader
-from sera_jax.data.items import Item
+from sera_jax.data.items import Item, items_digest, stable_id
 from sera_jax.data.packing import window_for
-from sera_jax.loops.optimise import Task, optimise
-from sera_jax.loops.runtime import Policy, Runtime, items_digest, stable_id
+from sera_jax.loops.optimise import Target, Training, Updates, optimise
+from sera_jax.loops.restartable import Span
+from sera_jax.loops.runtime import Policy, Runtime
 from sera_jax.mesh import row_shards
 from sera_jax.training.objectives import sft_objective
 
 
-def sft(
-    run: Runtime,
-    name: str,
-    start: Policy,
-    items: Sequence[Item],
-    group: TrainGroup,
-    *,
-    max_row_shapes: int,
-    logging_steps: int,
-) -> Policy:
+def sft(run: Runtime, name: str, start: Policy, items: Sequence[Item], group: TrainGroup) -> Policy:
     """Train `start` on the responses of `items` by maximum likelihood (every response token counts the same)."""
     loader = ItemLoader(
         items,
+        run.layout.accumulated(group.gradient_accumulation_steps),
         batch_size=group.batch_size,
-        row_tokens=run.row_tokens,
         seed=run.seed,
         stream_indices=(stable_id(name),),
-        row_multiple=group.gradient_accumulation_steps * row_shards(run.mesh),
-        microbatches=group.gradient_accumulation_steps,
-        max_row_shapes=max_row_shapes,
     )
+    shards, chunk = row_shards(run.mesh), run.chunk_tokens
+    window = window_for(items, run.layout.row_tokens)
     updates = group.max_steps or group.num_train_epochs * loader.steps_per_epoch
-    objective = functools.partial(_objective, run)
-    task = Task(
+    training = Training(
         name=name,
         start=start,
         loader=loader,
-        window=window_for(items, run.row_tokens),
-        objective=objective,
-        computes=("nll", run.chunk_tokens),
+        depends={"items": items_digest(items), "seed": run.seed, "row_tokens": run.layout.row_tokens},
+        target=Target(
+            computes=("nll", chunk),
+            window=window,
+            make=lambda: sft_objective(run.cfg, window=window, chunk_tokens=chunk, shards=shards),
+        ),
         group=group,
-        updates=updates,
-        schedule_updates=updates,
-        depends={"items": items_digest(items), "seed": run.seed, "row_tokens": run.row_tokens},
-        log=(name, "", 0),
-        logging_steps=logging_steps,
+        updates=Updates(updates, planned=updates),
+        span=Span(name),
     )
-    return optimise(run, task)
-
-
-def _objective(run: Runtime, window: int):
-    return sft_objective(run.cfg, window=window, chunk_tokens=run.chunk_tokens, shards=row_shards(run.mesh))
+    return optimise(run, training)

@@ -12,13 +12,19 @@ Stage 3 is `iterate`; `srppo` repeats it and looks at the policy now and then.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
+from sera_jax.core import Stream, rng_for
 from sera_jax.loops.ppo import Learner
-from sera_jax.loops.ppo_segment import train_segment
+from sera_jax.loops.ppo_segment import Segment, train_segment
 from sera_jax.loops.runtime import Policy
-from sera_jax.loops.srppo_study import SrppoStudy
+from sera_jax.loops.srppo_study import PpoArm, SrppoStudy
+from sera_jax.sampling import Candidates
 from sera_jax.training.ppo_steps import PpoState
+from sera_jax.training.rewards import noise
 
 
 def iterate(learner: Learner, state: PpoState, iteration: int) -> tuple[PpoState, dict[str, Any]]:
@@ -31,8 +37,8 @@ def iterate(learner: Learner, state: PpoState, iteration: int) -> tuple[PpoState
     return state, metrics | losses
 
 
-def srppo(study: SrppoStudy, arm: str) -> tuple[Policy, list[dict[str, Any]]]:
-    """Stage 3 for one arm: `srppo`, or `random_reward` or `reinforce`, which differ from it in one thing.
+def srppo(study: SrppoStudy, arm: PpoArm) -> tuple[Policy, list[dict[str, Any]]]:
+    """Stage 3 for one arm: the method, or one of its controls.
 
     Returns:
         The last policy, and the held-out facts of every evaluation; the last also says `passes_tokens`, what training
@@ -47,7 +53,18 @@ def srppo(study: SrppoStudy, arm: str) -> tuple[Policy, list[dict[str, Any]]]:
     learner = Learner(study, arm)
     policy, facts = study.sft, []
     for round_, first in enumerate(range(1, study.ppo.iterations + 1, every), 1):
-        last = min(first + every - 1, study.ppo.iterations)
-        policy, spent = train_segment(learner, iterate, previous=policy, first=first, last=last, round_=round_)
-        facts.append({"arm": arm, "round": round_, "iteration": last, **study.evaluate(policy, round_), **spent})
+        segment = Segment(first, min(first + every - 1, study.ppo.iterations), round_)
+        policy, spent = train_segment(learner, iterate, segment, policy)
+        found = study.evaluate(policy, round_)
+        facts.append({"arm": arm.name, "round": round_, "iteration": segment.last, **found, **spent})
     return policy, facts
+
+
+def _standard_normal(study: SrppoStudy, rollouts: Sequence[Candidates], iteration: int) -> np.ndarray:
+    rng = rng_for(study.run.seed, Stream.REWARD, iteration)
+    return rng.standard_normal((len(rollouts), study.ppo.num_samples))
+
+
+SRPPO_ARM = PpoArm("srppo")
+RANDOM_REWARD = PpoArm("random_reward", reward=noise, given=_standard_normal)
+REINFORCE = PpoArm("reinforce", baseline="batch_mean")

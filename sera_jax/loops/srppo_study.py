@@ -1,4 +1,4 @@
-"""What Self-Rewarding PPO and its controls share."""
+"""What Self-Rewarding PPO and its controls share, and in what an arm of it may differ."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import numpy as np
 from sera_jax.config import PpoGroup, RewardGroup, SamplingGroup, TrainGroup
 from sera_jax.data.items import Item
 from sera_jax.loops.runtime import Policy, Runtime
+from sera_jax.sampling import Candidates
+from sera_jax.training.rewards import TokenReward, coherent_reward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +23,8 @@ class SrppoStudy:
         base, sft: the two frozen models whose log-ratio is the reward; `sft` is also where the policy starts.
         demonstrations: what SFT imitated; their prompts are the SFT prompts. prompts: new ones, without responses.
         evaluate: held-out facts of a policy, for the report; called with the number of the evaluation, from 1.
-        judge: gold reward of (prompt item, response tokens), where a world has one; only reported.
-        show: texts of (prompt item, response tokens), for the saved rollouts.
+        gold: reward of (prompt item, response tokens), where a world has one; only reported.
+        texts: of (prompt item, response tokens), for the rollouts saved every `rollout_iterations` iterations.
     """
 
     run: Runtime
@@ -35,8 +37,23 @@ class SrppoStudy:
     demonstrations: Sequence[Item]
     prompts: Sequence[Item]
     evaluate: Callable[[Policy, int], dict[str, Any]]
-    judge: Callable[[Item, np.ndarray], float] | None
-    show: Callable[[Item, np.ndarray], dict[str, Any]]
-    logging_steps: int
+    gold: Callable[[Item, np.ndarray], float] | None
+    texts: Callable[[Item, np.ndarray], dict[str, Any]]
     rollout_iterations: int
-    max_row_shapes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PpoArm:
+    """The method, or a control that differs from it in one thing.
+
+    Attributes:
+        name: of its phases and its lines in the log.
+        baseline: what returns are compared with: `critic`, or `batch_mean` (REINFORCE).
+        reward: what tokens are paid (`training.rewards`), by the settings of the config.
+        given: a number for each response, f32[prompts][N], where `reward` reads one: from (study, rollouts, iteration).
+    """
+
+    name: str
+    baseline: str = "critic"
+    reward: Callable[[RewardGroup], TokenReward] = coherent_reward
+    given: Callable[[SrppoStudy, Sequence[Candidates], int], Sequence[np.ndarray]] | None = None

@@ -14,13 +14,16 @@ from sera_jax.checkpoint.phases import digest_of, write_jsonl
 from sera_jax.config import SamplingGroup, SeraGroup, TrainGroup
 from sera_jax.core import Stream
 from sera_jax.data.batches import PairLoader
-from sera_jax.data.items import Item, PairItem
-from sera_jax.data.packing import window_for
-from sera_jax.loops.optimise import Task, optimise
-from sera_jax.loops.runtime import Policy, Runtime, items_digest
+from sera_jax.data.items import Item, PairItem, items_digest
+from sera_jax.loops.optimise import Target, Training, Updates, optimise
+from sera_jax.loops.restartable import Span
+from sera_jax.loops.rewards import Reward
+from sera_jax.loops.runtime import Policy, Runtime
 from sera_jax.losses.preference import ResolvedLoss
 from sera_jax.mesh import row_shards
 from sera_jax.training.objectives import align_objective
+
+Gold = Callable[[Item, np.ndarray], float]  # the reward of (prompt item, response tokens) in a world that has one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +33,9 @@ class Study:
     Attributes:
         pool: the offline pairs, after label noise.
         prompts: what bootstrapping samples on (items without responses).
-        judge: gold reward of (prompt item, response tokens), where a world has one; only reported.
+        ranking: what orders a prompt's candidates.
         evaluate: held-out facts of a policy, for the report; round 0 is the SFT model.
+        gold: only reported.
     """
 
     run: Runtime
@@ -42,10 +46,9 @@ class Study:
     sampling: SamplingGroup
     pool: Sequence[PairItem]
     prompts: Sequence[Item]
+    ranking: Reward
     evaluate: Callable[[Policy, int], dict[str, Any]]
-    judge: Callable[[Item, np.ndarray], float] | None
-    max_row_shapes: int
-    logging_steps: int
+    gold: Gold | None
 
 
 def pool_logps(study: Study, policy: Policy) -> list[np.ndarray]:
@@ -66,55 +69,74 @@ def updates_per_round(study: Study) -> int:
     return study.train.max_steps or study.train.num_train_epochs * per_epoch
 
 
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """Which round of which arm: `name` is the phase that trains it, and the policy that comes out.
+
+    Round 1, which is the same in every arm, belongs to none.
+    """
+
+    arm: str
+    number: int
+
+    @property
+    def name(self) -> str:
+        return "round1" if self.number == 1 else f"{self.arm}/round{self.number}"
+
+    @property
+    def span(self) -> Span:
+        return Span("train", "" if self.number == 1 else self.arm, self.number)
+
+
 def train_round(
     study: Study,
     settings: SeraGroup,
-    policies: Sequence[Policy],
+    before: Policy,
     pairs: Sequence[PairItem],
-    name: str,
-    arm: str,
-    round_: int,
-    ordered: bool,
+    round_: Round,
+    *,
+    ordered: bool = False,
 ) -> Policy:
     """DAA updates on `pairs`, as many in every round and every arm; `ordered` pairs are trained on as they stand."""
     run, group = study.run, study.train
     updates = updates_per_round(study)
-    continues = round_ > 1 and not settings.reset_optimizer
+    continues = round_.number > 1 and not settings.reset_optimizer
     loader = PairLoader(
         pairs,
+        run.layout.accumulated(group.gradient_accumulation_steps),
         batch_size=group.batch_size,
-        row_tokens=run.row_tokens,
         seed=run.seed,
-        stream_indices=(Stream.SHUFFLE, round_),
-        row_multiple=group.gradient_accumulation_steps * row_shards(run.mesh),
-        max_row_shapes=study.max_row_shapes,
-        microbatches=group.gradient_accumulation_steps,
-        share_prompt=run.share_prompt,
-        known_sizes=run.row_shapes.sizes,
-        spec=run.row_shapes.spec,
+        stream_indices=(Stream.SHUFFLE, round_.number),
+        known=run.pair_shapes.known,
         order="given" if ordered else "shuffle",
     )
-    run.row_shapes.note(loader, window_for([pair.item for pair in pairs], run.row_tokens, run.share_prompt))
-    shards = row_shards(run.mesh)
-    task = Task(
-        name=name,
-        start=policies[-1],
+    run.pair_shapes.note(loader, run.layout.window([pair.item for pair in pairs]))
+    training = Training(
+        name=round_.name,
+        start=before,
         loader=loader,
-        window=run.row_shapes.window,
-        objective=lambda window: align_objective(
-            run.cfg, study.loss, window=window, chunk_tokens=run.chunk_tokens, shards=shards
-        ),
-        computes=(str(study.loss), run.chunk_tokens),
+        depends={"pairs": pairs_digest(pairs), "seed": run.seed, "row_tokens": run.layout.row_tokens},
+        target=pair_target(run, study.loss, run.pair_shapes.window),
         group=group,
-        updates=updates,
-        schedule_updates=updates if settings.reset_optimizer else updates * settings.rounds,
-        depends={"pairs": pairs_digest(pairs), "seed": run.seed, "row_tokens": run.row_tokens},
-        continue_from=policies[-1] if continues else None,
-        updates_before=updates * (round_ - 1) if continues else 0,
-        log=("train", "" if round_ == 1 else arm, round_),
-        logging_steps=study.logging_steps,
+        updates=Updates(
+            updates,
+            planned=updates if settings.reset_optimizer else updates * settings.rounds,
+            before=updates * (round_.number - 1) if continues else 0,
+        ),
+        continue_from=before if continues else None,
+        span=round_.span,
     )
-    return optimise(run, task)
+    return optimise(run, training)
+
+
+def pair_target(run: Runtime, loss: ResolvedLoss, window: int) -> Target:
+    """The direct alignment loss of pairs of at most `window` tokens."""
+    shards, chunk = row_shards(run.mesh), run.chunk_tokens
+    return Target(
+        computes=(str(loss), chunk),
+        window=window,
+        make=lambda: align_objective(run.cfg, loss, window=window, chunk_tokens=chunk, shards=shards),
+    )
 
 
 def with_reference(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from sera_jax.core import Rows
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import Params, hidden_states
+from sera_jax.models.parts import merge, split
 
 HEAD = "value_head"
 
@@ -26,17 +27,17 @@ def critic_config(cfg: ModelConfig) -> ModelConfig:
 def with_value_head(params: Params) -> Params:
     """The parameters with a value head of zeros, so that a new critic says 0 everywhere; other leaves are shared."""
     scale = params["final_norm"]["scale"]
-    return {**params, HEAD: jnp.zeros(scale.shape, scale.dtype)}
+    return merge(params, {HEAD: jnp.zeros(scale.shape, scale.dtype)})
 
 
 def without_value_head(params: Params) -> Params:
     """The decoder's own parameters."""
-    return {name: part for name, part in params.items() if name != HEAD}
+    return split(params, HEAD)[1]
 
 
 def critic_params(params: Params) -> Params:
     """A critic started from a policy's parameters: its decoder without the output projection, and a head of zeros."""
-    return with_value_head({name: part for name, part in params.items() if name != "head"})
+    return with_value_head(split(params, "head")[1])
 
 
 def read_values(hidden: jax.Array, value_head: jax.Array, rows: Rows) -> jax.Array:

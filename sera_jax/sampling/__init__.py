@@ -1,6 +1,7 @@
 """Sampling: a jitted prefill and decoder over fixed slots, and the host-side engine that keeps the slots full."""
 
+from sera_jax.sampling.candidates import Candidates, grouped
 from sera_jax.sampling.engine import Stats, generate
 from sera_jax.sampling.params import Sample, SamplingParams
 
-__all__ = ["Sample", "SamplingParams", "Stats", "generate"]
+__all__ = ["Candidates", "Sample", "SamplingParams", "Stats", "generate", "grouped"]

@@ -3,42 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sera_jax.config import PpoGroup, RewardGroup
-from sera_jax.core import Array, Rows
+from sera_jax.config import PpoGroup
 from sera_jax.losses import advantages, coherent, ppo
 from sera_jax.mesh import ROW_AXES, replicated
-from sera_jax.ops.logprob import sum_slots
 from sera_jax.training.ppo import Experience
-
-
-@struct.dataclass
-class Scored:
-    """One part (a minibatch) of an iteration's rollouts, scored. Token arrays f32[R, M], response arrays [R, K].
-
-    Attributes:
-        rows: the rollouts.
-        logp, sft_logp, base_logp: of each token, by the scorer.
-        sampled_logp: of each token, as the sampler gave it.
-        value: the critic's; None without one.
-        finished: bool[R, K] the response ended by itself.
-        noise: standard normal draws f32[R, K], for the control whose reward is random.
-    """
-
-    rows: Rows
-    logp: Array
-    sft_logp: Array
-    base_logp: Array
-    sampled_logp: Array
-    value: Array | None
-    finished: Array
-    noise: Array
+from sera_jax.training.rewards import Scored, TokenReward, by_response, response_lengths
 
 
 @struct.dataclass
@@ -63,7 +38,7 @@ Experienced = tuple[list[Experience], Control, dict[str, jax.Array]]
 
 
 def make_experience(
-    reward: RewardGroup,
+    reward: TokenReward,
     settings: PpoGroup,
     mesh: Mesh,
     *,
@@ -71,24 +46,23 @@ def make_experience(
     passes: int = 0,
     warmup_passes: int = 0,
     baseline: str = "critic",
-    random_reward: bool = False,
 ) -> Callable[[list[Scored], Control], Experienced]:
     """A jitted (parts, control) -> (the experience of each part, the next iteration's control, metrics).
 
     Args:
+        reward: what the tokens are paid (`rewards`).
         microbatches: A; the leaves of the experience are [A, R / A, ...], as `step.make_step` takes them.
         passes, warmup_passes: model passes that an iteration costs every token, after and in the critic's warm-up.
         baseline: `critic` (GAE), or `batch_mean` (REINFORCE: returns less their mean over the batch).
-        random_reward: pay normal noise of the scores' mean and variance in place of the scores.
     """
 
     def make(parts: list[Scored], control: Control) -> Experienced:
         batch = jax.tree.map(lambda *x: jnp.stack(x), *parts)  # [n, R, ...]
-        rewards, moments, metrics = _rewards(batch, control, reward, random_reward)
+        rewards, moments, metrics = reward(batch, control.moments)
         kl = ppo.kl_estimate(logp=batch.logp, ref_logp=batch.sft_logp, estimator=settings.kl_estimator)
         penalty = control.kl_coef * kl if settings.kl_in == "reward" else jnp.zeros_like(kl)
         metrics |= _metrics(batch, rewards, penalty)
-        shape = _slots(batch)
+        shape = batch.slots()
         used = batch.rows.slot < batch.rows.num_slots
         follows = advantages.follows(**shape)
         if baseline == "critic":
@@ -135,10 +109,6 @@ def _split(experience: Experience, part: int, microbatches: int) -> Experience:
     return jax.tree.map(lambda x: x[part].reshape(microbatches, -1, *x.shape[2:]), experience)
 
 
-def _slots(batch: Scored) -> dict[str, Any]:
-    return dict(slot=batch.rows.slot, num_slots=batch.rows.num_slots)
-
-
 def _next_kl_coef(kl_coef: jax.Array, metrics: dict[str, jax.Array], settings: PpoGroup) -> jax.Array:
     if settings.kl_controller == "fixed":
         return kl_coef
@@ -151,55 +121,14 @@ def _next_kl_coef(kl_coef: jax.Array, metrics: dict[str, jax.Array], settings: P
     )
 
 
-def _rewards(
-    batch: Scored, control: Control, reward: RewardGroup, random_reward: bool
-) -> tuple[jax.Array, coherent.Moments, dict[str, jax.Array]]:
-    """What each token is paid, f32[n, R, M], the moments of the scores so far, and what the log says of the reward."""
-    shape = _slots(batch)
-    how: dict[str, Any] = {
-        name: getattr(reward, name) for name in ("count_eos", "length_normalize", "missing_eos", "missing_eos_penalty")
-    }
-    logratios = coherent.token_logratios(sft_logp=batch.sft_logp, base_logp=batch.base_logp)
-    scores = coherent.scores(logratios, finished=batch.finished, **shape, **how)
-    lengths = _response_lengths(batch)
-    real = lengths > 0
-    moments = coherent.update_moments(control.moments, scores, real)
-    placement = reward.placement
-    if random_reward:
-        spread = jnp.sqrt(advantages.masked_variance(scores, real))
-        scores = jnp.where(real, advantages.masked_mean(scores, real) + spread * batch.noise, 0.0)
-        placement = "eos"  # noise has no share of a token
-    rewards = coherent.place(
-        logratios=logratios,
-        scores=scores,
-        finished=batch.finished,
-        placement=placement,
-        mean=moments.mean if reward.whiten else 0.0,
-        std=moments.std() if reward.whiten else 1.0,
-        clip=reward.clip,
-        **shape,
-        **how,
-    )
-    total = _by_response(logratios, batch)  # the paper's sum, whatever is paid
-    mean = advantages.masked_mean(total, real)
-    metrics = {
-        "coherent_reward/mean": mean,
-        "coherent_reward/std": jnp.sqrt(advantages.masked_variance(total, real)),
-        "coherent_reward/per_token": jnp.sum(total) / jnp.maximum(jnp.sum(lengths), 1.0),
-        "coherent_reward/length_corr": _correlation(total, lengths, real),
-        "coherent_reward/largest": jnp.max(jnp.abs(logratios)),
-    }
-    return rewards, moments, metrics
-
-
 def _metrics(batch: Scored, rewards: jax.Array, penalty: jax.Array) -> dict[str, jax.Array]:
     """What was paid, what the policy drifted, how answers end; means over responses unless the name says otherwise."""
-    lengths = _response_lengths(batch)
+    lengths = response_lengths(batch)
     real = lengths > 0
     used = batch.rows.slot < batch.rows.num_slots
 
     def per_response(values: jax.Array) -> jax.Array:
-        return advantages.masked_mean(_by_response(values, batch), real)
+        return advantages.masked_mean(by_response(values, batch), real)
 
     gap = jnp.where(used, jnp.abs(batch.sampled_logp - batch.logp), 0.0)
     count, ended = jnp.sum(real), jnp.sum(batch.finished & real)
@@ -225,19 +154,3 @@ def _metrics(batch: Scored, rewards: jax.Array, penalty: jax.Array) -> dict[str,
         "rollout/responses": count.astype(jnp.float32),
         "rollout/tokens": jnp.sum(lengths),
     }
-
-
-def _by_response(values: jax.Array, batch: Scored) -> jax.Array:
-    """Sums of f32[n, R, M] over each response, f32[n, R, K]."""
-    return sum_slots(values, **_slots(batch))
-
-
-def _response_lengths(batch: Scored) -> jax.Array:
-    return _by_response((batch.rows.slot < batch.rows.num_slots).astype(jnp.float32), batch)
-
-
-def _correlation(x: jax.Array, y: jax.Array, mask: jax.Array) -> jax.Array:
-    """Pearson's, over the masked entries; 0 where one of the two does not vary."""
-    x, y = (jnp.where(mask, v - advantages.masked_mean(v, mask), 0.0) for v in (x, y))
-    scale = jnp.sqrt(jnp.sum(x * x) * jnp.sum(y * y))
-    return jnp.where(scale > 0, jnp.sum(x * y) / jnp.where(scale > 0, scale, 1.0), 0.0)

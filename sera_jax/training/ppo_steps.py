@@ -13,7 +13,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
-from sera_jax.config import PpoGroup, RewardGroup, TrainGroup
+from sera_jax.config import PpoGroup, TrainGroup
 from sera_jax.mesh import replicated, row_shards
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.critic import critic_config, critic_params, with_value_head
@@ -21,6 +21,7 @@ from sera_jax.models.decoder import Params
 from sera_jax.training.experience import Control, initial_control, make_experience
 from sera_jax.training.optimizer import init_optimizer, make_optimizer
 from sera_jax.training.ppo import head_objective, joint_objective, policy_objective, value_objective
+from sera_jax.training.rewards import TokenReward
 from sera_jax.training.score import make_score, make_values
 from sera_jax.training.step import Metrics, TrainState, abstract_state, init_state, make_step
 
@@ -43,7 +44,7 @@ class PpoState:
 
 
 @dataclasses.dataclass(frozen=True)
-class Programs:
+class PpoPrograms:
     """The jitted functions of an iteration, and the shapes of its state.
 
     Attributes:
@@ -52,6 +53,7 @@ class Programs:
         experience: see `make_experience`.
         policy_step: the update of the policy; with a head on the policy, of both. critic_step: of a critic of its own,
             or, in the warm-up of a head, of the head; None without a critic.
+        window: no rollout with its prompt is longer than this.
         updates: that the policy's learning-rate schedule spans.
         start: (SFT params) -> a state before the first iteration, with buffers of its own.
         abstract: its shapes and shardings.
@@ -62,6 +64,7 @@ class Programs:
     experience: Callable[..., Any]
     policy_step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
     critic_step: Callable[[TrainState, Any], tuple[TrainState, Metrics]] | None
+    window: int
     updates: int
     start: Callable[[Params], PpoState]
     abstract: PpoState
@@ -72,19 +75,18 @@ def make_programs(
     mesh: Mesh,
     *,
     ppo: PpoGroup,
-    reward: RewardGroup,
+    reward: TokenReward,
     train: TrainGroup,
     window: int,
     baseline: str = "critic",
-    random_reward: bool = False,
-    like: Programs | None = None,
-) -> Programs:
+    like: PpoPrograms | None = None,
+) -> PpoPrograms:
     """The programs of one arm.
 
     Args:
         train: optimiser settings; schedules span the updates that policy and critic make in `ppo.iterations`.
         window: no rollout with its prompt is longer than this.
-        baseline, random_reward: as in `make_experience`.
+        reward, baseline: as in `make_experience`.
         like: those of another arm, made from the same other arguments; what both compute is compiled once.
     """
     shards = row_shards(mesh)
@@ -120,7 +122,7 @@ def make_programs(
         objective = policy_objective(cfg, **policy_how)
     abstract = _abstract(policy, critic, ppo, mesh)
     forward = _FORWARD_PASSES + (head or separate)
-    made = Programs(
+    made = PpoPrograms(
         score=make_score(cfg, mesh, per_token=True, **shape),
         values=make_values(critic_cfg if separate else cfg, mesh, window=window) if head or separate else None,
         experience=make_experience(
@@ -131,10 +133,10 @@ def make_programs(
             passes=forward + TRAIN_PASSES * ppo.num_ppo_epochs * (1 + separate),
             warmup_passes=forward + TRAIN_PASSES * ppo.num_ppo_epochs * (head or separate),
             baseline=baseline,
-            random_reward=random_reward,
         ),
         policy_step=make_step(objective, optimizer, policy, mesh, functools.partial(_is_near, ppo)),
         critic_step=critic_step,
+        window=window,
         updates=updates,
         start=_make_start(abstract, ppo, optimizer, critic_optimizer, head),
         abstract=abstract,
@@ -142,7 +144,7 @@ def make_programs(
     return made if like is None else _sharing(made, like)
 
 
-def _sharing(made: Programs, like: Programs) -> Programs:
+def _sharing(made: PpoPrograms, like: PpoPrograms) -> PpoPrograms:
     """`made` with the functions of `like` wherever both compute the same; nothing is compiled before it is called."""
     shared: dict[str, Any] = {"score": like.score}
     if made.values is not None and like.values is not None:

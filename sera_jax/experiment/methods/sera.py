@@ -1,0 +1,189 @@
+"""SeRA as a row of the table: its arms, its rules, what it reads, what it runs, how it is shown."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from sera_jax.config import Config
+from sera_jax.evaluation import look, picture
+from sera_jax.evaluation.look import ArmLook
+from sera_jax.evaluation.report import ARM, GOLD, Report, interval, number, percent, plain, shares
+from sera_jax.experiment.corpus import of_pairs
+from sera_jax.experiment.method import Arm, Experiment, Method, Outcome, looks
+from sera_jax.loops.rewards import RANKINGS
+from sera_jax.loops.sera import sera
+from sera_jax.loops.study import Study
+from sera_jax.losses.preference import ResolvedLoss, resolve
+
+# An arm is `sera` with these fields of its group changed.
+ARMS = {
+    "sera": Arm("the method", ArmLook("SeRA", look.VERMILION, "o"), {}),
+    "daa": Arm(
+        "the direct alignment loss alone, for as many updates",
+        ArmLook("DAA alone", look.BLUE, "s"),
+        {"selection": "none", "bootstrap_fraction": 0.0, "threshold": None},
+    ),
+    "random": Arm(
+        "the same pipeline with random choices of the same size",
+        ArmLook("random selection", look.GREEN, "^"),
+        {"selection": "random", "threshold": None},
+    ),
+    "selection_only": Arm(
+        "no pairs of its own making", ArmLook("selection_only", look.PURPLE, "D"), {"bootstrap_fraction": 0.0}
+    ),
+    "bootstrap_only": Arm(
+        "all offline pairs kept",
+        ArmLook("bootstrap_only", look.ORANGE, "v"),
+        {"selection": "none", "threshold": None},
+    ),
+}
+
+
+def run(given: Experiment) -> Outcome:
+    """Every arm from the SFT model; the summary gets `arms`, `rounds` and `loss`."""
+    config = given.config
+    loss = loss_of(config)
+    evaluator = given.evaluator(loss=loss)
+    evaluator.look_at(given.start, 0)
+    study = study_of(given, loss, evaluator.look_at)
+    arms: dict[str, dict[str, Any]] = {"sft": evaluator.of_arm(given.start)}
+    rounds: list[dict[str, Any]] = []
+    final = {"sft": given.start}
+    for arm in config.sera.arms:
+        settings = dataclasses.replace(config.sera, **ARMS[arm].how)
+        final[arm], facts = sera(study, arm, settings)
+        rounds += facts
+        arms[arm] = evaluator.of_arm(final[arm])
+    return final, {"arms": arms, "rounds": rounds, "loss": loss.as_dict()}
+
+
+def study_of(given: Experiment, loss: ResolvedLoss, evaluate: Any) -> Study:
+    """What the rounds of every arm share."""
+    config, corpus = given.config, given.corpus
+    return Study(
+        run=given.runtime,
+        sft=given.start,
+        loss=loss,
+        settings=config.sera,
+        train=config.train,
+        sampling=config.sampling,
+        pool=corpus.train,
+        prompts=corpus.prompts,
+        ranking=RANKINGS[config.sera.ranking](loss),
+        evaluate=evaluate,
+        gold=corpus.gold,
+    )
+
+
+def loss_of(config: Config) -> ResolvedLoss:
+    """The config's loss with all its hyper-parameters."""
+    return resolve(**dataclasses.asdict(config.loss))
+
+
+def check(config: Config) -> None:
+    """Raises ValueError, with the way out, where fields contradict each other."""
+    sera = config.sera
+    check_pairs(config)
+    if sera.band is not None and not 0 <= sera.band[0] < sera.band[1] <= 1:
+        raise ValueError(f"config.sera.band={sera.band!r}; it must be two quantiles 0 <= low < high <= 1")
+    if sera.selection == "threshold" and sera.threshold is None:
+        raise ValueError("config.sera.selection='threshold' needs config.sera.threshold (nats)")
+    for field, rule in (("threshold", "threshold"), ("band", "middle")):
+        value = getattr(sera, field)
+        if value is not None and sera.selection != rule:
+            raise ValueError(
+                f"config.sera.{field}={value} is read by selection={rule!r} only, "
+                f"but selection={sera.selection!r}; change one of them"
+            )
+    if sera.rounds > 1 and sera.bootstrap_fraction > 0 and set(sera.arms) - {"daa", "selection_only"}:
+        check_sampled_pairs(config)
+
+
+def check_pairs(config: Config) -> None:
+    """Of every method that learns from preference pairs: there are some, and the loss is one."""
+    data = config.data
+    loss_of(config)
+    if not config.world.name and not data.train:
+        raise ValueError("config.data.train is empty; name preference rows: --config.data.train=pairs.jsonl")
+    if config.world.name and data.train:
+        raise ValueError(
+            f"config.data.train={data.train!r} and config.world.name={config.world.name!r} are both set; "
+            "the embedded world writes its own rows: empty one of them"
+        )
+
+
+def check_sampled_pairs(config: Config) -> None:
+    """Of every method that pairs its own samples: a pair fits a row."""
+    data, sampling = config.data, config.sampling
+    prompts = 1 if data.share_prompt else 2
+    longest = prompts * data.max_prompt_length + 2 * sampling.max_new_tokens
+    if longest > data.row_tokens:
+        raise ValueError(
+            f"config.sampling.max_new_tokens={sampling.max_new_tokens}: a sampled pair may have {longest} tokens "
+            f"(config.data.max_prompt_length={data.max_prompt_length}), but config.data.row_tokens="
+            f"{data.row_tokens}; raise row_tokens, or lower one of the others"
+        )
+
+
+PAIR_ARM_COLUMNS = [
+    ARM,
+    ("gold [95 %]", interval("gold", 3)),
+    ("wins vs sft", percent("win_rate_vs_sft")),
+    ("accuracy", percent("heldout_accuracy")),
+    ("by length", percent("length_baseline_accuracy")),
+    ("on shorter", percent("heldout_accuracy_shorter")),
+    ("margin", number("heldout_margin", 2)),
+    ("tokens", number("response_tokens_mean", 1)),
+]
+AGREEMENT = ("agree/not/tie", shares("agreement", ("agree", "disagree", "tie")))
+PAIR_LEGEND = [
+    GOLD,
+    ("heldout_accuracy", "accuracy", "held-out pairs that the implicit reward ranks as labelled"),
+    ("length_baseline_accuracy", "by length", "the same for a rule that prefers the longer answer"),
+    ("heldout_accuracy_shorter", "on shorter", "accuracy on the pairs whose shorter answer was preferred"),
+    ("flipped_fraction_kept", "flipped", "offline pairs kept whose label data.label_noise had exchanged"),
+    ("agreement", "agree/not/tie", "does the gold agree with the added pairs, %"),
+    ("margin_mean", "margin", "chosen minus rejected, nats: of held-out pairs above, of offline pairs below"),
+]
+REPORT = Report(
+    arm_columns=PAIR_ARM_COLUMNS,
+    round_columns=[
+        ARM,
+        ("round", plain("round")),
+        ("kept", plain("kept")),
+        ("flipped", percent("flipped_fraction_kept")),
+        ("added", plain("added")),
+        AGREEMENT,
+        ("margin", number("margin_mean", 2)),
+        ("gold", number("gold_mean", 3)),
+        ("accuracy", percent("heldout_accuracy")),
+        ("on shorter", percent("heldout_accuracy_shorter")),
+        ("tokens", number("response_tokens_mean", 1)),
+    ],
+    legend=PAIR_LEGEND,
+    draw=lambda summary, path: picture.draw_rounds(summary, path, looks(ARMS)),
+)
+# The rows that preference methods read, of the embedded world's files.
+PAIR_SOURCES = {
+    "train": "preferences.jsonl",
+    "eval": "heldout_preferences.jsonl",
+    "demonstrations": "demonstrations.jsonl",
+    "pretrain": "pretrain.jsonl",
+    "prompts": "prompts.jsonl",
+}
+SERA = Method(
+    name="sera",
+    says="a direct alignment loss in rounds that review and bootstrap their own pairs",
+    group="sera",
+    reads=("loss", "sera"),
+    arms=ARMS,
+    check=check,
+    announce=lambda config: f"loss {loss_of(config)}",
+    sources=PAIR_SOURCES,
+    texts=("preference", ("train",)),
+    read=of_pairs,
+    needs_base=False,
+    run=run,
+    report=REPORT,
+)

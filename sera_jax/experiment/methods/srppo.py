@@ -1,0 +1,250 @@
+"""Self-Rewarding PPO as a row of the table: its arms, what it reads, what it runs, how it is shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from sera_jax.config import Config
+from sera_jax.data.items import unique_prompts
+from sera_jax.evaluation import iterations, look
+from sera_jax.evaluation.look import ArmLook
+from sera_jax.evaluation.report import ARM, GOLD, Report, interval, number, percent, plain
+from sera_jax.experiment.corpus import Corpus, of_demonstrations
+from sera_jax.experiment.evaluator import Evaluator
+from sera_jax.experiment.method import Arm, Experiment, Method, Outcome, looks
+from sera_jax.experiment.methods.srppo_rules import check
+from sera_jax.loops.controls import best_of_n, sft_equal_compute, sft_longer
+from sera_jax.loops.runtime import Policy
+from sera_jax.loops.srppo import RANDOM_REWARD, REINFORCE, SRPPO_ARM, srppo
+from sera_jax.loops.srppo_study import PpoArm, SrppoStudy
+from sera_jax.sampling import Sample
+from sera_jax.writer import RESERVED, read_records
+
+
+@dataclasses.dataclass
+class Arms:
+    """The arms of one run, and what they leave: policies, facts, rounds, and what PPO cost."""
+
+    given: Experiment
+    study: SrppoStudy
+    evaluator: Evaluator
+    final: dict[str, Policy]
+    facts: dict[str, dict[str, Any]]
+    rounds: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    passes_tokens: float = 0.0  # of the method itself
+
+    def trained(self, arm: str, policy: Policy) -> None:
+        self.final[arm] = policy
+        self.evaluator.show(policy)
+        self.facts[arm] = self.evaluator.of_arm(policy)
+
+    def answered(self, arm: str, answers: list[Sample]) -> None:
+        self.evaluator.show_answers(arm, answers)
+        self.facts[arm] = self.evaluator.facts_of_answers(arm, answers)
+
+
+def ppo(how: PpoArm) -> Callable[[Arms], None]:
+    """An arm that PPO trains."""
+
+    def run_arm(arms: Arms) -> None:
+        policy, facts = srppo(arms.study, how)
+        arms.rounds += facts
+        if how is SRPPO_ARM:
+            arms.passes_tokens = facts[-1]["passes_tokens"]
+        arms.trained(how.name, policy)
+
+    return run_arm
+
+
+def more_sft(arms: Arms) -> None:
+    arms.trained("sft_longer", sft_longer(arms.study, arms.given.config.sft))
+
+
+def as_much_sft(arms: Arms) -> None:
+    arms.trained("sft_equal_compute", sft_equal_compute(arms.study, arms.given.config.sft, arms.passes_tokens))
+
+
+def re_ranked(arms: Arms) -> None:
+    """Not trained: the best of several answers of the SFT model, drawn as rollouts are."""
+    config, evaluator = arms.given.config, arms.evaluator
+    settings = dataclasses.replace(evaluator.answer_settings(), temperature=config.sampling.temperature)
+    arms.answered("best_of_n", best_of_n(arms.study, arms.given.corpus.eval_prompts, settings))
+
+
+ARMS: dict[str, Arm] = {
+    "srppo": Arm("the method", ArmLook("SRPPO", look.VERMILION, "o"), ppo(SRPPO_ARM)),
+    "random_reward": Arm(
+        "PPO on normal noise of the coherent reward's mean and variance",
+        ArmLook("random reward", look.GREEN, "^"),
+        ppo(RANDOM_REWARD),
+    ),
+    "reinforce": Arm(
+        "the batch mean of the returns in place of the critic",
+        ArmLook("REINFORCE", look.PURPLE, "D"),
+        ppo(REINFORCE),
+    ),
+    "sft_longer": Arm(
+        "SFT of the base with `ppo.sft_longer_factor` times the updates",
+        ArmLook("SFT longer", look.BLUE, dashes=(0, (8, 2))),
+        more_sft,
+    ),
+    "best_of_n": Arm(
+        "no training: the SFT model's answer of the largest coherent reward among `ppo.best_of`",
+        ArmLook("best of {best_of}", look.ORANGE, dashes=(0, (7, 2, 1.5, 2))),
+        re_ranked,
+    ),
+    "sft_equal_compute": Arm(
+        "SFT with as many updates as SFT and PPO together cost",
+        ArmLook("SFT, equal compute", look.SKY, dashes=(0, (1, 1.2))),
+        as_much_sft,
+    ),
+}
+_SFT_LOOK = ArmLook("SFT", look.GREY, dashes=(0, (4, 3)))
+
+
+def run(given: Experiment) -> Outcome:
+    """Every arm from the SFT model. The summary gets `arms`, `rounds` (the evaluations of the PPO arms), `prompts` (how
+    many of which kind) and `iterations` (their metrics)."""
+    config, corpus = given.config, given.corpus
+    if "best_of_n" in config.ppo.arms and not corpus.eval_prompts:
+        raise ValueError(
+            "config.ppo.arms has best_of_n, which answers held-out prompts, and there are none; name held-out "
+            f"demonstrations in config.data.eval, raise config.data.eval_fraction={config.data.eval_fraction}, or take "
+            "best_of_n out"
+        )
+    evaluator = given.evaluator(base=given.base)
+    evaluator.look_at(given.start, 0)
+    study = study_of(given, evaluator)
+    arms = Arms(given, study, evaluator, {"sft": given.start}, {"sft": evaluator.of_arm(given.start)})
+    for name in sorted(config.ppo.arms, key=lambda name: ARMS[name].how is as_much_sft):  # given what the method cost
+        ARMS[name].how(arms)
+    ordered = ("sft", *config.ppo.arms)
+    return {arm: arms.final[arm] for arm in ordered if arm in arms.final}, {
+        "arms": {arm: arms.facts[arm] for arm in ordered},
+        "rounds": arms.rounds,
+        "prompts": prompt_counts(config, corpus),
+        "iterations": iteration_metrics(given.runtime.workdir.root / "metrics.jsonl"),
+    }
+
+
+def study_of(given: Experiment, evaluator: Evaluator) -> SrppoStudy:
+    """What PPO and its controls are given."""
+    config, corpus = given.config, given.corpus
+    assert given.base is not None, "Self-Rewarding PPO scores with the base"
+    return SrppoStudy(
+        run=given.runtime,
+        base=given.base,
+        sft=given.start,
+        reward=config.reward,
+        ppo=config.ppo,
+        train=config.train,
+        sampling=config.sampling,
+        demonstrations=corpus.demonstrations,
+        prompts=corpus.prompts,
+        evaluate=evaluator.look_at,
+        gold=corpus.gold,
+        texts=evaluator.texts,
+        rollout_iterations=config.log.rollout_iterations,
+    )
+
+
+def prompt_counts(config: Config, corpus: Corpus) -> dict[str, Any]:
+    """Which prompts there are: of the demonstrations, new ones (and those left out, by reason), held out."""
+    return {
+        "sft": len(unique_prompts(corpus.demonstrations)),
+        "new": len(corpus.prompts),
+        "overlap": config.ppo.prompt_overlap,
+        **{f"left_out_{reason}": count for reason, count in corpus.prompts_left_out.items()},
+        "heldout": len(corpus.eval_prompts),
+    }
+
+
+def iteration_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The PPO lines of a metrics.jsonl: `arm`, `iteration` and every finite metric but the clock's."""
+    out = []
+    for record in read_records(path)[0]:
+        if record["phase"] == "ppo":
+            numbers = {
+                name: value
+                for name, value in record.items()
+                if name not in RESERVED
+                and not name.startswith("timing_s/")
+                and isinstance(value, int | float)
+                and math.isfinite(value)
+            }
+            out.append({"arm": record["arm"], "iteration": record["step"], **numbers})
+    return out
+
+
+REPORT = Report(
+    arm_columns=[
+        ARM,
+        ("gold [95 %]", interval("gold", 3)),
+        ("wins vs sft", percent("win_rate_vs_sft")),
+        ("right", percent("answer_accuracy")),
+        ("well-formed", percent("wellformed_fraction")),
+        ("coherent [95 %]", interval("coherent_reward", 2)),
+        ("corr.", number("coherent_reward_length_corr", 2)),
+        ("KL", number("kl_to_sft", 2)),
+        ("NLL", number("heldout_nll", 3)),
+        ("tokens", number("response_tokens_mean", 1)),
+        ("ended", percent("eos_fraction")),
+    ],
+    round_columns=[
+        ARM,
+        ("iteration", plain("iteration")),
+        ("gold", number("gold_mean", 3)),
+        ("right", percent("answer_accuracy")),
+        ("well-formed", percent("wellformed_fraction")),
+        ("coherent", number("coherent_reward_mean", 2)),
+        ("corr.", number("coherent_reward_length_corr", 2)),
+        ("KL", number("kl_to_sft", 2)),
+        ("NLL", number("heldout_nll", 3)),
+        ("tokens", number("response_tokens_mean", 1)),
+        ("ended", percent("eos_fraction")),
+    ],
+    legend=[
+        GOLD,
+        ("answer_accuracy", "right", "answers whose last match of eval.answer_pattern is the reference's"),
+        ("wellformed_fraction", "well-formed", "answers in which eval.answer_pattern is found"),
+        (
+            "coherent_reward_mean",
+            "coherent",
+            "log pi_sft - log pi_base, nats per answer. PPO optimises it: a gain must show in {outcomes}",
+        ),
+        ("coherent_reward_length_corr", "corr.", "correlation of the coherent reward with the answer's length"),
+        ("kl_to_sft", "KL", "of the policy to the SFT model, on its own answers, nats per answer"),
+        ("heldout_nll", "NLL", "of held-out demonstrations, nats per token; it rises as a policy forgets them"),
+        ("eos_fraction", "ended", "answers that ended within the token limit"),
+    ],
+    draw=lambda summary, path: iterations.draw(summary, path, {**looks(ARMS), "sft": _SFT_LOOK}),
+    # NLL only where neither is there: a policy that sharpens loses likelihood even where it gains
+    outcomes=("gold", "right"),
+    keys={"iterations": list, "prompts": dict},
+    counts=("round", "iteration"),
+    lists={"iterations": "iteration"},
+)
+SRPPO = Method(
+    name="srppo",
+    says="Self-Rewarding PPO: PPO whose reward is log pi_sft - log pi_base, from demonstrations alone",
+    group="ppo",
+    reads=("reward", "ppo"),
+    arms=ARMS,
+    check=check,
+    announce=lambda config: f"coherent reward: {config.reward}",
+    sources={
+        "eval": "heldout_demonstrations.jsonl",
+        "demonstrations": "demonstrations.jsonl",
+        "pretrain": "pretrain.jsonl",
+        "prompts": "prompts.jsonl",
+    },
+    texts=("demonstration", ("demonstrations", "pretrain")),
+    read=of_demonstrations,
+    needs_base=True,
+    run=run,
+    report=REPORT,
+)

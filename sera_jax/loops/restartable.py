@@ -1,0 +1,143 @@
+"""The one loop that may be stopped at any step and gone on with: SFT, alignment and PPO are its three uses.
+
+A piece of `Work` says how its state starts, what a step does, and what it leaves behind; `run_to_end` owns everything
+else: going on from the newest checkpoint, saving, stopping, and the order in which metrics and checkpoints reach the
+disk (a step's metrics before its checkpoint, so that a restart never lacks a line).
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import jax
+
+from sera_jax.checkpoint import Checkpoints, Product, save_tree
+from sera_jax.loops.runtime import NonFinite, Preempted, Runtime
+
+State = TypeVar("State")
+
+
+class Span(NamedTuple):
+    """What the log counts the steps in: (phase, arm, round) of `MetricWriter.span`."""
+
+    phase: str
+    arm: str = ""
+    round: int = 0
+
+
+class Work(Protocol[State]):
+    """What is repeated. A state is a tree of arrays; a step may donate the one it is given.
+
+    Attributes:
+        abstract: shapes, dtypes and shardings of the state.
+        steps: the step at which the work is done; the first is step 1.
+        save_steps: a checkpoint every so many steps; 0: only where the work is stopped.
+        keep: checkpoints kept.
+        span, unit: what the log counts, and how a message calls a step ("update").
+    """
+
+    abstract: State
+    steps: int
+    save_steps: int
+    keep: int
+    span: Span
+    unit: str
+
+    def fresh(self) -> State:
+        """The state before step 1."""
+        ...
+
+    def done(self, state: State) -> int:
+        """How many steps the state has behind it."""
+        ...
+
+    def step(self, state: State, number: int) -> State:
+        """Step `number`; what it raises ends the loop, with the last whole state saved."""
+        ...
+
+    def flush(self, state: State, number: int) -> None:
+        """Write the metrics of all steps up to `number` that are not written yet."""
+        ...
+
+    def leave(self, folder: pathlib.Path, state: State) -> dict[str, Any]:
+        """What the phase leaves: trees to save by name; small files are written into the folder here."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what only this work holds in memory."""
+        ...
+
+
+def run_to_end(run: Runtime, name: str, inputs: dict[str, Any], begin: Callable[[], Work[State]]) -> Product:
+    """The phase `name`: found on disk, or worked out from its newest checkpoint, or from its start.
+
+    Args:
+        inputs: what the work depends on, JSON-able; the product's manifest and every checkpoint hold it.
+        begin: makes the work; called only where there is something to do.
+
+    Raises:
+        StaleWorkdir: the product or the checkpoint there is of other inputs.
+        Preempted: when asked to stop; everything is saved.
+        NonFinite, ValueError: as the work's steps; the last whole state is saved.
+    """
+    return run.workdir.phase(name, inputs, lambda folder: _produce(run, name, inputs, begin(), folder))
+
+
+def _produce(run: Runtime, name: str, inputs: dict[str, Any], work: Work[State], folder: pathlib.Path) -> None:
+    checkpoints = Checkpoints(run.workdir.checkpoints(name), work.keep, inputs)
+    try:
+        state = checkpoints.restore(work.abstract)
+        if state is None:
+            state = work.fresh()
+        run.release()
+        state = _repeat(run, name, work, state, checkpoints)
+    finally:
+        checkpoints.close()
+        work.close()
+    for part, tree in work.leave(folder, state).items():
+        save_tree(folder / part, tree)
+
+
+def _repeat(run: Runtime, name: str, work: Work[State], state: State, checkpoints: Checkpoints) -> State:
+    def save(state: State, number: int) -> None:
+        if checkpoints.latest_step() != number:
+            run.writer.sync()
+            checkpoints.save(number, state)
+
+    def stopped(number: int) -> Preempted:
+        return Preempted(f"stopped in {name} after {work.unit} {number}; the same command goes on from there")
+
+    done = work.done(state)
+    phase, arm, round_ = work.span
+    with run.writer.span(phase, arm=arm, round=round_, total_steps=work.steps, start_step=done):
+        for number in range(done + 1, work.steps + 1):
+            try:
+                state = work.step(state, number)
+            except NonFinite as error:
+                if error.good is not None:
+                    save(*error.good)
+                elif _is_whole(state):
+                    save(state, number - 1)
+                raise
+            except (Preempted, ValueError) as error:
+                if _is_whole(state):  # the step came to nothing before it took the state apart
+                    work.flush(state, number - 1)
+                    save(state, number - 1)
+                raise (stopped(number - 1) if isinstance(error, Preempted) else error) from None
+            last = number == work.steps
+            stop = run.stop_requested() and not last
+            due = work.save_steps > 0 and number % work.save_steps == 0 and not last
+            if last or stop or due:
+                work.flush(state, number)
+            if stop or due:
+                save(state, number)
+            if stop:
+                raise stopped(number)
+        run.writer.sync()
+    return state
+
+
+def _is_whole(state: Any) -> bool:
+    return not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
