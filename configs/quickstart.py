@@ -1,8 +1,8 @@
 """SeRA in a made-up world with a known gold reward, in a few minutes on two CPU cores.
 
-    python -m sera_jax.main --config=configs/quickstart.py            20 % of the labels flipped
-    python -m sera_jax.main --config=configs/quickstart.py:noise40    40 %
-    python -m sera_jax.main --config=configs/quickstart.py:clean      none
+    python -m sera_jax.main --config=configs/quickstart.py            # 20 % of the labels flipped
+    python -m sera_jax.main --config=configs/quickstart.py:noise40    # 40 %
+    python -m sera_jax.main --config=configs/quickstart.py:clean      # none
 
 A base model is trained from scratch on the world's text, then SFT on 200 demonstrations, then from that SFT model: DPO
 alone (`daa`), SeRA (`sera`), and SeRA with random choices of the same size (`random`), each for as many updates.
