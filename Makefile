@@ -7,12 +7,13 @@ PYTEST_FLAGS ?=
 
 VENV := .venv
 PARITY := .venv-parity
+DOCS := .venv-docs
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 PIP_INSTALL = -m pip install --disable-pip-version-check --prefer-binary --quiet $(PIP_FLAGS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env quickstart test slow parity check format clean
+.PHONY: help env quickstart test slow parity check format docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -41,8 +42,13 @@ format: $(VENV)/test-$(VERSION).stamp ## format the code and repair what lint ca
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-clean: ## remove the environments and caches; runs/ stays
-	rm -rf $(VENV) $(PARITY) .cache .pytest_cache .ruff_cache
+docs: $(DOCS)/docs-$(VERSION).stamp ## build the documentation as a site, which is opened at site/index.html
+	rm -rf site
+	$(DOCS)/bin/python -m sphinx -b html -c docs -d .cache/docs -E -n -W --keep-going -q . site
+	cp site/README.html site/index.html
+
+clean: ## remove the environments, the caches and the site; runs/ stays
+	rm -rf $(VENV) $(PARITY) $(DOCS) site .cache .pytest_cache .ruff_cache
 	find sera_jax tests configs -name __pycache__ -prune -exec rm -rf {} +
 
 # Stamps carry the interpreter's version, so that PYTHON=python3.12 after python3.11 starts afresh, and nothing is
@@ -52,7 +58,7 @@ clean: ## remove the environments and caches; runs/ stays
 	  echo "sera_jax needs Python 3.11, 3.12 or 3.13, which '$(PYTHON)' is not: give one, as in make PYTHON=python3.12"; \
 	  exit 1; }
 	$(PYTHON) -m venv --clear $*
-	@echo "installing packages into $* (about 1.6 GB, once; minutes on a slow line)"
+	@echo "installing packages into $* (once; up to 1.6 GB, minutes on a slow line)"
 	touch $@
 
 $(VENV)/run-$(VERSION).stamp: requirements.txt | $(VENV)/python-$(VERSION).stamp
@@ -65,4 +71,8 @@ $(VENV)/test-$(VERSION).stamp: requirements.txt requirements-test.txt | $(VENV)/
 
 $(PARITY)/parity-$(VERSION).stamp: requirements.txt requirements-test.txt requirements-parity.txt | $(PARITY)/python-$(VERSION).stamp
 	$(PARITY)/bin/python $(PIP_INSTALL) -r requirements.txt -r requirements-test.txt -r requirements-parity.txt
+	touch $@
+
+$(DOCS)/docs-$(VERSION).stamp: requirements-docs.txt | $(DOCS)/python-$(VERSION).stamp
+	$(DOCS)/bin/python $(PIP_INSTALL) -r requirements-docs.txt
 	touch $@

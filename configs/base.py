@@ -1,4 +1,7 @@
-"""Every field with its default. Other configs start here and change a few; meanings stand in sera_jax/config.py."""
+"""Every field with its default. Other configs start here and change a few.
+
+What each means stands in sera_jax/config/groups.py.
+"""
 
 from ml_collections import ConfigDict
 

@@ -24,25 +24,55 @@ from configs.base import get_config as base
 
 def get_config() -> ConfigDict:
     c: Any = base()
-    c.workdir, c.method = "runs/gsm8k_small", "srppo"
-    m = c.model
-    m.vocab_size, m.hidden_size, m.intermediate_size, m.num_hidden_layers = 4096, 192, 512, 4
-    m.num_attention_heads, m.num_key_value_heads, m.head_dim = 6, 2, 32
-    m.max_position_embeddings, m.tie_word_embeddings = 512, True
-    d = c.data
-    d.demonstrations, d.eval = "gsm8k_train.jsonl.gz", "gsm8k_test.jsonl.gz"
-    d.pretrain = ""  # the whole texts of the demonstrations, questions included
-    d.row_tokens, d.max_prompt_length, d.max_completion_length, d.max_row_shapes = 384, 160, 192, 2
-    c.sampling.temperature, c.sampling.min_new_tokens = 1.0, 0
-    c.sampling.max_new_tokens, c.sampling.slots = 192, 64
-    c.pretrain.max_steps, c.pretrain.batch_size, c.pretrain.learning_rate = 400, 32, 2e-3
-    c.sft.max_steps, c.sft.batch_size, c.sft.learning_rate = 60, 32, 5e-4
-    c.train.batch_size, c.train.learning_rate = 64, 1e-4
-    p = c.ppo
-    p.arms = ("srppo", "sft_longer", "best_of_n")
-    p.iterations, p.eval_iterations, p.prompt_overlap, p.kl_coef = 30, 10, 1.0, 0.2
-    p.critic_warmup_iterations, p.critic_learning_rate = 3, 5e-4
-    p.best_of, p.sft_longer_factor = 4, 2
-    c.eval.max_pairs, c.eval.num_prompts, c.eval.temperature = 256, 128, 1.0
+    c.method = "srppo"
+    c.workdir = "runs/gsm8k_small"
+
+    c.model.vocab_size = 4096
+    c.model.hidden_size = 192
+    c.model.intermediate_size = 512
+    c.model.num_hidden_layers = 4
+    c.model.num_attention_heads = 6
+    c.model.num_key_value_heads = 2
+    c.model.head_dim = 32
+    c.model.max_position_embeddings = 512
+    c.model.tie_word_embeddings = True
+
+    c.data.demonstrations = "gsm8k_train.jsonl.gz"
+    c.data.eval = "gsm8k_test.jsonl.gz"
+    c.data.pretrain = ""  # the whole texts of the demonstrations, questions included
+    c.data.row_tokens = 384
+    c.data.max_prompt_length = 160  # 99 % of the questions
+    c.data.max_completion_length = 192  # 96 % of the answers
+    c.data.max_row_shapes = 2
+
+    c.pretrain.batch_size = 32
+    c.pretrain.learning_rate = 2e-3
+    c.pretrain.max_steps = 400
+
+    c.sft.batch_size = 32
+    c.sft.learning_rate = 5e-4
+    c.sft.max_steps = 60
+
+    c.sampling.temperature = 1.0  # rollouts come from the distribution that is scored
+    c.sampling.min_new_tokens = 0  # likewise
+    c.sampling.max_new_tokens = 192
+    c.sampling.slots = 64
+
+    c.train.batch_size = 64  # responses of an iteration
+    c.train.learning_rate = 1e-4
+
+    c.ppo.arms = ("srppo", "sft_longer", "best_of_n")
+    c.ppo.iterations = 30
+    c.ppo.eval_iterations = 10
+    c.ppo.prompt_overlap = 1.0
+    c.ppo.kl_coef = 0.2
+    c.ppo.critic_warmup_iterations = 3
+    c.ppo.critic_learning_rate = 5e-4
+    c.ppo.best_of = 4
+    c.ppo.sft_longer_factor = 2
+
+    c.eval.max_pairs = 256
+    c.eval.num_prompts = 128
+    c.eval.temperature = 1.0
     c.eval.answer_pattern = r"####\s*(-?[\d,]+)"
     return c

@@ -22,20 +22,47 @@ from configs.base import get_config as base
 def get_config() -> ConfigDict:
     c: Any = base()
     c.workdir = "runs/hh_small"
-    m = c.model
-    m.vocab_size, m.hidden_size, m.intermediate_size, m.num_hidden_layers = 4096, 192, 512, 6
-    m.num_attention_heads, m.num_key_value_heads, m.head_dim = 6, 2, 32
-    m.max_position_embeddings, m.tie_word_embeddings = 512, True
-    d = c.data
-    d.train, d.eval = "helpful-online.jsonl.gz,helpful-rejection-sampled.jsonl.gz", "helpful-base.jsonl.gz"
-    d.chat_template = "hh"
-    d.row_tokens, d.max_prompt_length, d.max_completion_length, d.max_row_shapes = 256, 128, 64, 2
+
+    c.model.vocab_size = 4096
+    c.model.hidden_size = 192
+    c.model.intermediate_size = 512
+    c.model.num_hidden_layers = 6
+    c.model.num_attention_heads = 6
+    c.model.num_key_value_heads = 2
+    c.model.head_dim = 32
+    c.model.max_position_embeddings = 512
+    c.model.tie_word_embeddings = True
+
+    c.data.train = "helpful-online.jsonl.gz,helpful-rejection-sampled.jsonl.gz"
+    c.data.eval = "helpful-base.jsonl.gz"
+    c.data.chat_template = "hh"
+    c.data.row_tokens = 256  # holds every pair: 128 + 2 x 64
+    c.data.max_prompt_length = 128
+    c.data.max_completion_length = 64
+    c.data.max_row_shapes = 2
+
+    c.pretrain.batch_size = 64
+    c.pretrain.learning_rate = 2e-3
+    c.pretrain.max_steps = 150
+
+    c.sft.batch_size = 64
+    c.sft.learning_rate = 5e-4
+    c.sft.max_steps = 30
+
+    c.train.batch_size = 64
+    c.train.learning_rate = 5e-5
+    c.train.max_steps = 20
+
     c.loss.name = "dpo"
-    s = c.sera
-    s.arms, s.rounds, s.bootstrap_prompts, s.require_eos = ("daa", "sera"), 3, 1000, False
-    c.sampling.max_new_tokens, c.sampling.slots = 64, 64
-    c.pretrain.max_steps, c.pretrain.batch_size, c.pretrain.learning_rate = 150, 64, 2e-3
-    c.sft.max_steps, c.sft.batch_size, c.sft.learning_rate = 30, 64, 5e-4
-    c.train.max_steps, c.train.batch_size, c.train.learning_rate = 20, 64, 5e-5
-    c.eval.max_pairs, c.eval.num_prompts = 1000, 64
+
+    c.sera.arms = ("daa", "sera")
+    c.sera.rounds = 3
+    c.sera.bootstrap_prompts = 1000
+    c.sera.require_eos = False  # answers that the limit cut make pairs too
+
+    c.sampling.max_new_tokens = 64
+    c.sampling.slots = 64
+
+    c.eval.max_pairs = 1000
+    c.eval.num_prompts = 64
     return c

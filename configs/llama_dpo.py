@@ -20,18 +20,39 @@ from configs.base import get_config as base
 def get_config() -> ConfigDict:
     c: Any = base()
     c.workdir = "runs/llama_dpo"
-    m = c.model
-    m.tokenizer_name_or_path = ""
-    m.vocab_size, m.hidden_size, m.intermediate_size, m.num_hidden_layers = 32000, 4096, 11008, 32
-    m.num_attention_heads, m.num_key_value_heads, m.head_dim = 32, 32, 128
-    m.max_position_embeddings, m.tie_word_embeddings = 4096, False
-    m.dtype, m.remat = "bfloat16", "full"
-    c.data.row_tokens, c.data.max_prompt_length, c.data.max_completion_length = 4096, 1024, 1024
+
+    c.model.tokenizer_name_or_path = ""
+    c.model.vocab_size = 32000
+    c.model.hidden_size = 4096
+    c.model.intermediate_size = 11008
+    c.model.num_hidden_layers = 32
+    c.model.num_attention_heads = 32
+    c.model.num_key_value_heads = 32
+    c.model.head_dim = 128
+    c.model.max_position_embeddings = 4096
+    c.model.tie_word_embeddings = False
+    c.model.dtype = "bfloat16"
+    c.model.remat = "full"
+
     c.data.train = "ultrafeedback.jsonl"
+    c.data.row_tokens = 4096
+    c.data.max_prompt_length = 1024
+    c.data.max_completion_length = 1024
+
     c.loss.name = "dpo"
-    c.sampling.max_new_tokens, c.sampling.slots = 1024, 256
-    for group in (c.sft, c.train):
-        group.batch_size, group.gradient_accumulation_steps = 64, 4
-    c.sft.learning_rate, c.train.learning_rate = 2e-5, 5e-7
-    c.mesh.data, c.mesh.fsdp, c.mesh.tensor = 1, -1, 1
+
+    c.sampling.max_new_tokens = 1024
+    c.sampling.slots = 256
+
+    c.sft.batch_size = 64
+    c.sft.gradient_accumulation_steps = 4
+    c.sft.learning_rate = 2e-5
+
+    c.train.batch_size = 64
+    c.train.gradient_accumulation_steps = 4
+    c.train.learning_rate = 5e-7
+
+    c.mesh.data = 1
+    c.mesh.fsdp = -1  # all devices
+    c.mesh.tensor = 1
     return c

@@ -31,24 +31,53 @@ from configs.base import get_config as base
 
 def get_config() -> ConfigDict:
     c: Any = base()
-    c.workdir, c.method = "runs/llama_srppo", "srppo"
-    m = c.model
-    m.vocab_size, m.hidden_size, m.intermediate_size, m.num_hidden_layers = 128256, 4096, 14336, 32
-    m.num_attention_heads, m.num_key_value_heads, m.head_dim = 32, 8, 128
-    m.max_position_embeddings, m.rope_theta, m.tie_word_embeddings = 8192, 500000.0, False
-    m.dtype, m.remat = "bfloat16", "full"
-    d = c.data
-    d.row_tokens, d.max_prompt_length, d.max_completion_length = 4096, 1024, 1024
-    d.demonstrations, d.prompts = "demonstrations.jsonl", "prompts.jsonl"
-    c.sampling.temperature, c.sampling.min_new_tokens = 1.0, 0  # rollouts come from the distribution that is scored
-    c.sampling.max_new_tokens, c.sampling.slots = 1024, 256
-    c.sft.batch_size, c.sft.learning_rate, c.sft.num_train_epochs = 128, 1e-5, 2
-    c.train.batch_size, c.train.learning_rate = 256, 1e-6
-    c.train.save_steps = 10
-    p = c.ppo
-    p.arms = ("srppo", "sft_longer", "best_of_n")
-    p.iterations, p.eval_iterations, p.prompt_overlap = 200, 50, 0.5
-    p.critic_learning_rate, p.critic_warmup_iterations = 5e-6, 10
-    c.eval.max_pairs, c.eval.num_prompts, c.eval.temperature = 512, 256, 1.0
-    c.mesh.data, c.mesh.fsdp, c.mesh.tensor = 1, -1, 1
+    c.method = "srppo"
+    c.workdir = "runs/llama_srppo"
+
+    c.model.vocab_size = 128256
+    c.model.hidden_size = 4096
+    c.model.intermediate_size = 14336
+    c.model.num_hidden_layers = 32
+    c.model.num_attention_heads = 32
+    c.model.num_key_value_heads = 8
+    c.model.head_dim = 128
+    c.model.max_position_embeddings = 8192
+    c.model.rope_theta = 500000.0
+    c.model.tie_word_embeddings = False
+    c.model.dtype = "bfloat16"
+    c.model.remat = "full"
+
+    c.data.demonstrations = "demonstrations.jsonl"
+    c.data.prompts = "prompts.jsonl"
+    c.data.row_tokens = 4096
+    c.data.max_prompt_length = 1024
+    c.data.max_completion_length = 1024
+
+    c.sampling.temperature = 1.0  # rollouts come from the distribution that is scored
+    c.sampling.min_new_tokens = 0  # likewise
+    c.sampling.max_new_tokens = 1024
+    c.sampling.slots = 256
+
+    c.sft.batch_size = 128
+    c.sft.learning_rate = 1e-5
+    c.sft.num_train_epochs = 2
+
+    c.train.batch_size = 256  # responses of an iteration
+    c.train.learning_rate = 1e-6
+    c.train.save_steps = 10  # iterations
+
+    c.ppo.arms = ("srppo", "sft_longer", "best_of_n")
+    c.ppo.iterations = 200
+    c.ppo.eval_iterations = 50  # each saves a policy and the training state
+    c.ppo.prompt_overlap = 0.5
+    c.ppo.critic_learning_rate = 5e-6
+    c.ppo.critic_warmup_iterations = 10
+
+    c.eval.max_pairs = 512
+    c.eval.num_prompts = 256
+    c.eval.temperature = 1.0
+
+    c.mesh.data = 1
+    c.mesh.fsdp = -1  # all devices
+    c.mesh.tensor = 1
     return c

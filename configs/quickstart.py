@@ -1,8 +1,8 @@
 """SeRA in a made-up world with a known gold reward, in a few minutes on two CPU cores.
 
-    python -m sera_jax.main --config=configs/quickstart.py            20 % of the labels flipped
-    python -m sera_jax.main --config=configs/quickstart.py:noise40    40 %
-    python -m sera_jax.main --config=configs/quickstart.py:clean      none
+    python -m sera_jax.main --config=configs/quickstart.py            # 20 % of the labels flipped
+    python -m sera_jax.main --config=configs/quickstart.py:noise40    # 40 %
+    python -m sera_jax.main --config=configs/quickstart.py:clean      # none
 
 A base model is trained from scratch on the world's text, then SFT on 200 demonstrations, then from that SFT model: DPO
 alone (`daa`), SeRA (`sera`), and SeRA with random choices of the same size (`random`), each for as many updates.
@@ -25,21 +25,48 @@ def get_config(variant: str = "") -> ConfigDict:
         raise ValueError(f"configs/quickstart.py:{variant} is not a variant; choose one of :noise40, :clean, or none")
     c: Any = base()
     c.workdir = f"runs/quickstart{'_' if variant else ''}{variant}"
-    w = c.world
-    w.name, w.pretrain, w.heldout_preferences, w.heldout_prompts = "habits", 16000, 300, 400
-    m = c.model
-    m.hidden_size, m.intermediate_size, m.num_hidden_layers = 64, 176, 3
-    m.num_attention_heads, m.num_key_value_heads, m.head_dim = 4, 4, 16
-    m.max_position_embeddings, m.rope_theta = 128, 1000.0
-    m.initializer_range = 0.1  # a model this small learns to copy words only from a wide start
-    d = c.data
-    d.row_tokens, d.max_prompt_length, d.max_completion_length, d.max_row_shapes = 128, 32, 40, 2
-    d.label_noise = LABEL_NOISE[variant]
-    c.pretrain.batch_size, c.pretrain.learning_rate, c.pretrain.max_steps = 64, 5e-3, 1000
-    c.sft.batch_size, c.sft.learning_rate, c.sft.max_steps = 32, 6e-4, 40
-    c.train.batch_size, c.train.learning_rate, c.train.num_train_epochs = 32, 3e-4, 3
-    c.sera.arms, c.sera.rounds = ("daa", "sera", "random"), 3
-    c.sampling.max_new_tokens, c.sampling.slots = 32, 128
-    c.eval.num_prompts, c.eval.temperature = 400, 1.0
+
+    c.world.name = "habits"
+    c.world.pretrain = 16000
+    c.world.heldout_preferences = 300
+    c.world.heldout_prompts = 400
+
+    c.model.hidden_size = 64
+    c.model.intermediate_size = 176
+    c.model.num_hidden_layers = 3
+    c.model.num_attention_heads = 4
+    c.model.num_key_value_heads = 4
+    c.model.head_dim = 16
+    c.model.max_position_embeddings = 128
+    c.model.rope_theta = 1000.0
+    c.model.initializer_range = 0.1  # a model this small learns to copy words only from a wide start
+
+    c.data.row_tokens = 128
+    c.data.max_prompt_length = 32
+    c.data.max_completion_length = 40
+    c.data.max_row_shapes = 2
+    c.data.label_noise = LABEL_NOISE[variant]
+
+    c.pretrain.batch_size = 64
+    c.pretrain.learning_rate = 5e-3
+    c.pretrain.max_steps = 1000
+
+    c.sft.batch_size = 32
+    c.sft.learning_rate = 6e-4
+    c.sft.max_steps = 40
+
+    c.train.batch_size = 32
+    c.train.learning_rate = 3e-4  # with the epochs, from the grid above
+    c.train.num_train_epochs = 3
+
+    c.sera.arms = ("daa", "sera", "random")
+    c.sera.rounds = 3
+
+    c.sampling.max_new_tokens = 32
+    c.sampling.slots = 128
+
+    c.eval.num_prompts = 400  # all of the world's
+    c.eval.temperature = 1.0
+
     c.log.logging_steps = 5
     return c

@@ -22,26 +22,58 @@ from configs.base import get_config as base
 
 def get_config() -> ConfigDict:
     c: Any = base()
-    c.workdir, c.method = "runs/quickstart_srppo", "srppo"
-    w = c.world
-    w.name, w.pretrain, w.prompts = "habits", 16000, 2000
-    w.preferences, w.heldout_preferences, w.heldout_prompts, w.heldout_demonstrations = 0, 300, 400, 400
-    m = c.model
-    m.hidden_size, m.intermediate_size, m.num_hidden_layers = 64, 176, 3
-    m.num_attention_heads, m.num_key_value_heads, m.head_dim = 4, 4, 16
-    m.max_position_embeddings, m.rope_theta = 128, 1000.0
-    m.initializer_range = 0.1  # a model this small learns to copy words only from a wide start
-    d = c.data
-    d.row_tokens, d.max_prompt_length, d.max_completion_length, d.max_row_shapes = 128, 32, 40, 2
-    c.pretrain.batch_size, c.pretrain.learning_rate, c.pretrain.max_steps = 64, 5e-3, 1000
-    c.sft.batch_size, c.sft.learning_rate, c.sft.max_steps = 32, 6e-4, 40
-    c.sampling.temperature, c.sampling.min_new_tokens = 1.0, 0  # rollouts come from the distribution that is scored
-    c.sampling.max_new_tokens, c.sampling.slots = 32, 128
-    c.train.batch_size, c.train.learning_rate = 128, 1e-4
-    p = c.ppo
-    p.arms = ("srppo", "sft_longer", "best_of_n", "random_reward", "reinforce", "sft_equal_compute")
-    p.iterations, p.eval_iterations, p.prompt_overlap, p.kl_coef = 60, 20, 0.1, 0.2
-    p.critic_warmup_iterations, p.critic_learning_rate = 5, 1e-3
-    c.eval.num_prompts, c.eval.temperature = 400, 1.0
+    c.method = "srppo"
+    c.workdir = "runs/quickstart_srppo"
+
+    c.world.name = "habits"
+    c.world.pretrain = 16000
+    c.world.prompts = 2000
+    c.world.preferences = 0  # the method needs none
+    c.world.heldout_preferences = 300  # what is held out is that of configs/quickstart.py, and so is the base
+    c.world.heldout_prompts = 400
+    c.world.heldout_demonstrations = 400
+
+    c.model.hidden_size = 64
+    c.model.intermediate_size = 176
+    c.model.num_hidden_layers = 3
+    c.model.num_attention_heads = 4
+    c.model.num_key_value_heads = 4
+    c.model.head_dim = 16
+    c.model.max_position_embeddings = 128
+    c.model.rope_theta = 1000.0
+    c.model.initializer_range = 0.1  # a model this small learns to copy words only from a wide start
+
+    c.data.row_tokens = 128
+    c.data.max_prompt_length = 32
+    c.data.max_completion_length = 40
+    c.data.max_row_shapes = 2
+
+    c.pretrain.batch_size = 64
+    c.pretrain.learning_rate = 5e-3
+    c.pretrain.max_steps = 1000
+
+    c.sft.batch_size = 32
+    c.sft.learning_rate = 6e-4
+    c.sft.max_steps = 40
+
+    c.sampling.temperature = 1.0  # rollouts come from the distribution that is scored
+    c.sampling.min_new_tokens = 0  # likewise
+    c.sampling.max_new_tokens = 32
+    c.sampling.slots = 128
+
+    c.train.batch_size = 128  # responses of an iteration
+    c.train.learning_rate = 1e-4  # with kl_coef, from the grid above
+
+    c.ppo.arms = ("srppo", "sft_longer", "best_of_n", "random_reward", "reinforce", "sft_equal_compute")
+    c.ppo.iterations = 60
+    c.ppo.eval_iterations = 20
+    c.ppo.prompt_overlap = 0.1
+    c.ppo.kl_coef = 0.2
+    c.ppo.critic_warmup_iterations = 5
+    c.ppo.critic_learning_rate = 1e-3  # with the warm-up, makes the critic explain more; gold hardly moves
+
+    c.eval.num_prompts = 400  # all of the world's
+    c.eval.temperature = 1.0
+
     c.log.logging_steps = 5
     return c

@@ -175,6 +175,14 @@ def test_every_config_has_the_fields_that_users_rely_on(path, variant):
     assert isinstance(config.loss.beta, float | type(None))
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=id_of)
+def test_a_config_assigns_one_field_a_line_so_that_two_runs_differ_by_readable_lines(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Assign):
+            joined = len(node.targets) > 1 or isinstance(node.targets[0], ast.Tuple)
+            assert not joined, f"{path}:{node.lineno}: {ast.unparse(node)}"
+
+
 def test_every_config_says_what_it_is_for():
     for path in CONFIGS:
         assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"

@@ -69,4 +69,4 @@ def test_make_lists_its_targets():
         ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     listed = {line.split()[1] for line in done.stdout.splitlines()}
-    assert listed == {"help", "quickstart", "env", "test", "slow", "parity", "check", "format", "clean"}
+    assert listed == {"help", "quickstart", "env", "test", "slow", "parity", "check", "format", "docs", "clean"}
