@@ -12,8 +12,8 @@ import ml_collections
 import pytest
 
 from configs.base import get_config
-from sera_jax.config import ARMS, PPO_ARMS, Config, check_field, parse, to_config_dict, to_dict
-from sera_jax.config.parsing import CHOICES, RANGES
+from sera_jax.config import Config, check_field, groups, to_config_dict, to_dict
+from sera_jax.experiment.methods import METHODS, parse
 from sera_jax.losses.preference import LOSSES, resolve
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -49,15 +49,18 @@ def srppo_refused(**changes):
 
 
 def fields(kind=Config, prefix=""):
-    """(path, type) of every leaf."""
-    for name, hint in typing.get_type_hints(kind).items():
-        if dataclasses.is_dataclass(hint):
-            yield from fields(hint, f"{prefix}{name}.")
+    """(path, type, what its field says it may be) of every leaf."""
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from fields(hints[field.name], f"{prefix}{field.name}.")
         else:
-            yield prefix + name, hint
+            yield prefix + field.name, hints[field.name], field.metadata
 
 
-FIELDS = dict(fields())
+FIELDS = {path: kind for path, kind, _ in fields()}
+CHOICES = {path: allowed[groups.CHOICES] for path, _, allowed in fields() if groups.CHOICES in allowed}
+RANGES = {path: allowed[groups.RANGE] for path, _, allowed in fields() if groups.RANGE in allowed}
 
 
 def value_at(config, path):
@@ -76,8 +79,10 @@ def test_the_defaults_come_back_as_they_are_and_the_dict_is_locked():
     assert to_dict(parse(raw))["sera"]["keep_fraction"] == 0.7
 
 
-def test_the_tables_name_fields_that_exist():
-    assert set(CHOICES) | set(RANGES) <= set(FIELDS)
+def test_an_unknown_method_is_refused_with_the_choices():
+    message = refused(method="nonsense")
+    assert "config.method='nonsense'" in message
+    assert all(repr(name) in message for name in METHODS)
 
 
 @pytest.mark.parametrize("path", CHOICES)
@@ -95,8 +100,6 @@ def test_every_choice_is_taken(path):
             changes["sera__threshold"] = 0.5
         if path == "world.name":
             changes["data__train"] = "" if choice else "pairs.jsonl"
-        if choice == "srppo":
-            changes = SRPPO
         assert value_at(parse(raw_config(**changes)), path) == choice
 
 
@@ -171,7 +174,7 @@ def test_arms_may_be_a_string_with_commas(given):
     assert parse(raw).sera.arms == ("daa", "sera")
 
 
-@pytest.mark.parametrize("group, known", [("sera", ARMS), ("ppo", PPO_ARMS)])
+@pytest.mark.parametrize("group, known", [(m.group, tuple(m.arms)) for m in METHODS.values()])
 @pytest.mark.parametrize("given", [("dpo",), "twice", ()], ids=str)
 def test_unknown_repeated_or_no_arms_are_refused_with_the_choices(group, known, given):
     given = known[:1] * 2 if given == "twice" else given

@@ -16,8 +16,9 @@ import pytest
 from absl import flags
 
 from sera_jax import evaluate, export, generate, main
-from sera_jax.config import Config, check_field, parse
+from sera_jax.config import Config, check_field
 from sera_jax.data import prepare
+from sera_jax.experiment.methods import parse
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"

@@ -15,10 +15,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs.llama_dpo import get_config
-from sera_jax.config import parse
 from sera_jax.data.batches import ItemLoader, PairLoader, score_batches
 from sera_jax.data.items import Item, PairItem
+from sera_jax.data.packing import Layout
 from sera_jax.experiment.assembly import model_config
+from sera_jax.experiment.methods import parse
 from sera_jax.losses.preference import resolve
 from sera_jax.mesh import ROW_AXES, make_mesh, row_shards, rows_sharding
 from sera_jax.models.decoder import abstract_params
@@ -66,14 +67,8 @@ def training_batch(group, mesh, loader):
 
 def loader_options(group, mesh):
     microbatches = group.gradient_accumulation_steps
-    return dict(
-        batch_size=group.batch_size,
-        row_tokens=T,
-        seed=0,
-        row_multiple=microbatches * row_shards(mesh),
-        microbatches=microbatches,
-        max_row_shapes=CONFIG.data.max_row_shapes,
-    )
+    layout = Layout(T, multiple=row_shards(mesh), max_shapes=CONFIG.data.max_row_shapes)
+    return dict(layout=layout.accumulated(microbatches), batch_size=group.batch_size, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +146,7 @@ def test_the_sft_update_lowers(mesh):
 
 
 def score_program(mesh):
-    packed = score_batches([pair.item for pair in pairs(16)], T, 4 * row_shards(mesh))[0]
+    packed = score_batches([pair.item for pair in pairs(16)], Layout(T), 4 * row_shards(mesh))[0]
     score = make_score(CFG, mesh, window=T, chunk_tokens=CONFIG.train.logits_chunk_tokens)
     return score, (params_on(CFG, mesh), shapes(packed.rows, rows_sharding(mesh)))
 

@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 
 from configs.llama_srppo import get_config
-from sera_jax.config import parse
 from sera_jax.data.items import Item
+from sera_jax.data.packing import Layout
 from sera_jax.data.rollouts import lay_rollouts
 from sera_jax.experiment.assembly import model_config
+from sera_jax.experiment.methods import parse
 from sera_jax.loops.ppo import Learner
-from sera_jax.mesh import make_mesh, rows_sharding
+from sera_jax.loops.runtime import Runtime
+from sera_jax.loops.srppo import SRPPO_ARM
+from sera_jax.mesh import make_mesh, row_shards, rows_sharding
 from sera_jax.models.critic import without_value_head
 from sera_jax.models.decoder import abstract_params
 from sera_jax.sampling.decode import programs as sampler_programs
@@ -52,15 +55,8 @@ def prompts(count):
 def learner():
     mesh = make_mesh(CONFIG.mesh.data, CONFIG.mesh.fsdp, CONFIG.mesh.tensor)
     assert dict(mesh.shape) == {"data": 1, "fsdp": DEVICES, "tensor": 1}
-    run = types.SimpleNamespace(
-        cfg=CFG,
-        mesh=mesh,
-        seed=CONFIG.seed,
-        row_tokens=T,
-        share_prompt=CONFIG.data.share_prompt,
-        stop_ids=(EOT,),
-        programs={},
-    )
+    layout = Layout(T, CONFIG.data.share_prompt, multiple=row_shards(mesh))
+    run = Runtime(CFG, mesh, None, None, CONFIG.seed, layout, CONFIG.train.logits_chunk_tokens, (EOT,))
     study = types.SimpleNamespace(
         run=run,
         ppo=CONFIG.ppo,
@@ -70,7 +66,7 @@ def learner():
         demonstrations=prompts(2),
         prompts=prompts(2),
     )
-    return Learner(study, "srppo")
+    return Learner(study, SRPPO_ARM)
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +84,9 @@ def parts(learner, mesh):
     packed = lay_rollouts(
         rollouts,
         CONFIG.ppo.num_mini_batches,
-        row_tokens=T,
+        learner.layout,
         seed=0,
         iteration=1,
-        row_multiple=learner.row_multiple,
-        share_prompt=CONFIG.data.share_prompt,
     )
     return [shapes(part.rows, rows_sharding(mesh)) for part in packed]
 
@@ -169,7 +163,7 @@ def test_a_minibatch_lies_in_full_rows_spread_over_all_devices(learner, parts):
         assert rows.tokens.shape == (responses // 2, T), "two rollouts of full length fill a row"
         assert rows.source.shape[1] == 2 * RESPONSE, "scored positions only"
         assert rows.tokens.sharding.shard_shape(rows.tokens.shape) == (responses // 2 // DEVICES, T)
-    assert parts[0].tokens.shape[0] % learner.row_multiple == 0, "microbatches of as many rows on every device"
+    assert parts[0].tokens.shape[0] % learner.layout.multiple == 0, "microbatches of as many rows on every device"
 
 
 def test_one_scorer_serves_policy_sft_model_and_base(learner, mesh, parts, score):

@@ -20,9 +20,13 @@ from sera_jax.checkpoint import Workdir
 from sera_jax.config import SamplingGroup, TrainGroup
 from sera_jax.core import Stream, rng_for
 from sera_jax.data.items import Item
+from sera_jax.data.packing import Layout
 from sera_jax.evaluation import gold, heldout
 from sera_jax.experiment import starting_policy
 from sera_jax.experiment.assembly import base_model, read_corpus
+from sera_jax.experiment.methods import parse
+from sera_jax.experiment.methods.sera import ARMS
+from sera_jax.loops.rewards import implicit
 from sera_jax.loops.runtime import Runtime
 from sera_jax.loops.sera import sera
 from sera_jax.loops.sft import sft
@@ -48,7 +52,7 @@ def lab(tmp_path_factory):
     """Base and SFT model of the quickstart on clean labels, and how to sample and to score them."""
     raw = quickstart()
     raw.workdir, raw.seed, raw.log.tensorboard = str(tmp_path_factory.mktemp("lab")), SEED, False
-    config = config_lib.parse(raw)
+    config = parse(raw)
     root = pathlib.Path(config.workdir)
     workdir = Workdir(root, config_lib.to_dict(config))
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
@@ -61,8 +65,7 @@ def lab(tmp_path_factory):
             workdir=workdir,
             writer=writer,
             seed=config.seed,
-            row_tokens=config.data.row_tokens,
-            share_prompt=True,
+            layout=Layout(config.data.row_tokens),
             chunk_tokens=config.train.logits_chunk_tokens,
             stop_ids=corpus.tokenizer.stop_ids,
         )
@@ -76,7 +79,9 @@ def lab(tmp_path_factory):
         def golds(policy, **how):
             """f64[prompts, count]"""
             groups = sample(policy, **how)
-            return np.array([[corpus.judge(i, s.tokens) for s in g] for i, g in zip(corpus.eval_prompts, groups)])
+            return np.array(
+                [[corpus.gold(i, s.tokens) for s in g.samples] for i, g in zip(corpus.eval_prompts, groups)]
+            )
 
         yield types.SimpleNamespace(**locals())
 
@@ -95,7 +100,7 @@ def demonstrations_of(lab, author, count):
 
 def test_the_base_gives_right_answers_a_clear_share_of_its_mass(lab):
     texts = [
-        (lab.corpus.tokenizer.decode(i.prompt), g[0].tokens)
+        (lab.corpus.tokenizer.decode(i.prompt), g.samples[0].tokens)
         for i, g in zip(lab.corpus.eval_prompts, lab.sample(lab.base))
     ]
     right = [world.marks(prompt, lab.corpus.tokenizer.decode(tokens)).right for prompt, tokens in texts]
@@ -105,7 +110,7 @@ def test_the_base_gives_right_answers_a_clear_share_of_its_mass(lab):
 def test_sft_on_plenty_of_good_demonstrations_reaches_a_gold_near_one(lab):
     items = demonstrations_of(lab, "good", 4000)
     group = TrainGroup(batch_size=64, learning_rate=3e-3, max_steps=240)
-    good = sft(lab.run, "good", lab.base, items, group, max_row_shapes=2, logging_steps=100)
+    good = sft(lab.run, "good", lab.base, items, group)
     assert lab.golds(good, temperature=0.0).mean() > 0.9
 
 
@@ -124,12 +129,11 @@ def test_a_daa_on_clean_labels_improves_clearly_over_sft(lab):
         sampling=lab.config.sampling,
         pool=lab.corpus.train,
         prompts=lab.corpus.prompts,
+        ranking=implicit(resolve("dpo")),
         evaluate=lambda policy, round_: {},
-        judge=lab.corpus.judge,
-        max_row_shapes=2,
-        logging_steps=100,
+        gold=lab.corpus.gold,
     )
-    policy, _ = sera(study, "daa")
+    policy, _ = sera(study, "daa", dataclasses.replace(study.settings, **ARMS["daa"].how))
     gain = (lab.golds(policy, count=4) - lab.golds(lab.start, count=4)).mean(axis=1)  # paired by prompt
     assert gain.mean() > 0.08
     assert gold.ci95(gain)[0] > 0
@@ -144,13 +148,8 @@ def test_the_coherent_reward_of_the_sft_model_ranks_good_above_bad_over_chance(l
     assert facts["heldout_accuracy"] > 0.5 + 3 * 0.5 / np.sqrt(len(items))
 
     groups, golds = lab.sample(lab.start, count=8), lab.golds(lab.start, count=8)
-    candidates = [
-        Item(f"{item.id}@{k}", item.prompt, (s.tokens,))
-        for item, group in zip(lab.corpus.eval_prompts, groups)
-        for k, s in enumerate(group)
-    ]
-    ours, bases = (np.concatenate(lab.run.score(f"{p.name}/fitness8", p, candidates)) for p in (lab.start, lab.base))
-    best = (ours - bases).reshape(golds.shape).argmax(axis=1)
+    ours, bases = (lab.run.score_candidates(f"{p.name}/fitness8", p, groups) for p in (lab.start, lab.base))
+    best = (np.array(ours) - np.array(bases)).argmax(axis=1)
     picked = golds[np.arange(len(golds)), best]
     drawn = golds[np.arange(len(golds)), rng_for(SEED, Stream.SPLIT).integers(8, size=len(golds))]
     assert picked.mean() > golds.mean() + 2 * (picked - drawn).std() / np.sqrt(len(golds))

@@ -15,7 +15,7 @@ from tensorboardX.proto import event_pb2
 
 from sera_jax.core import Mean
 from sera_jax.progress import Progress
-from sera_jax.writer import MetricWriter, PhaseKey, read_records
+from sera_jax.writer import MetricWriter, SpanKey, read_records
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -45,7 +45,7 @@ def scalars(folder: pathlib.Path) -> list[tuple[str, int, float]]:
 
 
 def test_a_line_holds_the_phase_the_step_and_the_metrics(make_writer, tmp_path):
-    with make_writer() as writer, writer.phase("train", arm="sera", round=2, total_steps=1):
+    with make_writer() as writer, writer.span("train", arm="sera", round=2, total_steps=1):
         writer.write(
             step=1,
             metrics={
@@ -64,10 +64,10 @@ def test_a_line_holds_the_phase_the_step_and_the_metrics(make_writer, tmp_path):
 def test_a_resumed_phase_drops_its_later_lines_and_no_others(make_writer, tmp_path):
     with make_writer() as writer:
         for name in ("sft", "train"):
-            with writer.phase(name, total_steps=5):
+            with writer.span(name, total_steps=5):
                 for step in range(1, 6):
                     writer.write(step=step, metrics={"loss": float(step)})
-    with make_writer() as writer, writer.phase("train", total_steps=5, start_step=3):
+    with make_writer() as writer, writer.span("train", total_steps=5, start_step=3):
         for step in (4, 5):
             writer.write(step=step, metrics={"loss": -1.0})
     assert steps(tmp_path) == steps(tmp_path, "sft") == [1, 2, 3, 4, 5]
@@ -77,7 +77,7 @@ def test_a_resumed_phase_drops_its_later_lines_and_no_others(make_writer, tmp_pa
 
 def test_a_phase_that_starts_afresh_drops_all_its_lines(make_writer, tmp_path):
     for _ in range(2):
-        with make_writer() as writer, writer.phase("train", total_steps=2):
+        with make_writer() as writer, writer.span("train", total_steps=2):
             for step in range(3):
                 writer.write(step=step, metrics={"loss": 0.0})
     assert steps(tmp_path) == [0, 1, 2]
@@ -85,7 +85,7 @@ def test_a_phase_that_starts_afresh_drops_all_its_lines(make_writer, tmp_path):
 
 def test_a_phase_written_from_within_another_is_not_doubled_by_a_restart(make_writer, tmp_path):
     for start in (0, 2):
-        with make_writer() as writer, writer.phase("train", arm="daa", total_steps=4, start_step=start):
+        with make_writer() as writer, writer.span("train", arm="daa", total_steps=4, start_step=start):
             for step in range(start + 1, 5):
                 writer.write(step=step, metrics={"loss": 0.0})
                 if step % 2 == 0:
@@ -100,7 +100,7 @@ import sys
 from sera_jax.writer import MetricWriter
 workdir, start, total = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 writer = MetricWriter(workdir)
-with writer.phase("train", total_steps=total, start_step=start):
+with writer.span("train", total_steps=total, start_step=start):
     for step in range(start + 1, total + 1):
         writer.write(step=step, metrics={"loss": step * 0.1, "filling": 1 / 3})
         if step == 200:
@@ -126,17 +126,17 @@ writer.close()
 
 @pytest.mark.parametrize("tail", [b'{"phase": "tr', b'{"phase": "train", "arm": "", "round": 0, "step"\n', b"\0\0\n\0"])
 def test_torn_last_lines_are_mended_before_anything_is_appended(make_writer, tmp_path, tail):
-    with make_writer() as writer, writer.phase("train", total_steps=2):
+    with make_writer() as writer, writer.span("train", total_steps=2):
         writer.write(step=1, metrics={"loss": 1.0})
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(tail)
-    with make_writer() as writer, writer.phase("train", total_steps=2, start_step=1):
+    with make_writer() as writer, writer.span("train", total_steps=2, start_step=1):
         writer.write(step=2, metrics={"loss": 2.0})
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
 
 
 def test_a_damaged_line_before_sound_ones_is_refused_with_its_number(make_writer, tmp_path):
-    with make_writer() as writer, writer.phase("train", total_steps=2):
+    with make_writer() as writer, writer.span("train", total_steps=2):
         writer.write(step=1, metrics={"loss": 1.0})
         writer.write(step=2, metrics={"loss": 1.0})
     path = tmp_path / "metrics.jsonl"
@@ -146,7 +146,7 @@ def test_a_damaged_line_before_sound_ones_is_refused_with_its_number(make_writer
 
 
 def test_values_that_are_not_finite_are_null_and_named(make_writer, tmp_path):
-    with make_writer() as writer, writer.phase("train", total_steps=1):
+    with make_writer() as writer, writer.span("train", total_steps=1):
         writer.write(step=1, metrics={"a": float("nan"), "b": float("inf"), "c": -np.inf, "d": 1.0})
 
     def refuse(word):
@@ -163,7 +163,7 @@ def test_tensorboard_holds_each_phase_as_a_run_of_its_own_and_each_step_once(mak
     for start in (0, 1):
         with make_writer() as writer:
             for round in (1, 2):
-                with writer.phase("train", arm="sera", round=round, total_steps=3, start_step=start):
+                with writer.span("train", arm="sera", round=round, total_steps=3, start_step=start):
                     for step in range(start + 1, 4):
                         writer.write(step=step, metrics={"loss": float(step * round)})
     folders = tmp_path / "tensorboard"
@@ -173,7 +173,7 @@ def test_tensorboard_holds_each_phase_as_a_run_of_its_own_and_each_step_once(mak
 
 def test_a_finished_phase_that_is_opened_again_keeps_its_lines_and_its_run(make_writer, tmp_path):
     for start in (0, 2):
-        with make_writer() as writer, writer.phase("train", total_steps=2, start_step=start):
+        with make_writer() as writer, writer.span("train", total_steps=2, start_step=start):
             for step in range(start + 1, 3):
                 writer.write(step=step, metrics={"loss": 0.0})
     assert steps(tmp_path) == [1, 2]
@@ -181,19 +181,19 @@ def test_a_finished_phase_that_is_opened_again_keeps_its_lines_and_its_run(make_
 
 
 def test_hosts_other_than_the_first_write_and_show_nothing(tmp_path, capsys):
-    with MetricWriter(tmp_path / "run", is_host0=False) as writer, writer.phase("train", total_steps=1):
+    with MetricWriter(tmp_path / "run", is_host0=False) as writer, writer.span("train", total_steps=1):
         writer.write(step=1, metrics={"loss": 1.0})
         writer.advance(1)
         writer.announce("heading")
         writer.report("result")
         writer.sync()
-        writer.resume(PhaseKey("train"), 0)
+        writer.resume(SpanKey("train"), 0)
     assert not (tmp_path / "run").exists()
     assert capsys.readouterr() == ("", "")
 
 
 def test_a_step_written_twice_in_one_process_is_our_mistake(make_writer):
-    with make_writer() as writer, writer.phase("train", total_steps=2):
+    with make_writer() as writer, writer.span("train", total_steps=2):
         writer.write(step=1, metrics={"loss": 1.0})
         with pytest.raises(AssertionError, match="step 1 is written after step 1"):
             writer.write(step=1, metrics={"loss": 1.0})
@@ -210,7 +210,7 @@ def test_a_write_outside_any_phase_says_what_to_do(make_writer):
 
 
 def test_results_go_to_standard_output_and_progress_to_standard_error(tmp_path, capsys):
-    with MetricWriter(tmp_path) as writer, writer.phase("train", total_steps=1):
+    with MetricWriter(tmp_path) as writer, writer.span("train", total_steps=1):
         writer.announce("round 1 of 3")
         writer.write(step=1, metrics={"loss": 1.0})
         writer.report("gold 0.5")
@@ -229,7 +229,7 @@ class Terminal(io.StringIO):
 def show(stream: io.StringIO, seconds_per_step: float, total: int) -> str:
     now = [0.0]
     progress = Progress(stream, clock=lambda: now[0])
-    progress.start(PhaseKey("train", "sera", 2).label, total)
+    progress.start(SpanKey("train", "sera", 2).label, total)
     for step in range(1, total + 1):
         now[0] += seconds_per_step
         progress.update(step, tokens=3000, note="loss 0.69")

@@ -1,7 +1,8 @@
 """Every option of a run, written once: frozen dataclasses whose defaults are the defaults.
 
 `configs/*.py` build an ml_collections ConfigDict from them (`to_config_dict`), the command line overrides it, and
-`parse` turns it back, checking every field and the rules that join fields. Nothing else reads a ConfigDict.
+`experiment.methods.parse` turns it back: `parse_fields` checks every field and the rules that join fields whatever the
+method, the method its own. Nothing else reads a ConfigDict.
 """
 
 from sera_jax.config.groups import (
@@ -12,6 +13,7 @@ from sera_jax.config.groups import (
     LossGroup,
     MeshGroup,
     ModelGroup,
+    OnlineGroup,
     PpoGroup,
     RewardGroup,
     SamplingGroup,
@@ -19,7 +21,7 @@ from sera_jax.config.groups import (
     TrainGroup,
     WorldGroup,
 )
-from sera_jax.config.parsing import check_field, parse, to_config_dict, to_dict
+from sera_jax.config.parsing import check_field, parse_fields, to_config_dict, to_dict
 
 __all__ = [
     "Config",
@@ -29,6 +31,7 @@ __all__ = [
     "LossGroup",
     "MeshGroup",
     "ModelGroup",
+    "OnlineGroup",
     "PpoGroup",
     "RewardGroup",
     "SamplingGroup",
@@ -36,7 +39,7 @@ __all__ = [
     "TrainGroup",
     "WorldGroup",
     "check_field",
-    "parse",
+    "parse_fields",
     "to_config_dict",
     "to_dict",
 ]

@@ -149,6 +149,23 @@ class SeraGroup:
 
 
 @dataclasses.dataclass(frozen=True)
+class OnlineGroup:
+    """Online DAA: after round 1 on the offline pairs, every update is on pairs that the policy has just made. How they
+    are made is `sera`'s: num_samples, ranking, pairing, min_margin, length_alpha, require_eos; an update takes
+    `train.batch_size` prompts.
+
+    arms: what to run from the same SFT model: `online_dpo`, and the control `daa` (as many updates on the offline pairs
+        again).
+    updates: after round 1, on one learning-rate schedule of their own; eval_updates: held-out evaluation and a saved
+        policy every so many of them (0: at the end only).
+    """
+
+    arms: tuple[str, ...] = ("online_dpo",)
+    updates: int = at_least(100, 1)
+    eval_updates: int = at_least(0, 0)
+
+
+@dataclasses.dataclass(frozen=True)
 class RewardGroup:
     """The coherent reward of Self-Rewarding PPO, log pi_sft - log pi_base, and how it is paid.
 
@@ -340,6 +357,7 @@ class Config:
     data: DataGroup = DataGroup()
     loss: LossGroup = LossGroup()
     sera: SeraGroup = SeraGroup()
+    online: OnlineGroup = OnlineGroup()
     reward: RewardGroup = RewardGroup()
     ppo: PpoGroup = PpoGroup()
     sampling: SamplingGroup = SamplingGroup()

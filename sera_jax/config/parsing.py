@@ -36,7 +36,7 @@ def to_config_dict(config: Config) -> ml_collections.ConfigDict:
     return convert(config).lock()
 
 
-def parse(raw: ml_collections.ConfigDict) -> Config:
+def parse_fields(raw: ml_collections.ConfigDict) -> Config:
     """The frozen Config of a ConfigDict.
 
     Raises:

@@ -8,12 +8,12 @@ similar work.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import overload
 
 import numpy as np
 
-from sera_jax.core import PairBatch, Rows
+from sera_jax.core import Mean, PairBatch, Rows
 from sera_jax.data.items import Item, PairItem
 from sera_jax.data.packing import (
     Layout,
@@ -41,6 +41,7 @@ class Batch:
         padding_fraction: share of the R x T tokens that is padding, rounding of R included.
         tokens: R x T.
         real_tokens: those that are not padding.
+        metrics: what the log says of how the batch was made.
     """
 
     step: int
@@ -50,6 +51,7 @@ class Batch:
     padding_fraction: float
     tokens: int
     real_tokens: int
+    metrics: Mapping[str, Mean] = dataclasses.field(default_factory=dict)
 
     @property
     def arrays(self) -> PairBatch:
@@ -75,6 +77,7 @@ class ItemBatch:
     padding_fraction: float
     tokens: int
     real_tokens: int
+    metrics: Mapping[str, Mean] = dataclasses.field(default_factory=dict)
 
     @property
     def arrays(self) -> tuple[Rows, np.ndarray]:
@@ -241,6 +244,11 @@ class ScoreBatches(Sequence[Packed]):
         else:
             self.spec = merge_specs(spec, spec_for(items, [[i] for i in range(len(items))], length))
             self._rows = pack(items, length, layout.share_prompt, self.spec)
+
+    @property
+    def shapes(self) -> Shapes:
+        """The one shape of all batches."""
+        return Shapes((self._size,), self.spec)
 
     def __len__(self) -> int:
         return -(-len(self._rows) // self._size)

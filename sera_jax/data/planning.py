@@ -37,6 +37,11 @@ class Shapes:
     sizes: tuple[int, ...] = ()
     spec: RowSpec | None = None
 
+    @property
+    def compiled(self) -> set[tuple[int, int, int, int, int]]:
+        """(R, T, M, K, Q) of every batch that there can be."""
+        return {(rows, *dataclasses.astuple(self.spec)) for rows in self.sizes} if self.spec else set()
+
 
 NO_SHAPES = Shapes()
 

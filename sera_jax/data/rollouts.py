@@ -109,14 +109,16 @@ def lay_rollouts(
     return out
 
 
+def coarse_sizes(multiple: int = 1, most: int = 4096) -> tuple[int, ...]:
+    """The few numbers of rows that are laid where each batch needs another: multiples of `multiple`, ascending."""
+    scales = (2**power for power in range(most.bit_length()))
+    units = [*range(1, _STEPS[0]), *(step * scale for scale in scales for step in _STEPS)]
+    return tuple(multiple * unit for unit in units if unit <= most)
+
+
 def rounded_rows(count: int, multiple: int = 1) -> int:
-    """The number of rows to lay for `count`: a multiple of `multiple`, of few sizes."""
-    units = -(-count // multiple)
-    scale = 1
-    while _STEPS[-1] * scale < units:
-        scale *= 2
-    sizes = [*range(1, _STEPS[0])] if scale == 1 else []
-    return multiple * next(size for size in [*sizes, *(step * scale for step in _STEPS), 8 * scale] if size >= units)
+    """The smallest of `coarse_sizes` that holds `count` rows."""
+    return next(size for size in coarse_sizes(multiple, 2 * count) if size >= count)
 
 
 def lay_token_values(packed: Packed, values: Sequence[Sequence[np.ndarray]]) -> np.ndarray:

@@ -40,7 +40,7 @@ def run(config: Config, *, stop_requested: Callable[[], bool] = lambda: False) -
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     with MetricWriter(root, tensorboard=config.log.tensorboard) as writer, jax.set_mesh(mesh):
         writer.announce(method.announce(config))
-        corpus = read_corpus(config, method, workdir, writer.announce)
+        corpus = read_corpus(config, workdir, writer.announce)
         cfg, make_base = base_model(config.model, corpus.tokenizer, config.seed)
         check_positions(config, cfg)
         runtime = Runtime(
@@ -61,7 +61,7 @@ def run(config: Config, *, stop_requested: Callable[[], bool] = lambda: False) -
             stop_requested=stop_requested,
         )
         describe(root, cfg, corpus.tokenizer, config.model.model_name_or_path)
-        base, start = starting_policy(config, method.needs_base, runtime, corpus, make_base)
+        base, start = starting_policy(config, runtime, corpus, make_base)
         final, facts = method.run(Experiment(config, runtime, corpus, start, base))
         summary = {
             **facts,

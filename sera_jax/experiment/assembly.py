@@ -20,6 +20,7 @@ from sera_jax.data.tokenizing import Tokenizer
 from sera_jax.experiment.corpus import Corpus, Reader
 from sera_jax.experiment.folders import check_two_models, has_tokenizer
 from sera_jax.experiment.method import Method
+from sera_jax.experiment.methods import METHODS
 from sera_jax.loops.study import Gold
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import Params, init_params
@@ -30,12 +31,13 @@ from sera_jax.models.huggingface import load_pretrained
 SOURCES = ("train", "eval", "demonstrations", "pretrain", "prompts")  # fields of `data` that name rows
 
 
-def read_corpus(config: Config, method: Method, workdir: Workdir, say: Callable[[str], None]) -> Corpus:
+def read_corpus(config: Config, workdir: Workdir, say: Callable[[str], None]) -> Corpus:
     """Read, tokenize and report every source of the config.
 
     Raises:
         ValueError: a missing file, too many bad rows, or a tokenizer that cannot be used; with the way out.
     """
+    method = METHODS[config.method]
     check_sources(config.data, config.model)
     if method.needs_base:
         check_two_models(config.model, say)

@@ -10,23 +10,23 @@ from sera_jax.config import Config
 from sera_jax.experiment.assembly import check_shape, sft_model
 from sera_jax.experiment.corpus import Corpus
 from sera_jax.experiment.folders import folder_identity
+from sera_jax.experiment.methods import METHODS
 from sera_jax.loops.runtime import Policy, Runtime
 from sera_jax.loops.sft import sft
 from sera_jax.models.decoder import Params
 
 
 def starting_policy(
-    config: Config, needs_base: bool, runtime: Runtime, corpus: Corpus, make_base: Callable[[], Params]
+    config: Config, runtime: Runtime, corpus: Corpus, make_base: Callable[[], Params]
 ) -> tuple[Policy | None, Policy]:
     """Base and SFT model: the checkpoints named, or a base from scratch and SFT of it on the demonstrations.
 
-    Args:
-        needs_base: the method scores with the base, too; without, it is None where an SFT model is named.
+    The base is None where an SFT model is named and the method does not score with its base.
 
     Raises:
         ValueError: the two are of different shapes, or, where the base is needed, the same model.
     """
-    say, model = runtime.writer.announce, config.model
+    say, model, needs_base = runtime.writer.announce, config.model, METHODS[config.method].needs_base
     base = None
     if model.sft_model_path:
         check_shape(model, runtime.cfg)

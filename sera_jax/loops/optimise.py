@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,14 +19,9 @@ from sera_jax.loops.runtime import NonFinite, Policy, Runtime
 from sera_jax.training.optimizer import init_optimizer, make_optimizer, schedule
 from sera_jax.training.step import Objective, TrainState, abstract_state, init_state, make_step, place_batch
 
-
-class Loader(Protocol):
-    """Batches by number; a pure function of it, so a restart needs no iterator state."""
-
-    @property
-    def steps_per_epoch(self) -> int: ...
-
-    def batch(self, step: int) -> Any: ...
+# The batch of update 1, 2, ... of this training, given the state before it. A pure function of both, so that a restart
+# needs no iterator state; what reads the state (a policy that makes its own pairs) does so without donating it.
+Batches = Callable[[TrainState, int], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +61,8 @@ class Training:
     Attributes:
         name: the phase and the trained policy's name.
         start: where the parameters come from.
-        loader: the batches; depends: what they depend on, JSON-able, for the manifest.
+        batches: by update; depends: what they depend on, JSON-able, for the manifest.
+        epoch_updates: how many make an epoch, for the log.
         target: what is minimised. group: optimiser settings. updates: how many.
         span: what the log counts the updates in.
         continue_from: the policy whose optimiser state goes on; None starts afresh.
@@ -74,7 +70,8 @@ class Training:
 
     name: str
     start: Policy
-    loader: Loader
+    batches: Batches
+    epoch_updates: int
     depends: dict[str, Any]
     target: Target
     group: TrainGroup
@@ -139,7 +136,7 @@ class _Optimisation:
 
     def step(self, state: TrainState, number: int) -> TrainState:
         run, group = self.run, self.training.group
-        batch = self.training.loader.batch(number - 1)
+        batch = self.training.batches(state, number)
         state, metrics = self.update(state, place_batch(batch.arrays, group.gradient_accumulation_steps, run.mesh))
         self.waiting.append((batch, metrics))
         run.writer.advance(number, tokens=batch.real_tokens)
@@ -156,17 +153,17 @@ class _Optimisation:
             raise self._non_finite(state, number)
         batches = [batch for batch, _ in self.waiting]
         self.waiting = []
-        record: dict[str, Any] = dict(host[0])
-        for metrics in host[1:]:
-            for key, value in metrics.items():
-                record[key] = record[key] + value if isinstance(value, Mean) else value
+        record: dict[str, Any] = {}
+        for batch, metrics in zip(batches, host, strict=True):
+            for key, value in {**metrics, **batch.metrics}.items():
+                record[key] = record[key] + value if isinstance(value, Mean) and key in record else value
         real = sum(batch.real_tokens for batch in batches)
         training, updates = self.training, self.training.updates
         record |= {
             "learning_rate": float(schedule(training.group, updates.planned)(updates.before + number - 1)),
             "padding_fraction": 1 - real / sum(batch.tokens for batch in batches),
             "num_tokens": real,
-            "epoch": number / training.loader.steps_per_epoch,
+            "epoch": number / training.epoch_updates,
         }
         self.run.writer.write(step=number, metrics=record)
 

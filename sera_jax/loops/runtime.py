@@ -18,10 +18,11 @@ from jax.sharding import Mesh
 
 from sera_jax.checkpoint import Workdir, load_tree, save_tree
 from sera_jax.config import SamplingGroup
-from sera_jax.data.batches import PairLoader, score_batches
+from sera_jax.data.batches import PairLoader, ScoreBatches, score_batches
 from sera_jax.data.items import Item, items_digest, stable_id
-from sera_jax.data.packing import Layout, gather_scores, split_items
+from sera_jax.data.packing import Layout, gather_scores, pack, split_items
 from sera_jax.data.planning import NO_SHAPES, Shapes
+from sera_jax.data.rollouts import rounded_rows
 from sera_jax.mesh import param_shardings, row_shards
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import Params, abstract_params
@@ -178,19 +179,36 @@ class Runtime:
         make = lambda: make_score(self.cfg, self.mesh, window=window, chunk_tokens=self.chunk_tokens)  # noqa: E731
         return self.compiled(("score", window), make)
 
+    def score_now(self, params: Params, candidates: Sequence[Candidates], window: int) -> list[np.ndarray]:
+        """`score_candidates` by parameters in memory, in one batch of few sizes; no phase.
+
+        Args:
+            window: no prompt with all its answers is longer than this, unless it overflows a row.
+        """
+        pieces = split_items([c.item for c in candidates], self.layout)
+        packed = pack(pieces, self.layout.row_tokens, self.layout.share_prompt)
+        batches = score_batches(pieces, self.layout, rounded_rows(len(packed), self.layout.multiple))
+        flat = np.concatenate(self._score_batches(params, pieces, batches, window, advance=False))
+        return np.split(flat, np.cumsum([len(c.samples) for c in candidates])[:-1])
+
+    def _score_batches(
+        self, params: Params, items: Sequence[Item], batches: ScoreBatches, window: int, *, advance: bool
+    ) -> list[np.ndarray]:
+        """The scores of every item; with `advance` the open span counts the batches."""
+        score, values = self.scorer(window), []
+        for step, packed in enumerate(batches, 1):
+            self.check_stop()
+            values.append(jax.device_get(score(params, place_rows(packed.rows, self.mesh))))
+            if advance:
+                self.writer.advance(step, tokens=int((packed.rows.segment > 0).sum()))
+        return gather_scores(values, batches, items)
+
     def _score(self, folder: pathlib.Path, name: str, policy: Policy, items: Sequence[Item]) -> None:
-        # window and shapes come from the items alone, so that a restart computes the same numbers to the bit
-        score = self.scorer(self.layout.window(items))
         rows = max(1, SCORE_TOKENS // self.layout.row_tokens) * row_shards(self.mesh)
         batches = score_batches(items, self.layout, rows)
-        params = self.params(policy)
-        values = []
         with self.writer.span(name, total_steps=len(batches)):
-            for step, packed in enumerate(batches, 1):
-                self.check_stop()
-                values.append(jax.device_get(score(params, place_rows(packed.rows, self.mesh))))
-                self.writer.advance(step, tokens=int((packed.rows.segment > 0).sum()))
-        scores = gather_scores(values, batches, items)
+            # window and shapes come from the items alone, so that a restart computes the same numbers to the bit
+            scores = self._score_batches(self.params(policy), items, batches, self.layout.window(items), advance=True)
         if bad := [item.id for item, found in zip(items, scores, strict=True) if not np.isfinite(found).all()]:
             raise NonFinite(
                 f"{name}: the log-prob of record {bad[0]!r} is not finite; look at the parameters of {policy.path}"

@@ -30,7 +30,8 @@ def sft(run: Runtime, name: str, start: Policy, items: Sequence[Item], group: Tr
     training = Training(
         name=name,
         start=start,
-        loader=loader,
+        batches=lambda state, update: loader.batch(update - 1),
+        epoch_updates=loader.steps_per_epoch,
         depends={"items": items_digest(items), "seed": run.seed, "row_tokens": run.layout.row_tokens},
         target=Target(
             computes=("nll", chunk),

@@ -114,7 +114,8 @@ def train_round(
     training = Training(
         name=round_.name,
         start=before,
-        loader=loader,
+        batches=lambda state, update: loader.batch(update - 1),
+        epoch_updates=loader.steps_per_epoch,
         depends={"pairs": pairs_digest(pairs), "seed": run.seed, "row_tokens": run.layout.row_tokens},
         target=pair_target(run, study.loss, run.pair_shapes.window),
         group=group,

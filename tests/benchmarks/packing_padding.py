@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from sera_jax.data.batches import PairLoader  # noqa: E402
 from sera_jax.data.items import Item, PairItem  # noqa: E402
-from sera_jax.data.packing import build_rows, pack, shared_prompt_savings, spec_for  # noqa: E402
+from sera_jax.data.packing import Layout, build_rows, pack, shared_prompt_savings, spec_for  # noqa: E402
 
 FILES = ("hh_helpful_rejection_sampled_test", "hh_helpful_base_test")
 BOS, EOS = 1, 2
@@ -69,11 +69,9 @@ def measure(name: str, lengths: np.ndarray, args: argparse.Namespace) -> None:
         start = time.perf_counter()
         loader = PairLoader(
             pairs,
+            Layout(args.row_tokens, multiple=args.row_multiple, max_shapes=args.max_row_shapes),
             batch_size=args.batch_size,
-            row_tokens=args.row_tokens,
             seed=seed,
-            row_multiple=args.row_multiple,
-            max_row_shapes=args.max_row_shapes,
         )
         planned = time.perf_counter() - start
         for epoch in range(args.epochs):
@@ -81,10 +79,10 @@ def measure(name: str, lengths: np.ndarray, args: argparse.Namespace) -> None:
             batches = [loader.batch(first + step) for step in range(loader.steps_per_epoch)]
             laid = sum(batch.tokens for batch in batches)
             padding = 1 - sum(batch.real_tokens for batch in batches) / laid
-            spec = loader.spec
+            spec, sizes = loader.spec, ",".join(map(str, loader.shapes.sizes))
             print(
                 f"{seed:>6} {epoch:>6} {100 * padding:>10.2f} {laid / plain:>7.4f} ({laid / shuffled:.4f}) "
-                f"{','.join(map(str, loader.sizes)):>13}  {(spec.row_tokens, spec.scored, spec.slots, spec.pairs)}"
+                f"{sizes:>13}  {(spec.row_tokens, spec.scored, spec.slots, spec.pairs)}"
             )
     start = time.perf_counter()
     rows = pack(items, args.row_tokens)

@@ -26,9 +26,10 @@ import numpy as np
 from sera_jax.checkpoint import Workdir
 from sera_jax.config import PpoGroup, RewardGroup, SamplingGroup, TrainGroup
 from sera_jax.data.items import Item
+from sera_jax.data.packing import Layout
 from sera_jax.loops.ppo import Learner
 from sera_jax.loops.runtime import Policy, Runtime
-from sera_jax.loops.srppo import iterate
+from sera_jax.loops.srppo import SRPPO_ARM, iterate
 from sera_jax.loops.srppo_study import SrppoStudy
 from sera_jax.mesh import make_mesh
 from sera_jax.models.decoder import Params, init_params
@@ -79,17 +80,15 @@ class Iterating:
             reward=RewardGroup(missing_eos="keep"),  # hardly any answer ends by itself
             ppo=PpoGroup(num_mini_batches=num_mini_batches),
             train=TrainGroup(batch_size=PROMPTS),
-            sampling=SamplingGroup(max_new_tokens=NEW_TOKENS, slots=PROMPTS),
+            sampling=SamplingGroup(temperature=1.0, min_new_tokens=0, max_new_tokens=NEW_TOKENS, slots=PROMPTS),
             demonstrations=demonstrations(),
             prompts=(),
             evaluate=lambda policy, round_: {},
-            judge=None,
-            show=lambda item, tokens: {},
-            logging_steps=1,
+            gold=None,
+            texts=lambda item, tokens: {},
             rollout_iterations=0,
-            max_row_shapes=1,
         )
-        self.learner, self.done = Learner(study, "srppo"), 0
+        self.learner, self.done = Learner(study, SRPPO_ARM), 0
         self.state = self.learner.programs.start(run.params(sft))
         self.metrics: dict[str, float] = {}
 
@@ -138,8 +137,7 @@ def measure(folder: pathlib.Path, args: argparse.Namespace) -> None:
             workdir=workdir,
             writer=writer,
             seed=0,
-            row_tokens=row_tokens,
-            share_prompt=True,
+            layout=Layout(row_tokens),
             chunk_tokens=TrainGroup().logits_chunk_tokens,
             stop_ids=(STOP_ID,),
         )

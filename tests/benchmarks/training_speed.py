@@ -25,7 +25,7 @@ import numpy as np
 from sera_jax.config import TrainGroup
 from sera_jax.data.batches import PairLoader, score_batches
 from sera_jax.data.items import Item, PairItem
-from sera_jax.data.packing import window_for
+from sera_jax.data.packing import Layout, window_for
 from sera_jax.losses.preference import resolve
 from sera_jax.mesh import make_mesh
 from sera_jax.models.config import ModelConfig
@@ -98,7 +98,7 @@ class Training:
         self.pairs = make_pairs(256, seed=0)
         window = window_for([p.item for p in self.pairs], row_tokens)
         self.mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
-        self.loader = PairLoader(self.pairs, batch_size=8, row_tokens=row_tokens, seed=0)
+        self.loader = PairLoader(self.pairs, Layout(row_tokens), batch_size=8, seed=0)
         self.steps, self.at, self.in_step = args.steps, 0, in_step
         optimizer = make_optimizer(TrainGroup(), 1000)
         self.reference = jax.jit(lambda key: init_params(BENCH, key))(jax.random.key(0))
@@ -115,7 +115,7 @@ class Training:
 
     def warm(self) -> None:
         """One step of every shape."""
-        wanted = {rows for rows, *_ in self.loader.shapes}
+        wanted = set(self.loader.shapes.sizes)
         for step in range(self.loader.steps_per_epoch):
             if self.loader.batch(step).batch.weight.shape[0] in wanted:
                 wanted.remove(self.loader.batch(step).batch.weight.shape[0])
@@ -151,16 +151,16 @@ class Scoring:
         self.policies = [jax.jit(lambda key: init_params(BENCH, key))(jax.random.key(i)) for i in range(2)]
         window = window_for(self.items, row_tokens)
         self.score = make_score(BENCH, self.mesh, window=window, chunk_tokens=args.chunk_tokens)
-        spec = score_batches(self.items, row_tokens, self.rows).spec
+        spec = score_batches(self.items, Layout(row_tokens), self.rows).spec
         self.shape = f"{self.rows} x {row_tokens}, M {spec.scored}"
 
     def warm(self) -> None:
-        batches = score_batches(self.items, self.row_tokens, self.rows)
+        batches = score_batches(self.items, Layout(self.row_tokens), self.rows)
         self.score(self.policies[0], place_rows(batches[0].rows, self.mesh)).block_until_ready()
 
     def round(self) -> Count:
         count = Count()
-        batches = score_batches(self.items, self.row_tokens, self.rows)
+        batches = score_batches(self.items, Layout(self.row_tokens), self.rows)
         for policy in self.policies:
             values = [jax.device_get(self.score(policy, place_rows(b.rows, self.mesh))) for b in batches]
             assert all(np.isfinite(v).all() for v in values)

@@ -1,5 +1,6 @@
 """Laws of the loaders: exact pairs per step, random access by step, few shapes, little padding."""
 
+import dataclasses
 import gzip
 import itertools
 import json
@@ -10,10 +11,12 @@ import pytest
 
 from sera_jax.data.batches import ItemLoader, PairLoader, score_batches
 from sera_jax.data.items import Item, PairItem
-from sera_jax.data.packing import RowSpec, gather_scores
+from sera_jax.data.packing import Layout, RowSpec, gather_scores
+from sera_jax.data.planning import Shapes
 from tests import oracles
 
 T = 64
+LAYOUT = {field.name for field in dataclasses.fields(Layout)}
 
 
 def pool(count=37, seed=0, most=4):
@@ -35,7 +38,8 @@ def pool(count=37, seed=0, most=4):
 
 
 def loader(pairs, **changes):
-    return PairLoader(pairs, **(dict(batch_size=8, row_tokens=T, seed=3) | changes))
+    layout = {name: changes.pop(name) for name in [*changes] if name in LAYOUT}
+    return PairLoader(pairs, Layout(**dict(row_tokens=T) | layout), **(dict(batch_size=8, seed=3) | changes))
 
 
 def pairs_of(batch):
@@ -130,37 +134,37 @@ def test_a_given_order_is_kept_in_every_epoch():
 
 @pytest.mark.parametrize("multiple", [1, 4])
 def test_there_are_at_most_so_many_shapes_as_asked_for_in_all_epochs(multiple):
-    made = loader(pool(80), row_multiple=multiple, microbatches=multiple, max_row_shapes=2, batch_size=16)
+    made = loader(pool(80), multiple=multiple, microbatches=multiple, max_shapes=2, batch_size=16)
     seen = set()
     for step in range(6 * made.steps_per_epoch):
         batch = made.batch(step)
         rows = batch.batch.rows
         seen.add((*rows.tokens.shape, rows.source.shape[1], rows.num_slots, batch.batch.weight.shape[1]))
         assert batch.batch.ref_logp.shape == (rows.tokens.shape[0], rows.num_slots)
-    assert seen <= made.shapes
-    assert len(made.shapes) <= 2
-    assert all(shape[0] % multiple == 0 for shape in made.shapes)
+    assert seen <= made.shapes.compiled
+    assert len(made.shapes.sizes) <= 2
+    assert all(size % multiple == 0 for size in made.shapes.sizes)
 
 
 def test_the_next_round_reuses_the_shapes_of_the_last():
     first = loader(pool(80), batch_size=24)
-    most = len(first.sizes)
-    second = loader(pool(60, seed=1), batch_size=12, max_row_shapes=most, known_sizes=first.sizes, spec=first.spec)
-    assert second.shapes <= first.shapes
-    larger = loader(pool(60, seed=1), batch_size=48, max_row_shapes=most, known_sizes=first.sizes, spec=first.spec)
-    assert len(larger.shapes - first.shapes) == 1  # steps that fit no known shape compile one
+    most = len(first.shapes.sizes)
+    second = loader(pool(60, seed=1), batch_size=12, max_shapes=most, known=first.shapes)
+    assert second.shapes.compiled <= first.shapes.compiled
+    larger = loader(pool(60, seed=1), batch_size=48, max_shapes=most, known=first.shapes)
+    assert len(larger.shapes.compiled - first.shapes.compiled) == 1  # steps that fit no known shape compile one
 
 
 def test_a_spec_that_is_too_small_grows_and_one_that_is_not_stays():
     pairs = pool(20)
-    assert loader(pairs, spec=RowSpec(T, 64, 64, 64)).spec == RowSpec(T, 64, 64, 64)
-    grown = loader(pairs, spec=RowSpec(T, 1, 1, 1)).spec
+    assert loader(pairs, known=Shapes((), RowSpec(T, 64, 64, 64))).spec == RowSpec(T, 64, 64, 64)
+    grown = loader(pairs, known=Shapes((), RowSpec(T, 1, 1, 1))).spec
     assert grown.scored >= max(len(p.item.responses[k]) for p in pairs for pair in p.pairs for k in pair)
     assert grown.slots >= 4
 
 
 def test_microbatches_get_similar_work():
-    made = loader(pool(200), batch_size=48, microbatches=4, row_multiple=8)
+    made = loader(pool(200), batch_size=48, microbatches=4, multiple=8)
     for step in range(made.steps_per_epoch - 1):
         segment = made.batch(step).batch.rows.segment
         work = (segment.reshape(8, -1) > 0).sum(1)
@@ -196,9 +200,9 @@ def test_a_pool_without_reference_log_probs_gets_zeros():
     [
         (dict(batch_size=0), "batch_size=0"),
         (dict(order="sorted"), "order='sorted'.*shuffle, given"),
-        (dict(row_multiple=3, microbatches=2), "row_multiple=3 is not a multiple of microbatches=2"),
+        (dict(multiple=3, microbatches=2), "multiple=3 of rows is not a multiple of microbatches=2"),
         (dict(row_tokens=10), "more than the 10 of a row"),
-        (dict(max_row_shapes=0), "max_row_shapes=0"),
+        (dict(max_shapes=0), "max_shapes=0"),
     ],
 )
 def test_bad_arguments_are_refused_with_value_and_limit(changes, message):
@@ -222,34 +226,42 @@ def demonstrations(count=29):
 
 def test_demonstrations_come_once_an_epoch_and_weigh_one_each():
     items = demonstrations()
-    made = ItemLoader(items, batch_size=8, row_tokens=T, seed=0, row_multiple=2, microbatches=2)
+    made = ItemLoader(items, Layout(T, multiple=2, microbatches=2), batch_size=8, seed=0)
     assert made.steps_per_epoch == 4
     for epoch in range(2):
         seen = []
         for step in range(4):
             batch = made.batch(epoch * 4 + step)
             assert batch.weight.sum() == (8 if step < 3 else 5)
-            assert (len(batch.rows.tokens), T, *batch.rows.source.shape[1:], batch.rows.num_slots, 0) in made.shapes
+            assert (
+                len(batch.rows.tokens),
+                T,
+                *batch.rows.source.shape[1:],
+                batch.rows.num_slots,
+                0,
+            ) in made.shapes.compiled
             for r, k in np.argwhere(batch.weight > 0):
                 i = int(batch.index[r, k])
                 assert oracles.read_slot(batch.rows, r, k) == oracles.standalone(items[i], 0)
                 seen.append(i)
         assert sorted(seen) == list(range(29))
     with pytest.raises(ValueError, match="a demonstration has exactly 1"):
-        ItemLoader([pool(1)[0].item], batch_size=1, row_tokens=T, seed=0)
+        ItemLoader([pool(1)[0].item], Layout(T), batch_size=1, seed=0)
 
 
 def test_scoring_batches_have_one_shape_and_hold_everything_once():
     items = [entry.item for entry in pool(50)]
-    batches = score_batches(items, T, 4)
+    batches = score_batches(items, Layout(T), 4)
     assert len(batches) > 2
-    assert {(len(b.rows.tokens), T, b.rows.source.shape[1], b.rows.num_slots, 0) for b in batches} == batches.shapes
+    assert {
+        (len(b.rows.tokens), T, b.rows.source.shape[1], b.rows.num_slots, 0) for b in batches
+    } == batches.shapes.compiled
     values = [np.where(b.item >= 0, b.item * 10 + b.response, np.nan) for b in batches]
     for i, scores in enumerate(gather_scores(values, batches, items)):
         np.testing.assert_array_equal(scores, [i * 10 + k for k in range(len(items[i].responses))])
-    again = score_batches(items[:5], T, 4, spec=batches.spec)
+    again = score_batches(items[:5], Layout(T), 4, spec=batches.spec)
     assert again.shapes == batches.shapes
-    assert len(score_batches([], T, 4)) == 0
+    assert len(score_batches([], Layout(T), 4)) == 0
     assert batches[-1].item.shape == batches[0].item.shape == batches[1:2][0].item.shape
 
 
@@ -266,8 +278,8 @@ def test_a_subset_of_real_pairs_pads_less_than_four_percent(shared_data):
         room = 1024 - len(chosen) - len(rejected)
         if room > 0:
             pairs.append(PairItem(Item(str(i), prompt[:room], (chosen, rejected))))
-    made = PairLoader(pairs, batch_size=64, row_tokens=1024, seed=0)
-    assert len(made.sizes) <= 3
+    made = PairLoader(pairs, Layout(1024), batch_size=64, seed=0)
+    assert len(made.shapes.sizes) <= 3
     for epoch in range(2):
         batches = [made.batch(epoch * made.steps_per_epoch + s) for s in range(made.steps_per_epoch)]
         assert 1 - sum(b.real_tokens for b in batches) / sum(b.tokens for b in batches) < 0.037

@@ -8,10 +8,11 @@ import pytest
 
 from configs.hh_small import get_config
 from sera_jax.checkpoint import Workdir
-from sera_jax.config import parse
 from sera_jax.data.batches import PairLoader
 from sera_jax.data.loading import load_records, truncate_prompt
+from sera_jax.data.packing import Layout
 from sera_jax.experiment.assembly import read_corpus
+from sera_jax.experiment.methods import parse
 
 ROWS = 150
 
@@ -73,7 +74,7 @@ def test_the_prompt_of_a_pair_is_exactly_what_generation_is_given(loaded):
 
 def test_the_prompt_in_a_packed_row_is_that_prompt_too_and_stands_there_once(loaded):
     config, corpus, _, _ = loaded
-    loader = PairLoader(corpus.train, batch_size=32, row_tokens=config.data.row_tokens, seed=0)
+    loader = PairLoader(corpus.train, Layout(config.data.row_tokens), batch_size=32, seed=0)
     seen = 0
     for step in range(loader.steps_per_epoch):
         batch = loader.batch(step)

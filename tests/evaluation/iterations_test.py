@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from sera_jax.evaluation import iterations, report
+from sera_jax.evaluation import iterations
+from sera_jax.experiment.method import looks
+from sera_jax.experiment.methods.srppo import ARMS
+from tests.evaluation import shown as report
 from tests.evaluation.srppo_summary import EVERY, make_summary
 from tests.tolerances import TOLERANCES
 
@@ -182,11 +185,11 @@ def test_every_interval_is_shown_whole(drawn):
 
 
 def test_an_arm_keeps_its_colour_whatever_others_there_are_and_arms_differ_in_marker_too():
-    alone = iterations._Report(make_summary(arms=("reinforce",)))
-    all_ = iterations._Report(make_summary(arms=EVERY))
-    assert alone.styles["reinforce"] == all_.styles["reinforce"]
-    for part in (0, 1):
-        assert len({style[part] for style in all_.styles.values()}) == len(all_.styles)
+    alone = iterations._Report(make_summary(arms=("reinforce",)), looks(ARMS))
+    all_ = iterations._Report(make_summary(arms=EVERY), looks(ARMS))
+    assert alone.looks["reinforce"] == all_.looks["reinforce"]
+    trained = [all_.looks[arm] for arm in all_.trained]
+    assert len({look.colour for look in trained}) == len({look.marker for look in trained}) == len(trained)
 
 
 def test_heights_that_are_far_enough_apart_stay():

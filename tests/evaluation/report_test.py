@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from sera_jax.evaluation import report
+from tests.evaluation import shown as report
 from tests.evaluation import srppo_summary
 
 ARMS = ("daa", "sera", "random")

@@ -79,8 +79,8 @@ def test_the_embedded_world_gives_demonstrations_and_new_prompts_but_no_pairs(tm
     assert len(corpus.prompts) + sum(corpus.prompts_left_out.values()) == 50
     assert len(corpus.pretrain) == config.world.pretrain
     held = corpus.heldout_demonstrations[0]
-    assert corpus.judge is not None
-    assert -0.3 <= corpus.judge(held, held.responses[0]) <= 1
+    assert corpus.gold is not None
+    assert -0.3 <= corpus.gold(held, held.responses[0]) <= 1
 
 
 def test_without_new_prompts_there_are_none_and_sera_has_no_held_out_demonstrations(tmp_path):

@@ -12,9 +12,10 @@ from sera_jax import world
 from sera_jax.config import EvalGroup, SamplingGroup
 from sera_jax.data.items import Item, PairItem
 from sera_jax.data.tokenizing import Tokenizer
-from sera_jax.experiment.evaluator import Evaluator, Generations
+from sera_jax.experiment.evaluator import Evaluator
 from sera_jax.loops.runtime import Policy
 from sera_jax.losses.preference import resolve
+from sera_jax.sampling import Sample, grouped
 
 BASE, SFT, OTHER = (Policy(name, pathlib.Path(), name) for name in ("base", "sft", "other/iteration3"))
 # log-prob of a token under each: the SFT model is surer than the base, the trained policy surer still
@@ -41,7 +42,8 @@ class FakeRuntime:
         self.settings.append(settings)
         replies = zip(QUESTIONS, REPLIES[policy.name])
         answers = [self.tokenizer.encode_response(question, reply) for question, reply in replies]
-        return [[types.SimpleNamespace(tokens=tokens, finished=True)] for tokens in answers]
+        samples = [Sample(i, 0, tokens, np.zeros(0, np.float32), True) for i, tokens in enumerate(answers)]
+        return grouped(prompts, samples)
 
 
 @pytest.fixture
@@ -62,7 +64,7 @@ def make(tmp_path):
             "pairs": [],
             "prompts": prompts,
             "tokenizer": tokenizer,
-            "judge": lambda item, tokens: world.gold(tokenizer.decode(item.prompt), tokenizer.decode(tokens)),
+            "gold": lambda item, tokens: world.gold(tokenizer.decode(item.prompt), tokenizer.decode(tokens)),
             "reference": SFT,
             "settings": settings,
             "sampling": SamplingGroup(temperature=0.3, top_p=0.5, top_k=4, max_new_tokens=16),
@@ -77,7 +79,7 @@ def make(tmp_path):
 def test_the_facts_of_a_policy_of_self_rewarding_ppo(make):
     evaluator = make()
     facts = evaluator.of_arm(OTHER)
-    lengths = np.array([len(tokens) for tokens, _ in evaluator.answers(OTHER)])
+    lengths = np.array([len(answer.tokens) for answer in evaluator.answers(OTHER)])
     assert facts["response_tokens_mean"] == lengths.mean()
     assert facts["eos_fraction"] == 1.0
     assert facts["gold_mean"] == pytest.approx((1.0 + 0.0) / 2)
@@ -94,7 +96,7 @@ def test_a_round_has_the_same_facts_without_the_intervals_and_the_win_rate(make)
     evaluator = make()
     whole = evaluator.of_arm(OTHER)
     kept = {k: v for k, v in whole.items() if not k.endswith("_ci95") and k != "win_rate_vs_sft"}
-    assert evaluator(OTHER, 3) == kept
+    assert evaluator.look_at(OTHER, 3) == kept
 
 
 def test_the_sft_model_is_at_no_distance_from_itself_and_scored_once(make):
@@ -135,7 +137,8 @@ def test_without_a_base_there_is_no_coherent_reward_and_without_prompts_there_ar
     assert not [name for name in facts if name.startswith("coherent_reward") or name == "kl_to_sft"]
     silent = make(prompts=[])
     assert set(silent.of_arm(OTHER)) == {"heldout_nll"}
-    assert silent.show(OTHER) == []
+    silent.show(OTHER)
+    assert (silent.run.workdir.root / "generations.jsonl").read_text() == ""
     assert silent.facts_of_answers("best_of_n", []) == {}
 
 
@@ -152,11 +155,11 @@ def test_pairs_are_ranked_by_the_implicit_reward_of_the_loss(make):
 
 
 def test_the_generations_of_every_policy_stand_in_one_file(make, tmp_path):
-    evaluator, generations = make(), Generations(tmp_path)
+    evaluator = make()
     for policy in (SFT, OTHER, SFT):
-        generations.add(policy.name, evaluator.show(policy))
+        evaluator.show(policy)
     rows = [json.loads(line) for line in (tmp_path / "generations.jsonl").read_text().splitlines()]
     assert [(row["policy"], row["id"]) for row in rows] == [("sft", "q0"), ("other/iteration3", "q0")]
     assert rows[1]["prompt"] == QUESTIONS[0]
     assert rows[1]["response"] == REPLIES["other/iteration3"][0]
-    assert rows[1]["tokens"] == len(evaluator.answers(OTHER)[0][0])
+    assert rows[1]["tokens"] == len(evaluator.answers(OTHER)[0].tokens)

@@ -7,9 +7,9 @@ import pytest
 
 from configs.gsm8k_small import get_config
 from sera_jax.checkpoint import Workdir
-from sera_jax.config import parse
 from sera_jax.evaluation.answers import last_match
 from sera_jax.experiment.assembly import read_corpus
+from sera_jax.experiment.methods import parse
 
 
 @pytest.fixture(scope="module")

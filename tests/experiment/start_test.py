@@ -13,9 +13,11 @@ from sera_jax.checkpoint import Workdir
 from sera_jax.config import Config, ModelGroup
 from sera_jax.core import Stream, key_for
 from sera_jax.data.items import Item
+from sera_jax.data.packing import Layout
 from sera_jax.data.tokenizing import Tokenizer
 from sera_jax.experiment.assembly import base_model, open_tokenizer
 from sera_jax.experiment.corpus import Corpus
+from sera_jax.experiment.methods import METHODS
 from sera_jax.experiment.start import starting_policy
 from sera_jax.loops.runtime import Runtime
 from sera_jax.mesh import make_mesh
@@ -66,8 +68,7 @@ def start(workdir, folders, *, base, sft, tiny=tiny_srppo):
             workdir=Workdir(workdir, {}),
             writer=writer,
             seed=0,
-            row_tokens=128,
-            share_prompt=True,
+            layout=Layout(128),
             chunk_tokens=64,
             stop_ids=tokenizer.stop_ids,
         )
@@ -120,7 +121,7 @@ def test_the_chat_template_is_that_of_the_sft_model_unless_a_tokenizer_is_named(
     data = tiny_srppo(tmp_path).data
     model = ModelGroup(model_name_or_path=str(folders / "base"), sft_model_path=str(folders / "sft"))
     workdir = Workdir(tmp_path, {})
-    assert open_tokenizer(data, model, workdir, "srppo")[1] == model.sft_model_path
-    assert open_tokenizer(data, model, workdir, "sera")[1] == model.model_name_or_path
+    assert open_tokenizer(data, model, workdir, METHODS["srppo"])[1] == model.sft_model_path
+    assert open_tokenizer(data, model, workdir, METHODS["sera"])[1] == model.model_name_or_path
     named = dataclasses.replace(model, tokenizer_name_or_path=str(folders / "tokenizer"))
-    assert open_tokenizer(data, named, workdir, "srppo")[1] == named.tokenizer_name_or_path
+    assert open_tokenizer(data, named, workdir, METHODS["srppo"])[1] == named.tokenizer_name_or_path

@@ -80,7 +80,7 @@ def test_the_best_of_the_candidates_has_the_largest_coherent_reward_of_those_tha
         by_sft, by_base = (np.concatenate(run.score(p.name, p, alone)) for p in (lab.study.sft, lab.study.base))
     assert len(samples) == len(prompts) * study.ppo.best_of
     chosen_over = 0
-    for i, (tokens, ended) in enumerate(answers):
+    for i, (tokens, ended) in enumerate((answer.tokens, answer.finished) for answer in answers):
         here = [n for n, row in enumerate(samples) if row["prompt"] == i]
         assert ended == any(samples[n]["finished"] for n in here), "an answer that was cut only where all were"
         rivals = {tuple(samples[n]["tokens"]): by_sft[n] - by_base[n] for n in here if samples[n]["finished"] == ended}

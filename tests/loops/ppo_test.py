@@ -17,6 +17,7 @@ from sera_jax.losses.coherent import MISSING_EOS
 from sera_jax.mesh import make_mesh
 from sera_jax.models.critic import HEAD
 from sera_jax.models.huggingface import load_pretrained
+from sera_jax.training.ppo_steps import PpoPrograms
 from tests.loops.srppo_lab import (
     MINI_BATCHES,
     checksums,
@@ -51,7 +52,7 @@ def test_several_answers_to_a_prompt_share_it(lab, tmp_path, monkeypatch):
     texts = jsonl(tmp_path / "rollouts" / "srppo" / "000001.jsonl")
     assert [row["id"] for row in texts] == [item.id for item in rollouts.items for _ in range(2)]
 
-    repeated, *_ = first_rewards(study_of(lab, tmp_path / "apart", data={"share_prompt": False}, ppo__num_samples=2))
+    repeated, *_ = first_rewards(study_of(lab, tmp_path / "apart", layout={"share_prompt": False}, ppo__num_samples=2))
     apart = seen["srppo", 1].rollouts
     assert prompt_columns(apart) == 2 * prompt_columns(rollouts)
     assert responses_of(apart) == responses_of(rollouts)
@@ -139,7 +140,7 @@ def test_after_the_target_kl_the_policy_rests_and_the_critic_goes_on(lab, tmp_pa
     (line,) = ppo_lines(tmp_path, "srppo")
     # the first update starts at the rollouts' own policy, the second finds it moved: neither it nor a later one is made
     assert (line["ppo/updates"], line["ppo/refused_updates"], line["ppo/early_stop"]) == (1, 1, 1)
-    (programs,) = study.run.programs.values()
+    (programs,) = study.run.made(PpoPrograms)
     whole = programs.abstract
     rest = dataclasses.replace(whole, policy=dataclasses.replace(whole.policy, params={}))
     state = load_tree(policy.path / "state", rest)

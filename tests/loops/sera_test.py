@@ -19,7 +19,9 @@ from sera_jax.data.batches import PairLoader
 from sera_jax.data.items import Item
 from sera_jax.data.packing import RowSpec, build_rows
 from sera_jax.evaluation.report import check_summary
-from sera_jax.experiment import sera_arms
+from sera_jax.experiment.methods import sera as sera_method
+from sera_jax.experiment.methods.sera import ARMS as SERA_ARMS
+from sera_jax.experiment.methods.sera import SERA
 from sera_jax.loops import study as study_module
 from sera_jax.loops.runtime import NonFinite, Policy
 from sera_jax.loops.sera import sera
@@ -74,19 +76,19 @@ def lab(tmp_path_factory):
     config = tiny_config(root, sera__arms=ARMS, sera__rounds=3)
     seen = []
 
-    def spy(study, arm):
+    def spy(study, arm, settings):
         seen.append(study)
-        return sera(study, arm)
+        return sera(study, arm, settings)
 
     def one_device(*_):
         return make_mesh(1, 1, 1, devices=jax.devices()[:1])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sera_arms, "sera", spy)
+        patch.setattr(sera_method, "sera", spy)
         patch.setattr(experiment, "make_mesh", one_device)
         summary = experiment.run(config)
     run = seen[0].run
-    scorer = make_score(run.cfg, run.mesh, window=run.row_tokens, chunk_tokens=run.chunk_tokens)
+    scorer = make_score(run.cfg, run.mesh, window=run.layout.row_tokens, chunk_tokens=run.chunk_tokens)
     return Lab(config, summary, seen[0], root, scorer)
 
 
@@ -111,7 +113,7 @@ def _study(lab, folder, *, loss=None, train=None, sft=None, **settings):
 
 def _run(study, arm="sera"):
     with jax.set_mesh(study.run.mesh), study.run.writer:
-        return sera(study, arm)
+        return sera(study, arm, dataclasses.replace(study.settings, **SERA_ARMS[arm].how))
 
 
 def _checksums(policy):
@@ -123,7 +125,7 @@ def _alone(lab, policy, items):
     run = copy.copy(lab.study.run)
     run._held = None
     single = [Item(f"{i}/{k}", item.prompt, (r,)) for i, item in enumerate(items) for k, r in enumerate(item.responses)]
-    spec = RowSpec(run.row_tokens, scored=64, slots=1)
+    spec = RowSpec(run.layout.row_tokens, scored=64, slots=1)
     score = lab.scorer
     params, logps = run.params(policy), []
     for start in range(0, len(single), 64):
@@ -145,7 +147,7 @@ def _margins(lab, round_):
 
 def test_the_summary_has_what_readers_rely_on(lab):
     saved = json.loads((lab.root / "summary.json").read_text())
-    check_summary(saved)
+    check_summary(saved, SERA.report)
     assert set(saved["arms"]) == {"sft", *ARMS}
     assert {(r["arm"], r["round"]) for r in saved["rounds"]} == {(arm, r) for arm in ARMS for r in (1, 2, 3)}
     for facts in saved["arms"].values():
@@ -343,8 +345,8 @@ def test_a_curriculum_orders_what_was_reviewed_and_only_that(lab, tmp_path, monk
     loaders = []
 
     class Spy(PairLoader):
-        def __init__(self, pairs, **options):
-            super().__init__(pairs, **options)
+        def __init__(self, pairs, layout, **options):
+            super().__init__(pairs, layout, **options)
             loaders.append((self, [pair.item.id for pair in pairs], options["order"]))
 
     monkeypatch.setattr(study_module, "PairLoader", Spy)
@@ -358,7 +360,9 @@ def test_a_curriculum_orders_what_was_reviewed_and_only_that(lab, tmp_path, monk
 
 def test_candidates_that_overflow_a_row_together_are_scored_and_trained_apart(lab, tmp_path):
     study = _study(lab, tmp_path, train=SHORT, rounds=2, pairing="all", num_samples=6)
-    study.run.share_prompt = False  # six candidates, each with a prompt of its own
+    study.run.layout = dataclasses.replace(
+        study.run.layout, share_prompt=False
+    )  # six candidates, each with a prompt of its own
     _, facts = _run(study)
     assert 0 < facts[1]["added"] <= ADDED
     samples = _jsonl(tmp_path / "phases" / "round1" / "candidates" / "samples.jsonl")

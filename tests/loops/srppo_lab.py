@@ -14,19 +14,19 @@ import pytest
 from sera_jax import experiment
 from sera_jax.checkpoint import Workdir
 from sera_jax.config import Config
-from sera_jax.experiment import srppo_arms
+from sera_jax.experiment.methods import srppo as srppo_method
 from sera_jax.loops.ppo import Learner
-from sera_jax.loops.ppo_segment import train_segment
+from sera_jax.loops.ppo_segment import Segment, train_segment
 from sera_jax.loops.runtime import Policy
-from sera_jax.loops.srppo import iterate, srppo
+from sera_jax.loops.srppo import RANDOM_REWARD, REINFORCE, SRPPO_ARM, iterate, srppo
 from sera_jax.loops.srppo_study import SrppoStudy
-from sera_jax.mesh import make_mesh
-from sera_jax.training.ppo_steps import PpoState, Programs
+from sera_jax.mesh import make_mesh, row_shards
+from sera_jax.training.ppo_steps import PpoPrograms, PpoState
 from sera_jax.writer import MetricWriter, read_records
 from tests.loops.tiny import tiny_srppo
 
 ARMS = ("srppo", "sft_longer", "best_of_n", "random_reward", "reinforce", "sft_equal_compute")
-PPO_ARMS = ("srppo", "random_reward", "reinforce")
+PPO_ARMS = {arm.name: arm for arm in (SRPPO_ARM, RANDOM_REWARD, REINFORCE)}
 ITERATIONS, EVERY, MINI_BATCHES = 4, 2, 2
 GROUPS = ("ppo", "reward", "train", "sampling")
 
@@ -78,7 +78,7 @@ def run(root: pathlib.Path) -> Lab:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiment, "make_mesh", one_device)
-        patch.setattr(srppo_arms, "srppo", spy)
+        patch.setattr(srppo_method, "srppo", spy)
         watch(patch, seen)
         summary = experiment.run(config)
     return Lab(config, summary, studies[0], root, seen)
@@ -95,26 +95,27 @@ def watch(patch, seen):
     def watched(self, state, rollouts, scored, iteration):
         host = jax.device_get(list(scored))
         after, experience, metrics = reward(self, state, rollouts, scored, iteration)
-        seen[self.arm, iteration] = Seen(rollouts, host, jax.device_get(list(experience)), metrics)
+        seen[self.arm.name, iteration] = Seen(rollouts, host, jax.device_get(list(experience)), metrics)
         return after, experience, metrics
 
     patch.setattr(Learner, "reward", watched)
 
 
-def study_of(lab: Lab, folder: pathlib.Path, *, mesh=None, sft=None, data=None, **changes) -> SrppoStudy:
+def study_of(lab: Lab, folder: pathlib.Path, *, mesh=None, sft=None, layout=None, **changes) -> SrppoStudy:
     """The lab's study in a work directory of its own, with other settings.
 
     Args:
-        mesh: another mesh. sft: another SFT model. data: other attributes of the runtime.
+        mesh: another mesh. sft: another SFT model. layout: other fields of the rows' layout.
         changes: fields of groups, as `ppo__critic="head"`.
     """
     run = copy.copy(lab.study.run)
     run.workdir, run.writer = Workdir(folder, {}), MetricWriter(folder, tensorboard=False)
-    run.programs, run._held = {}, None  # programs are compiled for settings, which may be others here
+    run._held = None
+    # PPO's programs are compiled for settings, which may be others here
+    run._compiled = {} if mesh is not None else {k: v for k, v in run._compiled.items() if k[0] != "ppo"}
+    run.layout = dataclasses.replace(run.layout, **(layout or {}))
     if mesh is not None:
-        run.mesh, run._scores, run.steps = mesh, {}, {}
-    for name, value in (data or {}).items():
-        setattr(run, name, value)
+        run.mesh, run.layout = mesh, dataclasses.replace(run.layout, multiple=row_shards(mesh))
     groups = {group: getattr(lab.study, group) for group in GROUPS}
     for name, value in changes.items():
         group, field = name.split("__")
@@ -130,17 +131,17 @@ def run_arm(study: SrppoStudy, arm: str = "srppo", ends: tuple[int, ...] = ()) -
     """
     with jax.set_mesh(study.run.mesh), study.run.writer:
         if not ends:
-            return srppo(study, arm)[0]
-        learner, policy = Learner(study, arm), study.sft
+            return srppo(study, PPO_ARMS[arm])[0]
+        learner, policy = Learner(study, PPO_ARMS[arm]), study.sft
         for round_, (before, last) in enumerate(itertools.pairwise((0, *ends)), 1):
-            policy, _ = train_segment(learner, iterate, previous=policy, first=before + 1, last=last, round_=round_)
+            policy, _ = train_segment(learner, iterate, Segment(before + 1, last, round_), policy)
         return policy
 
 
-def first_rewards(study: SrppoStudy, arm: str = "srppo") -> tuple[dict[str, float], list[Any], PpoState, Programs]:
+def first_rewards(study: SrppoStudy, arm: str = "srppo") -> tuple[dict[str, float], list[Any], PpoState, PpoPrograms]:
     """Metrics, experience and state of the first iteration before its updates, and the arm's programs."""
     with jax.set_mesh(study.run.mesh), study.run.writer:
-        learner = Learner(study, arm)
+        learner = Learner(study, PPO_ARMS[arm])
         state = learner.programs.start(study.run.params(study.sft))
         rollouts = learner.sample(state, 1)
         state, experience, metrics = learner.reward(state, rollouts, learner.score(state, rollouts), 1)

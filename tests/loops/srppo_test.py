@@ -7,6 +7,7 @@ import pytest
 
 from sera_jax.core import Stream, rng_for
 from sera_jax.evaluation.report import check_summary
+from sera_jax.experiment.methods.srppo import SRPPO
 from sera_jax.loops.ppo import Learner
 from sera_jax.loops.runtime import Preempted
 from sera_jax.losses.advantages import follows
@@ -67,7 +68,7 @@ def scored_apart(lab, tmp_path, seen):
 
 def test_the_summary_has_what_readers_rely_on(lab):
     saved = json.loads((lab.root / "summary.json").read_text())
-    check_summary(saved)
+    check_summary(saved, SRPPO.report)
     assert set(saved["arms"]) == {"sft", *ARMS}
     assert [(f["arm"], f["round"], f["iteration"]) for f in saved["rounds"]] == [
         (arm, last // EVERY, last) for arm in PPO_ARMS for last in range(EVERY, ITERATIONS + 1, EVERY)

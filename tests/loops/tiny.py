@@ -4,7 +4,8 @@ four iterations of Self-Rewarding PPO."""
 from typing import Any
 
 from configs.base import get_config
-from sera_jax.config import Config, parse
+from sera_jax.config import Config
+from sera_jax.experiment.methods import parse
 
 PAIRS, BATCH = 64, 16
 TINY: dict[str, Any] = {

@@ -13,11 +13,13 @@ import pytest
 from sera_jax.config import PpoGroup, RewardGroup
 from sera_jax.core import Stream, key_for
 from sera_jax.data.items import Item
+from sera_jax.data.packing import Layout
 from sera_jax.data.rollouts import lay_response_values, lay_rollouts, lay_token_values
 from sera_jax.mesh import host_to_global, make_mesh, replicated, row_shards, rows_sharding
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import init_params
-from sera_jax.training.experience import Scored, initial_control, make_experience
+from sera_jax.training.experience import initial_control, make_experience
+from sera_jax.training.rewards import Scored, coherent_reward, noise
 from sera_jax.training.score import make_score, place_rows
 from tests import ppo_oracles
 from tests.tolerances import TOLERANCES
@@ -86,11 +88,9 @@ def lay(mesh, said, *, parts=3, microbatches=1, critic=True, row_tokens=32, shar
     packed = lay_rollouts(
         ITEMS,
         parts,
-        row_tokens=row_tokens,
+        Layout(row_tokens, share_prompt, multiple=row_shards(mesh)).accumulated(microbatches),
         seed=seed,
         iteration=1,
-        row_multiple=microbatches * row_shards(mesh),
-        share_prompt=share_prompt,
     )
 
     def by_item(name):
@@ -103,7 +103,7 @@ def lay(mesh, said, *, parts=3, microbatches=1, critic=True, row_tokens=32, shar
             **{f"{n}_logp" if n != "logp" else n: lay_token_values(part, by_item(n)) for n in TOKEN_NUMBERS[:4]},
             value=lay_token_values(part, by_item("value")) if critic else None,
             finished=lay_response_values(part, by_item("finished"), bool),
-            noise=lay_response_values(part, by_item("noise"), np.float32),
+            given=lay_response_values(part, by_item("noise"), np.float32),
         )
         scored.append(Scored(rows=place_rows(part.rows, mesh), **host_to_global(host, rows_sharding(mesh))))
     return packed, scored
@@ -130,8 +130,11 @@ def one():
 @functools.cache
 def program(name, mesh, microbatches=1):
     """One compilation for each setting (and each arrangement that differs in shape)."""
-    options = {"batch_mean": dict(baseline="batch_mean"), "random": dict(random_reward=True)}.get(name, {})
-    return make_experience(*SETTINGS[name], mesh, microbatches=microbatches, passes=8, warmup_passes=5, **options)
+    settings, ppo = SETTINGS[name]
+    reward = noise(settings) if name == "random" else coherent_reward(settings)
+    baseline = "batch_mean" if name == "batch_mean" else "critic"
+    how = dict(microbatches=microbatches, passes=8, warmup_passes=5, baseline=baseline)
+    return make_experience(reward, ppo, mesh, **how)
 
 
 def make(name, mesh, said=SAID, control=None, microbatches=1, **layout):
@@ -270,16 +273,16 @@ def test_random_rewards_have_the_scores_mean_and_variance_and_follow_from_the_no
     packed, scored = lay(one, quiet)
     control = initial_control(SETTINGS["random"][1])
 
-    def paid(noise):
+    def paid(draw):
         parts = [
-            dataclasses.replace(s, noise=jnp.asarray(lay_response_values(p, noise, np.float32)))
+            dataclasses.replace(s, given=jnp.asarray(lay_response_values(p, draw, np.float32)))
             for p, s in zip(packed, scored)
         ]
         found = by_response(packed, program("random", one)(parts, control)[0], "returns")
         return np.array([returns[-1] for returns in found], np.float64)
 
     draws = rng.standard_normal((100, PROMPTS, SAMPLES))
-    every = np.array([paid(noise) for noise in draws])
+    every = np.array([paid(draw) for draw in draws])
     np.testing.assert_array_equal(paid(draws[3]), every[3])
     close(every, scores.mean() + scores.std() * draws.reshape(every.shape), "decoder_oracle")
     off = 5 / np.sqrt(every.size)  # five standard errors of the mean, in standard deviations

@@ -14,14 +14,13 @@ import pytest
 from sera_jax.config import PpoGroup, RewardGroup, TrainGroup
 from sera_jax.core import Stream, key_for
 from sera_jax.data.items import Item
-from sera_jax.data.packing import RowSpec, build_rows, pack
+from sera_jax.data.packing import Layout, RowSpec, build_rows, pack
 from sera_jax.data.planning import deal_rows
 from sera_jax.data.rollouts import lay_rollouts, lay_token_values
 from sera_jax.mesh import host_to_global, make_mesh, param_shardings, row_shards, rows_sharding
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.critic import HEAD, critic_config, critic_params, row_values, with_value_head, without_value_head
 from sera_jax.models.decoder import init_params
-from sera_jax.training.experience import Scored
 from sera_jax.training.objectives import row_token_logps
 from sera_jax.training.ppo import (
     Experience,
@@ -31,6 +30,7 @@ from sera_jax.training.ppo import (
     value_objective,
 )
 from sera_jax.training.ppo_steps import make_programs
+from sera_jax.training.rewards import Scored, coherent_reward, noise
 from sera_jax.training.score import place_rows
 from sera_jax.training.step import abstract_state, init_state, make_step, place_batch
 from tests import oracles, ppo_oracles
@@ -376,7 +376,7 @@ def test_what_unused_columns_and_empty_rows_hold_reaches_neither_gradient_nor_me
 
 
 GROUPS = dict(
-    reward=RewardGroup(),
+    reward=coherent_reward(RewardGroup()),
     train=TrainGroup(
         learning_rate=1e-2,
         warmup_ratio=0.0,
@@ -418,7 +418,7 @@ def rollouts(mesh):
         for i in range(16)
     ]
     # as many rows on every mesh, so that all compute the same
-    parts = lay_rollouts(some, 2, row_tokens=T, seed=0, iteration=1, row_multiple=8)
+    parts = lay_rollouts(some, 2, Layout(T, multiple=8), seed=0, iteration=1)
     return parts, [place_rows(part.rows, mesh) for part in parts]
 
 
@@ -429,7 +429,7 @@ def iteration(critic, mesh):
     made = programs(critic, mesh)
     parts, rows = rollouts(mesh)
     sft, other = on_mesh(mesh, decoder()), on_mesh(mesh, base())
-    host = [dict(finished=part.item >= 0, noise=np.zeros(part.item.shape, np.float32)) for part in parts]
+    host = [dict(finished=part.item >= 0, given=np.zeros(part.item.shape, np.float32)) for part in parts]
     placed = [host_to_global(x, rows_sharding(mesh)) for x in host]
     with jax.set_mesh(mesh), jax.transfer_guard("disallow"):
         state = made.start(sft)
@@ -541,10 +541,11 @@ def test_an_update_past_a_limit_is_refused_and_leaves_the_policy_as_it_is(shift,
 def test_arms_that_compute_the_same_share_their_programs_and_no_others():
     for critic in ("model", "head"):
         first = programs(critic, eight())
-        noise = make_programs(CFG, eight(), ppo=PPO[critic], random_reward=True, like=first, **GROUPS)
+        paying_noise = GROUPS | {"reward": noise(RewardGroup())}
+        random = make_programs(CFG, eight(), ppo=PPO[critic], like=first, **paying_noise)
         plain_ = make_programs(CFG, eight(), ppo=PPO[critic], baseline="batch_mean", like=first, **GROUPS)
-        assert noise.score is plain_.score is first.score
-        assert noise.policy_step is first.policy_step and noise.critic_step is first.critic_step
+        assert random.score is plain_.score is first.score
+        assert random.policy_step is first.policy_step and random.critic_step is first.critic_step
         assert (plain_.policy_step is first.policy_step) == (critic == "model")  # with a head its tree differs
         assert plain_.values is plain_.critic_step is None
-        assert noise.experience is not first.experience is not plain_.experience
+        assert random.experience is not first.experience is not plain_.experience

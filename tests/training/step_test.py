@@ -12,6 +12,7 @@ from sera_jax.config import TrainGroup
 from sera_jax.core import Mean, Stream, key_for
 from sera_jax.data.batches import ItemLoader, PairLoader
 from sera_jax.data.items import Item, PairItem
+from sera_jax.data.packing import Layout
 from sera_jax.losses.preference import LOSSES, resolve
 from sera_jax.mesh import host_to_global, make_mesh, param_shardings, replicated, row_shards
 from sera_jax.models.config import ModelConfig
@@ -48,7 +49,7 @@ def _params():
 def _loader(mesh, microbatches, count=24, **options):
     multiple = microbatches * row_shards(mesh)
     return PairLoader(
-        _pairs(count), batch_size=16, row_tokens=T, seed=0, row_multiple=multiple, microbatches=microbatches, **options
+        _pairs(count), Layout(T, multiple=multiple, microbatches=microbatches), batch_size=16, seed=0, **options
     )
 
 
@@ -117,7 +118,7 @@ def test_the_last_partial_batch_weighs_only_its_real_pairs(one):
     new, metrics, batch = _update(one, batch_of=1)
     assert metrics["loss"].weight == 8
     assert len(batch.ids) == 8
-    alone = PairLoader([p for p in _pairs(24) if p.item.id in batch.ids], batch_size=8, row_tokens=T, seed=0)
+    alone = PairLoader([p for p in _pairs(24) if p.item.id in batch.ids], Layout(T), batch_size=8, seed=0)
     again, _, _ = _update(one, loader=alone)
     _assert_close(_gradient(new), _gradient(again), "microbatch")
 
@@ -243,9 +244,7 @@ def test_sft_averages_over_tokens_whatever_the_microbatches(one):
     step = make_step(sft_objective(CFG, window=T, chunk_tokens=64, shards=1), optimizer, state, one)
     results = []
     for microbatches in (1, 4):
-        loader = ItemLoader(
-            items, batch_size=16, row_tokens=T, seed=0, row_multiple=microbatches, microbatches=microbatches
-        )
+        loader = ItemLoader(items, Layout(T, multiple=microbatches, microbatches=microbatches), batch_size=16, seed=0)
         start = init_state(jax.device_put(_params()), optimizer.init(_params()))
         new, metrics = step(start, place_batch(loader.batch(0).arrays, microbatches, one))
         assert metrics["loss"].weight == sum(len(i.responses[0]) for i in items)

@@ -9,22 +9,22 @@ from typing import Any
 
 import ml_collections
 
-from sera_jax import config as config_lib
-from sera_jax.config import Config
+from sera_jax.config import Config, parse_fields
 from sera_jax.experiment.method import Method
+from sera_jax.experiment.methods.online_dpo import ONLINE_DPO
 from sera_jax.experiment.methods.sera import SERA
 from sera_jax.experiment.methods.srppo import SRPPO
 
-METHODS: dict[str, Method] = {method.name: method for method in (SERA, SRPPO)}
+METHODS: dict[str, Method] = {method.name: method for method in (SERA, SRPPO, ONLINE_DPO)}
 
 
 def parse(raw: ml_collections.ConfigDict) -> Config:
     """The frozen Config of a ConfigDict, checked by its method too.
 
     Raises:
-        ValueError: as `config.parse`; an unknown method or arm; or what the method's own rules refuse.
+        ValueError: as `config.parse_fields`; an unknown method or arm; or what the method's own rules refuse.
     """
-    config = config_lib.parse(raw)
+    config = parse_fields(raw)
     if config.method not in METHODS:
         choices = ", ".join(map(repr, METHODS))
         raise ValueError(f"config.method={config.method!r} is not a choice; choose one of {choices}")

@@ -9,8 +9,8 @@ import pytest
 
 from sera_jax import experiment
 from sera_jax.evaluation.report import check_summary
-from sera_jax.experiment import srppo_arms
-from sera_jax.experiment.srppo_arms import iteration_metrics
+from sera_jax.experiment.methods import srppo as srppo_method
+from sera_jax.experiment.methods.srppo import SRPPO, iteration_metrics
 from sera_jax.mesh import make_mesh
 from tests.loops.tiny import tiny_srppo
 
@@ -44,13 +44,13 @@ def done(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiment, "make_mesh", lambda *_: make_mesh(1, 1, 1, devices=jax.devices()[:1]))
         for name in ("sft_equal_compute", "sft_longer", "best_of_n", "srppo"):
-            patch.setattr(srppo_arms, name, watched(name, getattr(srppo_arms, name)))
+            patch.setattr(srppo_method, name, watched(name, getattr(srppo_method, name)))
         summary = experiment.run(config)
     return types.SimpleNamespace(config=config, summary=summary, root=root, calls=calls)
 
 
 def test_every_arm_is_reported_in_the_order_asked_for_after_the_sft_model(done):
-    check_summary(json.loads((done.root / "summary.json").read_text()))
+    check_summary(json.loads((done.root / "summary.json").read_text()), SRPPO.report)
     assert list(done.summary["arms"]) == ["sft", *ARMS]
     for arm, facts in done.summary["arms"].items():
         assert {"gold_mean", "gold_ci95", "coherent_reward_mean", "eos_fraction", "win_rate_vs_sft"} <= set(facts), arm
@@ -78,13 +78,13 @@ def test_candidates_are_drawn_at_the_temperature_of_the_rollouts_for_every_held_
 
 def test_the_study_holds_the_two_models_the_demonstrations_and_the_new_prompts(done):
     study, arm = done.calls["srppo"]
-    assert arm == "srppo"
+    assert arm.name == "srppo"
     assert (study.base.name, study.sft.name) == ("pretrain", "sft")
     assert len(study.demonstrations) == done.config.world.demonstrations
     known = {item.prompt.tobytes() for item in study.demonstrations}
     assert study.prompts
     assert not known & {item.prompt.tobytes() for item in study.prompts}
-    shown = study.show(study.prompts[0], np.array([10, 11, 2], np.int32))
+    shown = study.texts(study.prompts[0], np.array([10, 11, 2], np.int32))
     assert set(shown) == {"prompt", "response"}
     assert all(isinstance(text, str) and text for text in shown.values())
 

@@ -1,0 +1,80 @@
+"""Online DPO as a row of the table: an update at a time on pairs that the policy has just sampled and ranked itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sera_jax.config import Config
+from sera_jax.evaluation import look, picture
+from sera_jax.evaluation.look import ArmLook
+from sera_jax.evaluation.report import ARM, Report, number, percent, plain
+from sera_jax.experiment.corpus import of_pairs
+from sera_jax.experiment.method import Arm, Experiment, Method, Outcome, looks
+from sera_jax.experiment.methods.sera import (
+    PAIR_ARM_COLUMNS,
+    PAIR_LEGEND,
+    PAIR_SOURCES,
+    check_pairs,
+    check_sampled_pairs,
+    loss_of,
+    study_of,
+)
+from sera_jax.loops.online import offline, online, self_made, with_reference
+
+# An arm is where the pairs of its updates come from.
+ARMS = {
+    "online_dpo": Arm("the method", ArmLook("online DPO", look.VERMILION, "o"), self_made),
+    "daa": Arm("as many updates on the offline pairs again", ArmLook("DAA alone", look.BLUE, "s"), offline),
+}
+
+
+def run(given: Experiment) -> Outcome:
+    """Every arm from the SFT model; the summary gets `arms`, `rounds` (the evaluations, by update) and `loss`."""
+    config, loss = given.config, loss_of(given.config)
+    evaluator = given.evaluator(loss=loss)
+    evaluator.look_at(given.start, 0)
+    study = with_reference(study_of(given, loss, evaluator.look_at))
+    arms: dict[str, dict[str, Any]] = {"sft": evaluator.of_arm(given.start)}
+    rounds: list[dict[str, Any]] = []
+    final = {"sft": given.start}
+    for arm in config.online.arms:
+        final[arm], facts = online(study, config.online, arm, ARMS[arm].how(study))
+        rounds += facts
+        arms[arm] = evaluator.of_arm(final[arm])
+    return final, {"arms": arms, "rounds": rounds, "loss": loss.as_dict()}
+
+
+def check(config: Config) -> None:
+    """Raises ValueError, with the way out, where fields contradict each other."""
+    check_pairs(config)
+    if "online_dpo" in config.online.arms:
+        check_sampled_pairs(config)
+
+
+ONLINE_DPO = Method(
+    name="online_dpo",
+    says="a direct alignment loss, an update at a time, on pairs that the policy has just sampled and ranked itself",
+    group="online",
+    reads=("loss", "sera", "online"),
+    arms=ARMS,
+    check=check,
+    announce=lambda config: f"loss {loss_of(config)}, online",
+    sources=PAIR_SOURCES,
+    texts=("preference", ("train",)),
+    read=of_pairs,
+    needs_base=False,
+    run=run,
+    report=Report(
+        arm_columns=PAIR_ARM_COLUMNS,
+        round_columns=[
+            ARM,
+            ("update", plain("update")),
+            ("gold", number("gold_mean", 3)),
+            ("accuracy", percent("heldout_accuracy")),
+            ("on shorter", percent("heldout_accuracy_shorter")),
+            ("tokens", number("response_tokens_mean", 1)),
+        ],
+        legend=PAIR_LEGEND,
+        draw=lambda summary, path: picture.draw_rounds(summary, path, looks(ARMS)),
+    ),
+)

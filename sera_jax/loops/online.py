@@ -1,0 +1,177 @@
+"""Online DAA: the policy makes every pair that it learns from. With DPO this is online DPO (Guo et al. 2024), with the
+policy's own reward in place of a judge.
+
+    round 1:  train on all offline pairs                     (an untrained policy's implicit reward is 0 everywhere)
+    repeat:   candidates = sample(policy, prompts)
+              pairs      = the best and the worst of each prompt's candidates, by the reward that ranks
+              policy     = one update of the direct alignment loss on these pairs
+
+The reference stays the SFT model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from sera_jax import irm
+from sera_jax.config import OnlineGroup
+from sera_jax.core import Mean, Stream
+from sera_jax.data.batches import Batch, PairLoader
+from sera_jax.data.items import PairItem, items_digest
+from sera_jax.data.packing import rounded_window
+from sera_jax.data.planning import Shapes
+from sera_jax.data.rollouts import PromptSchedule, coarse_sizes
+from sera_jax.loops.optimise import Training, Updates, optimise
+from sera_jax.loops.restartable import Span
+from sera_jax.loops.review import agreement, pair_items, pair_up
+from sera_jax.loops.runtime import Policy
+from sera_jax.loops.study import Round, Study, pair_target, pairs_digest, pool_logps, train_round
+from sera_jax.models.decoder import Params
+from sera_jax.sampling import Candidates, grouped
+from sera_jax.training.step import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where the batch of each update comes from.
+
+    Attributes:
+        batch: from (the state before the update, its number from 1) to pairs.
+        window: no item of it is longer than this.
+        depends: what the batches depend on, JSON-able. epoch_updates: how many go over the source once.
+    """
+
+    batch: Callable[[TrainState, int], Batch]
+    window: int
+    depends: dict[str, Any]
+    epoch_updates: int
+
+
+def online(study: Study, settings: OnlineGroup, arm: str, source: Source) -> tuple[Policy, list[dict[str, Any]]]:
+    """Round 1, then `settings.updates` updates on the pairs of `source`; the last policy, and the facts of every
+    evaluation: round 1 and every `eval_updates` updates after it.
+
+    Raises:
+        ValueError: no pair could be made.
+    """
+    policy = train_round(study, dataclasses.replace(study.settings, rounds=1), study.sft, study.pool, Round(arm, 1))
+    facts = [{"arm": arm, "round": 1, "update": 0, **study.evaluate(policy, 1)}]
+    every = settings.eval_updates or settings.updates
+    for round_, before in enumerate(range(0, settings.updates, every), 2):
+        last = min(before + every, settings.updates)
+        training = Training(
+            name=f"{arm}/update{last}",
+            start=policy,
+            batches=lambda state, update, before=before: source.batch(state, before + update),
+            epoch_updates=source.epoch_updates,
+            depends=source.depends,
+            target=pair_target(study.run, study.loss, source.window),
+            group=study.train,
+            updates=Updates(last - before, planned=settings.updates, before=before),
+            span=Span("train", arm, round_),
+            continue_from=policy if before else None,
+        )
+        policy = optimise(study.run, training)
+        facts.append({"arm": arm, "round": round_, "update": last, **study.evaluate(policy, round_)})
+    return policy, facts
+
+
+def self_made(study: Study) -> Source:
+    """Pairs of the policy's own answers to `train.batch_size` prompts an update, by the rules of `study.settings`."""
+    run, rules = study.run, study.settings
+    layout = run.layout.accumulated(study.train.gradient_accumulation_steps)
+    schedule = PromptSchedule(study.prompts, (), 1.0, study.train.batch_size, run.seed)
+    longest = max(len(item.prompt) for item in study.prompts)
+    window = rounded_window(longest + rules.num_samples * study.sampling.max_new_tokens, layout.row_tokens)
+    sampling = dataclasses.replace(study.sampling, slots=min(study.sampling.slots, study.train.batch_size))
+    known = Shapes(coarse_sizes(layout.multiple))  # so that few numbers of rows are compiled
+
+    def batch(state: TrainState, update: int) -> Batch:
+        prompts = schedule.prompts(update)
+        how = dict(round_=update, max_prompt_tokens=longest)
+        sampled = grouped(prompts, run.generate(state.params, prompts, rules.num_samples, sampling, **how))
+        candidates = _scored(study, state.params, sampled, window)
+        pairings = pair_up(candidates, [study.ranking(group) for group in candidates], rules, run.stop_ids)
+        least = -math.inf if rules.min_margin is None else rules.min_margin
+        kept = [[pair for pair in made.pairs if pair.margin >= least] for made in pairings]
+        chosen = [(group, made) for group, made in zip(candidates, kept, strict=True) if made]
+        pairs = [pair for group, made in chosen for pair in pair_items(group, made, "", layout)]
+        if not pairs:
+            raise ValueError(_nothing_left(study, update, pairings))
+        count = sum(map(len, kept))
+        loader = PairLoader(pairs, layout, batch_size=count, seed=run.seed, known=known, order="given")
+        margins = [pair.margin for made in kept for pair in made]
+        return dataclasses.replace(loader.batch(0), metrics=_metrics(study, pairs, np.array(margins, np.float32)))
+
+    depends = {
+        "prompts": items_digest(study.prompts),
+        "sft": study.sft.digest,
+        "rules": dataclasses.asdict(rules),
+        "sampling": dataclasses.asdict(study.sampling),
+        "seed": run.seed,
+        "row_tokens": run.layout.row_tokens,
+    }
+    return Source(batch, window, depends, -(-len(study.prompts) // study.train.batch_size))
+
+
+def _scored(study: Study, params: Params, candidates: Sequence[Candidates], window: int) -> list[Candidates]:
+    """The candidates with their log-probs under `params` and, where the loss has one, under the reference."""
+    run = study.run
+    logps: list[Any] = run.score_now(params, candidates, window)
+    reference: list[Any] = [None] * len(candidates)
+    if study.loss.uses_reference:
+        reference = run.score_now(run.params(study.sft), candidates, window)
+    return [
+        dataclasses.replace(group, logp=logp, ref_logp=ref)
+        for group, logp, ref in zip(candidates, logps, reference, strict=True)
+    ]
+
+
+def _metrics(study: Study, pairs: Sequence[PairItem], margins: np.ndarray) -> dict[str, Mean]:
+    """How many pairs an update has, their margin (nats), and, in a world that has a gold reward, whether it agrees."""
+    count = np.float32(len(margins))
+    shares = agreement(study.gold, pairs) if study.gold is not None else {}
+    return {
+        "bootstrap/pairs": Mean(count, np.float32(1)),
+        "bootstrap/margin_mean": Mean(margins.sum(), count),
+        **{f"bootstrap/gold_{name}": Mean(np.float32(share) * count, count) for name, share in shares.items()},
+    }
+
+
+def _nothing_left(study: Study, update: int, pairings: Sequence[irm.Pairing]) -> str:
+    refused: Counter[str] = sum((made.refused for made in pairings), Counter())
+    counts = ", ".join(f"{count} {reason}" for reason, count in sorted(refused.items()))
+    return (
+        f"update {update}: the answers to {len(pairings)} prompts make no pair ({counts or 'all below min_margin'}); "
+        f"raise config.sampling.temperature ({study.sampling.temperature}) or config.sera.num_samples "
+        f"({study.settings.num_samples}), or lower config.sera.min_margin, under another --config.workdir"
+    )
+
+
+def offline(study: Study) -> Source:
+    """The control: as many updates, on the offline pairs again."""
+    run, group = study.run, study.train
+    loader = PairLoader(
+        study.pool,
+        run.layout.accumulated(group.gradient_accumulation_steps),
+        batch_size=group.batch_size,
+        seed=run.seed,
+        stream_indices=(Stream.SHUFFLE, 2),
+        known=run.pair_shapes.known,
+    )
+    depends = {"pairs": pairs_digest(study.pool), "seed": run.seed, "row_tokens": run.layout.row_tokens}
+    window = run.layout.window([pair.item for pair in study.pool])
+    return Source(lambda state, update: loader.batch(update - 1), window, depends, loader.steps_per_epoch)
+
+
+def with_reference(study: Study) -> Study:
+    """The study whose offline pairs carry the SFT model's log-probs, which training reads."""
+    reference = pool_logps(study, study.sft)
+    pool = [dataclasses.replace(pair, ref_logp=logp) for pair, logp in zip(study.pool, reference, strict=True)]
+    return dataclasses.replace(study, pool=pool)
