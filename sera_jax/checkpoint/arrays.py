@@ -108,12 +108,13 @@ def load_tree(path: pathlib.Path, abstract: Any) -> Any:
 class Checkpoints:
     """The checkpoints of one phase under way: written in the background, atomic, the last few kept.
 
-    Each holds the inputs of its phase, and goes on with no others.
+    Args:
+        inputs: of the phase; each checkpoint holds them and is restored for no others. None: for whatever they are.
     """
 
     def __init__(self, path: pathlib.Path, keep: int, inputs: dict[str, Any] | None = None):
         self._path = path.absolute()
-        self._inputs = plain(inputs or {})
+        self._inputs = None if inputs is None else plain(inputs)
         self._manager = ocp.CheckpointManager(
             self._path, options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         )
@@ -125,7 +126,7 @@ class Checkpoints:
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
                 sums=ocp.args.JsonSave(checksums(state)),
-                inputs=ocp.args.JsonSave(self._inputs),
+                inputs=ocp.args.JsonSave(self._inputs or {}),
             ),
         )
 
@@ -146,7 +147,7 @@ class Checkpoints:
         json_item = ocp.args.JsonRestore()
         try:
             inputs = self._manager.restore(step, args=ocp.args.Composite(inputs=json_item))["inputs"]
-            if inputs != self._inputs:
+            if self._inputs is not None and inputs != self._inputs:
                 raise StaleWorkdir(
                     f"{where} is of a phase with other inputs ({first_difference(inputs, self._inputs)}); "
                     f"choose another --config.workdir, or delete {self._path} to start that phase anew"

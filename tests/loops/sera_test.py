@@ -23,6 +23,7 @@ from sera_jax.experiment.methods import sera as sera_method
 from sera_jax.experiment.methods.sera import ARMS as SERA_ARMS
 from sera_jax.experiment.methods.sera import SERA
 from sera_jax.loops import study as study_module
+from sera_jax.loops.rewards import implicit
 from sera_jax.loops.runtime import NonFinite, Policy
 from sera_jax.loops.sera import sera
 from sera_jax.loops.study import Study
@@ -105,6 +106,7 @@ def _study(lab, folder, *, loss=None, train=None, sft=None, **settings):
         run=run,
         sft=sft or lab.study.sft,
         loss=loss or lab.study.loss,
+        ranking=implicit(loss or lab.study.loss),
         settings=dataclasses.replace(lab.study.settings, **settings),
         train=dataclasses.replace(lab.study.train, **(train or {})),
         evaluate=lambda policy, round_: {},
