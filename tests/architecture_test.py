@@ -16,6 +16,8 @@ PACKAGE = ROOT / "sera_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
+METHODS = {p.stem for p in (PACKAGE / "experiment" / "methods").glob("*.py") if not p.stem.startswith("_")}
+
 # From the top to the bottom; a unit may import what stands below it and, in its own layer, only what SIBLINGS names.
 LAYERS = [
     ["main", "generate", "evaluate", "export"],
@@ -40,6 +42,7 @@ READS_CONFIG = {"main", "generate", "evaluate", "export", "experiment", "config"
 GROUPS = ["model", "data", "loss", "sera", "sampling", "train", "mesh", "eval", "log"]
 MAX_MODULE_LINES = 400
 MAX_FUNCTION_LINES = 80
+MAX_PARAMETERS = 10
 
 
 def module_name(path: pathlib.Path) -> str:
@@ -127,6 +130,32 @@ def test_modules_and_functions_stay_short(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = (node.end_lineno or node.lineno) - node.lineno + 1
             assert lines < MAX_FUNCTION_LINES, f"{node.name} has {lines} lines: divide it"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=id_of)
+def test_no_place_outside_the_table_asks_for_a_methods_name(path):
+    """What differs between methods stands in their rows: nothing compares with a name, or keeps a table of its own."""
+    if path.parent == PACKAGE / "experiment" / "methods":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        asked = []
+        if isinstance(node, ast.Compare):
+            asked = [node.left, *node.comparators]
+        elif isinstance(node, ast.Dict):
+            asked = [key for key in node.keys if key is not None]
+        elif isinstance(node, ast.MatchValue):
+            asked = [node.value]
+        names = [part.value for part in asked if isinstance(part, ast.Constant) and part.value in METHODS]
+        assert not names, f"{path}:{node.lineno}: asks for {names[0]!r}; give Method a field for what differs"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=id_of)
+def test_parameter_lists_stay_short(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            taken = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            count = len(taken) - (taken[:1] in (["self"], ["cls"]))
+            assert count <= MAX_PARAMETERS, f"{path}:{node.lineno}: {node.name} takes {count}: what belongs together?"
 
 
 def test_no_module_is_a_drawer_for_everything():

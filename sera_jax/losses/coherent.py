@@ -155,16 +155,11 @@ def update_moments(moments: Moments, scores: Array, mask: Array) -> Moments:
 
 def place(
     *,
-    logratios: Array,
+    shares: Array,
     scores: Array,
     slot: Array,
     num_slots: int,
-    finished: Array,
     placement: str,
-    count_eos: bool,
-    length_normalize: bool,
-    missing_eos: str,
-    missing_eos_penalty: float,
     mean: Array | float = 0.0,
     std: Array | float = 1.0,
     clip: float | None = None,
@@ -176,16 +171,16 @@ def place(
     after its own as well, and per-token placement gives those no credit for it.
 
     Args:
-        logratios: f32[..., M] from `token_logratios`; read by placement `token`.
+        shares: f32[..., M] from `shares`; read by placement `token`.
         scores: f32[..., K]; read by placement `eos`, so that they may be of another make than `scores`.
-        slot, num_slots, finished, count_eos, length_normalize, missing_eos, missing_eos_penalty: as for `shares`.
+        slot, num_slots: as for `shares`.
         placement: `eos` pays (score - mean) / std at the last token, `token` pays each token its share / std: the mean
             is not taken off, as a shift of every token would pay for length.
         mean, std: of the scores, to whiten by; 0 and 1 do not.
         clip: what is paid at a token, a penalty included, is cut to [-clip, clip]; None: it is not.
 
     Raises:
-        ValueError: the name in `placement` or `missing_eos` is unknown.
+        ValueError: the name in `placement` is unknown.
     """
     if placement not in PLACEMENTS:
         raise ValueError(f"placement is {placement!r}; choose one of {', '.join(PLACEMENTS)}")
@@ -193,15 +188,5 @@ def place(
         last = (jnp.asarray(slot) < num_slots) & ~follows(slot, num_slots=num_slots)
         paid = jnp.where(last, at_tokens((jnp.float32(scores) - mean) / std, slot=slot), 0.0)
     else:
-        added = shares(
-            logratios,
-            slot=slot,
-            num_slots=num_slots,
-            finished=finished,
-            count_eos=count_eos,
-            length_normalize=length_normalize,
-            missing_eos=missing_eos,
-            missing_eos_penalty=missing_eos_penalty,
-        )
-        paid = added / std
+        paid = shares / std
     return paid if clip is None else jnp.clip(paid, -clip, clip)

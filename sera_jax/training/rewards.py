@@ -90,18 +90,18 @@ def _token_reward(
     how = {name: getattr(settings, name) for name in names}
 
     def reward(batch: Scored, moments: coherent.Moments) -> tuple[jax.Array, coherent.Moments, dict[str, jax.Array]]:
-        at = dict(finished=batch.finished, **batch.slots(), **how)
         logratios = coherent.token_logratios(sft_logp=batch.sft_logp, base_logp=batch.base_logp)
-        basis, paid = scores(batch, coherent.scores(logratios, **at))
+        shares = coherent.shares(logratios, finished=batch.finished, **batch.slots(), **how)
+        basis, paid = scores(batch, by_response(shares, batch))
         moments = coherent.update_moments(moments, basis, response_lengths(batch) > 0)
         rewards = coherent.place(
-            logratios=logratios,
+            shares=shares,
             scores=paid,
             placement=placement,
             mean=moments.mean if settings.whiten else 0.0,
             std=moments.std() if settings.whiten else 1.0,
             clip=settings.clip,
-            **at,
+            **batch.slots(),
         )
         return rewards, moments, _coherent_metrics(batch, logratios)
 

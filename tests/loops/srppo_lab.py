@@ -19,7 +19,7 @@ from sera_jax.loops.ppo import Learner
 from sera_jax.loops.ppo_segment import Segment, train_segment
 from sera_jax.loops.runtime import Policy
 from sera_jax.loops.srppo import RANDOM_REWARD, REINFORCE, SRPPO_ARM, iterate, srppo
-from sera_jax.loops.srppo_study import SrppoStudy
+from sera_jax.loops.srppo_study import PpoArm, SrppoStudy
 from sera_jax.mesh import make_mesh, row_shards
 from sera_jax.training.ppo_steps import PpoPrograms, PpoState
 from sera_jax.writer import MetricWriter, read_records
@@ -138,10 +138,12 @@ def run_arm(study: SrppoStudy, arm: str = "srppo", ends: tuple[int, ...] = ()) -
         return policy
 
 
-def first_rewards(study: SrppoStudy, arm: str = "srppo") -> tuple[dict[str, float], list[Any], PpoState, PpoPrograms]:
+def first_rewards(
+    study: SrppoStudy, arm: PpoArm = SRPPO_ARM
+) -> tuple[dict[str, float], list[Any], PpoState, PpoPrograms]:
     """Metrics, experience and state of the first iteration before its updates, and the arm's programs."""
     with jax.set_mesh(study.run.mesh), study.run.writer:
-        learner = Learner(study, PPO_ARMS[arm])
+        learner = Learner(study, arm)
         state = learner.programs.start(study.run.params(study.sft))
         rollouts = learner.sample(state, 1)
         state, experience, metrics = learner.reward(state, rollouts, learner.score(state, rollouts), 1)

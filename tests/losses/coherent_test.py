@@ -45,6 +45,13 @@ LAYOUT = dict(
 USED = LAYOUT["slot"] < NUM_SLOTS
 
 
+def place(*, logratios, scores, slot, num_slots, finished, placement, mean=0.0, std=1.0, clip=None, **rules):
+    """`coherent.place` of what `coherent.shares` gives by the rules."""
+    at = dict(slot=slot, num_slots=num_slots)
+    shares = coherent.shares(logratios, finished=finished, **at, **rules)
+    return coherent.place(shares=shares, scores=scores, placement=placement, mean=mean, std=std, clip=clip, **at)
+
+
 def lay(rows, fill=0.0, gap=0):
     return ppo_oracles.lay(rows, WIDTH, fill, gap).astype(np.float32)
 
@@ -68,7 +75,7 @@ def test_payments_are_the_oracles_under_every_rule_placement_and_clip(rules, whi
     scores = coherent.scores(lay(LOGRATIOS), **LAYOUT, **rules)
     for placement, clip in itertools.product(coherent.PLACEMENTS, [None, 0.3]):
         how = dict(placement=placement, mean=mean, std=std, clip=clip)
-        got = coherent.place(logratios=lay(LOGRATIOS), scores=scores, **LAYOUT, **rules, **how)
+        got = place(logratios=lay(LOGRATIOS), scores=scores, **LAYOUT, **rules, **how)
         want = lay(each(lambda x, end: ppo_oracles.paid(x, end, **rules, **how)))  # noqa: B023
         assert got.dtype == jnp.float32
         assert_close(got, want)
@@ -81,7 +88,7 @@ def test_without_clip_and_mean_both_placements_pay_a_response_the_same_in_sum(ru
     scores = coherent.scores(lay(LOGRATIOS), **LAYOUT, **rules)
     sums = [
         coherent.sum_slots(
-            coherent.place(logratios=lay(LOGRATIOS), scores=scores, placement=placement, std=1.7, **LAYOUT, **rules),
+            place(logratios=lay(LOGRATIOS), scores=scores, placement=placement, std=1.7, **LAYOUT, **rules),
             LAYOUT["slot"],
             NUM_SLOTS,
         )
@@ -102,14 +109,12 @@ def test_a_fractional_score_is_paid_to_the_last_float32_digit(logratios_dtype):
     """Rewards written into an array of the token ids' type would come out as 0 and -1."""
     scores = ppo_oracles.of_slots([[0.7, -1.6, 0.1], [-0.3, 1.0], []], NUM_SLOTS).astype(np.float32)
     ids = np.ones((len(LENGTHS), WIDTH), logratios_dtype)
-    got = coherent.place(logratios=ids, scores=scores, placement="eos", **LAYOUT, **PLAIN)
+    got = place(logratios=ids, scores=scores, placement="eos", **LAYOUT, **PLAIN)
     assert got.dtype == jnp.float32
     paid = np.array(got)
     assert paid[0][paid[0] != 0].tolist() == [np.float32(0.7), np.float32(-1.6), np.float32(0.1)]
     assert paid[1][paid[1] != 0].tolist() == [np.float32(-0.3), np.float32(1.0)]
-    shared = coherent.place(
-        logratios=ids, scores=scores, placement="token", **LAYOUT, **PLAIN | dict(length_normalize=True)
-    )
+    shared = place(logratios=ids, scores=scores, placement="token", **LAYOUT, **PLAIN | dict(length_normalize=True))
     assert shared.dtype == coherent.scores(ids, **LAYOUT, **PLAIN).dtype == jnp.float32
     assert_close(shared[0, :3], np.full(3, 1 / 3))
 
@@ -118,7 +123,7 @@ def test_a_cut_response_is_paid_the_penalty_and_nothing_else():
     huge = lay(LOGRATIOS) * 1e6
     for placement in coherent.PLACEMENTS:
         scores = coherent.scores(huge, **LAYOUT, **PLAIN)
-        paid = coherent.place(logratios=huge, scores=scores, placement=placement, **LAYOUT, **PLAIN)
+        paid = place(logratios=huge, scores=scores, placement=placement, **LAYOUT, **PLAIN)
         assert np.array(scores)[0, 1:3].tolist() == [-1.0, -1.0]
         assert np.array(paid)[0, 3:8].tolist() == [-1.0, 0.0, 0.0, 0.0, -1.0]
 
@@ -131,7 +136,7 @@ def test_a_response_is_paid_the_same_alone_packed_and_with_gaps(placement, rules
         layout = dict(slot=slot, num_slots=NUM_SLOTS, finished=ppo_oracles.of_slots(finished, NUM_SLOTS).astype(bool))
         logratios = ppo_oracles.lay(rows, WIDTH + 2, np.nan, gap).astype(np.float32)
         scores = coherent.scores(logratios, **layout, **rules)
-        paid = coherent.place(
+        paid = place(
             logratios=logratios, scores=scores, placement=placement, mean=0.3, std=1.5, clip=2.0, **layout, **rules
         )
         return np.array(paid)[slot < NUM_SLOTS]
@@ -153,8 +158,8 @@ def test_what_unused_columns_and_empty_slots_hold_is_never_paid(junk):
     assert empty.any() and not np.array(clean)[empty].any()
     for placement in coherent.PLACEMENTS:
         how = dict(placement=placement, mean=0.2, std=2.0, **LAYOUT, **rules)
-        left = coherent.place(logratios=lay(LOGRATIOS), scores=clean, **how)
-        right = coherent.place(logratios=lay(LOGRATIOS, junk), scores=jnp.where(empty, junk, clean), **how)
+        left = place(logratios=lay(LOGRATIOS), scores=clean, **how)
+        right = place(logratios=lay(LOGRATIOS, junk), scores=jnp.where(empty, junk, clean), **how)
         np.testing.assert_array_equal(left, right)
 
 
@@ -163,7 +168,7 @@ def test_the_axes_before_the_columns_are_arbitrary_and_a_jit_changes_nothing():
         layout = dict(slot=slot, num_slots=NUM_SLOTS, finished=finished)
         scores = coherent.scores(logratios, **layout, **RULES[3])
         how = dict(logratios=logratios, scores=scores, **layout, **RULES[3])
-        return [scores, *(coherent.place(placement=placement, **how) for placement in coherent.PLACEMENTS)]
+        return [scores, *(place(placement=placement, **how) for placement in coherent.PLACEMENTS)]
 
     arrays = lay(LOGRATIOS), LAYOUT["slot"], LAYOUT["finished"]
     want = pay(*arrays)
@@ -208,4 +213,4 @@ def test_an_unknown_name_lists_the_choices(name, wrong):
     choices = ", ".join({"missing_eos": coherent.MISSING_EOS, "placement": coherent.PLACEMENTS}[name])
     arguments = dict(logratios=lay(LOGRATIOS), scores=np.zeros((3, NUM_SLOTS)), placement="token", **LAYOUT, **PLAIN)
     with pytest.raises(ValueError, match=f"{name} is '{wrong}'; choose one of {choices}"):
-        coherent.place(**arguments | {name: wrong})
+        place(**arguments | {name: wrong})

@@ -78,7 +78,9 @@ def payments(logp, *, placement="eos", kl_coef=0.0, reference=SFT, rules=RULES):
     """f32[R, M]: the coherent reward as placed, less the KL to the reference, token by token."""
     logratios = coherent.token_logratios(sft_logp=token_logp(SFT), base_logp=token_logp(BASE))
     scores = coherent.scores(logratios, **rules)
-    reward = coherent.place(logratios=logratios, scores=scores, placement=placement, **rules)
+    at = {name: rules[name] for name in ("slot", "num_slots")}
+    shares = coherent.shares(logratios, **rules)
+    reward = coherent.place(shares=shares, scores=scores, placement=placement, **at)
     return reward - kl_coef * ppo.kl_estimate(logp=logp, ref_logp=token_logp(reference), estimator="k1")
 
 
