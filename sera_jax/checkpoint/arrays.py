@@ -39,9 +39,12 @@ def _leaf_sum(x: jax.Array) -> jax.Array:
         h = (bits ^ (place * jnp.uint32(a))) * jnp.uint32(b)
         h ^= h >> 15
         h = (h + place) * jnp.uint32(a)
-        return jnp.sum(h ^ (h >> 13), dtype=jnp.uint32)
+        return h ^ (h >> 13)
 
-    return jnp.stack([mix(0x9E3779B1, 0x85EBCA6B), mix(0xC2B2AE35, 0x27D4EB2F)])
+    # one reduction of both: a sum each would lay what it adds up in memory, twice the leaf
+    mixed, zero = (mix(0x9E3779B1, 0x85EBCA6B), mix(0xC2B2AE35, 0x27D4EB2F)), jnp.uint32(0)
+    axes = tuple(range(x.ndim))
+    return jnp.stack(jax.lax.reduce(mixed, (zero, zero), lambda left, right: jax.tree.map(jnp.add, left, right), axes))
 
 
 @jax.jit
