@@ -18,15 +18,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sera_jax.checkpoint import Workdir, load_tree, save_tree
+from sera_jax.checkpoint import Workdir, save_tree
 from sera_jax.config import SamplingGroup
 from sera_jax.data.batches import PairLoader, score_batches
 from sera_jax.data.items import Item
 from sera_jax.data.packing import RowSpec, gather_scores, window_for
-from sera_jax.mesh import param_shardings, row_shards
+from sera_jax.mesh import row_shards
 from sera_jax.models.config import ModelConfig
-from sera_jax.models.decoder import Params, abstract_params
+from sera_jax.models.decoder import Params
 from sera_jax.sampling import Sample, SamplingParams, generate
+from sera_jax.training.parameters import load_params
 from sera_jax.training.ppo_steps import Programs
 from sera_jax.training.score import make_score, place_rows
 from sera_jax.writer import MetricWriter
@@ -99,14 +100,6 @@ class Runtime:
 
     # ---- parameters
 
-    def abstract_params(self) -> Params:
-        shapes = abstract_params(self.cfg)
-        return jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            shapes,
-            param_shardings(self.mesh, shapes),
-        )
-
     def compilations(self) -> dict[str, int]:
         """How many programs this process compiled for updates and for scoring."""
         ppo = self.programs.values()
@@ -121,15 +114,19 @@ class Runtime:
         """Let go of the parameters in memory."""
         self._held = None
 
+    def load(self, policy: Policy) -> Params:
+        """The parameters of `policy`, on the mesh, for the caller to hold."""
+        return load_params(self.cfg, self.mesh, policy.path / "params")
+
     def params(self, policy: Policy) -> Params:
         """The parameters of `policy`, on the mesh; the ones held before are let go."""
         if self._held is None or self._held[0] != policy.digest:
             self._held = None
-            self._held = (policy.digest, load_tree(policy.path / "params", self.abstract_params()))
+            self._held = (policy.digest, self.load(policy))
         return self._held[1]
 
     def store(self, name: str, inputs: dict[str, Any], make: Callable[[], Params]) -> Policy:
-        """A policy from parameters made elsewhere (fresh, or read from a Hugging Face folder)."""
+        """A policy from parameters made elsewhere (`training.parameters`); `make` returns them on the mesh."""
 
         def produce(folder: pathlib.Path) -> None:
             save_tree(folder / "params", make())

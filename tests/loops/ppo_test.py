@@ -102,7 +102,7 @@ def test_a_policy_leaves_without_its_critic(lab, warmed, tmp_path):
     assert checksums(warmed.policy).keys() == checksums(lab.study.sft).keys(), "no value head among its parameters"
     held = json.loads((warmed.policy.path / "state" / "checksums.json").read_text())
     assert [leaf for leaf in held if HEAD in leaf], "training can go on with the head"
-    params = load_tree(warmed.policy.path / "params", warmed.study.run.abstract_params())
+    params = warmed.study.run.load(warmed.policy)
     export(params, warmed.study.run.cfg, tmp_path / "hf", tokenizer_dir=lab.root / "tokenizer")
     _, read = load_pretrained(tmp_path / "hf")
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), jax.device_get(read))
@@ -210,7 +210,7 @@ def first_change(lab, folder, **options):
     """Metrics of the first iteration, and what it did to the SFT model's parameters."""
     study = study_of(lab, folder, **options)
     policy = run_arm(study, ends=(1,))
-    now, before = (load_tree(p.path / "params", study.run.abstract_params()) for p in (policy, study.sft))
+    now, before = (study.run.load(p) for p in (policy, study.sft))
     (line,) = ppo_lines(folder, "srppo")
     return line, jax.tree.map(lambda a, b: np.float64(a) - b, *jax.device_get((now, before)))
 

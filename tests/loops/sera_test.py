@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from sera_jax import experiment
-from sera_jax.checkpoint import Checkpoints, Workdir, load_tree, save_tree
+from sera_jax.checkpoint import Checkpoints, Workdir, save_tree
 from sera_jax.config import Config
 from sera_jax.data.batches import PairLoader
 from sera_jax.data.items import Item
@@ -395,7 +395,7 @@ def _good_state(study, folder):
 
 def test_a_poisoned_reference_is_named_before_any_update(lab, tmp_path):
     run = lab.study.run
-    params = load_tree(lab.study.sft.path / "params", run.abstract_params())
+    params = run.load(lab.study.sft)
     save_tree(tmp_path / "bad" / "params", jax.tree.map(lambda x: x * np.nan, params))
     study = _study(lab, tmp_path / "run", sft=Policy("sft", tmp_path / "bad", "bad"))
     with pytest.raises(NonFinite, match=rf"log-prob of record '{study.pool[0].item.id}' is not finite.*bad"):

@@ -1,0 +1,41 @@
+"""Parameters of a model, from wherever they come, each laid on its shards before any program sees it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+
+import jax
+from jax.sharding import Mesh
+
+from sera_jax.checkpoint import load_tree
+from sera_jax.mesh import param_shardings, placed_shapes
+from sera_jax.models.config import ModelConfig
+from sera_jax.models.decoder import Params, abstract_params, init_params
+from sera_jax.models.families import mathematics
+from sera_jax.models.huggingface import load_pretrained
+
+Source = jax.Array | str | os.PathLike
+
+
+def load_params(cfg: ModelConfig, mesh: Mesh, source: Source) -> Params:
+    """The parameters of `source`, on the mesh by its sharding rules; no device ever holds more than its own part.
+
+    Args:
+        cfg: the model; its `param_dtype` is that of the parameters.
+        source: a random key, for fresh ones; a folder that `checkpoint.save_tree` wrote; or a Hugging Face folder of
+            that model.
+
+    Raises:
+        ValueError, FileNotFoundError: as `load_tree` and `load_pretrained`; a sharding rule that does not fit.
+    """
+    shapes = abstract_params(cfg)
+    if isinstance(source, jax.Array):
+        return jax.jit(functools.partial(init_params, cfg), out_shardings=param_shardings(mesh, shapes))(source)
+    folder = pathlib.Path(source)
+    if not (folder / "config.json").is_file():
+        return load_tree(folder, placed_shapes(mesh, shapes))
+    found, params = load_pretrained(folder, mesh=mesh, param_dtype=cfg.param_dtype)
+    assert mathematics(found) == mathematics(cfg), "whoever names a folder has read its config.json"
+    return params
