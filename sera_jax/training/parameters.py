@@ -7,10 +7,11 @@ import os
 import pathlib
 
 import jax
-from jax.sharding import Mesh
+from jax.extend.core import jaxpr_as_fun
+from jax.sharding import Mesh, NamedSharding
 
 from sera_jax.checkpoint import load_tree
-from sera_jax.mesh import param_shardings, placed_shapes
+from sera_jax.mesh import placed_shapes
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import Params, abstract_params, init_params
 from sera_jax.models.families import mathematics
@@ -30,12 +31,24 @@ def load_params(cfg: ModelConfig, mesh: Mesh, source: Source) -> Params:
     Raises:
         ValueError, FileNotFoundError: as `load_tree` and `load_pretrained`; a sharding rule that does not fit.
     """
-    shapes = abstract_params(cfg)
     if isinstance(source, jax.Array):
-        return jax.jit(functools.partial(init_params, cfg), out_shardings=param_shardings(mesh, shapes))(source)
+        return _fresh(cfg, mesh, source)
     folder = pathlib.Path(source)
     if not (folder / "config.json").is_file():
-        return load_tree(folder, placed_shapes(mesh, shapes))
+        return load_tree(folder, placed_shapes(mesh, abstract_params(cfg)))
     found, params = load_pretrained(folder, mesh=mesh, param_dtype=cfg.param_dtype)
     assert mathematics(found) == mathematics(cfg), "whoever names a folder has read its config.json"
     return params
+
+
+def _fresh(cfg: ModelConfig, mesh: Mesh, key: jax.Array) -> Params:
+    """One program for each parameter: drawing all in one would hold the random bits of all at once."""
+    leaves, tree = jax.tree.flatten(placed_shapes(mesh, abstract_params(cfg)))
+    draw = jaxpr_as_fun(
+        jax.make_jaxpr(functools.partial(init_params, cfg))(key)
+    )  # traced once; a program drops the rest
+
+    def one(place: int, sharding: NamedSharding) -> jax.Array:
+        return jax.jit(lambda key: draw(key)[place], out_shardings=sharding)(key)
+
+    return tree.unflatten([one(place, leaf.sharding) for place, leaf in enumerate(leaves)])
