@@ -97,13 +97,14 @@ class _Loader:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The numbers of rows R that batches have; hand them to the next round's loader as `known_sizes`."""
+        """The numbers of rows that batches are planned for, whatever the data shards; hand them to the next round's
+        loader as `known_sizes`."""
         return self._planner.sizes
 
     @property
     def shapes(self) -> set[tuple[int, int, int, int, int]]:
         """(R, T, M, K, Q) of every batch that there can be: as many compilations of the step."""
-        return {(rows, *dataclasses.astuple(self.spec)) for rows in self.sizes}
+        return {(self._planner.laid(rows), *dataclasses.astuple(self.spec)) for rows in self.sizes}
 
     def _lay(self, step: int) -> tuple[Step, list[list[int]], Packed]:
         plan, size = self._planner.step(step)
@@ -134,11 +135,11 @@ class PairLoader(_Loader):
         batch_size: pairs of a step.
         row_tokens: T.
         stream_indices: what names this loader's shuffle besides the seed, for instance the round.
-        row_multiple: R is a multiple of this: microbatches x data shards.
+        row_multiple: R is a multiple of this: microbatches x data shards. It rounds R up and changes no batch's pairs.
         max_row_shapes: at most so many sizes of R, those in `known_sizes` counted; one more only if nothing fits.
         microbatches: A.
         share_prompt: see `packing`.
-        known_sizes: sizes of R that earlier rounds compiled.
+        known_sizes: `sizes` of earlier rounds, which are compiled.
         spec: (T, M, K, Q) of earlier rounds; grows if an entry does not fit.
         order: `shuffle` or `given` (a curriculum).
 
@@ -176,6 +177,7 @@ class PairLoader(_Loader):
             seed=seed,
             stream_indices=stream_indices,
             row_multiple=row_multiple,
+            microbatches=microbatches,
             max_row_shapes=max_row_shapes,
             share_prompt=share_prompt,
             known_sizes=known_sizes,
@@ -247,6 +249,7 @@ class ItemLoader(_Loader):
             seed=seed,
             stream_indices=stream_indices,
             row_multiple=row_multiple,
+            microbatches=microbatches,
             max_row_shapes=max_row_shapes,
             share_prompt=True,
             known_sizes=known_sizes,

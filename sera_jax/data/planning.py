@@ -1,5 +1,8 @@
 """Which item goes into which step, and how many rows a step has. Numpy only; knows no loader and no model.
 
+Which items a step takes does not depend on the devices: a run that goes on with more or fewer of them makes the same
+updates. Their number only rounds up the rows of a step.
+
 A step takes a fixed number of pairs, so its tokens vary, and with them the rows it needs: rounding these up to a few
 sizes would cost more padding than packing saves. So a shuffled epoch is balanced: a few items are exchanged between
 steps until every step just fills a whole number of rows.
@@ -248,7 +251,8 @@ class StepPlanner:
     Attributes:
         steps_per_epoch: steps of an epoch; the last one may be partial.
         spec: the one row spec of all steps.
-        sizes: the row counts that steps are rounded up to, chosen on the first epoch and kept.
+        sizes: the row counts that steps are planned for, chosen on the first epoch and kept; multiples of
+            `microbatches`. A step is laid in the next multiple of `row_multiple`.
     """
 
     def __init__(
@@ -260,6 +264,7 @@ class StepPlanner:
         seed: int,
         stream_indices: tuple[int, ...],
         row_multiple: int,
+        microbatches: int,
         max_row_shapes: int,
         share_prompt: bool,
         known_sizes: Sequence[int],
@@ -279,7 +284,8 @@ class StepPlanner:
             raise ValueError(f"order={order!r} is unknown; choose one of {', '.join(ORDERS)}")
         self._entries = entries
         self._counts = [max(len(pairs), 1) for _, pairs in entries]
-        self._batch_size, self._row_tokens, self._multiple = batch_size, row_tokens, row_multiple
+        self._batch_size, self._row_tokens, self._microbatches = batch_size, row_tokens, microbatches
+        self._row_multiple = row_multiple
         self._seed, self._indices = seed, stream_indices
         self._share_prompt, self._shuffle = share_prompt, order == "shuffle"
         self._whole = [cut_unit(i, *entry, 0, self._counts[i]) for i, entry in enumerate(entries)]
@@ -295,21 +301,25 @@ class StepPlanner:
             self._slack = slack
             steps = self._pack(self._compose(0))
             needed = [len(step.rows) for step in steps]
-            sizes = choose_sizes(needed, multiple=row_multiple, most=max_row_shapes, known=known_sizes)
+            sizes = choose_sizes(needed, multiple=microbatches, most=max_row_shapes, known=known_sizes)
             rows = sum(round_up(n, sizes) or 0 for n in needed)
             tries.append((rows, len(set(sizes) - set(known_sizes)), len(tries), slack, sizes, steps))
         *_, self._slack, self.sizes, self._first = min(tries, key=lambda t: t[:3])
         self._epochs[0] = self._first
 
+    def laid(self, size: int) -> int:
+        """The number of rows that a planned size is laid in."""
+        return -(-size // self._row_multiple) * self._row_multiple
+
     def step(self, step: int) -> tuple[Step, int]:
-        """The contents of a step >= 0 and the number of rows it is rounded up to."""
+        """The contents of a step >= 0 and the number of rows it is laid in."""
         if step < 0:
             raise ValueError(f"step={step} must be at least 0")
         epoch, place = divmod(step, self.steps_per_epoch)
         plan = self._plan(epoch if self._shuffle else 0)[place]
         size = round_up(len(plan.rows), self.sizes)
         assert size is not None, "every planned step fits the largest size"
-        return plan, size
+        return plan, self.laid(size)
 
     def _plan(self, epoch: int) -> list[Step]:
         if epoch not in self._epochs:
@@ -349,7 +359,7 @@ class StepPlanner:
             np.array([kind[g].sum() for g in groups]),
             self._batch_size,
             spread=float(cost.std() * np.sqrt(len(units) / len(groups))),
-            multiple=self._multiple,
+            multiple=self._microbatches,
             slack=self._slack,
         )
         balance(groups, cost, kind, target)

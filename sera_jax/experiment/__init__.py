@@ -39,6 +39,8 @@ def run(config: Config, *, stop_requested: Callable[[], bool] = lambda: False) -
     workdir = Workdir(root, config_lib.to_dict(config))
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     with MetricWriter(root, tensorboard=config.log.tensorboard) as writer, jax.set_mesh(mesh):
+        for note in workdir.notes:
+            writer.announce(note)
         writer.announce(f"loss {loss}" if loss is not None else f"coherent reward: {config.reward}")
         corpus = read_corpus(config, workdir, writer.announce)
         cfg, make_base = base_model(config.model, corpus.tokenizer, config.seed)

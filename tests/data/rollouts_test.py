@@ -237,6 +237,16 @@ def test_a_shape_that_does_not_divide_over_the_devices_is_not_kept():
     assert shape_of(lay(items, parts=2, row_multiple=4, earlier=larger)[0]) == larger
 
 
+@pytest.mark.parametrize("earlier", [(0, 0, 0), (24, 40, 16)])
+def test_which_rollouts_a_minibatch_takes_depends_neither_on_the_devices_nor_on_the_shape_before(earlier):
+    items = rollouts(3, count=24)
+    alone = lay(items, parts=2, row_multiple=1)
+    for multiple in (2, 8):
+        spread = lay(items, parts=2, row_multiple=multiple, earlier=earlier)
+        for ours, theirs in zip(spread, alone, strict=True):
+            assert set(ours.item.flat) - {-1} == set(theirs.item.flat) - {-1}
+
+
 def test_an_item_that_fits_no_row_names_itself_and_the_limit():
     long = Item("long", np.ones(30, np.int32), (np.ones(20, np.int32),))
     with pytest.raises(ValueError, match=r"'long' takes 50 tokens.* 40 of a row"):
