@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -21,7 +22,7 @@ from sera_jax.data.packing import RowSpec, build_rows
 from sera_jax.evaluation.report import check_summary
 from sera_jax.experiment import sera_arms
 from sera_jax.loops import study as study_module
-from sera_jax.loops.runtime import NonFinite, Policy
+from sera_jax.loops.runtime import NonFinite, Policy, Preempted, RowShapes
 from sera_jax.loops.sera import sera
 from sera_jax.loops.study import Study
 from sera_jax.losses.preference import resolve
@@ -94,10 +95,10 @@ def _jsonl(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def _study(lab, folder, *, loss=None, train=None, sft=None, **settings):
+def _study(lab, folder, *, loss=None, train=None, sft=None, config=None, **settings):
     """The lab's study with other settings in a work directory of its own; jitted functions are shared."""
     run = copy.copy(lab.study.run)
-    run.workdir, run.writer = Workdir(folder, {}), MetricWriter(folder, tensorboard=False)
+    run.workdir, run.writer = Workdir(folder, config or {}), MetricWriter(folder, tensorboard=False)
     return dataclasses.replace(
         lab.study,
         run=run,
@@ -401,3 +402,34 @@ def test_a_poisoned_reference_is_named_before_any_update(lab, tmp_path):
     with pytest.raises(NonFinite, match=rf"log-prob of record '{study.pool[0].item.id}' is not finite.*bad"):
         _run(study)
     assert not (tmp_path / "run" / "phases" / "round1").exists()
+
+
+def test_a_run_stopped_amid_a_round_goes_on_with_other_devices_and_ends_alike(lab, tmp_path):
+    def on(fsdp, stop_after):
+        """The lab's arm `sera` in a work directory of its own, as a process with so many devices would start it."""
+        study = _study(lab, tmp_path, config={"mesh": {"fsdp": fsdp}})
+        run = study.run
+        run.mesh, run.row_shapes = make_mesh(1, fsdp, 1, devices=jax.devices()[:fsdp]), RowShapes()
+        run._held, run.steps, run._scores = None, {}, {}
+        asked = itertools.count()
+        run.stop_requested = lambda: next(asked) > stop_after
+        return study
+
+    with pytest.raises(Preempted, match="stopped in round1 after update 2"):
+        _run(on(1, stop_after=1))
+    study = on(2, stop_after=10**6)
+    policy, facts = _run(study)
+    assert study.run.workdir.notes == ["config: mesh.fsdp was 1, now 2 (no part of the run's identity)"]
+    assert [(f["kept"], f["added"]) for f in facts] == [(f["kept"], f["added"]) for f in lab.rounds("sera").values()]
+    tolerance = TOLERANCES["mesh"]["rtol"]
+    known = {(r["phase"], r["arm"], r["round"], r["step"]): r for r in lab.lines}
+    lines = read_records(tmp_path / "metrics.jsonl")[0]
+    assert len([r for r in lines if r["phase"] == "train"]) == 3 * UPDATES
+    for line in lines:
+        same = known[line["phase"], line["arm"], line["round"], line["step"]]
+        for name in {"loss", "grad_norm", "rewards/margins", "margin_mean", "bootstrap/margin_mean"} & line.keys():
+            np.testing.assert_allclose(line[name], same[name], rtol=tolerance, err_msg=f"{name} of {line}")
+    policies = (lab.study.sft, policy, lab.policy("sera/round3"))
+    start, ours, theirs = (jax.tree.leaves(jax.device_get(study.run.load(p))) for p in policies)
+    for a, b, c in zip(start, ours, theirs, strict=True):  # in norm, since Adam divides by a gradient's own size
+        assert np.linalg.norm(b - c) <= tolerance * np.linalg.norm(c - a)
