@@ -20,7 +20,7 @@ from sera_jax.experiment.folders import check_two_models, has_tokenizer
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.families import config_from_hf, mathematics
 from sera_jax.models.folder import read_config
-from sera_jax.training.parameters import Source
+from sera_jax.training.parameters import Origin
 
 
 def read_corpus(config: Config, workdir: Workdir, say: Callable[[str], None]) -> Corpus:
@@ -135,7 +135,7 @@ def model_config(model: ModelGroup, tokenizer: Tokenizer) -> ModelConfig:
     return ModelConfig(**shape)
 
 
-def base_model(model: ModelGroup, tokenizer: Tokenizer, seed: int) -> tuple[ModelConfig, Source]:
+def base_model(model: ModelGroup, tokenizer: Tokenizer, seed: int) -> tuple[ModelConfig, Origin]:
     """The base model's shape, and where its parameters come from: its folder, or, fresh, a random key."""
     path = model.model_name_or_path or model.sft_model_path
     if not path:

@@ -11,11 +11,11 @@ from sera_jax.experiment.corpus import Corpus
 from sera_jax.experiment.folders import folder_identity
 from sera_jax.loops.runtime import Policy, Runtime
 from sera_jax.loops.sft import sft
-from sera_jax.training.parameters import Source, load_params
+from sera_jax.training.parameters import Origin, load_params
 
 
 def starting_policy(
-    config: Config, runtime: Runtime, corpus: Corpus, base_source: Source
+    config: Config, runtime: Runtime, corpus: Corpus, base_origin: Origin
 ) -> tuple[Policy | None, Policy]:
     """Base and SFT model: the checkpoints named, or a base from scratch and SFT of it on the demonstrations.
 
@@ -30,7 +30,7 @@ def starting_policy(
     if model.sft_model_path:
         check_shape(model, runtime.cfg)
     if srppo or not model.sft_model_path:
-        base = _base_policy(config, runtime, corpus, base_source)
+        base = _base_policy(config, runtime, corpus, base_origin)
     if model.sft_model_path:
         say(f"SFT model: {model.sft_model_path}; no SFT is run")
         identity = folder_identity(model.sft_model_path)
@@ -50,13 +50,13 @@ def params_sha256(policy: Policy) -> str:
     return file_digest(policy.path / "params" / "checksums.json")
 
 
-def _base_policy(config: Config, runtime: Runtime, corpus: Corpus, source: Source) -> Policy:
+def _base_policy(config: Config, runtime: Runtime, corpus: Corpus, origin: Origin) -> Policy:
     fresh = not config.model.model_name_or_path
     identity = {"model": dataclasses.asdict(config.model), "seed": config.seed}
     if not fresh:
         identity |= folder_identity(config.model.model_name_or_path)
     name = "init" if fresh else "base"
-    base = runtime.store(name, identity, lambda: load_params(runtime.cfg, runtime.mesh, source))
+    base = runtime.store(name, identity, lambda: load_params(runtime.cfg, runtime.mesh, origin))
     if not fresh:
         return base
     runtime.writer.announce(f"base model from scratch, on {len(corpus.pretrain)} texts")

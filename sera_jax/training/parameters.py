@@ -17,23 +17,23 @@ from sera_jax.models.decoder import Params, abstract_params, init_params
 from sera_jax.models.families import mathematics
 from sera_jax.models.huggingface import load_pretrained
 
-Source = jax.Array | str | os.PathLike
+Origin = jax.Array | str | os.PathLike
 
 
-def load_params(cfg: ModelConfig, mesh: Mesh, source: Source) -> Params:
-    """The parameters of `source`, on the mesh by its sharding rules; no device ever holds more than its own part.
+def load_params(cfg: ModelConfig, mesh: Mesh, origin: Origin) -> Params:
+    """The parameters of `origin`, on the mesh by its rules: a device is given its own part of each and no more.
 
     Args:
         cfg: the model; its `param_dtype` is that of the parameters.
-        source: a random key, for fresh ones; a folder that `checkpoint.save_tree` wrote; or a Hugging Face folder of
+        origin: a random key, for fresh ones; a folder that `checkpoint.save_tree` wrote; or a Hugging Face folder of
             that model.
 
     Raises:
         ValueError, FileNotFoundError: as `load_tree` and `load_pretrained`; a sharding rule that does not fit.
     """
-    if isinstance(source, jax.Array):
-        return _fresh(cfg, mesh, source)
-    folder = pathlib.Path(source)
+    if isinstance(origin, jax.Array):
+        return _fresh(cfg, mesh, origin)
+    folder = pathlib.Path(origin)
     if not (folder / "config.json").is_file():
         return load_tree(folder, placed_shapes(mesh, abstract_params(cfg)))
     found, params = load_pretrained(folder, mesh=mesh, param_dtype=cfg.param_dtype)
@@ -44,9 +44,8 @@ def load_params(cfg: ModelConfig, mesh: Mesh, source: Source) -> Params:
 def _fresh(cfg: ModelConfig, mesh: Mesh, key: jax.Array) -> Params:
     """One program for each parameter: drawing all in one would hold the random bits of all at once."""
     leaves, tree = jax.tree.flatten(placed_shapes(mesh, abstract_params(cfg)))
-    draw = jaxpr_as_fun(
-        jax.make_jaxpr(functools.partial(init_params, cfg))(key)
-    )  # traced once; a program drops the rest
+    # traced once; each program drops what it does not return
+    draw = jaxpr_as_fun(jax.make_jaxpr(functools.partial(init_params, cfg))(key))
 
     def one(place: int, sharding: NamedSharding) -> jax.Array:
         return jax.jit(lambda key: draw(key)[place], out_shardings=sharding)(key)
