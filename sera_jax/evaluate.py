@@ -68,6 +68,8 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
         asked = {name: value for name, value in vars(args).items() if name != "out"}
         resolved = {"loss": str(loss), "max_new_tokens": new, "max_prompt_length": most, "row_tokens": row_tokens}
         workdir = Workdir(root, asked | resolved)
+        for note in workdir.notes:
+            writer.announce(note)
         pairs, prompts = _read(args, saved, tokenizer, limits, workdir)
         run = Runtime(
             cfg=saved.cfg,
@@ -75,7 +77,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
             workdir=workdir,
             writer=writer,
             seed=args.seed,
-            layout=Layout(row_tokens, multiple=row_shards(mesh)),
+            layout=Layout(row_tokens, shards=row_shards(mesh)),
             chunk_tokens=2048,
             stop_ids=tokenizer.stop_ids,
         )

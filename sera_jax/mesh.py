@@ -100,6 +100,19 @@ def param_shardings(mesh: Mesh, abstract_params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, leaf: _sharding(mesh, path_name(path), leaf), abstract_params)
 
 
+def placed_shapes(mesh: Mesh, abstract_params: Any) -> Any:
+    """The shapes of the parameters, each with its sharding from `RULES`: where they lie before they are there.
+
+    Raises:
+        ValueError: as `param_shardings`.
+    """
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract_params,
+        param_shardings(mesh, abstract_params),
+    )
+
+
 def state_shardings(mesh: Mesh, abstract_state: Any) -> Any:
     """A NamedSharding for every leaf of a training state or of an optimiser state alone.
 

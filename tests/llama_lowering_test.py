@@ -67,7 +67,9 @@ def training_batch(group, mesh, loader):
 
 def loader_options(group, mesh):
     microbatches = group.gradient_accumulation_steps
-    layout = Layout(T, multiple=row_shards(mesh), max_shapes=CONFIG.data.max_row_shapes)
+    layout = Layout(
+        T, multiple=CONFIG.data.row_multiple, shards=row_shards(mesh), max_shapes=CONFIG.data.max_row_shapes
+    )
     return dict(layout=layout.accumulated(microbatches), batch_size=group.batch_size, seed=0)
 
 

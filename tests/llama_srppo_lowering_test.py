@@ -55,7 +55,7 @@ def prompts(count):
 def learner():
     mesh = make_mesh(CONFIG.mesh.data, CONFIG.mesh.fsdp, CONFIG.mesh.tensor)
     assert dict(mesh.shape) == {"data": 1, "fsdp": DEVICES, "tensor": 1}
-    layout = Layout(T, CONFIG.data.share_prompt, multiple=row_shards(mesh))
+    layout = Layout(T, CONFIG.data.share_prompt, shards=row_shards(mesh))
     run = Runtime(CFG, mesh, None, None, CONFIG.seed, layout, CONFIG.train.logits_chunk_tokens, (EOT,))
     study = types.SimpleNamespace(
         run=run,
@@ -163,7 +163,7 @@ def test_a_minibatch_lies_in_full_rows_spread_over_all_devices(learner, parts):
         assert rows.tokens.shape == (responses // 2, T), "two rollouts of full length fill a row"
         assert rows.source.shape[1] == 2 * RESPONSE, "scored positions only"
         assert rows.tokens.sharding.shard_shape(rows.tokens.shape) == (responses // 2 // DEVICES, T)
-    assert parts[0].tokens.shape[0] % learner.layout.multiple == 0, "microbatches of as many rows on every device"
+    assert parts[0].tokens.shape[0] % learner.layout.dealt == 0, "microbatches of as many rows on every device"
 
 
 def test_one_scorer_serves_policy_sft_model_and_base(learner, mesh, parts, score):

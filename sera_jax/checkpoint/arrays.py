@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from sera_jax.checkpoint.phases import StaleWorkdir, first_difference, plain
@@ -26,7 +27,6 @@ class CorruptCheckpoint(ValueError):
     """What was read from disk is not what was written."""
 
 
-@jax.jit
 def _leaf_sum(x: jax.Array) -> jax.Array:
     """u32[2]: two order-free checksums of a leaf's bits and their places."""
     if x.dtype == bool:
@@ -41,17 +41,36 @@ def _leaf_sum(x: jax.Array) -> jax.Array:
         h = (bits ^ (place * jnp.uint32(a))) * jnp.uint32(b)
         h ^= h >> 15
         h = (h + place) * jnp.uint32(a)
-        return jnp.sum(h ^ (h >> 13), dtype=jnp.uint32)
+        return h ^ (h >> 13)
 
-    return jnp.stack([mix(0x9E3779B1, 0x85EBCA6B), mix(0xC2B2AE35, 0x27D4EB2F)])
+    # one reduction of both: a sum each would lay what it adds up in memory, twice the leaf
+    mixed, zero = (mix(0x9E3779B1, 0x85EBCA6B), mix(0xC2B2AE35, 0x27D4EB2F)), jnp.uint32(0)
+    axes = tuple(range(x.ndim))
+    return jnp.stack(jax.lax.reduce(mixed, (zero, zero), lambda left, right: jax.tree.map(jnp.add, left, right), axes))
+
+
+@jax.jit
+def _sums(leaves: list[jax.Array]) -> jax.Array:
+    """u32[n, 2]: the checksums of every leaf, as one program: simulated devices abort where many small ones, each with
+    a sum over devices, are in flight at once."""
+    return jnp.stack([_leaf_sum(x) for x in leaves])
 
 
 def checksums(tree: Any) -> dict[str, str]:
-    """Sixteen hex digits for every leaf, by path."""
-    sums = jax.device_get(jax.tree.map(_leaf_sum, tree))
-    return {
-        jax.tree_util.keystr(path): f"{int(s[0]):08x}{int(s[1]):08x}" for path, s in jax.tree.leaves_with_path(sums)
-    }
+    """Sixteen hex digits for every leaf, by path.
+
+    Args:
+        tree: arrays where they are to stay: one that lies on the host goes whole to a device.
+    """
+    leaves = jax.tree.leaves_with_path(tree)
+    together: dict[frozenset, list[int]] = {}  # leaves of a run share their devices; a program takes no others
+    for place, (_, leaf) in enumerate(leaves):
+        devices = leaf.sharding.device_set if isinstance(leaf, jax.Array) else ()
+        together.setdefault(frozenset(devices), []).append(place)
+    sums = np.zeros((len(leaves), 2), np.uint32)
+    for places in together.values():
+        sums[places] = jax.device_get(_sums([leaves[place][1] for place in places]))
+    return {jax.tree_util.keystr(path): f"{a:08x}{b:08x}" for (path, _), (a, b) in zip(leaves, sums, strict=True)}
 
 
 def tree_digest(tree: Any) -> str:

@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from sera_jax.config.identity import is_identity
+
 
 class StaleWorkdir(ValueError):
     """The work directory holds results of another configuration or of other inputs."""
@@ -82,32 +84,41 @@ def versions() -> dict[str, str]:
 
 
 class Workdir:
-    """`root/config.json`, `root/phases/NAME/` per finished phase, `root/checkpoints/NAME/` while one is training."""
+    """`root/config.json`, `root/phases/NAME/` per finished phase, `root/checkpoints/NAME/` while one is training.
+
+    Attributes:
+        notes: lines for the user: fields that changed since the run was started and that may.
+    """
 
     def __init__(self, root: pathlib.Path, config: dict[str, Any]):
         """Open or make the work directory.
 
         Raises:
-            StaleWorkdir: when it was made with another configuration, or another process is at work in it.
+            StaleWorkdir: when it was made with a configuration of another identity (`config.identity`), or another
+                process is at work in it.
         """
         self.root = root
         self._lock = _lock(root)
         self.done: dict[str, Product] = {}
         self.fresh: list[str] = []
+        self.notes: list[str] = []
         config = json.loads(json.dumps({k: v for k, v in config.items() if k != "workdir"}))
         path = root / "config.json"
         if path.exists() and (root / "phases").exists():
             old = _flatten(json.loads(path.read_text()))
             new = _flatten(config)
-            changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+            differ = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+            changed = [k for k in differ if is_identity(k)]
             if changed:
                 shown = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in changed[:5])
                 raise StaleWorkdir(
                     f"{root} was made with another configuration ({len(changed)} fields differ: {shown}); "
                     "choose another --config.workdir, or delete this one"
                 )
-        else:
-            write_json(path, config)
+            self.notes = [
+                f"config: {k} was {old.get(k)!r}, now {new.get(k)!r} (no part of the run's identity)" for k in differ
+            ]
+        write_json(path, config)
 
     def checkpoints(self, name: str) -> pathlib.Path:
         return self.root / "checkpoints" / name

@@ -74,6 +74,9 @@ class DataGroup:
     demonstrations: for SFT (empty: the chosen responses).
     pretrain: prompts and responses for a base model from scratch, which learns the responses (empty: the whole texts of
         the demonstrations, or else of both sides of the pairs).
+    row_multiple: steps are planned to fill a multiple of so many rows in each microbatch: on a pod the number of parts
+        that rows are spread over (mesh.data x mesh.fsdp), or the last rows are filling. Which pairs make a step depends
+        on it, and so not on the devices.
     prompts: what bootstrapping samples on (empty: the prompts of `train`); new prompts of PPO, see ppo.prompt_overlap.
     """
 
@@ -88,6 +91,7 @@ class DataGroup:
     truncation_mode: str = one_of("keep_end", "keep_start", "drop")
     row_tokens: int = at_least(1536, 2)
     share_prompt: bool = True
+    row_multiple: int = at_least(1, 1)
     max_row_shapes: int = at_least(3, 1)
     max_bad_fraction: float = within(0.05, 0, 1)
     label_noise: float = within(0.0, 0, 1)

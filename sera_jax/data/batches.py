@@ -97,8 +97,13 @@ class _Loader:
 
     @property
     def shapes(self) -> Shapes:
-        """The shapes of every batch that there can be; hand them to the next round's loader as `known`."""
+        """What the batches are planned for, whatever the devices; hand it to the next round's loader as `known`."""
         return self._planner.shapes
+
+    @property
+    def compiled(self) -> set[tuple[int, int, int, int, int]]:
+        """(R, T, M, K, Q) of every batch that there can be: as many compilations of the step."""
+        return {(self._layout.laid(rows), *dataclasses.astuple(self.spec)) for rows in self.shapes.sizes}
 
     @property
     def spec(self) -> RowSpec:
@@ -111,7 +116,7 @@ class _Loader:
         share_prompt = self._layout.share_prompt
         items = [unit.item for unit in plan.units]
         work = [sum(laid_tokens(items[i], share_prompt) for i in row) for row in plan.rows]
-        rows = deal_rows(plan.rows, work, self._layout.multiple, size)
+        rows = deal_rows(plan.rows, work, self._layout.dealt, size)
         return plan, rows, build_rows(items, rows, self.spec, size, share_prompt)
 
 
@@ -246,9 +251,9 @@ class ScoreBatches(Sequence[Packed]):
             self._rows = pack(items, length, layout.share_prompt, self.spec)
 
     @property
-    def shapes(self) -> Shapes:
-        """The one shape of all batches."""
-        return Shapes((self._size,), self.spec)
+    def compiled(self) -> set[tuple[int, int, int, int, int]]:
+        """The one (R, T, M, K, Q) of all batches."""
+        return {(self._size, *dataclasses.astuple(self.spec))}
 
     def __len__(self) -> int:
         return -(-len(self._rows) // self._size)

@@ -28,7 +28,9 @@ class Layout:
     Attributes:
         row_tokens: T.
         share_prompt: one copy of the prompt serves all responses of an item; else each response has its own.
-        multiple: the number of rows R is a multiple of this: microbatches x data shards.
+        multiple: steps are planned to fill a multiple of so many rows in each microbatch. Which pairs make a step
+            depends on it, and not on the devices.
+        shards: parts that the rows are spread over; a step is laid in a multiple of so many rows in each microbatch.
         microbatches: A; rows are dealt so that [R, ...] splits into [A, R / A, ...] of similar work.
         max_shapes: at most so many sizes of R are compiled for one kind of batch.
     """
@@ -36,18 +38,28 @@ class Layout:
     row_tokens: int
     share_prompt: bool = True
     multiple: int = 1
+    shards: int = 1
     microbatches: int = 1
     max_shapes: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("row_tokens", "multiple", "microbatches", "max_shapes"):
+        for name in ("row_tokens", "multiple", "shards", "microbatches", "max_shapes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.multiple % self.microbatches:
-            raise ValueError(
-                f"multiple={self.multiple} of rows is not a multiple of microbatches={self.microbatches}; "
-                f"make it microbatches x data shards"
-            )
+
+    @property
+    def planned(self) -> int:
+        """The planned rows of a step are a multiple of this."""
+        return self.microbatches * self.multiple
+
+    @property
+    def dealt(self) -> int:
+        """The equal parts that the rows of a step are dealt to; R is a multiple of it."""
+        return self.microbatches * self.shards
+
+    def laid(self, rows: int) -> int:
+        """R for so many rows."""
+        return -(-rows // self.dealt) * self.dealt
 
     def window(self, items: Sequence[Item]) -> int:
         """Static attention window of items that are laid so."""
@@ -55,7 +67,7 @@ class Layout:
 
     def accumulated(self, microbatches: int) -> Layout:
         """The layout of batches that are trained on in so many microbatches."""
-        return dataclasses.replace(self, multiple=self.multiple * microbatches, microbatches=microbatches)
+        return dataclasses.replace(self, microbatches=microbatches)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,8 @@
 """Which item goes into which step, and how many rows a step has. Numpy only; knows no loader and no model.
 
+Which items a step takes does not depend on the devices: a run that goes on with more or fewer of them makes the same
+updates. Their number only rounds up the rows of a step.
+
 A step takes a fixed number of pairs, so its tokens vary, and with them the rows it needs: rounding these up to a few
 sizes would cost more padding than packing saves. So a shuffled epoch is balanced: a few items are exchanged between
 steps until every step just fills a whole number of rows.
@@ -27,20 +30,15 @@ _SPREAD = 1.5  # the standard deviation of the steps' work may become this many 
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """The shapes of a kind of batch, as many as its step compiles for.
+    """The shapes that a kind of batch is planned for.
 
     Attributes:
-        sizes: the numbers of rows R, ascending.
+        sizes: the numbers of rows, ascending.
         spec: (T, M, K, Q) of every row; None before the first batch.
     """
 
     sizes: tuple[int, ...] = ()
     spec: RowSpec | None = None
-
-    @property
-    def compiled(self) -> set[tuple[int, int, int, int, int]]:
-        """(R, T, M, K, Q) of every batch that there can be."""
-        return {(rows, *dataclasses.astuple(self.spec)) for rows in self.sizes} if self.spec else set()
 
 
 NO_SHAPES = Shapes()
@@ -268,8 +266,8 @@ class StepPlanner:
 
     Attributes:
         steps_per_epoch: steps of an epoch; the last one may be partial.
-        shapes: the one row spec of all steps, and the row counts that they are rounded up to, chosen on the first epoch
-            and kept.
+        shapes: the one row spec of all steps, and the row counts that they are planned for, chosen on the first epoch
+            and kept; on the devices at hand a step is laid in `layout.laid` of them.
     """
 
     def __init__(
@@ -291,7 +289,7 @@ class StepPlanner:
             raise ValueError(f"order={order!r} is unknown; choose one of {', '.join(ORDERS)}")
         self._entries = entries
         self._counts = [max(len(pairs), 1) for _, pairs in entries]
-        self._batch_size, self._row_tokens, self._multiple = batch_size, layout.row_tokens, layout.multiple
+        self._batch_size, self._row_tokens, self._layout = batch_size, layout.row_tokens, layout
         self._seed, self._indices = seed, stream_indices
         self._share_prompt, self._shuffle = layout.share_prompt, order == "shuffle"
         self._whole = [cut_unit(i, *entry, 0, self._counts[i]) for i, entry in enumerate(entries)]
@@ -307,7 +305,7 @@ class StepPlanner:
             self._slack = slack
             steps = self._pack(self._compose(0))
             needed = [len(step.rows) for step in steps]
-            sizes = choose_sizes(needed, multiple=layout.multiple, most=layout.max_shapes, known=known.sizes)
+            sizes = choose_sizes(needed, multiple=layout.planned, most=layout.max_shapes, known=known.sizes)
             rows = sum(round_up(n, sizes) or 0 for n in needed)
             tries.append((rows, len(set(sizes) - set(known.sizes)), len(tries), slack, sizes, steps))
         *_, self._slack, sizes, self._first = min(tries, key=lambda t: t[:3])
@@ -315,14 +313,14 @@ class StepPlanner:
         self._epochs[0] = self._first
 
     def step(self, step: int) -> tuple[Step, int]:
-        """The contents of a step >= 0 and the number of rows it is rounded up to."""
+        """The contents of a step >= 0 and the number of rows it is laid in."""
         if step < 0:
             raise ValueError(f"step={step} must be at least 0")
         epoch, place = divmod(step, self.steps_per_epoch)
         plan = self._plan(epoch if self._shuffle else 0)[place]
         size = round_up(len(plan.rows), self.shapes.sizes)
         assert size is not None, "every planned step fits the largest size"
-        return plan, size
+        return plan, self._layout.laid(size)
 
     def _plan(self, epoch: int) -> list[Step]:
         if epoch not in self._epochs:
@@ -362,7 +360,7 @@ class StepPlanner:
             np.array([kind[g].sum() for g in groups]),
             self._batch_size,
             spread=float(cost.std() * np.sqrt(len(units) / len(groups))),
-            multiple=self._multiple,
+            multiple=self._layout.planned,
             slack=self._slack,
         )
         balance(groups, cost, kind, target)

@@ -96,14 +96,14 @@ def lay_rollouts(
     for group, rows in zip(groups, packed, strict=True):
         spec = merge_specs(spec, spec_for(group, rows, layout.row_tokens))
     assert spec is not None
-    size = rounded_rows(max(map(len, packed)), layout.multiple)
-    if size <= earlier[0] <= _LOOSE * size and earlier[0] % layout.multiple == 0:
+    size = rounded_rows(max(map(len, packed)), layout.dealt)
+    if size <= earlier[0] <= _LOOSE * size and earlier[0] % layout.dealt == 0:
         size = earlier[0]
         spec = dataclasses.replace(spec, scored=max(spec.scored, earlier[1]), slots=max(spec.slots, earlier[2]))
     out = []
     for indices, group, rows in zip(np.split(order, parts), groups, packed, strict=True):
         work = [sum(laid_tokens(group[i], layout.share_prompt) for i in row) for row in rows]
-        laid = build_rows(group, deal_rows(rows, work, layout.multiple, size), spec, size, layout.share_prompt)
+        laid = build_rows(group, deal_rows(rows, work, layout.dealt, size), spec, size, layout.share_prompt)
         item = np.where(laid.item >= 0, indices[laid.item], -1).astype(np.int32)
         out.append(dataclasses.replace(laid, item=item))
     return out

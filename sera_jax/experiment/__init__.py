@@ -39,6 +39,8 @@ def run(config: Config, *, stop_requested: Callable[[], bool] = lambda: False) -
     workdir = Workdir(root, config_lib.to_dict(config))
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     with MetricWriter(root, tensorboard=config.log.tensorboard) as writer, jax.set_mesh(mesh):
+        for note in workdir.notes:
+            writer.announce(note)
         writer.announce(method.announce(config))
         corpus = read_corpus(config, workdir, writer.announce)
         cfg, make_base = base_model(config.model, corpus.tokenizer, config.seed)
@@ -52,7 +54,8 @@ def run(config: Config, *, stop_requested: Callable[[], bool] = lambda: False) -
             layout=Layout(
                 row_tokens=config.data.row_tokens,
                 share_prompt=config.data.share_prompt,
-                multiple=row_shards(mesh),
+                multiple=config.data.row_multiple,
+                shards=row_shards(mesh),
                 max_shapes=config.data.max_row_shapes,
             ),
             chunk_tokens=config.train.logits_chunk_tokens,

@@ -7,8 +7,6 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
-
 from sera_jax import world
 from sera_jax.checkpoint import Workdir
 from sera_jax.config import Config, DataGroup, ModelGroup
@@ -23,10 +21,9 @@ from sera_jax.experiment.method import Method
 from sera_jax.experiment.methods import METHODS
 from sera_jax.loops.study import Gold
 from sera_jax.models.config import ModelConfig
-from sera_jax.models.decoder import Params, init_params
 from sera_jax.models.families import config_from_hf, mathematics
 from sera_jax.models.folder import read_config
-from sera_jax.models.huggingface import load_pretrained
+from sera_jax.training.parameters import Origin
 
 SOURCES = ("train", "eval", "demonstrations", "pretrain", "prompts")  # fields of `data` that name rows
 
@@ -136,20 +133,18 @@ def model_config(model: ModelGroup, tokenizer: Tokenizer) -> ModelConfig:
     return ModelConfig(**shape)
 
 
-def base_model(model: ModelGroup, tokenizer: Tokenizer, seed: int) -> tuple[ModelConfig, Callable[[], Params]]:
-    """The base model's shape and a function that makes its parameters: read from its folder, or fresh."""
+def base_model(model: ModelGroup, tokenizer: Tokenizer, seed: int) -> tuple[ModelConfig, Origin]:
+    """The base model's shape, and where its parameters come from: its folder, or, fresh, a random key."""
     path = model.model_name_or_path or model.sft_model_path
     if not path:
-        cfg = model_config(model, tokenizer)
-        return cfg, lambda: jax.jit(lambda key: init_params(cfg, key))(key_for(seed, Stream.INIT))
-    precision = precision_of(model)
-    cfg = config_from_hf(read_config(pathlib.Path(path)), **precision)
+        return model_config(model, tokenizer), key_for(seed, Stream.INIT)
+    cfg = config_from_hf(read_config(pathlib.Path(path)), **precision_of(model))
     if tokenizer.vocab_size > cfg.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens but the model {path!r} only "
             f"{cfg.vocab_size} embeddings; name the model's own tokenizer in config.model.tokenizer_name_or_path"
         )
-    return cfg, lambda: load_pretrained(path, **precision)[1]
+    return cfg, path
 
 
 def check_positions(config: Config, cfg: ModelConfig) -> None:
@@ -165,16 +160,6 @@ def check_positions(config: Config, cfg: ModelConfig) -> None:
                 f"config.data.max_prompt_length={prompt} and config.{field}={length} exceed the model's "
                 f"max_position_embeddings={room} together; lower one of them"
             )
-
-
-def sft_model(model: ModelGroup, cfg: ModelConfig) -> Params:
-    """The parameters of `model.sft_model_path`.
-
-    Raises:
-        ValueError: it is another model than the base.
-    """
-    check_shape(model, cfg)
-    return load_pretrained(model.sft_model_path, **precision_of(model))[1]
 
 
 def check_shape(model: ModelGroup, cfg: ModelConfig) -> None:

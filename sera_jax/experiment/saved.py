@@ -9,18 +9,16 @@ import pathlib
 import shutil
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
-from sera_jax.checkpoint import load_tree
 from sera_jax.checkpoint.phases import file_digest, write_json
 from sera_jax.data.tokenizing import Tokenizer
-from sera_jax.mesh import host_to_global, param_shardings
 from sera_jax.models.config import ModelConfig, RopeScaling
-from sera_jax.models.decoder import Params, abstract_params
+from sera_jax.models.decoder import Params
 from sera_jax.models.families import config_from_hf
 from sera_jax.models.folder import read_config
-from sera_jax.models.huggingface import MAX_SHARD_BYTES, load_pretrained, read_source, save_pretrained
+from sera_jax.models.huggingface import MAX_SHARD_BYTES, read_source, save_pretrained
+from sera_jax.training.parameters import load_params
 
 MAX_NEW_TOKENS = 256  # for answers, where neither the user nor a run says
 MAX_PROMPT_LENGTH = 1024
@@ -73,17 +71,7 @@ class SavedPolicy:
 
     def params(self, mesh: Mesh) -> Params:
         """The parameters, on the mesh."""
-        if not self.is_phase:
-            precision = {name: getattr(self.cfg, name) for name in ("dtype", "param_dtype")}
-            params = load_pretrained(self.folder, **precision)[1]
-            return host_to_global(params, param_shardings(mesh, params))
-        shapes = abstract_params(self.cfg)
-        target = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            shapes,
-            param_shardings(mesh, shapes),
-        )
-        return load_tree(self.folder / "params", target)
+        return load_params(self.cfg, mesh, self.folder / "params" if self.is_phase else self.folder)
 
     def digests(self) -> dict[str, str]:
         """sha256 of the files that say what the parameters are; those of a phase hold a checksum of each array."""

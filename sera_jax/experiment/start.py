@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 from sera_jax.checkpoint.phases import file_digest
 from sera_jax.config import Config
-from sera_jax.experiment.assembly import check_shape, sft_model
+from sera_jax.experiment.assembly import check_shape
 from sera_jax.experiment.corpus import Corpus
 from sera_jax.experiment.folders import folder_identity
 from sera_jax.experiment.methods import METHODS
 from sera_jax.loops.runtime import Policy, Runtime
 from sera_jax.loops.sft import sft
-from sera_jax.models.decoder import Params
+from sera_jax.training.parameters import Origin, load_params
 
 
 def starting_policy(
-    config: Config, runtime: Runtime, corpus: Corpus, make_base: Callable[[], Params]
+    config: Config, runtime: Runtime, corpus: Corpus, base_origin: Origin
 ) -> tuple[Policy | None, Policy]:
     """Base and SFT model: the checkpoints named, or a base from scratch and SFT of it on the demonstrations.
 
@@ -31,11 +30,11 @@ def starting_policy(
     if model.sft_model_path:
         check_shape(model, runtime.cfg)
     if needs_base or not model.sft_model_path:
-        base = _base_policy(config, runtime, corpus, make_base)
+        base = _base_policy(config, runtime, corpus, base_origin)
     if model.sft_model_path:
         say(f"SFT model: {model.sft_model_path}; no SFT is run")
         identity = folder_identity(model.sft_model_path)
-        start = runtime.store("sft", identity, lambda: sft_model(model, runtime.cfg))
+        start = runtime.store("sft", identity, lambda: load_params(runtime.cfg, runtime.mesh, model.sft_model_path))
     else:
         assert base is not None
         say(f"SFT on {len(corpus.demonstrations)} demonstrations: {corpus.demonstrations_are}")
@@ -50,12 +49,13 @@ def params_sha256(policy: Policy) -> str:
     return file_digest(policy.path / "params" / "checksums.json")
 
 
-def _base_policy(config: Config, runtime: Runtime, corpus: Corpus, make_base: Callable[[], Params]) -> Policy:
+def _base_policy(config: Config, runtime: Runtime, corpus: Corpus, origin: Origin) -> Policy:
     fresh = not config.model.model_name_or_path
     identity = {"model": dataclasses.asdict(config.model), "seed": config.seed}
     if not fresh:
         identity |= folder_identity(config.model.model_name_or_path)
-    base = runtime.store("init" if fresh else "base", identity, make_base)
+    name = "init" if fresh else "base"
+    base = runtime.store(name, identity, lambda: load_params(runtime.cfg, runtime.mesh, origin))
     if not fresh:
         return base
     runtime.writer.announce(f"base model from scratch, on {len(corpus.pretrain)} texts")

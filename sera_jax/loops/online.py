@@ -90,7 +90,7 @@ def self_made(study: Study) -> Source:
     longest = max(len(item.prompt) for item in study.prompts)
     window = rounded_window(longest + rules.num_samples * study.sampling.max_new_tokens, layout.row_tokens)
     sampling = dataclasses.replace(study.sampling, slots=min(study.sampling.slots, study.train.batch_size))
-    known = Shapes(coarse_sizes(layout.multiple))  # so that few numbers of rows are compiled
+    known = Shapes(coarse_sizes(layout.planned))  # so that few numbers of rows are compiled
 
     def batch(state: TrainState, update: int) -> Batch:
         prompts = schedule.prompts(update)

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from sera_jax.checkpoint import load_tree
 from sera_jax.checkpoint.phases import write_jsonl
 from sera_jax.core import Mean, Rows, Stream, rng_for
 from sera_jax.data.items import Item, unique_prompts
@@ -119,8 +118,7 @@ class Learner:
         if self._frozen is None:
             run = self.study.run
             run.release()
-            sft, base = (load_tree(p.path / "params", run.abstract_params()) for p in (self.study.sft, self.study.base))
-            self._frozen = (sft, base)
+            self._frozen = (run.load(self.study.sft), run.load(self.study.base))
         return self._frozen
 
     def release(self) -> None:

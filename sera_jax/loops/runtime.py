@@ -16,17 +16,18 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sera_jax.checkpoint import Workdir, load_tree, save_tree
+from sera_jax.checkpoint import Workdir, save_tree
 from sera_jax.config import SamplingGroup
 from sera_jax.data.batches import PairLoader, ScoreBatches, score_batches
 from sera_jax.data.items import Item, items_digest, stable_id
 from sera_jax.data.packing import Layout, gather_scores, pack, split_items
 from sera_jax.data.planning import NO_SHAPES, Shapes
 from sera_jax.data.rollouts import rounded_rows
-from sera_jax.mesh import param_shardings, row_shards
+from sera_jax.mesh import row_shards
 from sera_jax.models.config import ModelConfig
-from sera_jax.models.decoder import Params, abstract_params
+from sera_jax.models.decoder import Params
 from sera_jax.sampling import Candidates, Sample, SamplingParams, generate, grouped
+from sera_jax.training.parameters import load_params
 from sera_jax.training.ppo_steps import PpoPrograms
 from sera_jax.training.score import make_score, place_rows
 from sera_jax.writer import MetricWriter
@@ -79,7 +80,7 @@ class Runtime:
 
     Attributes:
         cfg, mesh, workdir, writer, seed: as made by `experiment`.
-        layout: how items become rows; `multiple` is the mesh's number of row shards.
+        layout: how items become rows on this mesh.
         chunk_tokens: logits of about this many tokens are alive at a time on each device.
         stop_ids: tokens that end a response.
         logging_steps: metrics are written every so many updates.
@@ -127,27 +128,23 @@ class Runtime:
 
     # ---- parameters
 
-    def abstract_params(self) -> Params:
-        shapes = abstract_params(self.cfg)
-        return jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            shapes,
-            param_shardings(self.mesh, shapes),
-        )
-
     def release(self) -> None:
         """Let go of the parameters in memory."""
         self._held = None
+
+    def load(self, policy: Policy) -> Params:
+        """The parameters of `policy`, on the mesh, for the caller to hold."""
+        return load_params(self.cfg, self.mesh, policy.path / "params")
 
     def params(self, policy: Policy) -> Params:
         """The parameters of `policy`, on the mesh; the ones held before are let go."""
         if self._held is None or self._held[0] != policy.digest:
             self._held = None
-            self._held = (policy.digest, load_tree(policy.path / "params", self.abstract_params()))
+            self._held = (policy.digest, self.load(policy))
         return self._held[1]
 
     def store(self, name: str, inputs: dict[str, Any], make: Callable[[], Params]) -> Policy:
-        """A policy from parameters made elsewhere (fresh, or read from a Hugging Face folder)."""
+        """A policy from parameters made elsewhere (`training.parameters`); `make` returns them on the mesh."""
 
         def produce(folder: pathlib.Path) -> None:
             save_tree(folder / "params", make())
@@ -187,7 +184,7 @@ class Runtime:
         """
         pieces = split_items([c.item for c in candidates], self.layout)
         packed = pack(pieces, self.layout.row_tokens, self.layout.share_prompt)
-        batches = score_batches(pieces, self.layout, rounded_rows(len(packed), self.layout.multiple))
+        batches = score_batches(pieces, self.layout, rounded_rows(len(packed), self.layout.shards))
         flat = np.concatenate(self._score_batches(params, pieces, batches, window, advance=False))
         return np.split(flat, np.cumsum([len(c.samples) for c in candidates])[:-1])
 

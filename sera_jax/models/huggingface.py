@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -14,8 +15,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
+from sera_jax.mesh import make_mesh, path_name, placed_shapes
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import Params, abstract_params
 from sera_jax.models.families import Tensor, config_from_hf, config_to_hf, family_of, mathematics
@@ -32,6 +35,7 @@ from sera_jax.models.folder import (
 )
 
 MAX_SHARD_BYTES = 5 * 10**9
+_TIED_ROWS = 4096  # of two tables that are compared at a time
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -80,35 +84,44 @@ def read_source(path: str | os.PathLike) -> Source:
 
 
 def load_pretrained(
-    path: str | os.PathLike, *, param_dtype: str = "float32", **precision: Any
+    path: str | os.PathLike, *, mesh: Mesh | None = None, param_dtype: str = "float32", **precision: Any
 ) -> tuple[ModelConfig, Params]:
     """Read a Hugging Face folder: config.json and safetensors (single, or sharded with an index).
 
+    The files are mapped, not read: one parameter after the other, each device is given its own part and no more.
+
     Args:
         path: the folder.
+        mesh: where the parameters go, by its sharding rules; default the first device alone.
         param_dtype: dtype of the returned parameters, whatever the files hold.
         precision: further ModelConfig fields that config.json does not speak of: dtype, logits_dtype, remat,
             attn_implementation.
 
     Returns:
-        (config, parameters as numpy arrays). `config.export_dtype` is the dtype of the files.
+        (config, parameters on the mesh). `config.export_dtype` is the dtype of the files.
 
     Raises:
         ValueError: not safetensors; a tensor is missing, unexpected or of another shape or dtype than config.json
-            says; a tied output projection differs from the embedding; a config field is not supported.
+            says; a tied output projection differs from the embedding; a config field is not supported; the mesh does
+            not divide a parameter.
         FileNotFoundError: the folder or a shard is missing.
     """
     path = pathlib.Path(path)
     cfg = config_from_hf(read_config(path), param_dtype=param_dtype, **precision)
-    params: Params = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract_params(cfg))
+    shapes = placed_shapes(mesh or make_mesh(devices=jax.devices()[:1]), abstract_params(cfg))
     with open_weights(path) as files:
         places = _check_names(cfg, files, path)
         dtypes = [dtype_of(files[name], name) for name in places]
-        for name, place in places.items():
-            value = files[name].get_tensor(name)
-            target = _leaf(params, place.tensor.path)
-            target[... if place.layer is None else place.layer] = value.T if place.tensor.transpose else value
         _check_tied_copy(cfg, files, path)
+        tensors: dict[str, list[str]] = {}
+        for name, place in places.items():
+            tensors.setdefault(place.tensor.path, []).append(name)
+
+        def read(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+            names = tensors[path_name(path)]
+            return _read_leaf(files, names, places[names[0]].tensor, leaf)
+
+        params = jax.tree_util.tree_map_with_path(read, shapes)
     most = max(set(dtypes), key=dtypes.count)
     return dataclasses.replace(cfg, export_dtype=most), params
 
@@ -203,11 +216,32 @@ def _check_names(cfg: ModelConfig, files: Mapping[str, Any], path: pathlib.Path)
     return places
 
 
+def _read_leaf(files: Mapping[str, Any], names: list[str], tensor: Tensor, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """One parameter, on its shards; of the tensors (`names`, by layer) only what a device holds is read and cast."""
+
+    def tensor_part(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        value = files[name].get_slice(name)[tuple(reversed(index)) if tensor.transpose else index]
+        return (value.T if tensor.transpose else value).astype(leaf.dtype)
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        index = tuple(slice(*i.indices(size)) for i, size in zip(index, leaf.shape, strict=True))
+        if not tensor.stacked:
+            return tensor_part(names[0], index)
+        out = np.empty([i.stop - i.start for i in index], leaf.dtype)
+        for layer, name in enumerate(names[index[0]]):
+            out[layer] = tensor_part(name, index[1:])
+        return out
+
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
+
+
 def _check_tied_copy(cfg: ModelConfig, files: Mapping[str, Any], path: pathlib.Path) -> None:
     head, embed = family_of(cfg.family).tied
     if not cfg.tie_word_embeddings or head not in files:
         return
-    if not np.array_equal(files[head].get_tensor(head), files[embed].get_tensor(embed)):
+    ours, theirs = files[embed].get_slice(embed), files[head].get_slice(head)
+    blocks = itertools.pairwise([*range(0, cfg.vocab_size, _TIED_ROWS), cfg.vocab_size])
+    if not all(np.array_equal(ours[start:end], theirs[start:end]) for start, end in blocks):
         raise ValueError(
             f"{path}: config.json says tie_word_embeddings=true, but {head} differs from {embed}; set it to false "
             f"there if {head} is meant, or take {head} out of the file"

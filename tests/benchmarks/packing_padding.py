@@ -69,7 +69,9 @@ def measure(name: str, lengths: np.ndarray, args: argparse.Namespace) -> None:
         start = time.perf_counter()
         loader = PairLoader(
             pairs,
-            Layout(args.row_tokens, multiple=args.row_multiple, max_shapes=args.max_row_shapes),
+            Layout(
+                args.row_tokens, multiple=args.row_multiple, shards=args.row_multiple, max_shapes=args.max_row_shapes
+            ),
             batch_size=args.batch_size,
             seed=seed,
         )

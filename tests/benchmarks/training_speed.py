@@ -115,7 +115,7 @@ class Training:
 
     def warm(self) -> None:
         """One step of every shape."""
-        wanted = set(self.loader.shapes.sizes)
+        wanted = {rows for rows, *_ in self.loader.compiled}
         for step in range(self.loader.steps_per_epoch):
             if self.loader.batch(step).batch.weight.shape[0] in wanted:
                 wanted.remove(self.loader.batch(step).batch.weight.shape[0])

@@ -1,5 +1,10 @@
 """Checkpoints: what is read is what was written, on any mesh, or an error says which array is not."""
 
+import os
+import pathlib
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +12,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sera_jax.checkpoint import Checkpoints, CorruptCheckpoint, Workdir, load_tree, save_tree, tree_digest
+from sera_jax.checkpoint.arrays import checksums
 from sera_jax.mesh import make_mesh
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
 
 def _tree():
@@ -50,6 +58,59 @@ def test_the_digest_does_not_depend_on_the_mesh_and_sees_every_bit_and_place():
     swapped = dict(tree, w=tree["w"][::-1])
     nudged = dict(tree, w=tree["w"].at[3, 3].set(np.nextafter(np.float32(tree["w"][3, 3]), np.float32(9))))
     assert len({tree_digest(t) for t in (tree, swapped, nudged)}) == 3
+
+
+def _checksum(x):
+    """The sixteen digits of an array, in plain numpy: what a file of any release holds."""
+    x = np.asarray(x)
+    bits = x.reshape(-1).view(f"uint{8 * x.dtype.itemsize}").astype(np.uint32)
+    place = np.arange(x.size, dtype=np.uint32)
+    digits = ""
+    for a, b in ((0x9E3779B1, 0x85EBCA6B), (0xC2B2AE35, 0x27D4EB2F)):
+        h = (bits ^ (place * np.uint32(a))) * np.uint32(b)
+        h ^= h >> np.uint32(15)
+        h = (h + place) * np.uint32(a)
+        digits += f"{int(np.sum(h ^ (h >> np.uint32(13)), dtype=np.uint32)):08x}"
+    return digits
+
+
+def test_a_checksum_is_that_of_the_formula_whatever_the_dtype_the_shape_and_the_mesh():
+    rng = np.random.default_rng(2)
+    tree = _tree() | {"deep": jnp.asarray(rng.normal(size=(3, 8, 10)), jnp.float16), "none": jnp.zeros((0, 3))}
+    expected = {f"['{name}']": _checksum(value) for name, value in sorted(tree.items())}
+    assert checksums(tree) == expected
+    assert list(checksums(tree)) == list(expected)
+    spread = dict(
+        tree, deep=jax.device_put(tree["deep"], NamedSharding(make_mesh(2, 2, 2), PartitionSpec(None, "fsdp")))
+    )
+    assert checksums(spread) == expected
+    assert checksums({}) == {}
+
+
+_MANY = """
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+from sera_jax.checkpoint.arrays import checksums
+from sera_jax.mesh import make_mesh
+mesh = make_mesh()
+x = jax.device_put(jax.numpy.ones((64, 32)), NamedSharding(mesh, PartitionSpec("fsdp")))
+for _ in range(50):
+    checksums([x] * 40)
+"""
+
+
+def test_the_checksums_of_many_leaves_do_not_deadlock_simulated_devices():
+    """Each in a process of its own, since the deadlock aborts it."""
+    runs = []
+    for count in (2, 4):
+        environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+        runs.append(
+            subprocess.Popen(
+                [sys.executable, "-c", _MANY], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+            )
+        )
+    errors = [run.communicate(timeout=120)[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], errors
 
 
 def test_a_checkpoint_restores_onto_another_mesh(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from sera_jax.data.batches import ItemLoader, PairLoader, score_batches
 from sera_jax.data.items import Item, PairItem
 from sera_jax.data.packing import Layout, RowSpec, gather_scores
-from sera_jax.data.planning import Shapes
+from sera_jax.data.planning import NO_SHAPES, Shapes
 from tests import oracles
 
 T = 64
@@ -134,25 +134,41 @@ def test_a_given_order_is_kept_in_every_epoch():
 
 @pytest.mark.parametrize("multiple", [1, 4])
 def test_there_are_at_most_so_many_shapes_as_asked_for_in_all_epochs(multiple):
-    made = loader(pool(80), multiple=multiple, microbatches=multiple, max_shapes=2, batch_size=16)
+    made = loader(pool(80), multiple=2, shards=2, microbatches=multiple, max_shapes=2, batch_size=16)
     seen = set()
     for step in range(6 * made.steps_per_epoch):
         batch = made.batch(step)
         rows = batch.batch.rows
         seen.add((*rows.tokens.shape, rows.source.shape[1], rows.num_slots, batch.batch.weight.shape[1]))
         assert batch.batch.ref_logp.shape == (rows.tokens.shape[0], rows.num_slots)
-    assert seen <= made.shapes.compiled
+    assert seen <= made.compiled
     assert len(made.shapes.sizes) <= 2
-    assert all(size % multiple == 0 for size in made.shapes.sizes)
+    assert all(size % (2 * multiple) == 0 for size in made.shapes.sizes)
+
+
+@pytest.mark.parametrize("shards", [2, 3, 8])
+def test_which_pairs_an_update_takes_does_not_depend_on_the_devices(shards):
+    known, known_spread = NO_SHAPES, NO_SHAPES
+    for seed, size in ((0, 16), (1, 32)):  # the second round reuses the shapes of the first
+        options = dict(batch_size=size, max_shapes=2)
+        alone = loader(pool(80, seed=seed), known=known, **options)
+        spread = loader(pool(80, seed=seed), shards=shards, known=known_spread, **options)
+        assert spread.steps_per_epoch == alone.steps_per_epoch
+        for step in range(4 * alone.steps_per_epoch):
+            ours, theirs = spread.batch(step), alone.batch(step)
+            assert sorted(pairs_of(ours)) == sorted(pairs_of(theirs)), step
+            assert len(ours.batch.weight) - len(theirs.batch.weight) in range(shards)
+        assert {shape[0] % shards for shape in spread.compiled} == {0}
+        known, known_spread = alone.shapes, spread.shapes
 
 
 def test_the_next_round_reuses_the_shapes_of_the_last():
     first = loader(pool(80), batch_size=24)
     most = len(first.shapes.sizes)
     second = loader(pool(60, seed=1), batch_size=12, max_shapes=most, known=first.shapes)
-    assert second.shapes.compiled <= first.shapes.compiled
+    assert second.compiled <= first.compiled
     larger = loader(pool(60, seed=1), batch_size=48, max_shapes=most, known=first.shapes)
-    assert len(larger.shapes.compiled - first.shapes.compiled) == 1  # steps that fit no known shape compile one
+    assert len(larger.compiled - first.compiled) == 1  # steps that fit no known shape compile one
 
 
 def test_a_spec_that_is_too_small_grows_and_one_that_is_not_stays():
@@ -164,7 +180,7 @@ def test_a_spec_that_is_too_small_grows_and_one_that_is_not_stays():
 
 
 def test_microbatches_get_similar_work():
-    made = loader(pool(200), batch_size=48, microbatches=4, multiple=8)
+    made = loader(pool(200), batch_size=48, microbatches=4, shards=2)
     for step in range(made.steps_per_epoch - 1):
         segment = made.batch(step).batch.rows.segment
         work = (segment.reshape(8, -1) > 0).sum(1)
@@ -200,7 +216,7 @@ def test_a_pool_without_reference_log_probs_gets_zeros():
     [
         (dict(batch_size=0), "batch_size=0"),
         (dict(order="sorted"), "order='sorted'.*shuffle, given"),
-        (dict(multiple=3, microbatches=2), "multiple=3 of rows is not a multiple of microbatches=2"),
+        (dict(shards=0), "shards=0"),
         (dict(row_tokens=10), "more than the 10 of a row"),
         (dict(max_shapes=0), "max_shapes=0"),
     ],
@@ -226,7 +242,7 @@ def demonstrations(count=29):
 
 def test_demonstrations_come_once_an_epoch_and_weigh_one_each():
     items = demonstrations()
-    made = ItemLoader(items, Layout(T, multiple=2, microbatches=2), batch_size=8, seed=0)
+    made = ItemLoader(items, Layout(T, microbatches=2), batch_size=8, seed=0)
     assert made.steps_per_epoch == 4
     for epoch in range(2):
         seen = []
@@ -239,7 +255,7 @@ def test_demonstrations_come_once_an_epoch_and_weigh_one_each():
                 *batch.rows.source.shape[1:],
                 batch.rows.num_slots,
                 0,
-            ) in made.shapes.compiled
+            ) in made.compiled
             for r, k in np.argwhere(batch.weight > 0):
                 i = int(batch.index[r, k])
                 assert oracles.read_slot(batch.rows, r, k) == oracles.standalone(items[i], 0)
@@ -253,9 +269,7 @@ def test_scoring_batches_have_one_shape_and_hold_everything_once():
     items = [entry.item for entry in pool(50)]
     batches = score_batches(items, Layout(T), 4)
     assert len(batches) > 2
-    assert {
-        (len(b.rows.tokens), T, b.rows.source.shape[1], b.rows.num_slots, 0) for b in batches
-    } == batches.shapes.compiled
+    assert {(len(b.rows.tokens), T, b.rows.source.shape[1], b.rows.num_slots, 0) for b in batches} == batches.compiled
     values = [np.where(b.item >= 0, b.item * 10 + b.response, np.nan) for b in batches]
     for i, scores in enumerate(gather_scores(values, batches, items)):
         np.testing.assert_array_equal(scores, [i * 10 + k for k in range(len(items[i].responses))])

@@ -56,9 +56,9 @@ def rollouts(seed=0, count=12, most=3):
 
 
 def lay(items, parts=3, **changes):
-    layout = {name: changes.pop(name) for name in ("row_tokens", "share_prompt", "multiple") if name in changes}
+    layout = {name: changes.pop(name) for name in ("row_tokens", "share_prompt", "shards") if name in changes}
     options = dict(seed=0, iteration=1) | changes
-    return lay_rollouts(items, parts, Layout(**dict(row_tokens=ROW_TOKENS, multiple=2) | layout), **options)
+    return lay_rollouts(items, parts, Layout(**dict(row_tokens=ROW_TOKENS, shards=2) | layout), **options)
 
 
 # ---- prompts
@@ -185,7 +185,7 @@ def test_the_layout_is_a_pure_function_of_items_seed_and_iteration():
 @pytest.mark.parametrize("multiple", [1, 2, 3, 8])
 def test_rows_are_dealt_so_that_every_device_has_as_many_and_works_alike(multiple):
     items = rollouts(1, count=48, most=2)
-    for part in lay(items, parts=2, multiple=multiple):
+    for part in lay(items, parts=2, shards=multiple):
         count = part.rows.tokens.shape[0]
         assert count % multiple == 0
         work = (part.rows.segment > 0).sum(1).reshape(multiple, -1).sum(1)
@@ -214,7 +214,7 @@ def shape_of(part):
 
 def test_the_shape_before_is_kept_where_it_holds_the_rollouts_and_is_not_much_too_large():
     items = rollouts(3, count=24)
-    own = shape_of(lay(items, parts=2, multiple=1)[0])
+    own = shape_of(lay(items, parts=2, shards=1)[0])
     rows, scored, slots = own
     kept = (rows + rows // 3, scored + 5, 2 * slots)
     for earlier, expected in (
@@ -224,7 +224,7 @@ def test_the_shape_before_is_kept_where_it_holds_the_rollouts_and_is_not_much_to
         ((rows - 1, 10 * scored, 10 * slots), own),  # too few rows
         ((2 * rows, scored, slots), own),  # mostly filling
     ):
-        parts = lay(items, parts=2, multiple=1, earlier=earlier)
+        parts = lay(items, parts=2, shards=1, earlier=earlier)
         assert {shape_of(part) for part in parts} == {expected}, earlier
         found = [(int(i), int(k)) for part in parts for i, k in zip(part.item.flat, part.response.flat) if i >= 0]
         assert sorted(found) == [(i, b) for i, item in enumerate(items) for b in range(len(item.responses))]
@@ -232,10 +232,20 @@ def test_the_shape_before_is_kept_where_it_holds_the_rollouts_and_is_not_much_to
 
 def test_a_shape_that_does_not_divide_over_the_devices_is_not_kept():
     items = rollouts(3, count=24)
-    own = shape_of(lay(items, parts=2, multiple=4)[0])
-    assert shape_of(lay(items, parts=2, multiple=4, earlier=(own[0] + 1, *own[1:]))[0]) == own
+    own = shape_of(lay(items, parts=2, shards=4)[0])
+    assert shape_of(lay(items, parts=2, shards=4, earlier=(own[0] + 1, *own[1:]))[0]) == own
     larger = (own[0] + 4, *own[1:])
-    assert shape_of(lay(items, parts=2, multiple=4, earlier=larger)[0]) == larger
+    assert shape_of(lay(items, parts=2, shards=4, earlier=larger)[0]) == larger
+
+
+@pytest.mark.parametrize("earlier", [(0, 0, 0), (24, 40, 16)])
+def test_which_rollouts_a_minibatch_takes_depends_neither_on_the_devices_nor_on_the_shape_before(earlier):
+    items = rollouts(3, count=24)
+    alone = lay(items, parts=2, shards=1)
+    for multiple in (2, 8):
+        spread = lay(items, parts=2, shards=multiple, earlier=earlier)
+        for ours, theirs in zip(spread, alone, strict=True):
+            assert set(ours.item.flat) - {-1} == set(theirs.item.flat) - {-1}
 
 
 def test_an_item_that_fits_no_row_names_itself_and_the_limit():

@@ -16,7 +16,7 @@ from sera_jax.loops import ppo_segment
 from sera_jax.loops.ppo import Learner
 from sera_jax.loops.ppo_checks import check_rewards
 from sera_jax.loops.runtime import NonFinite
-from sera_jax.loops.srppo import iterate
+from sera_jax.loops.srppo import SRPPO_ARM, iterate
 from sera_jax.writer import read_records
 from tests.loops.srppo_lab import one_device, ppo_lines, run_arm, study_of
 from tests.loops.tiny import tiny_srppo
@@ -171,6 +171,6 @@ def test_a_kl_estimate_that_stays_below_0_is_warned_of_once(lab, tmp_path, monke
         return state, metrics | {"objective/kl": -0.5}
 
     with jax.set_mesh(study.run.mesh), study.run.writer:
-        learner = Learner(study, "srppo")
-        ppo_segment.train_segment(learner, odd, previous=study.sft, first=1, last=3, round_=1)
+        learner = Learner(study, SRPPO_ARM)
+        ppo_segment.train_segment(learner, odd, ppo_segment.Segment(1, 3, 1), study.sft)
     assert capsys.readouterr().err.count("warning: objective/kl has been below 0 for 2 iterations") == 1

@@ -11,7 +11,10 @@ import pytest
 
 from sera_jax.checkpoint import load_tree
 from sera_jax.experiment.saved import export
+from sera_jax.loops.ppo import Learner
+from sera_jax.loops.ppo_segment import train_segment
 from sera_jax.loops.runtime import Policy
+from sera_jax.loops.srppo import iterate
 from sera_jax.loops.srppo_study import SrppoStudy
 from sera_jax.losses.coherent import MISSING_EOS
 from sera_jax.mesh import make_mesh
@@ -103,7 +106,7 @@ def test_a_policy_leaves_without_its_critic(lab, warmed, tmp_path):
     assert checksums(warmed.policy).keys() == checksums(lab.study.sft).keys(), "no value head among its parameters"
     held = json.loads((warmed.policy.path / "state" / "checksums.json").read_text())
     assert [leaf for leaf in held if HEAD in leaf], "training can go on with the head"
-    params = load_tree(warmed.policy.path / "params", warmed.study.run.abstract_params())
+    params = warmed.study.run.load(warmed.policy)
     export(params, warmed.study.run.cfg, tmp_path / "hf", tokenizer_dir=lab.root / "tokenizer")
     _, read = load_pretrained(tmp_path / "hf")
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), jax.device_get(read))
@@ -211,7 +214,7 @@ def first_change(lab, folder, **options):
     """Metrics of the first iteration, and what it did to the SFT model's parameters."""
     study = study_of(lab, folder, **options)
     policy = run_arm(study, ends=(1,))
-    now, before = (load_tree(p.path / "params", study.run.abstract_params()) for p in (policy, study.sft))
+    now, before = (study.run.load(p) for p in (policy, study.sft))
     (line,) = ppo_lines(folder, "srppo")
     return line, jax.tree.map(lambda a, b: np.float64(a) - b, *jax.device_get((now, before)))
 
@@ -232,3 +235,16 @@ def test_an_iteration_is_the_same_in_microbatches_and_on_a_mesh(lab, plain, tmp_
         assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(a), jax.tree_util.keystr(path)
         moved += np.linalg.norm(a) > 0
     assert moved > len(jax.tree.leaves(change)) / 2
+
+
+def test_a_run_goes_on_with_other_devices_and_ends_alike(lab, tmp_path):
+    study = study_of(lab, tmp_path, mesh=make_mesh(1, 2, 1, devices=jax.devices()[:2]))
+    before, theirs = lab.policy("srppo/iteration2"), lab.policy("srppo/iteration4")
+    with jax.set_mesh(study.run.mesh), study.run.writer:
+        ours, _ = train_segment(Learner(study, "srppo"), iterate, previous=before, first=3, last=4, round_=2)
+    start, a, b = (jax.tree.leaves(jax.device_get(study.run.load(p))) for p in (before, ours, theirs))
+    for x, y, z in zip(start, a, b, strict=True):
+        assert np.linalg.norm(y - z) <= TOLERANCES["mesh"]["rtol"] * np.linalg.norm(z - x)
+    for line, same in zip(ppo_lines(tmp_path, "srppo"), lab.lines("srppo")[2:], strict=True):
+        for name in ("objective/kl", "coherent_reward/mean", "loss/value_avg", "grad_norm"):
+            np.testing.assert_allclose(line[name], same[name], rtol=TOLERANCES["mesh"]["rtol"], err_msg=name)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from sera_jax import experiment
-from sera_jax.checkpoint import Checkpoints, Workdir, load_tree, save_tree
+from sera_jax.checkpoint import Checkpoints, Workdir, save_tree
 from sera_jax.config import Config
 from sera_jax.data.batches import PairLoader
 from sera_jax.data.items import Item
@@ -24,7 +25,7 @@ from sera_jax.experiment.methods.sera import ARMS as SERA_ARMS
 from sera_jax.experiment.methods.sera import SERA
 from sera_jax.loops import study as study_module
 from sera_jax.loops.rewards import implicit
-from sera_jax.loops.runtime import NonFinite, Policy
+from sera_jax.loops.runtime import NonFinite, PairShapes, Policy, Preempted
 from sera_jax.loops.sera import sera
 from sera_jax.loops.study import Study
 from sera_jax.losses.preference import resolve
@@ -97,10 +98,10 @@ def _jsonl(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def _study(lab, folder, *, loss=None, train=None, sft=None, **settings):
+def _study(lab, folder, *, loss=None, train=None, sft=None, config=None, **settings):
     """The lab's study with other settings in a work directory of its own; jitted functions are shared."""
     run = copy.copy(lab.study.run)
-    run.workdir, run.writer = Workdir(folder, {}), MetricWriter(folder, tensorboard=False)
+    run.workdir, run.writer = Workdir(folder, config or {}), MetricWriter(folder, tensorboard=False)
     return dataclasses.replace(
         lab.study,
         run=run,
@@ -401,9 +402,41 @@ def _good_state(study, folder):
 
 def test_a_poisoned_reference_is_named_before_any_update(lab, tmp_path):
     run = lab.study.run
-    params = load_tree(lab.study.sft.path / "params", run.abstract_params())
+    params = run.load(lab.study.sft)
     save_tree(tmp_path / "bad" / "params", jax.tree.map(lambda x: x * np.nan, params))
     study = _study(lab, tmp_path / "run", sft=Policy("sft", tmp_path / "bad", "bad"))
     with pytest.raises(NonFinite, match=rf"log-prob of record '{study.pool[0].item.id}' is not finite.*bad"):
         _run(study)
     assert not (tmp_path / "run" / "phases" / "round1").exists()
+
+
+def test_a_run_stopped_amid_a_round_goes_on_with_other_devices_and_ends_alike(lab, tmp_path):
+    def on(fsdp, stop_after):
+        """The lab's arm `sera` in a work directory of its own, as a process with so many devices would start it."""
+        study = _study(lab, tmp_path, config={"mesh": {"fsdp": fsdp}})
+        run = study.run
+        run.mesh, run.pair_shapes = make_mesh(1, fsdp, 1, devices=jax.devices()[:fsdp]), PairShapes()
+        run.layout = dataclasses.replace(run.layout, shards=fsdp)
+        run._held, run._compiled = None, {}
+        asked = itertools.count()
+        run.stop_requested = lambda: next(asked) > stop_after
+        return study
+
+    with pytest.raises(Preempted, match="stopped in round1 after update 2"):
+        _run(on(1, stop_after=1))
+    study = on(2, stop_after=10**6)
+    policy, facts = _run(study)
+    assert study.run.workdir.notes == ["config: mesh.fsdp was 1, now 2 (no part of the run's identity)"]
+    assert [(f["kept"], f["added"]) for f in facts] == [(f["kept"], f["added"]) for f in lab.rounds("sera").values()]
+    tolerance = TOLERANCES["mesh"]["rtol"]
+    known = {(r["phase"], r["arm"], r["round"], r["step"]): r for r in lab.lines}
+    lines = read_records(tmp_path / "metrics.jsonl")[0]
+    assert len([r for r in lines if r["phase"] == "train"]) == 3 * UPDATES
+    for line in lines:
+        same = known[line["phase"], line["arm"], line["round"], line["step"]]
+        for name in {"loss", "grad_norm", "rewards/margins", "margin_mean", "bootstrap/margin_mean"} & line.keys():
+            np.testing.assert_allclose(line[name], same[name], rtol=tolerance, err_msg=f"{name} of {line}")
+    policies = (lab.study.sft, policy, lab.policy("sera/round3"))
+    start, ours, theirs = (jax.tree.leaves(jax.device_get(study.run.load(p))) for p in policies)
+    for a, b, c in zip(start, ours, theirs, strict=True):  # in norm, since Adam divides by a gradient's own size
+        assert np.linalg.norm(b - c) <= tolerance * np.linalg.norm(c - a)

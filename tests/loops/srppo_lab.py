@@ -115,7 +115,7 @@ def study_of(lab: Lab, folder: pathlib.Path, *, mesh=None, sft=None, layout=None
     run._compiled = {} if mesh is not None else {k: v for k, v in run._compiled.items() if k[0] != "ppo"}
     run.layout = dataclasses.replace(run.layout, **(layout or {}))
     if mesh is not None:
-        run.mesh, run.layout = mesh, dataclasses.replace(run.layout, multiple=row_shards(mesh))
+        run.mesh, run.layout = mesh, dataclasses.replace(run.layout, shards=row_shards(mesh))
     groups = {group: getattr(lab.study, group) for group in GROUPS}
     for name, value in changes.items():
         group, field = name.split("__")

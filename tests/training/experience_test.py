@@ -88,7 +88,7 @@ def lay(mesh, said, *, parts=3, microbatches=1, critic=True, row_tokens=32, shar
     packed = lay_rollouts(
         ITEMS,
         parts,
-        Layout(row_tokens, share_prompt, multiple=row_shards(mesh)).accumulated(microbatches),
+        Layout(row_tokens, share_prompt, shards=row_shards(mesh)).accumulated(microbatches),
         seed=seed,
         iteration=1,
     )

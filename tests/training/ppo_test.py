@@ -418,7 +418,7 @@ def rollouts(mesh):
         for i in range(16)
     ]
     # as many rows on every mesh, so that all compute the same
-    parts = lay_rollouts(some, 2, Layout(T, multiple=8), seed=0, iteration=1)
+    parts = lay_rollouts(some, 2, Layout(T, shards=8), seed=0, iteration=1)
     return parts, [place_rows(part.rows, mesh) for part in parts]
 
 

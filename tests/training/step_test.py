@@ -47,10 +47,8 @@ def _params():
 
 
 def _loader(mesh, microbatches, count=24, **options):
-    multiple = microbatches * row_shards(mesh)
-    return PairLoader(
-        _pairs(count), Layout(T, multiple=multiple, microbatches=microbatches), batch_size=16, seed=0, **options
-    )
+    layout = Layout(T, shards=row_shards(mesh), microbatches=microbatches)
+    return PairLoader(_pairs(count), layout, batch_size=16, seed=0, **options)
 
 
 def _update(mesh, microbatches=1, loss="dpo", batch_of=0, loader=None, optimizer=None, params=None, **options):
@@ -244,7 +242,7 @@ def test_sft_averages_over_tokens_whatever_the_microbatches(one):
     step = make_step(sft_objective(CFG, window=T, chunk_tokens=64, shards=1), optimizer, state, one)
     results = []
     for microbatches in (1, 4):
-        loader = ItemLoader(items, Layout(T, multiple=microbatches, microbatches=microbatches), batch_size=16, seed=0)
+        loader = ItemLoader(items, Layout(T, microbatches=microbatches), batch_size=16, seed=0)
         start = init_state(jax.device_put(_params()), optimizer.init(_params()))
         new, metrics = step(start, place_batch(loader.batch(0).arrays, microbatches, one))
         assert metrics["loss"].weight == sum(len(i.responses[0]) for i in items)

@@ -1,0 +1,18 @@
+"""What tells one run from another, so that a work directory takes no results for those of another run.
+
+Every field of a config belongs to a run's identity, but those of this table: where results are written, what is said
+of them, and how the work is spread over devices. They may change whenever a run is started again. What is in no config
+(numbers of processes and devices, paths of caches) is in no identity either.
+"""
+
+FREE: tuple[str, ...] = (
+    "workdir",  # the folder may be moved
+    "mesh",  # results differ in the order of sums only
+    "log",
+    "tensor",  # of the command line of sera_jax.evaluate: that of its mesh
+)
+
+
+def is_identity(field: str) -> bool:
+    """Whether a field, `seed` or `train.batch_size`, belongs to the identity."""
+    return field.split(".")[0] not in FREE

@@ -1,0 +1,53 @@
+"""Parameters of a model, from wherever they come, each laid on its shards before any program sees it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+
+import jax
+from jax.extend.core import jaxpr_as_fun
+from jax.sharding import Mesh, NamedSharding
+
+from sera_jax.checkpoint import load_tree
+from sera_jax.mesh import placed_shapes
+from sera_jax.models.config import ModelConfig
+from sera_jax.models.decoder import Params, abstract_params, init_params
+from sera_jax.models.families import mathematics
+from sera_jax.models.huggingface import load_pretrained
+
+Origin = jax.Array | str | os.PathLike
+
+
+def load_params(cfg: ModelConfig, mesh: Mesh, origin: Origin) -> Params:
+    """The parameters of `origin`, on the mesh by its rules: a device is given its own part of each and no more.
+
+    Args:
+        cfg: the model; its `param_dtype` is that of the parameters.
+        origin: a random key, for fresh ones; a folder that `checkpoint.save_tree` wrote; or a Hugging Face folder of
+            that model.
+
+    Raises:
+        ValueError, FileNotFoundError: as `load_tree` and `load_pretrained`; a sharding rule that does not fit.
+    """
+    if isinstance(origin, jax.Array):
+        return _fresh(cfg, mesh, origin)
+    folder = pathlib.Path(origin)
+    if not (folder / "config.json").is_file():
+        return load_tree(folder, placed_shapes(mesh, abstract_params(cfg)))
+    found, params = load_pretrained(folder, mesh=mesh, param_dtype=cfg.param_dtype)
+    assert mathematics(found) == mathematics(cfg), "whoever names a folder has read its config.json"
+    return params
+
+
+def _fresh(cfg: ModelConfig, mesh: Mesh, key: jax.Array) -> Params:
+    """One program for each parameter: drawing all in one would hold the random bits of all at once."""
+    leaves, tree = jax.tree.flatten(placed_shapes(mesh, abstract_params(cfg)))
+    # traced once; each program drops what it does not return
+    draw = jaxpr_as_fun(jax.make_jaxpr(functools.partial(init_params, cfg))(key))
+
+    def one(place: int, sharding: NamedSharding) -> jax.Array:
+        return jax.jit(lambda key: draw(key)[place], out_shardings=sharding)(key)
+
+    return tree.unflatten([one(place, leaf.sharding) for place, leaf in enumerate(leaves)])
