@@ -215,7 +215,7 @@ def hidden_states(cfg: ModelConfig, params: Params, rows: Rows, *, window: int |
     Args:
         window: no item of the rows is longer than this (static); lets attention skip what it cannot see.
     """
-    attend = row_attention(cfg, Places(rows.segment, rows.branch, rows.positions), longest_item=window)
+    attend = row_attention(cfg, Places.in_rows(rows.segment, rows.branch, rows.positions), longest_item=window)
     return forward(cfg, params, rows.tokens, rows.positions, attend)[0]
 
 

@@ -11,6 +11,8 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from sera_jax.core import Array
+
 BLOCK = 128  # queries handled at a time
 ALONE = 8  # the first blocks of a row, each compiled with the keys that it needs and no more
 BAND = 4  # later blocks that share a loop and so a number of keys
@@ -18,11 +20,23 @@ _MASKED = -1e30  # finite, so that a fully masked (padding) query stays finite
 
 
 class Places(NamedTuple):
-    """Where tokens stand, i32[R, T] each: the fields of `core.Rows` that say who sees whom."""
+    """Where tokens stand, i32[R, T] each or what broadcasts to it: what says who sees whom.
+
+    Attributes:
+        segment, branch, positions: as in `core.Rows`.
+        column: of the row or of the cache; what stands in a later one comes after.
+    """
 
     segment: jax.Array
     branch: jax.Array
     positions: jax.Array
+    column: jax.Array
+
+    @classmethod
+    def in_rows(cls, segment: Array, branch: Array, positions: Array) -> Places:
+        """Of whole rows, i32[R, T] each."""
+        column = jnp.arange(segment.shape[1], dtype=jnp.int32)[None]
+        return cls(jnp.asarray(segment), jnp.asarray(branch), jnp.asarray(positions), column)
 
 
 class Attention(Protocol):
@@ -61,12 +75,11 @@ class Attention(Protocol):
 def visible(queries: Places, keys: Places, *, sliding_window: int | None = None) -> jax.Array:
     """bool[R, Tq, Tk]: the key is of the query's segment, in the prompt or in its own branch, and not after it.
 
-    Positions grow along a prompt and each of its branches, so they tell what is after what. Padding (segment 0) sees
-    padding only.
+    Padding (segment 0) sees padding only.
     """
-    segment, branch, position = (x[:, :, None] for x in queries)
-    key_segment, key_branch, key_position = (x[:, None, :] for x in keys)
-    seen = (segment == key_segment) & ((key_branch == 0) | (branch == key_branch)) & (key_position <= position)
+    segment, branch, position, column = (x[:, :, None] for x in queries)
+    key_segment, key_branch, key_position, key_column = (x[:, None, :] for x in keys)
+    seen = (segment == key_segment) & ((key_branch == 0) | (branch == key_branch)) & (key_column <= column)
     return seen if sliding_window is None else seen & (position - key_position < sliding_window)
 
 

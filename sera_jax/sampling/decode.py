@@ -126,7 +126,7 @@ def empty_slots(cfg: ModelConfig, sampling: SamplingParams, slots: int, columns:
 def prefill(cfg: ModelConfig, params: Params, tokens: jax.Array) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     """Keys and values of prompts i32[b, T], filled up on the right; what the filling computes is never read."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    attend = row_attention(cfg, Places(jnp.ones_like(tokens), jnp.zeros_like(tokens), positions), keep_kv=True)
+    attend = row_attention(cfg, Places.in_rows(jnp.ones_like(tokens), jnp.zeros_like(tokens), positions), keep_kv=True)
     keys, values = forward(cfg, params, tokens, positions, attend)[1]
     return tuple(keys.swapaxes(3, 4)), tuple(values)
 
@@ -168,20 +168,21 @@ def insert(
 
 def step(cfg: ModelConfig, sampling: SamplingParams, prepared: Params, slots: Slots) -> Slots:
     """Feed every slot's token and choose its next one."""
-    slot, column = jnp.arange(slots.token.shape[0]), jnp.arange(slots.values[0].shape[2], dtype=jnp.int32)
-    one = jnp.ones((1, 1), jnp.int32)  # a slot is one item, and all of it is prompt to the token that comes next
-    queries, columns = Places(one, 0 * one, slots.position[:, None]), Places(one, 0 * one, column[None])
+    slot, at, one = jnp.arange(slots.token.shape[0]), slots.position[:, None], jnp.ones((1, 1), jnp.int32)
+    column = jnp.arange(slots.values[0].shape[2], dtype=jnp.int32)[None]
+    # a slot is one item, and all of it is prompt to the token that comes next
+    query, columns = Places(one, 0 * one, at, at), Places(one, 0 * one, column, column)
 
     # Written before it is attended to, so that the old cache has one reader and is updated in place.
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Any, **of_model: Any) -> tuple[jax.Array, Any]:
         keys, values = cache
-        at = dict(mode="drop", unique_indices=True, indices_are_sorted=True)
-        keys = keys.at[slot, :, :, slots.position].set(k[:, :, 0], **at)
-        values = values.at[slot, :, slots.position].set(v[:, :, 0], **at)
-        return cached_attention(q, keys, values, queries, columns, **of_model), (keys, values)
+        how = dict(mode="drop", unique_indices=True, indices_are_sorted=True)
+        keys = keys.at[slot, :, :, slots.position].set(k[:, :, 0], **how)
+        values = values.at[slot, :, slots.position].set(v[:, :, 0], **how)
+        return cached_attention(q, keys, values, query, columns, **of_model), (keys, values)
 
     caches = tuple(zip(slots.keys, slots.values, strict=True))
-    hidden, caches = forward(cfg, prepared, slots.token[:, None], slots.position[:, None], attend, caches)
+    hidden, caches = forward(cfg, prepared, slots.token[:, None], at, attend, caches)
     keys, values = zip(*caches, strict=True)
 
     token, logp = choose(

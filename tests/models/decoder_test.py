@@ -237,7 +237,7 @@ def test_bfloat16_matmuls_stay_near_float32_ones():
 
 def test_keys_and_values_come_out_layer_by_layer_on_request():
     params, rows = random_params(CFG), one_sequence(np.arange(9))
-    attend = row_attention(CFG, Places(rows.segment, rows.branch, rows.positions), keep_kv=True)
+    attend = row_attention(CFG, Places.in_rows(rows.segment, rows.branch, rows.positions), keep_kv=True)
     hidden, (k, v) = forward(CFG, params, rows.tokens, rows.positions, attend)
     assert k.shape == v.shape == (2, 1, 2, 9, 6)
     first = jax.tree.map(lambda x: x[0], params["layers"]["block"])

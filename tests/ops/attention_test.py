@@ -30,7 +30,7 @@ def packed_rows(share_prompt=True, row_tokens=40, seed=0, count=9):
 
 
 def places(rows):
-    return Places(rows.segment, rows.branch, rows.positions)
+    return Places.in_rows(rows.segment, rows.branch, rows.positions)
 
 
 def random_heads(rows, heads=4, groups=2, depth=6, seed=0):
@@ -146,7 +146,7 @@ def test_the_program_does_not_grow_with_rows_beyond_the_longest_item():
         ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
         q = jax.ShapeDtypeStruct((1, 1, length, 4), jnp.float32)
         attend = functools.partial(blocked_attention, longest_item=300)
-        return len(jax.jit(attend).lower(q, q, q, Places(ids, ids, ids), Places(ids, ids, ids)).as_text())
+        return len(jax.jit(attend).lower(q, q, q, Places(*[ids] * 4), Places(*[ids] * 4)).as_text())
 
     assert size(8192) < 1.05 * size(1024)
 
@@ -179,7 +179,7 @@ def test_one_query_over_a_cache_mixes_what_it_does_in_its_row(of_model):
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((3, h, 12, 6)), jnp.float32) for h in (4, 2, 2))
     ones, steps = np.ones((3, 12), np.int32), np.repeat(np.arange(12)[None], 3, 0)
-    row = Places(ones, 0 * ones, steps)
+    row = Places(ones, 0 * ones, steps, steps)
     position = np.array([11, 0, 6])
     want = np.asarray(blocked_attention(q, k, v, row, row, **of_model))[np.arange(3), :, position]
     query = Places(*(x[np.arange(3), position][:, None] for x in row))
