@@ -16,7 +16,7 @@ from sera_jax.core import Rows
 from sera_jax.mesh import host_to_global, make_mesh, mesh_shape, param_shardings, replicated, rows_sharding
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.critic import with_value_head
-from sera_jax.models.decoder import abstract_params, head_matrix, hidden_states, init_params
+from sera_jax.models.decoder import abstract_params, hidden_states, init_params, unembedding
 from sera_jax.ops.logprob import sum_by_slot, token_logps
 from tests.tolerances import TOLERANCES
 
@@ -61,7 +61,7 @@ def gradient(mesh, cfg, params, rows, *, context):
 
     def loss(params, rows):
         hidden = hidden_states(cfg, params, rows)
-        scores = sum_by_slot(token_logps(hidden, head_matrix(cfg, params), rows, chunk=8), rows)
+        scores = sum_by_slot(token_logps(hidden, unembedding(cfg, params), rows, chunk=8), rows)
         return jnp.sum(jnp.square(scores / 10)), scores
 
     shardings = param_shardings(mesh, abstract_params(cfg))
@@ -110,7 +110,7 @@ def test_under_a_mesh_in_context_activations_are_not_moved_between_shardings():
     shardings = param_shardings(mesh, abstract_params(cfg))
 
     def loss(params, rows):
-        return token_logps(hidden_states(cfg, params, rows), head_matrix(cfg, params), rows, chunk=8).sum()
+        return token_logps(hidden_states(cfg, params, rows), unembedding(cfg, params), rows, chunk=8).sum()
 
     def on_mesh(leaf, sharding):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

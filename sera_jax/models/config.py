@@ -24,7 +24,7 @@ class ModelConfig:
             the vocabulary projection's output. Log-probs and sums over tokens are float32 always.
         export_dtype: dtype that an export writes unless told otherwise: that of the file the weights came from.
         remat: what the backward pass recomputes: `none`, `full` (keep only layer inputs), `dots` (keep matmuls).
-        attn_implementation: a name in `decoder.ATTENTION`.
+        attn_implementation: a name in `ops.attention.ATTENTION`.
     """
 
     family: str = "llama"

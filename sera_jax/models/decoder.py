@@ -1,14 +1,16 @@
 """The one decoder definition: RMSNorm, rotary embeddings, grouped-query attention, SwiGLU.
 
-Layers are scanned, so the parameters of all layers lie in one array with a leading axis L. The same `Block` serves
-scoring (packed rows), prefill and decoding; only the attention function it is handed differs.
+`forward` (embed, blocks, final norm) and `unembedding` serve training, scoring, prefill and decoding alike; these
+differ only in the attention that they hand to `forward`. What belongs to a model, such as the scale of its scores, a
+block tells that attention itself.
+
+    embed [V, D]    head [D, V] unless tied    layers/block/* [L, ...]    final_norm/scale [D]
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
@@ -18,13 +20,22 @@ import numpy as np
 from sera_jax.core import Rows
 from sera_jax.mesh import constrain_rows, constrain_table
 from sera_jax.models.config import ModelConfig
-from sera_jax.ops.attention import packed_attention
+from sera_jax.ops.attention import ATTENTION, Places
 
 Params = dict[str, Any]
-# (q [R, H, T, d], k [R, G, T, d], v [R, G, T, d]) -> [R, H, T, d]
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
-ATTENTION: dict[str, Callable[..., jax.Array]] = {"xla": packed_attention}
+
+class Attend(Protocol):
+    """Attention of one layer, as `forward` is handed it.
+
+    Called with q [R, H, T, d], k and v [R, G, T, d], the layer's `cache`, and by name what belongs to the model
+    (`scale`, `soft_cap`, `sliding_window` of `ops.attention.Attention`). Returns the mixed values [R, H, T, d] and what
+    `forward` shall return of this layer.
+    """
+
+    def __call__(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, cache: Any, **of_model: Any
+    ) -> tuple[jax.Array, Any]: ...
 
 
 def rotary_frequencies(cfg: ModelConfig) -> np.ndarray:
@@ -82,8 +93,10 @@ class Block(nn.Module):
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
-        """x [R, T, D] -> (x [R, T, D], (k, v) [R, G, T, d]: this layer's rotated keys and values)."""
+    def __call__(
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, cache: Any
+    ) -> tuple[jax.Array, Any]:
+        """x [R, T, D] -> (x [R, T, D], what `attend` keeps of this layer)."""
         cfg = self.cfg
         rows, length, _ = x.shape
 
@@ -95,76 +108,105 @@ class Block(nn.Module):
         q = rotate(heads("q", y, cfg.num_attention_heads), cos, sin)
         k = rotate(heads("k", y, cfg.num_key_value_heads), cos, sin)
         v = heads("v", y, cfg.num_key_value_heads)
-        mixed = attend(q, k, v).swapaxes(1, 2).reshape(rows, length, -1)
-        x = x + Linear(cfg, cfg.hidden_size, name="o")(mixed)
+        mixed, kept = attend(q, k, v, cache)
+        x = x + Linear(cfg, cfg.hidden_size, name="o")(mixed.swapaxes(1, 2).reshape(rows, length, -1))
 
         y = RMSNorm(cfg, name="mlp_norm")(x)
         gate = nn.silu(Linear(cfg, cfg.intermediate_size, name="gate")(y))
         up = Linear(cfg, cfg.intermediate_size, name="up")(y)
-        return x + Linear(cfg, cfg.hidden_size, name="down")(gate * up), (k, v)
+        return x + Linear(cfg, cfg.hidden_size, name="down")(gate * up), kept
 
 
-class _ScannedBlock(nn.Module):
-    """`Block` with the signature nn.scan wants: carry in, (carry, per-layer output) out."""
-
-    cfg: ModelConfig
-    attend: Attend
-    keep_kv: bool
-
-    @nn.compact
-    def __call__(self, x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Any]:
-        x, kv = Block(self.cfg, name="block")(constrain_rows(x), *tables, self.attend)
-        return x, kv if self.keep_kv else None
+def embed(cfg: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
+    """The residual stream [R, T, D] before the first layer, of tokens i32[R, T]."""
+    table = params["embed"]
+    if tokens.size >= cfg.vocab_size:  # fewer tokens, as in a step of decoding, are moved at less cost than the table
+        table = constrain_table(table)
+    return constrain_rows(table[tokens].astype(cfg.dtype))
 
 
-class Decoder(nn.Module):
-    """Parameters: embed [V, D], layers/block/* [L, ...], final_norm/scale [D], and head [D, V] unless tied."""
+def blocks(
+    cfg: ModelConfig, params: Params, x: jax.Array, positions: jax.Array, attend: Attend, caches: Any = None
+) -> tuple[jax.Array, Any]:
+    """All layers: a scan over stacked parameters, which is what training has, or a loop over those of `unstacked`.
 
-    cfg: ModelConfig
+    Args:
+        x: [R, T, D]; positions: i32[R, T].
+        caches: what `attend` is given of each layer: arrays with a leading axis L for a scan, a tuple for a loop.
 
-    @nn.compact
-    def __call__(
-        self, tokens: jax.Array, positions: jax.Array, attend: Attend, keep_kv: bool = False
-    ) -> tuple[jax.Array, Any]:
-        """Final hidden states [R, T, D], normalised, and (k, v) [L, R, G, T, d] when `keep_kv`, else None."""
-        cfg = self.cfg
-        dtype = jnp.dtype(cfg.param_dtype)
-        init = nn.initializers.normal(cfg.initializer_range)
-        embed = self.param("embed", init, (cfg.vocab_size, cfg.hidden_size), dtype)
-        if not cfg.tie_word_embeddings:
-            self.param("head", init, (cfg.hidden_size, cfg.vocab_size), dtype)
-        x = constrain_table(embed)[tokens].astype(cfg.dtype)
-        block: Any = _ScannedBlock
-        if cfg.remat != "none":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else None
-            block = nn.remat(block, policy=policy, prevent_cse=False)
-        scanned = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=cfg.num_hidden_layers,
-        )
-        x, kv = scanned(cfg, attend, keep_kv, name="layers")(x, rotary_tables(cfg, positions))
-        return RMSNorm(cfg, name="final_norm")(x), kv
+    Returns:
+        x [R, T, D], and what `attend` kept of each layer, in the form that `caches` have.
+    """
+    tables = rotary_tables(cfg, positions)
+
+    def layer(x: jax.Array, given: tuple[Params, Any]) -> tuple[jax.Array, Any]:
+        own, cache = given
+        return Block(cfg).apply({"params": own}, constrain_rows(x), *tables, attend, cache)  # pyright: ignore
+
+    layers = params["layers"]
+    if not isinstance(layers, tuple):
+        return jax.lax.scan(_rematerialised(cfg, layer), x, (layers["block"], caches))
+    kept = []
+    for given in zip(layers, caches or [None] * len(layers), strict=True):
+        x, of_layer = layer(x, given)
+        kept.append(of_layer)
+    return x, tuple(kept)
+
+
+def _rematerialised(cfg: ModelConfig, layer: Callable) -> Callable:
+    """`layer` as the backward pass shall see it (`ModelConfig.remat`)."""
+    if cfg.remat == "none":
+        return layer
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else None
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+
+def forward(
+    cfg: ModelConfig, params: Params, tokens: jax.Array, positions: jax.Array, attend: Attend, caches: Any = None
+) -> tuple[jax.Array, Any]:
+    """Tokens i32[R, T] -> final hidden states [R, T, D], normalised, and what `attend` kept. See `blocks`."""
+    x, kept = blocks(cfg, params, embed(cfg, params, tokens), positions, attend, caches)
+    hidden: Any = RMSNorm(cfg).apply({"params": params["final_norm"]}, x)
+    return hidden, kept
+
+
+def unembedding(cfg: ModelConfig, params: Params) -> Callable[[jax.Array], jax.Array]:
+    """The function from final hidden states [..., D] to logits f32[..., V]; the head is cast once for all its calls."""
+    head = head_matrix(cfg, params)
+
+    def unembed(hidden: jax.Array) -> jax.Array:
+        logits = jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.dtype(cfg.logits_dtype))
+        return logits.astype(jnp.float32)
+
+    return unembed
 
 
 def head_matrix(cfg: ModelConfig, params: Params) -> jax.Array:
     """The output projection [D, V] in the compute dtype."""
-    head = params["embed"].T if cfg.tie_word_embeddings else params["head"]
-    return head.astype(cfg.dtype)
+    return (params["head"] if "head" in params else params["embed"].T).astype(cfg.dtype)
 
 
-def init_params(cfg: ModelConfig, key: jax.Array) -> Params:
-    """Fresh parameters. Trace it under jit with out_shardings to initialise a sharded model in place."""
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    attend = functools.partial(packed_attention, segment=tokens, branch=tokens)
-    return Decoder(cfg).init(key, tokens, tokens, attend)["params"]
+def row_attention(
+    cfg: ModelConfig, places: Places, *, longest_item: int | None = None, keep_kv: bool = False
+) -> Attend:
+    """For `forward`: rows attend to themselves by the config's back end, without a cache.
 
+    Args:
+        places: where the tokens of the rows stand.
+        longest_item: no item takes more tokens of a row than this (static).
+        keep_kv: keep each layer's rotated keys and its values, [R, G, T, d] both.
+    """
+    if cfg.attn_implementation not in ATTENTION:
+        raise ValueError(
+            f"attn_implementation={cfg.attn_implementation!r} is unknown; choose one of {', '.join(ATTENTION)}"
+        )
+    attention = ATTENTION[cfg.attn_implementation]
 
-def abstract_params(cfg: ModelConfig) -> Params:
-    """Shapes and dtypes of the parameters, without making them."""
-    return jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Any, **of_model: Any) -> tuple[jax.Array, Any]:
+        mixed = attention(q, k, v, places, places, longest_item=longest_item, **of_model)
+        return mixed, (k, v) if keep_kv else None
+
+    return attend
 
 
 def hidden_states(cfg: ModelConfig, params: Params, rows: Rows, *, window: int | None = None) -> jax.Array:
@@ -173,11 +215,60 @@ def hidden_states(cfg: ModelConfig, params: Params, rows: Rows, *, window: int |
     Args:
         window: no item of the rows is longer than this (static); lets attention skip what it cannot see.
     """
-    if cfg.attn_implementation not in ATTENTION:
-        raise ValueError(
-            f"attn_implementation={cfg.attn_implementation!r} is unknown; choose one of {', '.join(ATTENTION)}"
+    attend = row_attention(cfg, Places.in_rows(rows.segment, rows.branch, rows.positions), longest_item=window)
+    return forward(cfg, params, rows.tokens, rows.positions, attend)[0]
+
+
+def unstacked(cfg: ModelConfig, params: Params) -> Params:
+    """The parameters as a step of decoding wants them: a tree per layer, the head made, all in the compute dtype.
+
+    Slicing the stacked parameters in every step would cost a CPU as much as reading them for the matmuls does. The
+    price is a second copy of them while samples are drawn.
+    """
+    params = jax.tree.map(lambda x: x.astype(cfg.dtype), params)
+    stacked = params["layers"]["block"]
+    layers = tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(cfg.num_hidden_layers))
+    return {**params, "layers": layers, "head": head_matrix(cfg, params)}
+
+
+class _Layer(nn.Module):
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        return Block(self.cfg, name="block")(x, *tables, lambda q, k, v, cache, **_: (q, None), None)
+
+
+class _Parameters(nn.Module):
+    """Names, shapes and first values of all parameters; what it computes of them is nothing."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> None:
+        cfg = self.cfg
+        dtype = jnp.dtype(cfg.param_dtype)
+        init = nn.initializers.normal(cfg.initializer_range)
+        self.param("embed", init, (cfg.vocab_size, cfg.hidden_size), dtype)
+        if not cfg.tie_word_embeddings:
+            self.param("head", init, (cfg.hidden_size, cfg.vocab_size), dtype)
+        layers = nn.scan(
+            _Layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=cfg.num_hidden_layers,
         )
-    attend = functools.partial(
-        ATTENTION[cfg.attn_implementation], segment=rows.segment, branch=rows.branch, window=window
-    )
-    return Decoder(cfg).apply({"params": params}, rows.tokens, rows.positions, attend)[0]
+        x = jnp.zeros((1, 1, cfg.hidden_size), cfg.dtype)
+        layers(cfg, name="layers")(x, rotary_tables(cfg, jnp.zeros((1, 1), jnp.int32)))
+        RMSNorm(cfg, name="final_norm")(x)
+
+
+def init_params(cfg: ModelConfig, key: jax.Array) -> Params:
+    """Fresh parameters. Trace it under jit with out_shardings to initialise a sharded model in place."""
+    return _Parameters(cfg).init(key)["params"]
+
+
+def abstract_params(cfg: ModelConfig) -> Params:
+    """Shapes and dtypes of the parameters, without making them."""
+    return jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))

@@ -1,4 +1,4 @@
-"""Attention over packed rows and over a decoding cache. Pure functions of arrays.
+"""Attention: one definition of who sees whom and of what a score is, and the back ends that compute it.
 
 Heads stand before tokens: on a CPU that order runs the two attention matmuls several times faster than
 tokens before heads, and other back ends do not mind.
@@ -6,62 +6,203 @@ tokens before heads, and other back ends do not mind.
 
 from __future__ import annotations
 
+from typing import NamedTuple, Protocol
+
 import jax
 import jax.numpy as jnp
 
-BLOCK = 128  # query rows handled at a time; keys outside [block start - window, block end) are never touched
+from sera_jax.core import Array
+
+BLOCK = 128  # queries handled at a time
+ALONE = 8  # the first blocks of a row, each compiled with the keys that it needs and no more
+BAND = 4  # later blocks that share a loop and so a number of keys
 _MASKED = -1e30  # finite, so that a fully masked (padding) query stays finite
 
 
-def row_mask(segment_q: jax.Array, branch_q: jax.Array, segment_k: jax.Array, branch_k: jax.Array) -> jax.Array:
-    """bool[R, Tq, Tk]: same segment, and the key is in the prompt or in the query's own branch.
+class Places(NamedTuple):
+    """Where tokens stand, i32[R, T] each or what broadcasts to it: what says who sees whom.
 
-    Causality is not part of it. Padding (segment 0) sees padding only.
+    Attributes:
+        segment, branch, positions: as in `core.Rows`.
+        column: of the row or of the cache; what stands in a later one comes after.
     """
-    same = segment_q[:, :, None] == segment_k[:, None, :]
-    visible = (branch_k[:, None, :] == 0) | (branch_q[:, :, None] == branch_k[:, None, :])
-    return same & visible
+
+    segment: jax.Array
+    branch: jax.Array
+    positions: jax.Array
+    column: jax.Array
+
+    @classmethod
+    def in_rows(cls, segment: Array, branch: Array, positions: Array) -> Places:
+        """Of whole rows, i32[R, T] each."""
+        column = jnp.arange(segment.shape[1], dtype=jnp.int32)[None]
+        return cls(jnp.asarray(segment), jnp.asarray(branch), jnp.asarray(positions), column)
 
 
-def packed_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array, branch: jax.Array, *, window: int | None = None
-) -> jax.Array:
-    """Causal attention of packed rows (DESIGN: a key is seen iff same segment, not later, prompt or own branch).
-
-    Works block by block over queries, so keys after a block or more than `window` tokens before it cost nothing.
+class Attention(Protocol):
+    """What every back end computes.
 
     Args:
-        q: [R, H, T, d], already rotated, not scaled.
+        q: [R, H, T, d], rotated, not scaled.
         k, v: [R, G, T, d] with G dividing H.
-        segment, branch: i32[R, T].
-        window: no item is longer than this many tokens (static); None: as long as the row.
+        queries, keys: their places. The back ends of `ATTENTION` take rows that attend to themselves: the tokens of an
+            item stand together, none before one that it sees.
+        scale: of the products of queries and keys; None: d ** -0.5.
+        soft_cap: scores become soft_cap * tanh(score / soft_cap); None: they stay.
+        sliding_window: a model's own: a key this many positions or more before the query is not seen; None: all are.
+        longest_item: no item takes more tokens of a row than this (static); None: any may fill it. It changes no
+            number: it lets a back end skip keys that no query sees.
 
     Returns:
         [R, H, T, d] in q's dtype; softmax in float32.
     """
+
+    def __call__(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        queries: Places,
+        keys: Places,
+        *,
+        scale: float | None = None,
+        soft_cap: float | None = None,
+        sliding_window: int | None = None,
+        longest_item: int | None = None,
+    ) -> jax.Array: ...
+
+
+def visible(queries: Places, keys: Places, *, sliding_window: int | None = None) -> jax.Array:
+    """bool[R, Tq, Tk]: the key is of the query's segment, in the prompt or in its own branch, and not after it.
+
+    Padding (segment 0) sees padding only.
+    """
+    segment, branch, position, column = (x[:, :, None] for x in queries)
+    key_segment, key_branch, key_position, key_column = (x[:, None, :] for x in keys)
+    seen = (segment == key_segment) & ((key_branch == 0) | (branch == key_branch)) & (key_column <= column)
+    return seen if sliding_window is None else seen & (position - key_position < sliding_window)
+
+
+def _scores(
+    products: jax.Array, seen: jax.Array, *, depth: int, scale: float | None, soft_cap: float | None
+) -> jax.Array:
+    """Scores of products of queries and keys, f32[...] both; `seen` broadcasts to them."""
+    scores = products * (depth**-0.5 if scale is None else scale)
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    return jnp.where(seen, scores, _MASKED)
+
+
+def blocked_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    queries: Places,
+    keys: Places,
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    sliding_window: int | None = None,
+    longest_item: int | None = None,
+) -> jax.Array:
+    """`Attention` in plain XLA, `BLOCK` queries at a time; most keys that no query of a block sees are never touched.
+
+    Blocks of a band run in a loop: their scores are alive one block at a time, and the program grows with the bands.
+    """
     rows, heads, length, depth = q.shape
     groups = k.shape[1]
-    repeat = heads // groups
-    window = length if window is None else min(window, length)
+    longest = length if longest_item is None else min(longest_item, length)
 
     # Recomputed in the backward pass: kept, the weights of all layers are most of a step's memory, and on a CPU storing
     # and fetching them takes longer than computing them again.
     @jax.checkpoint
-    def attend(block_q: jax.Array, block_k: jax.Array, block_v: jax.Array, mask: jax.Array) -> jax.Array:
-        width, keys = mask.shape[1:]
-        block_q = block_q.reshape(rows, groups, repeat * width, depth)
-        scores = jnp.einsum("rgtd,rgsd->rgts", block_q, block_k, preferred_element_type=jnp.float32)
-        scores = scores.reshape(rows, groups, repeat, width, keys) * depth**-0.5
-        weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, _MASKED), axis=-1).astype(v.dtype)
-        weights = weights.reshape(rows, groups, repeat * width, keys)
-        out = jnp.einsum("rgts,rgsd->rgtd", weights, block_v)
-        return out.reshape(rows, heads, width, depth)
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
+        width, across = seen.shape[1:]
+        q = q.reshape(rows, groups, -1, depth)
+        products = jnp.einsum("rgtd,rgsd->rgts", q, k, preferred_element_type=jnp.float32)
+        products = products.reshape(rows, groups, -1, width, across)
+        scores = _scores(products, seen[:, None, None], depth=depth, scale=scale, soft_cap=soft_cap)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(rows, groups, -1, across)
+        return jnp.einsum("rgts,rgsd->rgtd", weights, v).reshape(rows, heads, width, depth)
 
-    blocks = []
-    for start in range(0, length, BLOCK):
-        stop = min(start + BLOCK, length)
-        low = max(0, start - window + 1)
-        mask = row_mask(segment[:, start:stop], branch[:, start:stop], segment[:, low:stop], branch[:, low:stop])
-        mask &= (jnp.arange(low, stop)[None, :] <= jnp.arange(start, stop)[:, None])[None]
-        blocks.append(attend(q[:, :, start:stop], k[:, :, low:stop], v[:, :, low:stop], mask))
-    return jnp.concatenate(blocks, axis=2) if len(blocks) > 1 else blocks[0]
+    def band(start: int, stop: int) -> jax.Array:
+        """Mixed values of the queries [start, stop): one block, or several of `BLOCK` queries."""
+        block = min(BLOCK, stop - start)
+        low = max(0, start - longest + 1)  # the first key that any of these queries may see
+        across = min(stop - low, longest - 1 + block)  # keys that each block is given: its own and those before it
+        k_near, v_near, keys_near = k[:, :, low:stop], v[:, :, low:stop], Places(*(x[:, low:stop] for x in keys))
+        q_own, queries_own = q[:, :, start:stop], Places(*(x[:, start:stop] for x in queries))
+
+        def one(first: jax.Array | int, q: jax.Array, queries: Places) -> jax.Array:
+            def cut(x: jax.Array, axis: int) -> jax.Array:
+                if across == stop - low:
+                    return x
+                return jax.lax.dynamic_slice_in_dim(x, jnp.maximum(first + block - across - low, 0), across, axis)
+
+            seen = visible(queries, Places(*(cut(x, 1) for x in keys_near)), sliding_window=sliding_window)
+            return attend(q, cut(k_near, 2), cut(v_near, 2), seen)
+
+        if stop - start == block:
+            return one(start, q_own, queries_own)
+
+        def split(x: jax.Array, axis: int) -> jax.Array:
+            return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :]), axis, 0)
+
+        blocks = (jnp.arange(start, stop, block), split(q_own, 2), Places(*(split(x, 1) for x in queries_own)))
+        out = jax.lax.map(lambda xs: one(*xs), blocks)
+        return jnp.moveaxis(out, 0, 2).reshape(rows, heads, stop - start, depth)
+
+    bands = [band(start, stop) for start, stop in _bands(length, longest)]
+    return jnp.concatenate(bands, axis=2) if len(bands) > 1 else bands[0]
+
+
+def _bands(length: int, longest: int) -> list[tuple[int, int]]:
+    """Parts [start, stop) of a row whose blocks are handled alike.
+
+    The blocks of a band are given as many keys as its last one. So that this costs little, the first blocks, whose
+    keys grow fastest in proportion, stand alone, and `BAND` blocks go together after them; beyond the longest item
+    every block has the same number of keys, and all go together. An incomplete last block stands alone.
+    """
+    bands, start, whole = [], 0, length - length % BLOCK
+    while start < length:
+        if start >= whole:
+            stop = length
+        elif start >= longest:
+            stop = whole
+        else:
+            stop = min(start + BLOCK * (1 if start < ALONE * BLOCK else BAND), whole)
+        bands.append((start, stop))
+        start = stop
+    return bands
+
+
+def cached_attention(
+    q: jax.Array,
+    keys_t: jax.Array,
+    values: jax.Array,
+    queries: Places,
+    keys: Places,
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    sliding_window: int | None = None,
+) -> jax.Array:
+    """`Attention` of one query per slot over a decoding cache of C columns, in the layouts a CPU reads fastest.
+
+    Args:
+        q: [S, H, 1, d].
+        keys_t, values: [S, G, d, C], [S, G, C, d].
+        queries, keys: i32[S, 1] and i32[S, C], or what broadcasts to them.
+    """
+    slots, heads, _, depth = q.shape
+    grouped = q.reshape(slots, values.shape[1], -1, depth)
+    products = jnp.einsum("sgrd,sgdc->sgrc", grouped, keys_t, preferred_element_type=jnp.float32)
+    seen = visible(queries, keys, sliding_window=sliding_window)[:, None]
+    scores = _scores(products, seen, depth=depth, scale=scale, soft_cap=soft_cap)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    mixed = jnp.einsum("sgrc,sgcd->sgrd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    mixed /= jnp.sum(weights, axis=-1, keepdims=True)  # divided last: d numbers per query instead of C
+    return mixed.astype(q.dtype).reshape(slots, heads, 1, depth)
+
+
+ATTENTION: dict[str, Attention] = {"xla": blocked_attention}

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from sera_jax.core import Array, Rows
 
+Unembed = Callable[[jax.Array], jax.Array]  # a decoder's: hidden states [..., D] -> logits f32[..., V]
 
-def token_logps(
-    hidden: jax.Array, head: jax.Array, rows: Rows, *, chunk: int, logits_dtype: jnp.dtype = jnp.float32
-) -> jax.Array:
+
+def token_logps(hidden: jax.Array, unembed: Unembed, rows: Rows, *, chunk: int) -> jax.Array:
     """Log-probability of every scored token, f32[R, M]; 0 at unused places.
 
     The vocabulary projection is done at most `chunk` columns of M at a time, in steps of equal width, and recomputed in
@@ -20,20 +20,19 @@ def token_logps(
 
     Args:
         hidden: [R, T, D] final hidden states.
-        head: [D, V] output projection.
+        unembed: from hidden states [R, m, D] to their logits f32[R, m, V].
         rows: the packed rows; `source` says which hidden state predicts `target`.
         chunk: most columns of M at a time; static.
-        logits_dtype: dtype of the logits; log-sum-exp is float32 whatever it is.
     """
 
     def logp(logits: jax.Array, target: jax.Array) -> tuple[jax.Array]:
         return (_logp(logits, target),)
 
-    return _by_columns(logp, hidden, head, rows, chunk=chunk, logits_dtype=logits_dtype)[0]
+    return _by_columns(logp, hidden, unembed, rows, chunk=chunk)[0]
 
 
 def token_logps_and_entropies(
-    hidden: jax.Array, head: jax.Array, rows: Rows, *, chunk: int, logits_dtype: jnp.dtype = jnp.float32
+    hidden: jax.Array, unembed: Unembed, rows: Rows, *, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
     """`token_logps`, and the entropy (nats) of the distribution that each scored token was drawn from; f32[R, M] both.
 
@@ -44,7 +43,7 @@ def token_logps_and_entropies(
         every = jax.nn.log_softmax(logits, axis=-1)
         return _logp(logits, target), -jnp.sum(jnp.exp(every) * every, axis=-1)
 
-    logps, entropies = _by_columns(both, hidden, head, rows, chunk=chunk, logits_dtype=logits_dtype)
+    logps, entropies = _by_columns(both, hidden, unembed, rows, chunk=chunk)
     return logps, entropies
 
 
@@ -57,11 +56,10 @@ def _logp(logits: jax.Array, target: jax.Array) -> jax.Array:
 def _by_columns(
     of_logits: Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]],
     hidden: jax.Array,
-    head: jax.Array,
+    unembed: Unembed,
     rows: Rows,
     *,
     chunk: int,
-    logits_dtype: jnp.dtype,
 ) -> tuple[jax.Array, ...]:
     """`of_logits` (f32[R, m, V], i32[R, m]) -> f32[R, m] each, over all of M; 0 at unused places."""
     width = rows.source.shape[1]
@@ -69,8 +67,7 @@ def _by_columns(
 
     def columns(source: jax.Array, target: jax.Array) -> tuple[jax.Array, ...]:
         picked = jnp.take_along_axis(hidden, source[:, :, None], axis=1)  # [R, m, D]
-        logits = jnp.einsum("rmd,dv->rmv", picked, head, preferred_element_type=logits_dtype).astype(jnp.float32)
-        return of_logits(logits, target)
+        return of_logits(unembed(picked), target)
 
     if chunk >= width:
         return tuple(jnp.where(used, x, 0.0) for x in columns(rows.source, rows.target))

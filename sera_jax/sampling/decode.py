@@ -20,14 +20,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sera_jax.core import Array
-from sera_jax.mesh import ROW_AXES, constrain_rows, replicated, row_shards
+from sera_jax.mesh import ROW_AXES, replicated, row_shards
 from sera_jax.models.config import ModelConfig
-from sera_jax.models.decoder import Block, Decoder, Params, RMSNorm, head_matrix, rotary_tables
-from sera_jax.ops.attention import packed_attention
+from sera_jax.models.decoder import Params, forward, row_attention, unembedding, unstacked
+from sera_jax.ops.attention import Places, cached_attention
 from sera_jax.sampling.choose import choose
 from sera_jax.sampling.params import SamplingParams
-
-_MASKED = -1e30
 
 
 @struct.dataclass
@@ -106,23 +104,6 @@ class Placing:
     sample: Array
 
 
-def prepare(cfg: ModelConfig, params: Params) -> Params:
-    """Parameters as the decoder wants them: one subtree per layer, already in the compute dtype.
-
-    Slicing the stacked parameters in every step would cost a CPU as much as reading them for the matmuls does. The
-    price is a second copy of them while samples are drawn.
-    """
-    params = jax.tree.map(lambda x: x.astype(cfg.dtype), params)
-    stacked = params["layers"]["block"]
-    layers = tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(cfg.num_hidden_layers))
-    return {
-        "embed": params["embed"],
-        "layers": layers,
-        "final_norm": params["final_norm"],
-        "head": head_matrix(cfg, params),
-    }
-
-
 def empty_slots(cfg: ModelConfig, sampling: SamplingParams, slots: int, columns: int) -> Slots:
     """All slots idle."""
     shape = (slots, cfg.num_key_value_heads)
@@ -145,9 +126,8 @@ def empty_slots(cfg: ModelConfig, sampling: SamplingParams, slots: int, columns:
 def prefill(cfg: ModelConfig, params: Params, tokens: jax.Array) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     """Keys and values of prompts i32[b, T], filled up on the right; what the filling computes is never read."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    attend = functools.partial(packed_attention, segment=jnp.ones_like(tokens), branch=jnp.zeros_like(tokens))
-    out: Any = Decoder(cfg).apply({"params": params}, tokens, positions, attend, True)
-    keys, values = out[1]
+    attend = row_attention(cfg, Places.in_rows(jnp.ones_like(tokens), jnp.zeros_like(tokens), positions), keep_kv=True)
+    keys, values = forward(cfg, params, tokens, positions, attend)[1]
     return tuple(keys.swapaxes(3, 4)), tuple(values)
 
 
@@ -186,49 +166,27 @@ def insert(
     )
 
 
-def cached_attention(q: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array) -> jax.Array:
-    """One query per slot over its cache.
-
-    Args:
-        q: [S, H, 1, d], rotated, not scaled.
-        keys, values: [S, G, d, C], [S, G, C, d].
-        visible: bool[S, C].
-
-    Returns:
-        [S, H, 1, d]; softmax in float32.
-    """
-    slots, heads, _, depth = q.shape
-    grouped = q.reshape(slots, keys.shape[1], -1, depth)
-    scores = jnp.einsum("sgrd,sgdc->sgrc", grouped, keys, preferred_element_type=jnp.float32) * depth**-0.5
-    scores = jnp.where(visible[:, None, None], scores, _MASKED)
-    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-    mixed = jnp.einsum("sgrc,sgcd->sgrd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-    mixed /= jnp.sum(weights, axis=-1, keepdims=True)  # divided last: d numbers per query instead of C
-    return mixed.astype(q.dtype).reshape(slots, heads, 1, depth)
-
-
 def step(cfg: ModelConfig, sampling: SamplingParams, prepared: Params, slots: Slots) -> Slots:
     """Feed every slot's token and choose its next one."""
-    rows = jnp.arange(slots.token.shape[0])
-    visible = jnp.arange(slots.values[0].shape[2]) <= slots.position[:, None]  # [S, C]
-    cos_sin = rotary_tables(cfg, slots.position[:, None])
-    all_keys, all_values = list(slots.keys), list(slots.values)
+    slot, at, one = jnp.arange(slots.token.shape[0]), slots.position[:, None], jnp.ones((1, 1), jnp.int32)
+    column = jnp.arange(slots.values[0].shape[2], dtype=jnp.int32)[None]
+    # a slot is one item, and all of it is prompt to the token that comes next
+    query, columns = Places(one, 0 * one, at, at), Places(one, 0 * one, column, column)
 
     # Written before it is attended to, so that the old cache has one reader and is updated in place.
-    def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        at = dict(mode="drop", unique_indices=True, indices_are_sorted=True)
-        all_keys[layer] = all_keys[layer].at[rows, :, :, slots.position].set(k[:, :, 0], **at)
-        all_values[layer] = all_values[layer].at[rows, :, slots.position].set(v[:, :, 0], **at)
-        return cached_attention(q, all_keys[layer], all_values[layer], visible)
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Any, **of_model: Any) -> tuple[jax.Array, Any]:
+        keys, values = cache
+        how = dict(mode="drop", unique_indices=True, indices_are_sorted=True)
+        keys = keys.at[slot, :, :, slots.position].set(k[:, :, 0], **how)
+        values = values.at[slot, :, slots.position].set(v[:, :, 0], **how)
+        return cached_attention(q, keys, values, query, columns, **of_model), (keys, values)
 
-    x: Any = constrain_rows(prepared["embed"][slots.token][:, None])  # [S, 1, D]
-    for layer, params in enumerate(prepared["layers"]):
-        x, _ = Block(cfg).apply({"params": params}, x, *cos_sin, functools.partial(attend, layer))
-    x = RMSNorm(cfg).apply({"params": prepared["final_norm"]}, x)
-    logits = jnp.dot(x[:, 0], prepared["head"], preferred_element_type=jnp.dtype(cfg.logits_dtype))
+    caches = tuple(zip(slots.keys, slots.values, strict=True))
+    hidden, caches = forward(cfg, prepared, slots.token[:, None], at, attend, caches)
+    keys, values = zip(*caches, strict=True)
 
     token, logp = choose(
-        logits=logits.astype(jnp.float32),
+        logits=unembedding(cfg, prepared)(hidden[:, 0]),
         keys=slots.key,
         index=slots.count,
         temperature=sampling.temperature,
@@ -242,8 +200,8 @@ def step(cfg: ModelConfig, sampling: SamplingParams, prepared: Params, slots: Sl
     on = slots.active.astype(jnp.int32)
     return dataclasses.replace(
         slots,
-        keys=tuple(all_keys),
-        values=tuple(all_values),
+        keys=keys,
+        values=values,
         token=jnp.where(slots.active, token, slots.token),
         position=slots.position + on,
         count=slots.count + on,
@@ -289,7 +247,7 @@ def programs(cfg: ModelConfig, sampling: SamplingParams, mesh: Mesh | None, slot
         state = Slots(**{name: cache if name in ("keys", "values") else flat for name in names})
         block = NamedSharding(mesh, P(None, heads))  # any slot may take any prompt of the block
     return Programs(
-        prepare=jax.jit(functools.partial(prepare, cfg)),
+        prepare=jax.jit(functools.partial(unstacked, cfg)),
         empty=jax.jit(
             functools.partial(empty_slots, cfg, sampling),
             static_argnums=(0, 1),

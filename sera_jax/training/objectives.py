@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from sera_jax.core import Mean, PairBatch, Rows
 from sera_jax.losses.preference import PairInputs, ResolvedLoss
 from sera_jax.models.config import ModelConfig
-from sera_jax.models.decoder import Params, head_matrix, hidden_states
+from sera_jax.models.decoder import Params, hidden_states, unembedding
 from sera_jax.ops.logprob import slot_lengths, sum_by_slot, token_logps
 from sera_jax.training.step import Metrics, Objective
 
@@ -25,7 +25,7 @@ def row_token_logps(
     """
     chunk = max(8, chunk_tokens * shards // rows.source.shape[0])
     hidden = hidden_states(cfg, params, rows, window=window)
-    return token_logps(hidden, head_matrix(cfg, params), rows, chunk=chunk, logits_dtype=jnp.dtype(cfg.logits_dtype))
+    return token_logps(hidden, unembedding(cfg, params), rows, chunk=chunk)
 
 
 def align_objective(cfg: ModelConfig, loss: ResolvedLoss, *, window: int, chunk_tokens: int, shards: int) -> Objective:

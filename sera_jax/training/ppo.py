@@ -10,7 +10,7 @@ from sera_jax.core import Array, Mean, Rows
 from sera_jax.losses import ppo
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.critic import HEAD, read_values, row_values
-from sera_jax.models.decoder import Params, head_matrix, hidden_states
+from sera_jax.models.decoder import Params, hidden_states, unembedding
 from sera_jax.ops.logprob import token_logps_and_entropies
 from sera_jax.training.step import Metrics, Objective
 
@@ -127,9 +127,7 @@ def _policy_metrics(
 ) -> Metrics:
     rows = batch.rows
     chunk = max(8, chunk_tokens // rows.source.shape[0])
-    logp, entropy = token_logps_and_entropies(
-        hidden, head_matrix(cfg, params), rows, chunk=chunk, logits_dtype=jnp.dtype(cfg.logits_dtype)
-    )
+    logp, entropy = token_logps_and_entropies(hidden, unembedding(cfg, params), rows, chunk=chunk)
     entropy = entropy if entropy_coef else jax.lax.stop_gradient(entropy)
     ratio = ppo.ratio(logp=logp, old_logp=batch.old_logp)
     policy = ppo.policy_loss(logp=logp, old_logp=batch.old_logp, advantage=batch.advantage, cliprange=cliprange)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +11,18 @@ import pytest
 from sera_jax.core import Rows
 from sera_jax.models.config import ModelConfig, RopeScaling
 from sera_jax.models.decoder import (
-    Decoder,
     abstract_params,
+    forward,
     head_matrix,
     hidden_states,
     init_params,
     rotary_frequencies,
     rotary_tables,
     rotate,
+    row_attention,
+    unembedding,
 )
-from sera_jax.ops.attention import packed_attention
+from sera_jax.ops.attention import Places
 from sera_jax.ops.logprob import sum_by_slot, token_logps
 from tests.tolerances import TOLERANCES
 
@@ -148,7 +149,7 @@ def test_a_response_scores_the_same_beside_its_sibling_as_alone():
     @jax.jit
     def score(params, rows):
         hidden = hidden_states(CFG, params, rows, window=21)
-        return sum_by_slot(token_logps(hidden, head_matrix(CFG, params), rows, chunk=4), rows)
+        return sum_by_slot(token_logps(hidden, unembedding(CFG, params), rows, chunk=4), rows)
 
     close(score(params, rows)[0], alone, "packing")
 
@@ -183,7 +184,7 @@ def test_rematerialisation_changes_memory_and_not_the_gradient(remat):
 
     def compiled(cfg):
         def loss(params, rows):
-            return -token_logps(hidden_states(cfg, params, rows), head_matrix(cfg, params), rows, chunk=32).sum()
+            return -token_logps(hidden_states(cfg, params, rows), unembedding(cfg, params), rows, chunk=32).sum()
 
         return jax.jit(jax.grad(loss)).lower(params, rows).compile()
 
@@ -206,7 +207,7 @@ def test_the_program_does_not_grow_with_the_number_of_layers():
 
 def test_a_step_moves_nothing_between_host_and_device_by_itself():
     params, rows = jax.device_put((random_params(CFG), one_sequence(np.arange(9))))
-    step = jax.jit(jax.grad(lambda p, r: token_logps(hidden_states(CFG, p, r), head_matrix(CFG, p), r, chunk=4).sum()))
+    step = jax.jit(jax.grad(lambda p, r: token_logps(hidden_states(CFG, p, r), unembedding(CFG, p), r, chunk=4).sum()))
     with jax.transfer_guard("disallow"):
         jax.block_until_ready(step(params, rows))
 
@@ -217,7 +218,7 @@ def test_parameters_compute_and_log_probs_have_their_own_dtypes():
 
     def forward(params):
         hidden, head = hidden_states(cfg, params, rows), head_matrix(cfg, params)
-        return hidden, head, token_logps(hidden, head, rows, chunk=4)
+        return hidden, head, token_logps(hidden, unembedding(cfg, params), rows, chunk=4)
 
     hidden, head, logps = jax.eval_shape(forward, params)
     assert (hidden.dtype, head.dtype, logps.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
@@ -236,9 +237,8 @@ def test_bfloat16_matmuls_stay_near_float32_ones():
 
 def test_keys_and_values_come_out_layer_by_layer_on_request():
     params, rows = random_params(CFG), one_sequence(np.arange(9))
-    attend = functools.partial(packed_attention, segment=rows.segment, branch=rows.branch)
-    out: Any = Decoder(CFG).apply({"params": params}, rows.tokens, rows.positions, attend, keep_kv=True)
-    hidden, (k, v) = out
+    attend = row_attention(CFG, Places.in_rows(rows.segment, rows.branch, rows.positions), keep_kv=True)
+    hidden, (k, v) = forward(CFG, params, rows.tokens, rows.positions, attend)
     assert k.shape == v.shape == (2, 1, 2, 9, 6)
     first = jax.tree.map(lambda x: x[0], params["layers"]["block"])
     x = params["embed"][rows.tokens]

@@ -12,7 +12,7 @@ import pytest
 
 from sera_jax.data.packing import build_rows, gather_scores, pack, spec_for, window_for
 from sera_jax.models.config import ModelConfig
-from sera_jax.models.decoder import head_matrix, hidden_states, init_params
+from sera_jax.models.decoder import head_matrix, hidden_states, init_params, unembedding
 from sera_jax.ops.logprob import slot_lengths, sum_by_slot, sum_slots, token_logps, token_logps_and_entropies
 from tests import oracles
 from tests.tolerances import TOLERANCES
@@ -44,10 +44,15 @@ def items():
     return oracles.random_items(np.random.default_rng(0), 8, vocab=CFG.vocab_size, prompt=(1, 7), response=(1, 6))
 
 
+def by(head):
+    """The unembedding by an output projection [D, V]."""
+    return lambda hidden: hidden @ head
+
+
 @functools.partial(jax.jit, static_argnames=("chunk", "window"))
 def score(params, rows, chunk=1000, window=None):
     """Sums f32[R, K] and per-token log-probs f32[R, M]."""
-    logps = token_logps(hidden_states(CFG, params, rows, window=window), head_matrix(CFG, params), rows, chunk=chunk)
+    logps = token_logps(hidden_states(CFG, params, rows, window=window), unembedding(CFG, params), rows, chunk=chunk)
     return sum_by_slot(logps, rows), logps
 
 
@@ -127,7 +132,7 @@ def test_chunks_of_the_vocabulary_projection_change_neither_value_nor_gradient(p
     weights = np.random.default_rng(0).uniform(0.5, 1.5, rows.slot.shape).astype(np.float32)
 
     def total(hidden, head, chunk):
-        return jnp.sum(token_logps(hidden, head, rows, chunk=chunk) * weights)
+        return jnp.sum(token_logps(hidden, by(head), rows, chunk=chunk) * weights)
 
     def whole(hidden, head):
         logps = jax.nn.log_softmax(hidden @ head, axis=-1)  # [R, T, V]
@@ -198,7 +203,7 @@ def test_entropies_are_those_of_the_whole_distribution_and_chunks_change_neither
     rows, hidden, head, weights = projected
 
     def total(hidden, head):
-        logps, entropies = token_logps_and_entropies(hidden, head, rows, chunk=chunk)
+        logps, entropies = token_logps_and_entropies(hidden, by(head), rows, chunk=chunk)
         return jnp.sum(logps * weights[0]) + jnp.sum(entropies * weights[1]), (logps, entropies)
 
     grads, (logps, entropies) = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(hidden, head)
@@ -224,15 +229,15 @@ def test_entropies_are_those_of_the_whole_distribution_and_chunks_change_neither
 
 def test_the_log_probs_beside_the_entropies_are_token_logps(projected):
     rows, hidden, head, _ = projected
-    plain = token_logps(hidden, head, rows, chunk=1000)
-    close(token_logps_and_entropies(hidden, head, rows, chunk=1000)[0], plain, "closed_form")
+    plain = token_logps(hidden, by(head), rows, chunk=1000)
+    close(token_logps_and_entropies(hidden, by(head), rows, chunk=1000)[0], plain, "closed_form")
 
 
 def test_the_entropy_of_equal_logits_is_the_log_of_the_vocabulary_and_of_a_certain_token_0(projected):
     rows, hidden, head, _ = projected
     used = rows.slot < rows.num_slots
-    flat = token_logps_and_entropies(jnp.zeros_like(hidden), head, rows, chunk=16)[1]
+    flat = token_logps_and_entropies(jnp.zeros_like(hidden), by(head), rows, chunk=16)[1]
     close(flat, np.where(used, np.log(CFG.vocab_size), 0.0), "closed_form")
-    certain = token_logps_and_entropies(1e4 * hidden, head, rows, chunk=16)[1]
+    certain = token_logps_and_entropies(1e4 * hidden, by(head), rows, chunk=16)[1]
     assert not np.isnan(certain).any() and (np.asarray(certain) >= 0).all()
     assert np.asarray(certain)[used].min() == 0.0

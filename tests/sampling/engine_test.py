@@ -1,6 +1,7 @@
 """Laws of `generate`: what it draws, that neighbours do not matter, and that slots stay full."""
 
 import dataclasses
+import functools
 import itertools
 import re
 
@@ -12,8 +13,9 @@ from scipy import stats
 
 from sera_jax.core import Rows, Stream, key_for
 from sera_jax.mesh import make_mesh, param_shardings
+from sera_jax.models import decoder
 from sera_jax.models.config import ModelConfig
-from sera_jax.models.decoder import head_matrix, hidden_states, init_params
+from sera_jax.models.decoder import hidden_states, init_params, unembedding
 from sera_jax.ops.logprob import token_logps
 from sera_jax.sampling import SamplingParams, Stats, generate
 from sera_jax.sampling.choose import choose
@@ -47,11 +49,13 @@ def prompts():
     return [rng.integers(0, CFG.vocab_size, n).astype(np.int32) for n in (5, 1, 12, 8, 2, 17, 3)]
 
 
-def draw(params, prompts, *, ids=None, num_samples=1, slots=4, seed=0, round=0, mesh=None, stats=None, **settings):
+def draw(
+    params, prompts, *, cfg=CFG, ids=None, num_samples=1, slots=4, seed=0, round=0, mesh=None, stats=None, **settings
+):
     settings = dict(temperature=1.0, max_new_tokens=10, stop_ids=STOP) | settings
     progress = settings.pop("on_progress", None)
     return generate(
-        CFG,
+        cfg,
         params,
         prompts,
         prompt_ids=range(len(prompts)) if ids is None else ids,
@@ -71,14 +75,16 @@ def bounds(kind):
     return {name: TOLERANCES[kind][name] for name in ("rtol", "atol")}
 
 
-@jax.jit
-def _score(params, rows):
-    hidden = hidden_states(CFG, params, rows)
-    head = head_matrix(CFG, params)
-    return hidden @ head, token_logps(hidden, head, rows, chunk=ROW)
+def _score(cfg, params, rows):
+    hidden = hidden_states(cfg, params, rows)
+    unembed = unembedding(cfg, params)
+    return unembed(hidden), token_logps(hidden, unembed, rows, chunk=ROW)
 
 
-def scorer(params, prompt, response):
+SCORE = jax.jit(functools.partial(_score, CFG))
+
+
+def scorer(params, prompt, response, score=SCORE):
     """Logits f32[n, V] that predict each response token, and the response's log-probs f32[n], by the scorer."""
     tokens = np.concatenate([prompt, response])
     length, n = len(tokens), len(response)
@@ -96,7 +102,7 @@ def scorer(params, prompt, response):
         slot=np.where(used, 0, 1)[None],
         num_slots=1,
     )
-    logits, logps = _score(params, jax.tree.map(lambda x: jnp.asarray(x, jnp.int32), rows))
+    logits, logps = score(params, jax.tree.map(lambda x: jnp.asarray(x, jnp.int32), rows))
     return np.asarray(logits[0, len(prompt) - 1 : len(prompt) - 1 + n]), np.asarray(logps[0, :n])
 
 
@@ -113,6 +119,26 @@ def test_greedy_decoding_is_the_argmax_of_the_scorer_at_every_step(params, promp
     for sample in samples:
         logits, _ = scorer(params, prompts[sample.prompt], sample.tokens)
         np.testing.assert_array_equal(logits.argmax(-1), sample.tokens)
+
+
+def test_what_a_block_asks_of_attention_holds_for_scoring_prefill_and_decoding_alike(params, prompts, monkeypatch):
+    """A model of another kind is written once, in the decoder: this one caps and scales scores and slides a window."""
+
+    class Other(decoder.Block):
+        def __call__(self, x, cos, sin, attend, cache):
+            own = functools.partial(attend, scale=0.5, soft_cap=3.0, sliding_window=6)
+            return super().__call__(x, cos, sin, own, cache)
+
+    cfg = dataclasses.replace(CFG, rms_norm_eps=2e-5)  # of its own, so that no program of another test is taken for it
+    monkeypatch.setattr(decoder, "Block", Other)
+    samples = draw(params, prompts, cfg=cfg, temperature=0.0, max_new_tokens=20, stop_ids=(23,))
+    score = jax.jit(functools.partial(_score, cfg))
+    for sample in samples:
+        logits, _ = scorer(params, prompts[sample.prompt], sample.tokens, score=score)
+        np.testing.assert_array_equal(logits.argmax(-1), sample.tokens)
+    monkeypatch.undo()
+    plain = draw(params, prompts, temperature=0.0, max_new_tokens=20, stop_ids=(23,))
+    assert any(not np.array_equal(one.tokens, other.tokens) for one, other in zip(samples, plain))
 
 
 def test_returned_logps_are_the_scorers_whatever_filters_drew_the_tokens(params, prompts):
