@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from sera_jax.checkpoint.phases import file_digest, versions, write_json, write_jsonl
-from sera_jax.data.items import Item, stable_id
+from sera_jax.data.items import Item
 from sera_jax.data.loading import Limits, load_prompts
 from sera_jax.data.tokenizing import Tokenizer
 from sera_jax.experiment.saved import MAX_NEW_TOKENS, MAX_PROMPT_LENGTH, SavedPolicy, find_policy
 from sera_jax.mesh import make_mesh
 from sera_jax.progress import Progress
-from sera_jax.sampling import Sample, SamplingParams, generate
+from sera_jax.sampling import Draws, Sample, SamplingParams, generate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,12 +98,8 @@ def _answer(
         return generate(
             saved.cfg,
             saved.params(mesh),
-            [item.prompt for item in items],
-            prompt_ids=[stable_id(item.id) for item in items],
-            num_samples=args.num_samples,
-            sampling=sampling,
-            seed=args.seed,
-            round=0,
+            Draws.of_items(items, args.num_samples, seed=args.seed, round=0),
+            sampling,
             slots=args.slots,
             mesh=mesh,
             on_progress=update,

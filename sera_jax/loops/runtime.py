@@ -19,14 +19,14 @@ from jax.sharding import Mesh
 from sera_jax.checkpoint import Workdir, save_tree
 from sera_jax.config import SamplingGroup
 from sera_jax.data.batches import PairLoader, ScoreBatches, score_batches
-from sera_jax.data.items import Item, items_digest, stable_id
+from sera_jax.data.items import Item, items_digest
 from sera_jax.data.packing import Layout, gather_scores, pack, split_items
 from sera_jax.data.planning import NO_SHAPES, Shapes
 from sera_jax.data.rollouts import rounded_rows
 from sera_jax.mesh import row_shards
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import Params
-from sera_jax.sampling import Candidates, Sample, SamplingParams, generate, grouped
+from sera_jax.sampling import Candidates, Draws, Sample, SamplingParams, generate, grouped
 from sera_jax.training.parameters import load_params
 from sera_jax.training.ppo_steps import PpoPrograms
 from sera_jax.training.score import make_score, place_rows
@@ -281,12 +281,8 @@ class Runtime:
         return generate(
             self.cfg,
             params,
-            [item.prompt for item in prompts],
-            prompt_ids=[stable_id(item.id) for item in prompts],
-            num_samples=num_samples,
-            sampling=self.sampling_params(settings),
-            seed=self.seed,
-            round=round_,
+            Draws.of_items(prompts, num_samples, seed=self.seed, round=round_),
+            self.sampling_params(settings),
             slots=settings.slots,
             mesh=self.mesh,
             max_prompt_tokens=max_prompt_tokens,

@@ -2,6 +2,6 @@
 
 from sera_jax.sampling.candidates import Candidates, grouped
 from sera_jax.sampling.engine import Stats, generate
-from sera_jax.sampling.params import Sample, SamplingParams
+from sera_jax.sampling.params import Draws, Sample, SamplingParams
 
-__all__ = ["Candidates", "Sample", "SamplingParams", "Stats", "generate", "grouped"]
+__all__ = ["Candidates", "Draws", "Sample", "SamplingParams", "Stats", "generate", "grouped"]

@@ -67,7 +67,7 @@ class Report:
 
 
 @dataclasses.dataclass(frozen=True)
-class Programs:
+class SamplerPrograms:
     """The compiled functions for one (model, sampling, mesh); each compiles once per set of shapes.
 
     prepare(params) -> params with one subtree per layer, in the compute dtype.
@@ -231,7 +231,7 @@ def decode(
 
 
 @functools.lru_cache(maxsize=8)
-def programs(cfg: ModelConfig, sampling: SamplingParams, mesh: Mesh | None, slots: int) -> Programs:
+def programs(cfg: ModelConfig, sampling: SamplingParams, mesh: Mesh | None, slots: int) -> SamplerPrograms:
     """The compiled functions; the same object for the same arguments, so that nothing compiles twice.
 
     With a mesh, slots are split over (data, fsdp) where their number allows it, and key/value heads over `tensor`.
@@ -246,7 +246,7 @@ def programs(cfg: ModelConfig, sampling: SamplingParams, mesh: Mesh | None, slot
         names = [field.name for field in dataclasses.fields(Slots)]  # a sharding stands for all arrays of its field
         state = Slots(**{name: cache if name in ("keys", "values") else flat for name in names})
         block = NamedSharding(mesh, P(None, heads))  # any slot may take any prompt of the block
-    return Programs(
+    return SamplerPrograms(
         prepare=jax.jit(functools.partial(unstacked, cfg)),
         empty=jax.jit(
             functools.partial(empty_slots, cfg, sampling),

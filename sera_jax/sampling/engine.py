@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,8 +16,8 @@ from sera_jax.core import Stream, key_for
 from sera_jax.mesh import host_to_global, replicated
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import Params
-from sera_jax.sampling.decode import Placing, Programs, Report, programs
-from sera_jax.sampling.params import Sample, SamplingParams
+from sera_jax.sampling.decode import Placing, Report, SamplerPrograms, programs
+from sera_jax.sampling.params import Draws, Sample, SamplingParams
 
 PREFILL_TOKENS = 2048  # tokens of one prefill call at most, unless one prompt is longer
 COLUMN_STEP = 64  # prompt and cache lengths are rounded up to this, so that few shapes are compiled
@@ -39,20 +39,16 @@ class Stats:
 def generate(
     cfg: ModelConfig,
     params: Params,
-    prompts: Sequence[np.ndarray],
-    *,
-    prompt_ids: Sequence[int],
-    num_samples: int,
+    draws: Draws,
     sampling: SamplingParams,
-    seed: int,
-    round: int,
+    *,
     slots: int,
     mesh: Mesh | None = None,
     max_prompt_tokens: int | None = None,
     on_progress: Callable[[int, int, int], None] | None = None,
     stats: Stats | None = None,
 ) -> list[Sample]:
-    """Draw `num_samples` answers to every prompt.
+    """Draw answers to prompts.
 
     The tokens of a sample depend on the parameters, its prompt, `sampling` and (seed, round, prompt id, sample index)
     only, not on the other prompts, their order, or the slot it sits in, as long as the shapes are the same: `slots` and
@@ -62,8 +58,6 @@ def generate(
     Args:
         params: stacked parameters on device, as `init_params` makes them; sharded if `mesh` is given. A second copy of
             them in the compute dtype lives until the call returns.
-        prompts: i32[P] each, P >= 1.
-        prompt_ids: one integer in [0, 2**32) per prompt.
         slots: samples decoded at a time; split over the mesh's data and fsdp axes if they divide it.
         max_prompt_tokens: make room for prompts of this length; default the longest given.
         on_progress: called with (samples done, samples in all, new tokens so far) after each call of the decoder.
@@ -75,26 +69,22 @@ def generate(
     Raises:
         ValueError: an empty prompt, a prompt that leaves no room in `max_position_embeddings`, ids that do not fit.
     """
-    _check(cfg, prompts, prompt_ids, num_samples, sampling, slots, max_prompt_tokens)
-    if not len(prompts) or not num_samples:
+    _check(cfg, draws, sampling, slots, max_prompt_tokens)
+    if not len(draws.prompts) or not draws.num_samples:
         return []
-    prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
     stats = Stats() if stats is None else stats
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         engine = _Engine(
             cfg,
             params,
-            prompts,
-            prompt_ids=prompt_ids,
-            num_samples=num_samples,
-            sampling=sampling,
-            base_key=_base_key(seed, round),
+            draws,
+            sampling,
             slots=slots,
             mesh=mesh,
-            longest=max(max_prompt_tokens or 0, max(map(len, prompts))),
+            longest=max(max_prompt_tokens or 0, max(map(len, draws.prompts))),
             stats=stats,
         )
-        total = len(prompts) * num_samples
+        total = len(draws.prompts) * draws.num_samples
         samples: list[Sample] = []
         while len(samples) < total:
             engine.refill()
@@ -111,29 +101,27 @@ class _Engine:
         self,
         cfg: ModelConfig,
         params: Params,
-        prompts: Sequence[np.ndarray],
-        *,
-        prompt_ids: Sequence[int],
-        num_samples: int,
+        draws: Draws,
         sampling: SamplingParams,
-        base_key: np.ndarray,
+        *,
         slots: int,
         mesh: Mesh | None,
         longest: int,
         stats: Stats,
     ) -> None:
-        self.params, self.prompts, self.prompt_ids, self.mesh, self.stats = params, prompts, prompt_ids, mesh, stats
-        self.base_key = self.put(base_key)
+        self.params, self.mesh, self.stats = params, mesh, stats
+        self.prompts, self.prompt_ids = [np.asarray(prompt, np.int32) for prompt in draws.prompts], draws.ids
+        self.base_key = self.put(_base_key(draws.seed, draws.round))
         self.prompt_columns = _round_up(max(longest - 1, 1), COLUMN_STEP)
         columns = max(self.prompt_columns, _round_up(longest - 1 + sampling.max_new_tokens, COLUMN_STEP))
-        self.programs: Programs = programs(cfg, sampling, mesh, slots)
+        self.programs: SamplerPrograms = programs(cfg, sampling, mesh, slots)
         self.prepared = self.programs.prepare(params)
         self.slots = self.programs.empty(slots, columns)
         # Idle slots that are worth interrupting the decoder for: an eighth, so that a sixteenth idles on average.
         self.wake = max(1, slots // 8)
         # Prompts prefilled at a time. Not fewer when few are left: another shape could round differently.
         self.block = max(1, min(slots, PREFILL_TOKENS // self.prompt_columns))
-        self.queue = collections.deque((p, n) for p in range(len(prompts)) for n in range(num_samples))
+        self.queue = collections.deque((p, n) for p in range(len(self.prompts)) for n in range(draws.num_samples))
         self.owner: list[tuple[int, int] | None] = [None] * slots
         self.block_start = -self.block  # first prompt of the block that is prefilled now
         self.block_kv: tuple[Any, Any] = ((), ())
@@ -209,19 +197,11 @@ def _round_up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
-def _check(
-    cfg: ModelConfig,
-    prompts: Sequence[np.ndarray],
-    prompt_ids: Sequence[int],
-    num_samples: int,
-    sampling: SamplingParams,
-    slots: int,
-    max_prompt_tokens: int | None,
-) -> None:
-    if slots < 1 or num_samples < 0:
-        raise ValueError(f"slots={slots} must be at least 1 and num_samples={num_samples} at least 0")
-    if len(prompts) != len(prompt_ids):
-        raise ValueError(f"{len(prompts)} prompts came with {len(prompt_ids)} prompt_ids; give one integer per prompt")
+def _check(cfg: ModelConfig, draws: Draws, sampling: SamplingParams, slots: int, max_prompt_tokens: int | None) -> None:
+    if slots < 1 or draws.num_samples < 0:
+        raise ValueError(f"slots={slots} must be at least 1 and num_samples={draws.num_samples} at least 0")
+    if len(draws.prompts) != len(draws.ids):
+        raise ValueError(f"{len(draws.prompts)} prompts came with {len(draws.ids)} ids; give one integer per prompt")
     if max(sampling.stop_ids) >= cfg.vocab_size:
         raise ValueError(
             f"stop_ids={sampling.stop_ids} holds an id that is not below vocab_size={cfg.vocab_size}; "
@@ -233,7 +213,7 @@ def _check(
             "set min_new_tokens=0"
         )
     room = cfg.max_position_embeddings - sampling.max_new_tokens
-    for prompt, prompt_id in zip(prompts, prompt_ids, strict=True):
+    for prompt, prompt_id in zip(draws.prompts, draws.ids, strict=True):
         if not 0 <= prompt_id < 2**32:
             raise ValueError(f"prompt id {prompt_id} must be an integer in [0, 2**32); hash larger ids down to it")
         if len(prompt) == 0:

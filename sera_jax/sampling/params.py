@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
+
+from sera_jax.data.items import Item, stable_id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +48,27 @@ class SamplingParams:
             )
         if not self.stop_ids or min(self.stop_ids) < 0:
             raise ValueError(f"stop_ids={self.stop_ids} must name at least one token id >= 0; pass the tokenizer's EOS")
+
+
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """What is drawn: `num_samples` answers to each prompt, each by the random key of (seed, round, prompt id, sample).
+
+    Attributes:
+        prompts: i32[P] each, P >= 1.
+        ids: one integer in [0, 2**32) for each prompt.
+    """
+
+    prompts: Sequence[np.ndarray]
+    ids: Sequence[int]
+    num_samples: int = 1
+    seed: int = 0
+    round: int = 0
+
+    @classmethod
+    def of_items(cls, items: Sequence[Item], num_samples: int, *, seed: int, round: int) -> Draws:
+        """Of the items' prompts, by the ids of their records."""
+        return cls([item.prompt for item in items], [stable_id(item.id) for item in items], num_samples, seed, round)
 
 
 @dataclasses.dataclass(frozen=True)

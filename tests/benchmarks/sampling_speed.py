@@ -17,7 +17,7 @@ import numpy as np
 
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import init_params
-from sera_jax.sampling import SamplingParams, Stats, generate
+from sera_jax.sampling import Draws, SamplingParams, Stats, generate
 
 BENCH = ModelConfig(
     vocab_size=8192,
@@ -54,12 +54,8 @@ def main() -> None:
         generate(
             BENCH,
             params,
-            prompts,
-            prompt_ids=range(64),
-            num_samples=num_samples,
-            sampling=sampling,
-            seed=0,
-            round=0,
+            Draws(prompts, range(64), num_samples),
+            sampling,
             slots=args.slots,
             stats=stats,
         )

@@ -17,7 +17,7 @@ from sera_jax.models import decoder
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import hidden_states, init_params, unembedding
 from sera_jax.ops.logprob import token_logps
-from sera_jax.sampling import SamplingParams, Stats, generate
+from sera_jax.sampling import Draws, SamplingParams, Stats, generate
 from sera_jax.sampling.choose import choose
 from sera_jax.sampling.decode import programs
 from tests.tolerances import TOLERANCES
@@ -57,12 +57,8 @@ def draw(
     return generate(
         cfg,
         params,
-        prompts,
-        prompt_ids=range(len(prompts)) if ids is None else ids,
-        num_samples=num_samples,
-        sampling=SamplingParams(**settings),
-        seed=seed,
-        round=round,
+        Draws(prompts, range(len(prompts)) if ids is None else ids, num_samples, seed, round),
+        SamplingParams(**settings),
         slots=slots,
         mesh=mesh,
         max_prompt_tokens=17,
@@ -312,7 +308,7 @@ def test_no_prompts_give_no_samples(params):
         (dict(stop_ids=(24,)), "vocab_size=24"),
         (dict(max_new_tokens=250), "max_position_embeddings=256"),
         (dict(slots=0), "slots=0"),
-        (dict(ids=[0]), "prompt_ids"),
+        (dict(ids=[0]), "came with 1 ids"),
         (dict(ids=[0, 1, 2, 3, 4, 5, -1]), "prompt id -1"),
     ],
 )
