@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from sera_jax import irm
-from sera_jax.config import OnlineGroup
+from sera_jax.config.groups import OnlineGroup
 from sera_jax.core import Mean, Stream
 from sera_jax.data.batches import Batch, PairLoader
 from sera_jax.data.items import PairItem, items_digest
