@@ -76,7 +76,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
             seed=args.seed,
             row_tokens=row_tokens,
             share_prompt=True,
-            chunk_tokens=2048,
+            chunk_tokens=0,
             stop_ids=tokenizer.stop_ids,
         )
         policies = {name: _policy(run, name, found) for name, found in (("policy", saved), ("reference", reference))}

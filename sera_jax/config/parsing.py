@@ -20,7 +20,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
     "model.logits_dtype": ("float32", "bfloat16"),
-    "model.remat": ("none", "full", "dots"),
+    "model.remat": ("auto", "none", "full", "dots"),
     "model.attn_implementation": ("xla",),
     "data.truncation_mode": ("keep_end", "keep_start", "drop"),
     "sera.selection": ("top", "bottom", "middle", "threshold", "random", "none"),
@@ -102,7 +102,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
         for group in ("pretrain", "sft", "train")
         for field, bounds in {
             "batch_size": (1, math.inf, True),
-            "gradient_accumulation_steps": (1, math.inf, True),
+            "gradient_accumulation_steps": (0, math.inf, True),
             "num_train_epochs": (1, math.inf, True),
             "max_steps": (0, math.inf, True),
             "learning_rate": (0, math.inf, False),
@@ -112,7 +112,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
             "adam_beta2": (0, 1, True),
             "adam_epsilon": (0, 1, False),
             "max_grad_norm": (0, math.inf, False),
-            "logits_chunk_tokens": (1, math.inf, True),
+            "logits_chunk_tokens": (0, math.inf, True),
             "save_steps": (0, math.inf, True),
             "save_total_limit": (1, math.inf, True),
         }.items()

@@ -123,7 +123,7 @@ def _train(run: Runtime, task: Task, state: TrainState, step_fn: Any, checkpoint
     with run.writer.phase(phase, arm=arm, round=round_, total_steps=task.updates, start_step=done):
         for step in range(done + 1, task.updates + 1):
             batch = task.loader.batch(step - 1)
-            state, metrics = step_fn(state, place_batch(batch.arrays, group.gradient_accumulation_steps, run.mesh))
+            state, metrics = step_fn(state, place_batch(batch.arrays, run.microbatches(group, batch.tokens), run.mesh))
             waiting.append((batch, metrics))
             last = step == task.updates
             save = group.save_steps > 0 and step % group.save_steps == 0 and not last

@@ -20,7 +20,7 @@ from sera_jax.data.rollouts import PromptSchedule, lay_response_values, lay_roll
 from sera_jax.loops.ppo_checks import check_rewards, check_updates
 from sera_jax.loops.runtime import stable_id
 from sera_jax.loops.srppo_study import SrppoStudy
-from sera_jax.mesh import host_to_global, row_shards, rows_sharding
+from sera_jax.mesh import host_to_global, rows_sharding
 from sera_jax.models.critic import without_value_head
 from sera_jax.sampling import Sample, SamplingParams, generate
 from sera_jax.training.experience import Scored
@@ -81,7 +81,7 @@ class Learner:
         responses = ppo.num_samples if run.share_prompt else 1
         longest = self.longest_prompt + responses * study.sampling.max_new_tokens
         self.window = rounded_window(longest, run.row_tokens)
-        self.row_multiple = study.train.gradient_accumulation_steps * row_shards(run.mesh)
+        self.row_multiple = run.row_multiple(study.train)
         self.sampling = SamplingParams(max_new_tokens=study.sampling.max_new_tokens, stop_ids=run.stop_ids)
         self._frozen: tuple[Any, Any] | None = None
         self.seconds: dict[str, float] = {}  # of the verbs, since `timings` was last asked

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sera_jax.checkpoint import Workdir, load_tree, save_tree
-from sera_jax.config import SamplingGroup
+from sera_jax.config import SamplingGroup, TrainGroup
 from sera_jax.data.batches import PairLoader, score_batches
 from sera_jax.data.items import Item
 from sera_jax.data.packing import RowSpec, gather_scores, window_for
@@ -29,6 +29,7 @@ from sera_jax.models.decoder import Params, abstract_params
 from sera_jax.sampling import Sample, SamplingParams, generate
 from sera_jax.training.ppo_steps import Programs
 from sera_jax.training.score import make_score, place_rows
+from sera_jax.training.step import microbatches_for
 from sera_jax.writer import MetricWriter
 
 SCORE_TOKENS = 16384  # tokens of packed rows scored at a time, per device
@@ -116,6 +117,16 @@ class Runtime:
             "update": sum(step._cache_size() for step in updates),
             "score": sum(score._cache_size() for score in scores),
         }
+
+    def row_multiple(self, group: TrainGroup) -> int:
+        """The rows of a batch are a multiple of this, so that microbatches and devices get equal parts."""
+        return max(1, group.gradient_accumulation_steps) * row_shards(self.mesh)
+
+    def microbatches(self, group: TrainGroup, tokens: int) -> int:
+        """How many parts of a batch of so many tokens, padding included, are computed one after the other."""
+        rows = tokens // self.row_tokens
+        asked = group.gradient_accumulation_steps
+        return microbatches_for(self.cfg, rows, self.row_tokens, row_shards(self.mesh), asked=asked)
 
     def release(self) -> None:
         """Let go of the parameters in memory."""

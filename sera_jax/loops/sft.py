@@ -32,8 +32,7 @@ def sft(
         row_tokens=run.row_tokens,
         seed=run.seed,
         stream_indices=(stable_id(name),),
-        row_multiple=group.gradient_accumulation_steps * row_shards(run.mesh),
-        microbatches=group.gradient_accumulation_steps,
+        row_multiple=run.row_multiple(group),
         max_row_shapes=max_row_shapes,
     )
     updates = group.max_steps or group.num_train_epochs * loader.steps_per_epoch

@@ -17,6 +17,7 @@ import numpy as np
 
 from sera_jax.core import Rows
 from sera_jax.mesh import constrain_rows, constrain_table
+from sera_jax.models.activations import chosen_remat
 from sera_jax.models.config import ModelConfig
 from sera_jax.ops.attention import packed_attention
 
@@ -135,8 +136,9 @@ class Decoder(nn.Module):
             self.param("head", init, (cfg.hidden_size, cfg.vocab_size), dtype)
         x = constrain_table(embed)[tokens].astype(cfg.dtype)
         block: Any = _ScannedBlock
-        if cfg.remat != "none":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else None
+        remat = chosen_remat(cfg, tokens.shape[1])
+        if remat != "none":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
             block = nn.remat(block, policy=policy, prevent_cse=False)
         scanned = nn.scan(
             block,

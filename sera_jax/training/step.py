@@ -13,6 +13,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sera_jax.mesh import ROW_AXES, host_to_global, replicated, state_shardings
+from sera_jax.models.activations import ACTIVATION_BYTES, activation_bytes
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import Params, abstract_params
 from sera_jax.training.optimizer import init_optimizer
@@ -92,14 +93,19 @@ def make_step(
         grads, aux = jax.grad(total, has_aux=True)(params)
         return jax.tree.map(lambda g: g.astype(jnp.float32), grads), aux
 
+    def accumulated(params: Params, batch: Any) -> tuple[Params, tuple[jax.Array, Metrics]]:
+        first = jax.tree.map(lambda x: x[0], batch)
+        if jax.tree.leaves(batch)[0].shape[0] == 1:
+            return gradients(params, first)
+        # From zeros, so that the program holds one forward and backward pass: with the first one before the loop, the
+        # compiler gives each of the two its own activations.
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients, params, first))
+        return jax.lax.scan(
+            lambda total, micro: (jax.tree.map(jnp.add, total, gradients(params, micro)), None), zeros, batch
+        )[0]
+
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        carry = gradients(state.params, jax.tree.map(lambda x: x[0], batch))
-        if jax.tree.leaves(batch)[0].shape[0] > 1:
-            rest = jax.tree.map(lambda x: x[1:], batch)
-            carry, _ = jax.lax.scan(
-                lambda acc, micro: (jax.tree.map(jnp.add, acc, gradients(state.params, micro)), None), carry, rest
-            )
-        grads, (weight, metrics) = carry
+        grads, (weight, metrics) = accumulated(state.params, batch)
         grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-30), grads)
         norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -122,6 +128,21 @@ def make_step(
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+
+
+def microbatches_for(cfg: ModelConfig, rows: int, row_tokens: int, shards: int, *, asked: int = 0) -> int:
+    """Into how many equal parts the rows of an update are split, to be computed one after the other.
+
+    As few as let the activations of a part take ACTIVATION_BYTES on each device; single rows where that is too little
+    for one. It follows from shapes alone, so a restart splits alike.
+
+    Args:
+        rows: R of the batch, a multiple of `shards`, the devices that rows are spread over.
+        asked: this many, whatever they take; 0: not asked.
+    """
+    each = rows // shards
+    most = max(1, ACTIVATION_BYTES // activation_bytes(cfg, row_tokens))
+    return asked or next(parts for parts in range(1, each + 1) if each % parts == 0 and each // parts <= most)
 
 
 def place_batch(batch: Any, microbatches: int, mesh: Mesh) -> Any:

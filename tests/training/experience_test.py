@@ -131,7 +131,11 @@ def one():
 def program(name, mesh, microbatches=1):
     """One compilation for each setting (and each arrangement that differs in shape)."""
     options = {"batch_mean": dict(baseline="batch_mean"), "random": dict(random_reward=True)}.get(name, {})
-    return make_experience(*SETTINGS[name], mesh, microbatches=microbatches, passes=8, warmup_passes=5, **options)
+
+    def split(rows, row_tokens):
+        return microbatches
+
+    return make_experience(*SETTINGS[name], mesh, microbatches=split, passes=8, warmup_passes=5, **options)
 
 
 def make(name, mesh, said=SAID, control=None, microbatches=1, **layout):
