@@ -105,14 +105,15 @@ def _optimise(run: Runtime, task: Task, folder: pathlib.Path) -> None:
 
 def _fresh_state(run: Runtime, task: Task, optimizer: optax.GradientTransformation, abstract: TrainState) -> TrainState:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    params = run.params(task.start)
+    params = run.take(task.start)
     if task.continue_from is None:
         init = functools.partial(init_optimizer, optimizer)
         opt_state = jax.jit(init, out_shardings=shardings.opt_state)(params)
     else:
         opt_state = load_tree(task.continue_from.path / "optimizer", abstract.opt_state)
-    # through jit, so that the state has buffers of its own: the step donates them
-    return jax.jit(init_state, out_shardings=shardings)(params, opt_state)
+    # through jit, so that the state's buffers are the device's own, as the step donates them; donated, so that there is
+    # one copy of them
+    return jax.jit(init_state, donate_argnums=(0, 1), out_shardings=shardings)(params, opt_state)
 
 
 def _train(run: Runtime, task: Task, state: TrainState, step_fn: Any, checkpoints: Checkpoints) -> TrainState:

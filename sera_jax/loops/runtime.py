@@ -139,6 +139,12 @@ class Runtime:
             self._held = (policy.digest, load_tree(policy.path / "params", self.abstract_params()))
         return self._held[1]
 
+    def take(self, policy: Policy) -> Params:
+        """`params`, no longer held here: the caller may donate them."""
+        params = self.params(policy)
+        self.release()
+        return params
+
     def store(self, name: str, inputs: dict[str, Any], make: Callable[[], Params]) -> Policy:
         """A policy from parameters made elsewhere (fresh, or read from a Hugging Face folder)."""
 
