@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
     c.sampling.max_new_tokens, c.sampling.slots = 1024, 256
     for group in (c.sft, c.train):
         group.batch_size, group.gradient_accumulation_steps = 64, 4
+        group.logits_chunk_tokens = 2048
     c.sft.learning_rate, c.train.learning_rate = 2e-5, 5e-7
     c.mesh.data, c.mesh.fsdp, c.mesh.tensor = 1, -1, 1
     return c

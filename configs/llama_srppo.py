@@ -45,6 +45,8 @@ def get_config() -> ConfigDict:
     c.sft.batch_size, c.sft.learning_rate, c.sft.num_train_epochs = 128, 1e-5, 2
     c.train.batch_size, c.train.learning_rate = 256, 1e-6
     c.train.save_steps = 10
+    for group in (c.sft, c.train):  # as compiled for TPUs, whose memory takes more at a time than the defaults
+        group.gradient_accumulation_steps, group.logits_chunk_tokens = 1, 2048
     p = c.ppo
     p.arms = ("srppo", "sft_longer", "best_of_n")
     p.iterations, p.eval_iterations, p.prompt_overlap = 200, 50, 0.5
