@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -90,8 +91,8 @@ def update_bytes(rows):
     state = abstract_state(DEEP, optimizer, mesh)
     objective = align_objective(DEEP, resolve("dpo"), window=T, chunk_tokens=group.logits_chunk_tokens, shards=1)
     parts = microbatches_for(DEEP, rows, T, 1, asked=group.gradient_accumulation_steps)
-    batch = abstract_batch(parts, rows // parts)
-    return held_bytes(make_step(objective, optimizer, state, mesh).lower(state, batch).compile())
+    step: Any = make_step(objective, optimizer, state, mesh)
+    return held_bytes(step.lower(state, abstract_batch(parts, rows // parts)).compile())
 
 
 def test_an_update_of_a_large_batch_holds_its_state_two_gradients_and_bounded_activations_and_logits():
