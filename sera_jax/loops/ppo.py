@@ -18,7 +18,7 @@ from sera_jax.data.items import Item, unique_prompts
 from sera_jax.data.packing import Packed, rounded_window
 from sera_jax.data.rollouts import PromptSchedule, lay_response_values, lay_rollouts, lay_token_values
 from sera_jax.loops.ppo_checks import check_rewards, check_updates
-from sera_jax.loops.runtime import stable_id
+from sera_jax.loops.runtime import row_multiple, stable_id
 from sera_jax.loops.srppo_study import SrppoStudy
 from sera_jax.mesh import host_to_global, rows_sharding
 from sera_jax.models.critic import without_value_head
@@ -81,7 +81,7 @@ class Learner:
         responses = ppo.num_samples if run.share_prompt else 1
         longest = self.longest_prompt + responses * study.sampling.max_new_tokens
         self.window = rounded_window(longest, run.row_tokens)
-        self.row_multiple = run.row_multiple(study.train)
+        self.row_multiple = row_multiple(study.train, run.mesh)
         self.sampling = SamplingParams(max_new_tokens=study.sampling.max_new_tokens, stop_ids=run.stop_ids)
         self._frozen: tuple[Any, Any] | None = None
         self.seconds: dict[str, float] = {}  # of the verbs, since `timings` was last asked

@@ -118,10 +118,6 @@ class Runtime:
             "score": sum(score._cache_size() for score in scores),
         }
 
-    def row_multiple(self, group: TrainGroup) -> int:
-        """The rows of a batch are a multiple of this, so that microbatches and devices get equal parts."""
-        return max(1, group.gradient_accumulation_steps) * row_shards(self.mesh)
-
     def microbatches(self, group: TrainGroup, tokens: int) -> int:
         """How many parts of a batch of so many tokens, padding included, are computed one after the other."""
         rows = tokens // self.row_tokens
@@ -261,6 +257,11 @@ class Runtime:
     def check_stop(self) -> None:
         if self.stop_requested():
             raise Preempted("stopped between phases' saves; the same command does the unfinished phase again")
+
+
+def row_multiple(group: TrainGroup, mesh: Mesh) -> int:
+    """Rows of a batch are a multiple of this, so that the microbatches asked for and the devices get equal parts."""
+    return max(1, group.gradient_accumulation_steps) * row_shards(mesh)
 
 
 def stable_id(text: str) -> int:

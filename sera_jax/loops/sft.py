@@ -10,7 +10,7 @@ from sera_jax.data.batches import ItemLoader
 from sera_jax.data.items import Item
 from sera_jax.data.packing import window_for
 from sera_jax.loops.optimise import Task, optimise
-from sera_jax.loops.runtime import Policy, Runtime, items_digest, stable_id
+from sera_jax.loops.runtime import Policy, Runtime, items_digest, row_multiple, stable_id
 from sera_jax.mesh import row_shards
 from sera_jax.training.objectives import sft_objective
 
@@ -32,7 +32,7 @@ def sft(
         row_tokens=run.row_tokens,
         seed=run.seed,
         stream_indices=(stable_id(name),),
-        row_multiple=run.row_multiple(group),
+        row_multiple=row_multiple(group, run.mesh),
         max_row_shapes=max_row_shapes,
     )
     updates = group.max_steps or group.num_train_epochs * loader.steps_per_epoch

@@ -17,7 +17,7 @@ from sera_jax.data.batches import PairLoader
 from sera_jax.data.items import Item, PairItem
 from sera_jax.data.packing import window_for
 from sera_jax.loops.optimise import Task, optimise
-from sera_jax.loops.runtime import Policy, Runtime, items_digest
+from sera_jax.loops.runtime import Policy, Runtime, items_digest, row_multiple
 from sera_jax.losses.preference import ResolvedLoss
 from sera_jax.mesh import row_shards
 from sera_jax.training.objectives import align_objective
@@ -86,7 +86,7 @@ def train_round(
         row_tokens=run.row_tokens,
         seed=run.seed,
         stream_indices=(Stream.SHUFFLE, round_),
-        row_multiple=run.row_multiple(group),
+        row_multiple=row_multiple(group, run.mesh),
         max_row_shapes=study.max_row_shapes,
         share_prompt=run.share_prompt,
         known_sizes=run.row_shapes.sizes,
