@@ -6,7 +6,6 @@ something else is an error, never reused and never overwritten.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import fcntl
 import hashlib
@@ -18,6 +17,8 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
+
+from sera_jax import memory
 
 
 class StaleWorkdir(ValueError):
@@ -124,7 +125,7 @@ class Workdir:
             torn.mkdir(parents=True)
             start = time.monotonic()
             produce(torn)
-            _trim()
+            memory.trim()
             manifest = {
                 "inputs": inputs,
                 "files": {
@@ -161,14 +162,6 @@ class Workdir:
                     f"delete {folder} and start the same command again to make it anew"
                 )
         return _product(folder, manifest)
-
-
-def _trim() -> None:
-    """Give memory that is free back to the operating system. glibc keeps what lies between blocks still in use: after a
-    sampler's caches, which are of some MiB each, that was more than the parameters."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _lock(root: pathlib.Path) -> Any:
