@@ -22,7 +22,7 @@ def trim() -> None:
 
 
 def trim_after_compilations() -> None:
-    """From now on, in this process, give back what the compiler has freed before the program that it made first runs."""
+    """From now on, give back what the compiler has freed before the program that it made first runs."""
 
     def listen(event: str, seconds: float, **_: str | int) -> None:
         if event == _COMPILED and seconds > _SECONDS:
