@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from sera_jax import memory
 from sera_jax.config.identity import is_identity
 
 
@@ -146,6 +147,7 @@ class Workdir:
             torn.mkdir(parents=True)
             start = time.monotonic()
             produce(torn)
+            memory.trim()
             manifest = {
                 "inputs": inputs,
                 "files": {
