@@ -48,7 +48,7 @@ def _params():
 
 
 def _loader(mesh, microbatches, count=24, **options):
-    layout = Layout(T, shards=row_shards(mesh), microbatches=microbatches)
+    layout = Layout(T, options.pop("share_prompt", True), shards=row_shards(mesh), microbatches=microbatches)
     return PairLoader(_pairs(count), layout, batch_size=16, seed=0, **options)
 
 
