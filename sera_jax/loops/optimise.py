@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import optax
 
+from sera_jax import memory
 from sera_jax.checkpoint import Checkpoints, load_tree, save_tree
 from sera_jax.config import TrainGroup
 from sera_jax.core import Mean
@@ -96,6 +97,7 @@ def _optimise(run: Runtime, task: Task, folder: pathlib.Path) -> None:
         if state is None:
             state = _fresh_state(run, task, optimizer, abstract)
         run.release()
+        memory.trim(cycles=True)  # reading parameters and moments left as much again
         state = _train(run, task, state, step_fn, checkpoints)
     finally:
         checkpoints.close()

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from sera_jax import memory
 from sera_jax.checkpoint import Checkpoints, load_tree, save_tree
 from sera_jax.checkpoint.phases import write_json
 from sera_jax.loops.ppo import Learner
@@ -64,6 +65,7 @@ def _produce(
         if state is None:
             state = _state_after(learner, previous) if first > 1 else learner.programs.start(run.params(previous))
         run.release()
+        memory.trim(cycles=True)
         state = _train(learner, iterate, state, checkpoints, name, last, round_)
     finally:
         checkpoints.close()
