@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 
+from sera_jax import memory
 from sera_jax.checkpoint import Checkpoints, Product, save_tree
 from sera_jax.loops.runtime import NonFinite, Preempted, Runtime
 
@@ -92,6 +93,7 @@ def _produce(run: Runtime, name: str, inputs: dict[str, Any], work: Work[State],
         if state is None:
             state = work.fresh()
         run.release()
+        memory.trim(cycles=True)  # reading a state leaves as much again behind
         state = _repeat(run, name, work, state, checkpoints)
     finally:
         checkpoints.close()
