@@ -142,7 +142,8 @@ def blocks(
 
     def layer(x: jax.Array, given: tuple[Params, Any]) -> tuple[jax.Array, Any]:
         own, cache = given
-        return Block(cfg).apply({"params": own}, constrain_rows(x), *tables, attend, cache)  # pyright: ignore
+        out: Any = Block(cfg).apply({"params": own}, constrain_rows(x), *tables, attend, cache)
+        return out
 
     layers = params["layers"]
     if not isinstance(layers, tuple):
