@@ -72,6 +72,7 @@ def run(config: Config, *, stop_requested: Callable[[], bool] = lambda: False) -
             "peak_memory_bytes": peak_memory_bytes(),
             "params_sha256": {arm: params_sha256(policy) for arm, policy in final.items()},
             "compilations": runtime.compilations(),
+            "held_out_rows": corpus.held_out_rows,
             "config": config_lib.to_dict(config),
             "seed": config.seed,
             "versions": versions(),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sera_jax.data import loading
-from sera_jax.data.items import Item, PairItem
+from sera_jax.data.items import Item, PairItem, content_key
 from sera_jax.data.loading import Limits, TooManyBadRows, flip_labels, load_preferences, split_heldout
 from sera_jax.data.records import parse_demonstration, parse_preference
 
@@ -242,6 +242,15 @@ def test_records_and_items_of_one_prompt_are_held_out_together():
     train, heldout = split_heldout(records, 0.5, 0)
     assert heldout
     assert not {record.prompt for record in train} & {record.prompt for record in heldout}
+
+
+def test_a_prompt_is_the_same_whatever_its_form_its_spaces_and_its_unicode_form():
+    text = "caf\u00e9 or tea?"
+    same = [f"  {text}\n", "cafe\u0301  or\ttea?", [{"role": "user", "content": text}]]
+    same.append([{"role": "system", "content": " "}, {"role": "user", "content": text}])
+    assert {content_key(prompt) for prompt in same} == {content_key(text)}
+    other = ["Caf\u00e9 or tea?", [{"role": "system", "content": "Be brief."}, {"role": "user", "content": text}]]
+    assert len({content_key(prompt) for prompt in [text, *other]}) == 3
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.2, 0.35, 1.0])
