@@ -154,13 +154,14 @@ def of_pairs(config: Config, data: DataGroup, heldout_prompts: str, read: Reader
         )
         origin = "data.demonstrations"
     else:
-        demonstrations, origin = [_side(pair, 0) for pair in train], "the chosen responses of data.train"
+        demonstrations = [_side(pair, pair.pairs[0][0]) for pair in noisy]
+        origin = "the chosen responses of data.train" + (", after label noise" if data.label_noise else "")
     if data.pretrain:
         pretrain = held.keep_out(read(load_demonstrations, data.pretrain, "pretrain"), "pretrain")
     elif data.demonstrations:
         pretrain = [as_text(item) for item in demonstrations]
     else:
-        pretrain = [as_text(_side(pair, k)) for pair in train for k in (0, 1)]
+        pretrain = [as_text(_side(pair, k)) for pair in train for k in (0, 1)]  # the same base whatever the noise
     if data.prompts:
         prompts = held.keep_out(read(load_prompts, data.prompts, "prompts"), "prompts")
     else:
@@ -241,6 +242,7 @@ def as_text(item: Item) -> Item:
 
 
 def _side(pair: PairItem, side: int) -> Item:
+    """One response of a pair, named as its row named it."""
     name = "chosen" if side == 0 else "rejected"
     return dataclasses.replace(pair.item, id=f"{pair.item.id}/{name}", responses=(pair.item.responses[side],))
 

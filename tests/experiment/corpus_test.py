@@ -152,6 +152,34 @@ def test_a_held_out_prompt_stands_in_no_source_of_a_method_that_learns_from_pair
         assert f"{name}: left out 2 of {len(entries)} rows, whose prompts are held out" in said
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.5, 1.0])
+def test_without_demonstrations_sft_imitates_what_the_labels_say_after_the_noise(tmp_path, tokenizer_dir, noise):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    config = tiny_config(
+        tmp_path / "run",
+        world__name="",
+        model__tokenizer_name_or_path=str(tokenizer_dir),
+        data__train=str(path),
+        data__eval_fraction=0.0,
+        data__label_noise=noise,
+    )
+    corpus = read_corpus(config, Workdir(tmp_path / "run", {}), lambda text: None)
+    decode = corpus.tokenizer.decode_response
+    imitated = [decode(item.responses[0]) for item in corpus.demonstrations]
+    labelled = [decode(pair.item.responses[pair.pairs[0][0]]) for pair in corpus.train]
+    assert imitated == labelled
+    as_the_rows_say = [
+        row["rejected" if pair.flipped else "chosen"] for row, pair in zip(PAIRS, corpus.train, strict=True)
+    ]
+    assert imitated == as_the_rows_say
+    assert sum(pair.flipped for pair in corpus.train) == round(6 * noise)
+    assert corpus.demonstrations_are.endswith(", after label noise") == bool(noise)
+    assert ids(corpus.pretrain) == [
+        f"{pair.item.id}/{side}" for pair in corpus.train for side in ("chosen", "rejected")
+    ]
+
+
 def test_pairs_that_are_all_held_out_are_refused_with_the_way_out(tmp_path, tokenizer_dir):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
     path = str(tmp_path / "pairs.jsonl")
