@@ -224,7 +224,8 @@ def split_heldout(entries: Sequence[T], fraction: float, seed: int) -> tuple[lis
     """(training, held-out): entries of one prompt stay together, whatever their order or company.
 
     A prompt is held out if its hash with the seed falls into the first `fraction` of all hashes, so the share is met in
-    the mean only. For records the prompt's text is hashed, for items its tokens.
+    the mean only. Its content is hashed (`content_key`), so neither a tokenizer nor the prompt's form decides; of items
+    whose content is not known, the tokens.
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"the held-out fraction must be at least 0 and below 1, got {fraction}")
@@ -369,9 +370,9 @@ def _uniform(purpose: str, seed: int, key: bytes) -> float:
 
 def _prompt_bytes(entry: Any) -> bytes:
     entry = entry.item if isinstance(entry, PairItem) else entry
-    if isinstance(entry.prompt, np.ndarray):
-        return np.ascontiguousarray(entry.prompt, "<i4").tobytes()
-    return rec.prompt_key(entry.prompt).encode()
+    if not isinstance(entry, Item):
+        return content_key(entry.prompt).encode()
+    return entry.content.encode() or np.ascontiguousarray(entry.prompt, "<i4").tobytes()
 
 
 def _flip(pair: PairItem) -> PairItem:

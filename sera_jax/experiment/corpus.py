@@ -111,7 +111,7 @@ class HeldOut:
 
 
 def main_source(
-    config: Config, data: DataGroup, heldout_prompts: str, read: Reader, load: Callable[..., Any], source: str
+    data: DataGroup, heldout_prompts: str, read: Reader, load: Callable[..., Any], source: str
 ) -> tuple[list[Any], HeldOut]:
     """The rows of data.`source` that are trained on, and what is held out: the rows of data.eval, or of a share of the
     source's prompts. `heldout_prompts`: a file of further prompts that are held out, to be answered; "" for none.
@@ -124,7 +124,7 @@ def main_source(
         heldout = read(load, data.eval, "eval")
     else:
         total = len(rows)
-        rows, heldout = split_heldout(rows, data.eval_fraction, config.seed)
+        rows, heldout = split_heldout(rows, data.eval_fraction, data.split_seed)
         what = "pairs" if source == "train" else source
         read.say(f"held out {len(heldout)} of {total} {what} by a hash of the prompt (data.eval is empty)")
         if not rows:
@@ -146,7 +146,7 @@ def of_pairs(config: Config, data: DataGroup, heldout_prompts: str, read: Reader
     Raises:
         ValueError: nothing is left of a source.
     """
-    train, held = main_source(config, data, heldout_prompts, read, load_preferences, "train")
+    train, held = main_source(data, heldout_prompts, read, load_preferences, "train")
     noisy = flip_labels(train, data.label_noise, config.seed)
     if data.demonstrations:
         demonstrations = held.keep_out(
@@ -189,7 +189,7 @@ def of_demonstrations(config: Config, data: DataGroup, heldout_prompts: str, rea
     Raises:
         ValueError: nothing is left of a source, or new prompts are asked for and there are none.
     """
-    demonstrations, held = main_source(config, data, heldout_prompts, read, load_demonstrations, "demonstrations")
+    demonstrations, held = main_source(data, heldout_prompts, read, load_demonstrations, "demonstrations")
     if data.pretrain:
         pretrain = held.keep_out(read(load_demonstrations, data.pretrain, "pretrain"), "pretrain")
     else:

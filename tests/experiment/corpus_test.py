@@ -93,10 +93,12 @@ def test_without_new_prompts_there_are_none_and_sera_has_no_held_out_demonstrati
 
 def test_a_share_of_the_prompts_is_held_out_by_a_hash_that_the_order_does_not_change(read, rows):
     first, said = read(data__eval_fraction=0.3)
-    again, _ = read("other", demonstrations=rows["demonstrations"][::-1], data__eval_fraction=0.3)
+    again, _ = read("other", demonstrations=rows["demonstrations"][::-1], data__eval_fraction=0.3, seed=7)
+    other, _ = read("third", data__eval_fraction=0.3, data__split_seed=1)
     assert 0 < len(first.heldout_demonstrations) < 60
     assert len(first.demonstrations) + len(first.heldout_demonstrations) == 60
     assert prompts_of(first.heldout_demonstrations) == prompts_of(again.heldout_demonstrations)
+    assert prompts_of(first.heldout_demonstrations) != prompts_of(other.heldout_demonstrations)
     assert not prompts_of(first.heldout_demonstrations) & prompts_of(first.demonstrations)
     assert f"held out {len(first.heldout_demonstrations)} of 60 demonstrations" in said
     assert prompts_of(first.eval_prompts) == prompts_of(first.heldout_demonstrations)
