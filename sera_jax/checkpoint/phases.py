@@ -102,23 +102,31 @@ class Workdir:
         self.done: dict[str, Product] = {}
         self.fresh: list[str] = []
         self.notes: list[str] = []
-        config = json.loads(json.dumps({k: v for k, v in config.items() if k != "workdir"}))
-        path = root / "config.json"
-        if path.exists() and (root / "phases").exists():
-            old = _flatten(json.loads(path.read_text()))
-            new = _flatten(config)
-            differ = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
-            changed = [k for k in differ if is_identity(k)]
-            if changed:
-                shown = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in changed[:5])
-                raise StaleWorkdir(
-                    f"{root} was made with another configuration ({len(changed)} fields differ: {shown}); "
-                    "choose another --config.workdir, or delete this one"
-                )
-            self.notes = [
-                f"config: {k} was {old.get(k)!r}, now {new.get(k)!r} (no part of the run's identity)" for k in differ
-            ]
-        write_json(path, config)
+        config = plain({k: v for k, v in config.items() if k != "workdir"})
+        if _has_results(root):
+            self._check_config(config)
+        write_json(root / "config.json", config)
+
+    def _check_config(self, config: dict[str, Any]) -> None:
+        """Refuse a config of another identity than that of the results; note what else differs."""
+        root, path = self.root, self.root / "config.json"
+        if not path.exists():
+            raise StaleWorkdir(
+                f"{root} holds results but no config.json, so nothing says whose they are; "
+                "choose another --config.workdir, or delete this one"
+            )
+        old, new = _flatten(json.loads(path.read_text())), _flatten(config)
+        differ = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+        changed = [k for k in differ if is_identity(k)]
+        if changed:
+            shown = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in changed[:5])
+            raise StaleWorkdir(
+                f"{root} was made with another configuration ({len(changed)} fields differ: {shown}); "
+                "choose another --config.workdir, or delete this one"
+            )
+        self.notes += [
+            f"config: {k} was {old.get(k)!r}, now {new.get(k)!r} (no part of the run's identity)" for k in differ
+        ]
 
     def checkpoints(self, name: str) -> pathlib.Path:
         return self.root / "checkpoints" / name
@@ -169,7 +177,7 @@ class Workdir:
         if manifest["inputs"] != inputs:
             raise StaleWorkdir(
                 f"{folder} was made from other inputs ({first_difference(manifest['inputs'], inputs)}); "
-                f"choose another --config.workdir, or delete {folder} and the phases after it"
+                f"choose another --config.workdir, or delete {folder}, the phases after it and {self.root}/checkpoints"
             )
         for file, expected in manifest["files"].items():
             path = folder / file
@@ -179,6 +187,13 @@ class Workdir:
                     f"delete {folder} and start the same command again to make it anew"
                 )
         return _product(folder, manifest)
+
+
+def _has_results(root: pathlib.Path) -> bool:
+    """Whether anything was made there: a run that is refused before leaves the folder free for another."""
+    made = any(any((root / name).glob("*")) for name in ("phases", "checkpoints"))
+    metrics = root / "metrics.jsonl"
+    return made or (metrics.exists() and metrics.stat().st_size > 0)
 
 
 def _lock(root: pathlib.Path) -> Any:

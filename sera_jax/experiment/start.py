@@ -51,7 +51,7 @@ def params_sha256(policy: Policy) -> str:
 
 def _base_policy(config: Config, runtime: Runtime, corpus: Corpus, origin: Origin) -> Policy:
     fresh = not config.model.model_name_or_path
-    identity = {"model": dataclasses.asdict(config.model), "seed": config.seed}
+    identity = {"model": dataclasses.asdict(config.model), "seed": config.seed, "tokens": runtime.cfg.vocab_size}
     if not fresh:
         identity |= folder_identity(config.model.model_name_or_path)
     name = "init" if fresh else "base"
