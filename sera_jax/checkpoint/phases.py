@@ -63,6 +63,15 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     _write_whole(path, json.dumps(value, indent=1, sort_keys=True, default=str))
 
 
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The object of a file that only remembers: {} where there is none that can be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def write_jsonl(path: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write one JSON object a line so that the file is whole or absent."""
     _write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
