@@ -333,7 +333,7 @@ def margin_summary(
     if not len(margins):
         return {}
     out = {"irm/mean": float(margins.mean()), "irm/std": float(margins.std())}
-    out |= {f"irm/p{rank}": float(np.percentile(margins, rank)) for rank in (10, 50, 90)}
+    out |= dict(zip(("irm/p10", "irm/p50", "irm/p90"), map(float, np.percentile(margins, (10, 50, 90)))))
     out["irm/negative_fraction"] = float(np.mean(margins < 0))
     if chosen_lengths is not None and rejected_lengths is not None:
         chosen, rejected = np.asarray(chosen_lengths, np.float64), np.asarray(rejected_lengths, np.float64)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import hashlib
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -18,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from sera_jax.checkpoint.code import differences, versions, with_present
 from sera_jax.config.identity import is_identity
 
 
@@ -87,24 +87,23 @@ def _write_whole(path: pathlib.Path, text: str) -> None:
     torn.replace(path)
 
 
-def versions() -> dict[str, str]:
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy")
-    return {name: importlib.metadata.version(name) for name in names}
-
-
 class Workdir:
     """`root/config.json`, `root/phases/NAME/` per finished phase, `root/checkpoints/NAME/` while one is training.
 
     Attributes:
-        notes: lines for the user: fields that changed since the run was started and that may.
+        notes: lines for the user: fields and versions that changed since the run was started and that may.
+        code: the versions that were at work in it, the present ones last.
     """
 
-    def __init__(self, root: pathlib.Path, config: dict[str, Any]):
+    def __init__(self, root: pathlib.Path, config: dict[str, Any], *, allow_other_versions: bool = False):
         """Open or make the work directory.
 
+        Args:
+            allow_other_versions: go on with results of another numerics version or minor release of a library.
+
         Raises:
-            StaleWorkdir: when it was made with a configuration of another identity (`config.identity`), or another
-                process is at work in it.
+            StaleWorkdir: when it was made with a configuration of another identity (`config.identity`), by other
+                versions, or another process is at work in it.
         """
         self.root = root
         self._lock = _lock(root)
@@ -112,9 +111,14 @@ class Workdir:
         self.fresh: list[str] = []
         self.notes: list[str] = []
         config = plain({k: v for k, v in config.items() if k != "workdir"})
+        history = []
         if _has_results(root):
             self._check_config(config)
+            history = read_json(root / "versions.json").get("history", [])
+            self._check_versions(history, allow_other_versions)
+        self.code = with_present(history, allow_other_versions)
         write_json(root / "config.json", config)
+        write_json(root / "versions.json", {"history": self.code})
 
     def _check_config(self, config: dict[str, Any]) -> None:
         """Refuse a config of another identity than that of the results; note what else differs."""
@@ -136,6 +140,16 @@ class Workdir:
         self.notes += [
             f"config: {k} was {old.get(k)!r}, now {new.get(k)!r} (no part of the run's identity)" for k in differ
         ]
+
+    def _check_versions(self, history: list[dict[str, Any]], allowed: bool) -> None:
+        """Refuse to go on with the results of code that computes otherwise; note what else differs."""
+        grave, slight = differences(history[-1] if history else {}, versions())
+        if grave and not allowed:
+            raise StaleWorkdir(
+                f"{self.root} was made by other versions ({'; '.join(grave)}), which may compute other numbers; "
+                "install those, choose another --config.workdir, or go on with --allow_other_versions (it is recorded)"
+            )
+        self.notes += [f"versions: {difference}" for difference in [*grave, *slight]]
 
     def checkpoints(self, name: str) -> pathlib.Path:
         return self.root / "checkpoints" / name

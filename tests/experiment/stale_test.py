@@ -36,19 +36,19 @@ def rows():
 
 @pytest.fixture(scope="module")
 def go(tmp_path_factory, rows):
-    """Runs, or goes on with, a run: its digests of parameters. With `stop`, it is asked to stop once it aligns."""
+    """Runs, or goes on with, a run: its summary. With `stop`, it is asked to stop once it aligns."""
     files = tmp_path_factory.mktemp("files")
     world.write_tokenizer(files / "tokenizer")
     write(files / "train.jsonl", rows["preferences"])
     write(files / "eval.jsonl", rows["heldout_preferences"])
 
-    def run(workdir, *, other_demonstrations=False, stop=False, **changes):
+    def run(workdir, *, other_demonstrations=False, stop=False, allow=False, **changes):
         write(files / "demonstrations.jsonl", rows["demonstrations"][:16][:: -1 if other_demonstrations else 1])
         paths = {f"data__{field}": str(files / f"{field}.jsonl") for field in ("train", "eval", "demonstrations")}
         paths["model__tokenizer_name_or_path"] = str(files / "tokenizer")
         config = tiny_config(workdir, **paths, **SHORT, **changes)
         begun = workdir / "checkpoints" / "round1"
-        return experiment.run(config, stop_requested=lambda: stop and begun.exists())["params_sha256"]
+        return experiment.run(config, stop_requested=lambda: stop and begun.exists(), allow_other_versions=allow)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiment, "make_mesh", lambda *_: make_mesh(1, 1, 1, devices=jax.devices()[:1]))
@@ -57,7 +57,9 @@ def go(tmp_path_factory, rows):
 
 @pytest.fixture(scope="module")
 def fresh(go, tmp_path_factory):
-    return go(tmp_path_factory.mktemp("fresh"))
+    """A finished run's folder, and what it ended with."""
+    workdir = tmp_path_factory.mktemp("fresh")
+    return workdir, go(workdir)["params_sha256"]
 
 
 def write(path, rows):
@@ -78,7 +80,7 @@ def test_following_the_advice_after_a_refusal_ends_as_a_fresh_run(go, fresh, tmp
         go(tmp_path)
     assert f"delete {tmp_path / 'checkpoints' / 'round1'} to start that phase anew" in str(refused.value)
     shutil.rmtree(checkpoints)
-    assert go(tmp_path) == fresh
+    assert go(tmp_path)["params_sha256"] == fresh[1]
 
 
 def test_without_its_phases_a_run_goes_on_as_itself_and_as_no_other(go, fresh, tmp_path):
@@ -87,7 +89,20 @@ def test_without_its_phases_a_run_goes_on_as_itself_and_as_no_other(go, fresh, t
     shutil.rmtree(tmp_path / "phases")
     with pytest.raises(StaleWorkdir, match=r"2 fields differ: seed: 0 there, 1 now; train.learning_rate: 0.001 there"):
         go(tmp_path, seed=1, train__learning_rate=2e-3)
-    assert go(tmp_path) == fresh
+    assert go(tmp_path)["params_sha256"] == fresh[1]
+
+
+def test_a_run_of_another_numerics_version_goes_on_where_it_is_told_to_and_says_so(go, fresh, tmp_path):
+    workdir = shutil.copytree(fresh[0], tmp_path / "run")
+    record = json.loads((workdir / "versions.json").read_text())
+    record["history"][-1]["numerics"] = "0"
+    (workdir / "versions.json").write_text(json.dumps(record))
+    with pytest.raises(StaleWorkdir, match=r"made by other versions \(numerics 0 there, \d+ now\)"):
+        go(workdir)
+    summary = go(workdir, allow=True)
+    assert summary["params_sha256"] == fresh[1]
+    assert [seen["numerics"] for seen in summary["earlier_versions"]] == ["0"]
+    assert summary["versions"]["allowed"]
 
 
 def test_a_tokenizer_is_that_of_the_rows_it_was_trained_on(tmp_path, rows):
