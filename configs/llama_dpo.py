@@ -36,6 +36,7 @@ def get_config() -> ConfigDict:
 
     c.data.train = "ultrafeedback.jsonl"
     c.data.row_tokens = 4096
+    c.data.row_multiple = 16  # chips of the smallest pod that it is meant for, so that no row is filling
     c.data.max_prompt_length = 1024
     c.data.max_completion_length = 1024
 
@@ -50,6 +51,7 @@ def get_config() -> ConfigDict:
 
     c.train.batch_size = 64
     c.train.gradient_accumulation_steps = 4
+    c.train.logits_chunk_tokens = 2048  # as compiled for TPUs, whose memory takes more at a time than the default
     c.train.learning_rate = 5e-7
 
     c.mesh.data = 1

@@ -50,6 +50,7 @@ def get_config() -> ConfigDict:
     c.data.demonstrations = "demonstrations.jsonl"
     c.data.prompts = "prompts.jsonl"
     c.data.row_tokens = 4096
+    c.data.row_multiple = 16  # chips of the smallest pod that it is meant for, so that no row is filling
     c.data.max_prompt_length = 1024
     c.data.max_completion_length = 1024
 
@@ -59,10 +60,13 @@ def get_config() -> ConfigDict:
     c.sampling.slots = 256
 
     c.sft.batch_size = 128
+    c.sft.gradient_accumulation_steps = 1
     c.sft.learning_rate = 1e-5
     c.sft.num_train_epochs = 2
 
     c.train.batch_size = 256  # responses of an iteration
+    c.train.gradient_accumulation_steps = 1
+    c.train.logits_chunk_tokens = 2048  # as compiled for TPUs, whose memory takes more at a time than the default
     c.train.learning_rate = 1e-6
     c.train.save_steps = 10  # iterations
 

@@ -78,7 +78,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
             writer=writer,
             seed=args.seed,
             layout=Layout(row_tokens, shards=row_shards(mesh)),
-            chunk_tokens=2048,
+            chunk_tokens=0,
             stop_ids=tokenizer.stop_ids,
         )
         policies = {name: _policy(run, name, found) for name, found in (("policy", saved), ("reference", reference))}

@@ -16,7 +16,7 @@ from types import FrameType
 from absl import app, flags
 from ml_collections import config_flags
 
-from sera_jax import experiment
+from sera_jax import experiment, memory
 from sera_jax.config import check_field
 from sera_jax.experiment.methods import parse
 from sera_jax.loops.runtime import Preempted
@@ -56,6 +56,7 @@ class StopOnSignal:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"{argv[1]!r} is not understood; overrides look like --config.train.learning_rate=1e-6")
+    memory.trim_after_compilations()
     logging.getLogger("jax").setLevel(logging.WARNING)  # or it tells which accelerators this machine has not
     try:
         experiment.run(parse(_CONFIG.value), stop_requested=StopOnSignal(), allow_other_versions=_OTHER_VERSIONS.value)

@@ -121,7 +121,7 @@ def scored(mesh, parts, score, values):
             sampled_logp=logp,
             value=value,
             finished=of_response(jnp.bool_),
-            noise=of_response(jnp.float32),
+            given=of_response(jnp.float32),
         )
         for rows in parts
     ]
@@ -186,8 +186,8 @@ def test_the_critic_says_a_value_for_every_scored_token_and_holds_no_logits(lear
 
 def test_rewards_and_advantages_stay_spread_as_the_rows_are(learner, scored, experience):
     control = learner.programs.abstract.control
-    # noise is for the control whose reward is random; the shape of the last iteration is replaced by this one's
-    assert_arguments_lie_as_asked(experience, scored, control, unread={"noise", "shape"})
+    # numbers made on the host are for other rewards; the shape of the last iteration is replaced by this one's
+    assert_arguments_lie_as_asked(experience, scored, control, unread={"given", "shape"})
     made, after, metrics = result_of(experience)
     microbatches = CONFIG.train.gradient_accumulation_steps
     rows = scored[0].rows.tokens.shape[0] // microbatches
@@ -246,7 +246,7 @@ def test_the_first_state_is_made_of_the_sft_model_where_it_will_lie(learner, mes
 
 
 def test_rollouts_lower_with_the_cache_split_over_the_slots(learner, mesh):
-    sampling = learner.sampling
+    sampling = learner.study.run.sampling_params(learner.sampling)
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (1.0, 1.0, 0), "as the scorer scores"
     slots = min(CONFIG.sampling.slots, CONFIG.train.batch_size)
     sampler, params = sampler_programs(CFG, sampling, mesh, slots), params_on(CFG, mesh)

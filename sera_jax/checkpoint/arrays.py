@@ -164,7 +164,11 @@ class Checkpoints:
         )
 
     def save(self, step: int, state: Any) -> None:
-        """Start writing `state`; its buffers may be donated as soon as this returns."""
+        """Start writing `state`; its buffers may be donated as soon as this returns.
+
+        Where arrays lie in the host's memory, what is written is the state itself, and the next update could not reuse
+        its buffers while that lasts: there it waits, and a second state is never held.
+        """
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -173,6 +177,8 @@ class Checkpoints:
                 inputs=ocp.args.JsonSave(self._inputs or {}),
             ),
         )
+        if jax.default_backend() == "cpu":
+            self._manager.wait_until_finished()
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from sera_jax import memory
 from sera_jax.checkpoint.code import differences, versions, with_present
 from sera_jax.config.identity import is_identity
 
@@ -177,6 +178,7 @@ class Workdir:
             torn.mkdir(parents=True)
             start = time.monotonic()
             produce(torn)
+            memory.trim()
             manifest = {
                 "inputs": inputs,
                 "files": {

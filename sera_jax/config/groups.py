@@ -39,6 +39,9 @@ class ModelGroup:
     `sft_model_path` names an SFT checkpoint to start from instead of running SFT. The shape fields are read only when
     `model_name_or_path` is empty. `vocab_size` is then the number of BPE pieces trained from the data, unless
     `tokenizer_name_or_path` brings a tokenizer (0: the tokenizer's own size).
+
+    remat: what the backward pass computes again instead of keeping it: `none`, `dots` (all but the matmuls), `full`
+        (all but the input of each layer), or `auto`, the least of these that keeps at most 1 GiB of a row.
     """
 
     model_name_or_path: str = ""
@@ -60,7 +63,7 @@ class ModelGroup:
     dtype: str = one_of("float32", "bfloat16")
     param_dtype: str = one_of("float32", "bfloat16")
     logits_dtype: str = one_of("float32", "bfloat16")
-    remat: str = one_of("none", "full", "dots")
+    remat: str = one_of("auto", "none", "full", "dots")
     attn_implementation: str = one_of("xla")
 
 
@@ -279,10 +282,15 @@ class TrainGroup:
 
     batch_size is global and exact, whatever the accumulation. max_steps > 0 overrides the epochs; for `train` it is the
     number of updates of each round. save_steps=0 saves at the end of each phase only. PPO reads `train` as `ppo` says.
+
+    gradient_accumulation_steps: parts of a batch that are computed one after the other; 0: as few as keep activations
+        of at most 1 GiB on each device, or of one row where a row has more.
+    logits_chunk_tokens: tokens whose logits are alive at a time on each device, that of `train` in every phase; 0: as
+        many as 64 MiB of float32 logits, at most 2048.
     """
 
     batch_size: int = at_least(64, 1)
-    gradient_accumulation_steps: int = at_least(1, 1)
+    gradient_accumulation_steps: int = at_least(0, 0)
     num_train_epochs: int = at_least(1, 1)
     max_steps: int = at_least(0, 0)
     learning_rate: float = above(1e-6, 0)
@@ -294,7 +302,7 @@ class TrainGroup:
     adam_beta2: float = within(0.999, 0, 1)
     adam_epsilon: float = above(1e-8, 0, 1)
     max_grad_norm: float = above(1.0, 0)
-    logits_chunk_tokens: int = at_least(2048, 1)
+    logits_chunk_tokens: int = at_least(0, 0)
     save_steps: int = at_least(200, 0)
     save_total_limit: int = at_least(1, 1)
 

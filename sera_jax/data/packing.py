@@ -66,8 +66,8 @@ class Layout:
         return window_for(items, self.row_tokens, self.share_prompt)
 
     def accumulated(self, microbatches: int) -> Layout:
-        """The layout of batches that are trained on in so many microbatches."""
-        return dataclasses.replace(self, microbatches=microbatches)
+        """The layout of batches that are trained on in so many microbatches; 0: in as many as memory asks for."""
+        return dataclasses.replace(self, microbatches=max(1, microbatches))
 
 
 @dataclasses.dataclass(frozen=True)

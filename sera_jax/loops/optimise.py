@@ -122,14 +122,15 @@ class _Optimisation:
     def fresh(self) -> TrainState:
         run, before = self.run, self.training.continue_from
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
-        params = run.params(self.training.start)
+        params = run.take(self.training.start)
         if before is None:
             init = functools.partial(init_optimizer, self.optimizer)
             opt_state = jax.jit(init, out_shardings=shardings.opt_state)(params)
         else:
             opt_state = load_tree(before.path / "optimizer", self.abstract.opt_state)
-        # through jit, so that the state has buffers of its own: the step donates them
-        return jax.jit(init_state, out_shardings=shardings)(params, opt_state)
+        # through jit, so that the buffers are the device's own, as the step donates them; donated, so that there is one
+        # copy of them
+        return jax.jit(init_state, donate_argnums=(0, 1), out_shardings=shardings)(params, opt_state)
 
     def done(self, state: TrainState) -> int:
         return int(jax.device_get(state.step))
@@ -137,7 +138,8 @@ class _Optimisation:
     def step(self, state: TrainState, number: int) -> TrainState:
         run, group = self.run, self.training.group
         batch = self.training.batches(state, number)
-        state, metrics = self.update(state, place_batch(batch.arrays, group.gradient_accumulation_steps, run.mesh))
+        parts = run.microbatches(group, batch.tokens)
+        state, metrics = self.update(state, place_batch(batch.arrays, parts, run.mesh))
         self.waiting.append((batch, metrics))
         run.writer.advance(number, tokens=batch.real_tokens)
         if number % run.logging_steps == 0:

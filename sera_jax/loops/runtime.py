@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sera_jax.checkpoint import Workdir, save_tree
-from sera_jax.config import SamplingGroup
+from sera_jax.config import SamplingGroup, TrainGroup
 from sera_jax.data.batches import PairLoader, ScoreBatches, score_batches
 from sera_jax.data.items import Item, items_digest
 from sera_jax.data.packing import Layout, gather_scores, pack, split_items
@@ -30,6 +30,7 @@ from sera_jax.sampling import Candidates, Draws, Sample, SamplingParams, generat
 from sera_jax.training.parameters import load_params
 from sera_jax.training.ppo_steps import PpoPrograms
 from sera_jax.training.score import make_score, place_rows
+from sera_jax.training.step import microbatches_for
 from sera_jax.writer import MetricWriter
 
 SCORE_TOKENS = 16384  # tokens of packed rows scored at a time, per device
@@ -128,6 +129,12 @@ class Runtime:
 
     # ---- parameters
 
+    def microbatches(self, group: TrainGroup, tokens: int) -> int:
+        """How many parts of a batch of so many tokens, padding included, are computed one after the other."""
+        rows = tokens // self.layout.row_tokens
+        asked = group.gradient_accumulation_steps
+        return microbatches_for(self.cfg, rows, self.layout.row_tokens, self.layout.shards, asked=asked)
+
     def release(self) -> None:
         """Let go of the parameters in memory."""
         self._held = None
@@ -142,6 +149,12 @@ class Runtime:
             self._held = None
             self._held = (policy.digest, self.load(policy))
         return self._held[1]
+
+    def take(self, policy: Policy) -> Params:
+        """`params`, no longer held here: the caller may donate them."""
+        params = self.params(policy)
+        self.release()
+        return params
 
     def store(self, name: str, inputs: dict[str, Any], make: Callable[[], Params]) -> Policy:
         """A policy from parameters made elsewhere (`training.parameters`); `make` returns them on the mesh."""

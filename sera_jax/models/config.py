@@ -23,7 +23,8 @@ class ModelConfig:
         dtype: compute dtype of the matmuls; `param_dtype` that of the stored parameters; `logits_dtype` that of
             the vocabulary projection's output. Log-probs and sums over tokens are float32 always.
         export_dtype: dtype that an export writes unless told otherwise: that of the file the weights came from.
-        remat: what the backward pass recomputes: `none`, `full` (keep only layer inputs), `dots` (keep matmuls).
+        remat: what the backward pass recomputes: `none`, `full` (keep only layer inputs), `dots` (keep matmuls), or
+            `auto`, the least of them that bounds memory (`models.activations`).
         attn_implementation: a name in `ops.attention.ATTENTION`.
     """
 
@@ -66,7 +67,7 @@ class ModelConfig:
             raise ValueError(f"remat={self.remat!r} is unknown; choose one of {', '.join(REMAT)}")
 
 
-REMAT = ("none", "full", "dots")
+REMAT = ("auto", "none", "full", "dots")
 DTYPES = ("float32", "bfloat16", "float16")
 SIZES = (
     "vocab_size",

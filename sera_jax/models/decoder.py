@@ -19,6 +19,7 @@ import numpy as np
 
 from sera_jax.core import Rows
 from sera_jax.mesh import constrain_rows, constrain_table
+from sera_jax.models.activations import chosen_remat
 from sera_jax.models.config import ModelConfig
 from sera_jax.ops.attention import ATTENTION, Places
 
@@ -145,7 +146,7 @@ def blocks(
 
     layers = params["layers"]
     if not isinstance(layers, tuple):
-        return jax.lax.scan(_rematerialised(cfg, layer), x, (layers["block"], caches))
+        return jax.lax.scan(_rematerialised(cfg, layer, x.shape[1]), x, (layers["block"], caches))
     kept = []
     for given in zip(layers, caches or [None] * len(layers), strict=True):
         x, of_layer = layer(x, given)
@@ -153,11 +154,12 @@ def blocks(
     return x, tuple(kept)
 
 
-def _rematerialised(cfg: ModelConfig, layer: Callable) -> Callable:
-    """`layer` as the backward pass shall see it (`ModelConfig.remat`)."""
-    if cfg.remat == "none":
+def _rematerialised(cfg: ModelConfig, layer: Callable, row_tokens: int) -> Callable:
+    """`layer` as the backward pass of rows of `row_tokens` shall see it (`ModelConfig.remat`)."""
+    remat = chosen_remat(cfg, row_tokens)
+    if remat == "none":
         return layer
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else None
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 

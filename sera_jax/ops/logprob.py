@@ -10,6 +10,19 @@ import jax.numpy as jnp
 from sera_jax.core import Array, Rows
 
 Unembed = Callable[[jax.Array], jax.Array]  # a decoder's: hidden states [..., D] -> logits f32[..., V]
+LOGITS_BYTES = 2**26  # of the float32 logits that are alive at a time, where no number of tokens is asked for
+MOST_TOKENS = 2048  # and never more tokens than this: matmuls gain nothing from more
+
+
+def chunk_columns(rows: int, vocab_size: int, tokens: int, shards: int) -> int:
+    """Columns of M at a time, so that the logits of about `tokens` tokens are alive on each device; 8 at least.
+
+    Args:
+        rows: R, spread over `shards` devices.
+        tokens: 0: as many as LOGITS_BYTES allows, at most MOST_TOKENS.
+    """
+    tokens = tokens or min(MOST_TOKENS, LOGITS_BYTES // (4 * vocab_size))
+    return max(8, tokens * shards // rows)
 
 
 def token_logps(hidden: jax.Array, unembed: Unembed, rows: Rows, *, chunk: int) -> jax.Array:

@@ -42,7 +42,7 @@ def make_experience(
     settings: PpoGroup,
     mesh: Mesh,
     *,
-    microbatches: int = 1,
+    microbatches: Callable[[int, int], int] = lambda rows, row_tokens: 1,
     passes: int = 0,
     warmup_passes: int = 0,
     baseline: str = "critic",
@@ -51,7 +51,8 @@ def make_experience(
 
     Args:
         reward: what the tokens are paid (`rewards`).
-        microbatches: A; the leaves of the experience are [A, R / A, ...], as `step.make_step` takes them.
+        microbatches: from R and T to A; the leaves of the experience are [A, R / A, ...], as `step.make_step` takes
+            them.
         passes, warmup_passes: model passes that an iteration costs every token, after and in the critic's warm-up.
         baseline: `critic` (GAE), or `batch_mean` (REINFORCE: returns less their mean over the batch).
     """
@@ -98,7 +99,8 @@ def make_experience(
         sizes = (batch.rows.tokens.shape[1], batch.rows.source.shape[2], batch.rows.num_slots)
         spent = control.passes_tokens + jnp.where(warming, warmup_passes, passes) * tokens
         after = Control(control.iteration + 1, jnp.array(sizes, jnp.int32), kl_coef, moments, spent)
-        return [_split(experience, i, microbatches) for i in range(len(parts))], after, metrics
+        split = microbatches(*batch.rows.tokens.shape[1:])
+        return [_split(experience, i, split) for i in range(len(parts))], after, metrics
 
     by_rows = NamedSharding(mesh, PartitionSpec(None, ROW_AXES))
     return jax.jit(make, out_shardings=(by_rows, replicated(mesh), replicated(mesh)))

@@ -9,7 +9,7 @@ from sera_jax.core import Mean, PairBatch, Rows
 from sera_jax.losses.preference import PairInputs, ResolvedLoss
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import Params, hidden_states, unembedding
-from sera_jax.ops.logprob import slot_lengths, sum_by_slot, token_logps
+from sera_jax.ops.logprob import chunk_columns, slot_lengths, sum_by_slot, token_logps
 from sera_jax.training.step import Metrics, Objective
 
 
@@ -20,10 +20,10 @@ def row_token_logps(
 
     Args:
         window: no item is longer than this many tokens.
-        chunk_tokens: logits of about this many tokens are alive at a time on each device.
+        chunk_tokens: logits of about this many tokens are alive at a time on each device; 0: see `chunk_columns`.
         shards: devices that the rows are spread over.
     """
-    chunk = max(8, chunk_tokens * shards // rows.source.shape[0])
+    chunk = chunk_columns(rows.source.shape[0], cfg.vocab_size, chunk_tokens, shards)
     hidden = hidden_states(cfg, params, rows, window=window)
     return token_logps(hidden, unembedding(cfg, params), rows, chunk=chunk)
 

@@ -11,7 +11,7 @@ from sera_jax.losses import ppo
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.critic import HEAD, read_values, row_values
 from sera_jax.models.decoder import Params, hidden_states, unembedding
-from sera_jax.ops.logprob import token_logps_and_entropies
+from sera_jax.ops.logprob import chunk_columns, token_logps_and_entropies
 from sera_jax.training.step import Metrics, Objective
 
 
@@ -56,9 +56,8 @@ def policy_objective(
 
     def objective(params: Params, batch: Experience) -> tuple[jax.Array, jax.Array, Metrics]:
         hidden = hidden_states(cfg, params, batch.rows, window=window)
-        metrics = _policy_metrics(
-            cfg, params, hidden, batch, chunk_tokens * shards, cliprange, entropy_coef, kl_estimator
-        )
+        chunk = chunk_columns(batch.rows.source.shape[0], cfg.vocab_size, chunk_tokens, shards)
+        metrics = _policy_metrics(cfg, params, hidden, batch, chunk, cliprange, entropy_coef, kl_estimator)
         return metrics["loss"].total, metrics["loss"].weight, metrics
 
     return objective
@@ -92,9 +91,8 @@ def joint_objective(
 
     def objective(params: Params, batch: Experience) -> tuple[jax.Array, jax.Array, Metrics]:
         hidden = hidden_states(cfg, params, batch.rows, window=window)
-        metrics = _policy_metrics(
-            cfg, params, hidden, batch, chunk_tokens * shards, cliprange, entropy_coef, kl_estimator
-        )
+        chunk = chunk_columns(batch.rows.source.shape[0], cfg.vocab_size, chunk_tokens, shards)
+        metrics = _policy_metrics(cfg, params, hidden, batch, chunk, cliprange, entropy_coef, kl_estimator)
         metrics |= _value_metrics(read_values(hidden, params[HEAD], batch.rows), batch, cliprange_value)
         policy, value = metrics["loss"], metrics["loss/value_avg"]
         metrics["loss"] = Mean(policy.total + vf_coef * value.total, policy.weight)
@@ -120,13 +118,12 @@ def _policy_metrics(
     params: Params,
     hidden: jax.Array,
     batch: Experience,
-    chunk_tokens: int,
+    chunk: int,
     cliprange: float,
     entropy_coef: float,
     kl_estimator: str | None,
 ) -> Metrics:
     rows = batch.rows
-    chunk = max(8, chunk_tokens // rows.source.shape[0])
     logp, entropy = token_logps_and_entropies(hidden, unembedding(cfg, params), rows, chunk=chunk)
     entropy = entropy if entropy_coef else jax.lax.stop_gradient(entropy)
     ratio = ppo.ratio(logp=logp, old_logp=batch.old_logp)

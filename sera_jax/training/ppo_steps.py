@@ -23,7 +23,7 @@ from sera_jax.training.optimizer import init_optimizer, make_optimizer
 from sera_jax.training.ppo import head_objective, joint_objective, policy_objective, value_objective
 from sera_jax.training.rewards import TokenReward
 from sera_jax.training.score import make_score, make_values
-from sera_jax.training.step import Metrics, TrainState, abstract_state, init_state, make_step
+from sera_jax.training.step import Metrics, TrainState, abstract_state, init_state, make_step, microbatches_for
 
 _FORWARD_PASSES = 4  # of every token: decoding, and scoring under policy, SFT model and base; a critic adds one
 TRAIN_PASSES = 3  # forward and backward
@@ -129,7 +129,9 @@ def make_programs(
             reward,
             ppo,
             mesh,
-            microbatches=train.gradient_accumulation_steps,
+            microbatches=lambda rows, row_tokens: microbatches_for(
+                cfg, rows, row_tokens, shards, asked=train.gradient_accumulation_steps
+            ),
             passes=forward + TRAIN_PASSES * ppo.num_ppo_epochs * (1 + separate),
             warmup_passes=forward + TRAIN_PASSES * ppo.num_ppo_epochs * (head or separate),
             baseline=baseline,

@@ -13,8 +13,10 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sera_jax.mesh import ROW_AXES, host_to_global, replicated, state_shardings
+from sera_jax.models.activations import ACTIVATION_BYTES, activation_bytes
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import Params, abstract_params
+from sera_jax.models.parts import merge
 from sera_jax.training.optimizer import init_optimizer
 
 Metrics = dict[str, Any]
@@ -72,8 +74,11 @@ def make_step(
     state: TrainState,
     mesh: Mesh,
     accept: Callable[[Metrics], jax.Array] | None = None,
-) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """A jitted (state, batch) -> (state, metrics); the state's buffers are donated.
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """A jitted (state, batch, frozen={}) -> (state, metrics); the state's buffers are donated.
+
+    `frozen` are parameters that the objective sees beside the state's and that get no gradient: the other part of
+    `models.parts.split`, where not all are trained.
 
     Every leaf of `batch` is [A, R, ...]: A microbatches whose rows are spread over the data axes of the mesh. The
     gradient is that of (sum of losses) / (sum of weights) over the whole batch, so it does not depend on A.
@@ -84,22 +89,28 @@ def make_step(
             leaves the state as it is. The metrics then say `accepted`, 1 or 0.
     """
 
-    def gradients(params: Params, micro: Any) -> tuple[Params, tuple[jax.Array, Metrics]]:
+    def gradients(params: Params, frozen: Params, micro: Any) -> tuple[Params, tuple[jax.Array, Metrics]]:
         def total(p: Params) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
-            loss, weight, metrics = objective(p, micro)
+            loss, weight, metrics = objective(merge(p, frozen), micro)
             return loss, (weight, metrics)
 
         grads, aux = jax.grad(total, has_aux=True)(params)
         return jax.tree.map(lambda g: g.astype(jnp.float32), grads), aux
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        carry = gradients(state.params, jax.tree.map(lambda x: x[0], batch))
-        if jax.tree.leaves(batch)[0].shape[0] > 1:
-            rest = jax.tree.map(lambda x: x[1:], batch)
-            carry, _ = jax.lax.scan(
-                lambda acc, micro: (jax.tree.map(jnp.add, acc, gradients(state.params, micro)), None), carry, rest
-            )
-        grads, (weight, metrics) = carry
+    def accumulated(params: Params, frozen: Params, batch: Any) -> tuple[Params, tuple[jax.Array, Metrics]]:
+        first = jax.tree.map(lambda x: x[0], batch)
+        if jax.tree.leaves(batch)[0].shape[0] == 1:
+            return gradients(params, frozen, first)
+        # From zeros, so that the program holds one forward and backward pass: with the first one before the loop, the
+        # compiler gives each of the two its own activations.
+        shapes = jax.eval_shape(gradients, params, frozen, first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.scan(
+            lambda total, micro: (jax.tree.map(jnp.add, total, gradients(params, frozen, micro)), None), zeros, batch
+        )[0]
+
+    def step(state: TrainState, batch: Any, frozen: Params = {}) -> tuple[TrainState, Metrics]:  # noqa: B006
+        grads, (weight, metrics) = accumulated(state.params, frozen, batch)
         grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-30), grads)
         norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -122,6 +133,21 @@ def make_step(
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+
+
+def microbatches_for(cfg: ModelConfig, rows: int, row_tokens: int, shards: int, *, asked: int = 0) -> int:
+    """Into how many equal parts the rows of an update are split, to be computed one after the other.
+
+    As few as let the activations of a part take ACTIVATION_BYTES on each device; single rows where that is too little
+    for one. It follows from shapes alone, so a restart splits alike.
+
+    Args:
+        rows: R of the batch, a multiple of `shards`, the devices that rows are spread over.
+        asked: this many, whatever they take; 0: not asked.
+    """
+    each = rows // shards
+    most = max(1, ACTIVATION_BYTES // activation_bytes(cfg, row_tokens))
+    return asked or next(parts for parts in range(1, each + 1) if each % parts == 0 and each // parts <= most)
 
 
 def place_batch(batch: Any, microbatches: int, mesh: Mesh) -> Any:

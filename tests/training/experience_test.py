@@ -133,7 +133,7 @@ def program(name, mesh, microbatches=1):
     settings, ppo = SETTINGS[name]
     reward = noise(settings) if name == "random" else coherent_reward(settings)
     baseline = "batch_mean" if name == "batch_mean" else "critic"
-    how = dict(microbatches=microbatches, passes=8, warmup_passes=5, baseline=baseline)
+    how = dict(microbatches=lambda rows, row_tokens: microbatches, passes=8, warmup_passes=5, baseline=baseline)
     return make_experience(reward, ppo, mesh, **how)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from sera_jax.checkpoint import Workdir, arrays
 from sera_jax.core import Stream, key_for
+from sera_jax.data.packing import Layout
 from sera_jax.loops.runtime import Runtime
 from sera_jax.mesh import make_mesh, param_shardings, placed_shapes
 from sera_jax.models.config import ModelConfig
@@ -51,8 +52,7 @@ def runtime(folder, mesh):
         workdir=Workdir(folder, {}),
         writer=MetricWriter(folder, tensorboard=False),
         seed=0,
-        row_tokens=64,
-        share_prompt=True,
+        layout=Layout(64),
         chunk_tokens=64,
         stop_ids=(2,),
     )

@@ -17,6 +17,7 @@ from sera_jax.losses.preference import LOSSES, resolve
 from sera_jax.mesh import host_to_global, make_mesh, param_shardings, replicated, row_shards
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import init_params
+from sera_jax.models.parts import split
 from sera_jax.training.objectives import align_objective, sft_objective
 from sera_jax.training.optimizer import make_optimizer, schedule
 from sera_jax.training.step import abstract_state, init_state, make_step, place_batch
@@ -47,7 +48,7 @@ def _params():
 
 
 def _loader(mesh, microbatches, count=24, **options):
-    layout = Layout(T, shards=row_shards(mesh), microbatches=microbatches)
+    layout = Layout(T, options.pop("share_prompt", True), shards=row_shards(mesh), microbatches=microbatches)
     return PairLoader(_pairs(count), layout, batch_size=16, seed=0, **options)
 
 
@@ -248,6 +249,29 @@ def test_sft_averages_over_tokens_whatever_the_microbatches(one):
         assert metrics["loss"].weight == sum(len(i.responses[0]) for i in items)
         results.append(_gradient(jax.device_get(new)))
     _assert_close(results[1], results[0], "microbatch")
+
+
+def test_what_is_frozen_is_seen_gets_no_gradient_and_takes_no_optimiser_state(one, plain):
+    """The gradient of the part that is trained is that part of the whole gradient."""
+    pattern = r"layers/.*|final_norm/.*"
+
+    def part(params):
+        return split(params, pattern)[0]
+
+    optimizer = optax.adam(1.0)
+    moments = abstract_state(CFG, optimizer, one, part).opt_state[0].mu
+    assert jax.tree.structure(moments) == jax.tree.structure(part(_params()))
+
+    optimizer = optax.sgd(1.0)
+    trained, frozen = split(jax.device_put(_params(), replicated(one)), pattern)
+    objective = align_objective(CFG, resolve("dpo"), window=T, chunk_tokens=64, shards=1)
+    step = make_step(objective, optimizer, abstract_state(CFG, optimizer, one, part), one)
+    with jax.set_mesh(one):
+        start = jax.jit(lambda p: init_state(p, optimizer.init(p)))(trained)
+        new, metrics = step(start, place_batch(_loader(one, 1).batch(0).arrays, 1, one), frozen)
+    gradient = jax.tree.map(lambda a, b: a - b, part(_params()), jax.device_get(new.params))
+    _assert_close(gradient, part(_gradient(plain[0])), "microbatch")
+    np.testing.assert_allclose(metrics["loss"].value(), plain[1]["loss"].value(), rtol=1e-6)
 
 
 def test_the_schedule_warms_up_from_the_first_update_and_decays_to_zero():

@@ -1,0 +1,35 @@
+"""How much of the forward pass is kept for the backward pass: counted from the shape of the model alone.
+
+The rest of what an update holds is known beforehand: parameters, gradients (twice while they are accumulated) and
+optimiser state. Activations grow with the rows that are trained on at a time, so they are what must be bounded.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from sera_jax.models.config import ModelConfig
+
+ACTIVATION_BYTES = 2**30  # what an update may keep on each device at a time, unless a single row needs more
+
+
+def chosen_remat(cfg: ModelConfig, row_tokens: int) -> str:
+    """What the backward pass recomputes: `cfg.remat`, or for `auto` the least that lets a row fit ACTIVATION_BYTES."""
+    if cfg.remat != "auto":
+        return cfg.remat
+    fitting = (kind for kind in ("none", "dots") if _bytes(cfg, row_tokens, kind) <= ACTIVATION_BYTES)
+    return next(fitting, "full")
+
+
+def activation_bytes(cfg: ModelConfig, row_tokens: int) -> int:
+    """What the backward pass of one row of `row_tokens` tokens keeps of its forward pass, logits left out."""
+    return _bytes(cfg, row_tokens, chosen_remat(cfg, row_tokens))
+
+
+def _bytes(cfg: ModelConfig, row_tokens: int, remat: str) -> int:
+    hidden, inner = cfg.hidden_size, cfg.intermediate_size
+    projected = (cfg.num_attention_heads + 2 * cfg.num_key_value_heads) * cfg.head_dim
+    layer = 5 * hidden + 5 * inner + 2 * projected  # in and out of norms, rotation, attention, gate and sums
+    kept = {"none": layer, "dots": 2 * hidden + 2 * inner + projected, "full": hidden}[remat]
+    working = 0 if remat == "none" else layer  # the layer whose forward pass is being repeated
+    return row_tokens * (kept * cfg.num_hidden_layers + working) * jnp.dtype(cfg.dtype).itemsize

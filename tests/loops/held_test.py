@@ -1,0 +1,67 @@
+"""What a run holds in its phases: one policy to score or sample with, one state to train, and nothing afterwards."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from sera_jax.checkpoint import Workdir
+from sera_jax.config import SamplingGroup, TrainGroup
+from sera_jax.core import Stream, key_for
+from sera_jax.data.items import Item
+from sera_jax.data.packing import Layout
+from sera_jax.loops.runtime import Runtime
+from sera_jax.loops.sft import sft
+from sera_jax.mesh import make_mesh
+from sera_jax.models.config import ModelConfig
+from sera_jax.models.decoder import abstract_params, init_params
+from sera_jax.writer import MetricWriter
+
+CFG = ModelConfig(vocab_size=4096, hidden_size=64, num_hidden_layers=1)
+PARAMETERS = sum(4 * math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(CFG)))
+ITEMS = [Item("a", np.array([1, 4, 9], np.int32), (np.array([10, 2], np.int32),))] * 2
+
+
+def live_bytes():
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+@pytest.fixture
+def run(tmp_path):
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    with MetricWriter(tmp_path, tensorboard=False) as writer, jax.set_mesh(mesh):
+        yield Runtime(
+            cfg=CFG,
+            mesh=mesh,
+            workdir=Workdir(tmp_path, {}),
+            writer=writer,
+            seed=0,
+            layout=Layout(16),
+            chunk_tokens=0,
+            stop_ids=(2,),
+        )
+
+
+def test_training_holds_one_state_and_every_phase_lets_go_of_what_the_next_does_not_need(run):
+    before, while_training = live_bytes(), []
+
+    def look():
+        while_training.append((live_bytes() - before) / PARAMETERS)
+        return False
+
+    base = run.store("base", {}, lambda: jax.device_get(init_params(CFG, key_for(0, Stream.INIT))))
+    run.score("base/items", base, ITEMS)
+    assert (live_bytes() - before) / PARAMETERS == pytest.approx(1, rel=0.02), "the policy that is scored"
+
+    run.stop_requested = look
+    group = TrainGroup(batch_size=2, max_steps=2)
+    trained = sft(run, "sft", base, ITEMS, group)
+    assert while_training == pytest.approx([3, 3], rel=0.02), "parameters and two moments"
+    assert live_bytes() - before < 0.02 * PARAMETERS
+
+    run.stop_requested = lambda: False
+    run.sample("sft/items", trained, ITEMS[:1], 1, SamplingGroup(max_new_tokens=2, slots=1), round_=0)
+    assert (live_bytes() - before) / PARAMETERS == pytest.approx(1, rel=0.02), "the sampler's own copy is let go"
+    run.release()
+    assert live_bytes() - before < 0.02 * PARAMETERS
