@@ -65,9 +65,9 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     mesh = make_mesh(1, -1, args.tensor)
     root = pathlib.Path(args.out)
     with MetricWriter(root, tensorboard=False) as writer, jax.set_mesh(mesh):
-        asked = {name: value for name, value in vars(args).items() if name != "out"}
+        asked = {name: value for name, value in vars(args).items() if name not in ("out", "allow_other_versions")}
         resolved = {"loss": str(loss), "max_new_tokens": new, "max_prompt_length": most, "row_tokens": row_tokens}
-        workdir = Workdir(root, asked | resolved)
+        workdir = Workdir(root, asked | resolved, allow_other_versions=args.allow_other_versions)
         for note in workdir.notes:
             writer.announce(note)
         pairs, prompts = _read(args, saved, tokenizer, limits, workdir)
@@ -182,6 +182,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", default="", choices=("", "float32", "bfloat16"), help="compute dtype; default: the run's, or float32"
     )
     add("--tensor", type=int, default=1, help="size of the mesh's tensor axis")
+    add("--allow_other_versions", action="store_true", help="go on in a folder that other versions were at work in")
     return parser
 
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from sera_jax.checkpoint.phases import file_digest, versions, write_json, write_jsonl
+from sera_jax.checkpoint.code import versions
+from sera_jax.checkpoint.phases import file_digest, write_json, write_jsonl
 from sera_jax.data.items import Item
 from sera_jax.data.loading import Limits, load_prompts
 from sera_jax.data.tokenizing import Tokenizer

@@ -11,6 +11,7 @@ defined (a mean of nothing, a correlation with a constant) has no key.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,6 +22,8 @@ from sera_jax.core import Stream, rng_for
 
 # Which draw of a round a random rule makes; the control arm draws both.
 _SELECT_DRAW, _FILTER_DRAW = 0, 1
+# Why candidates make no pair; the loader's names (data.records.BAD_REASONS) where it refuses the same in rows.
+REFUSALS = ("empty_response", "truncated", "too_few", "identical_pair", "identical_after_strip", "tie")
 
 
 def margin(reward_w: np.ndarray, reward_l: np.ndarray, *, beta: float = 1.0) -> np.ndarray:
@@ -241,9 +244,9 @@ class Pairing:
 
     Attributes:
         pairs: the pairs, largest chosen reward first; with `best_worst` at most one.
-        refused: reason -> count. `empty` and `truncated` count candidates; `identical` and `tie` count pairs;
-            `too_few` is 1 where fewer than two candidates were left. With `best_worst` every prompt is in exactly
-            one of: a pair, `too_few`, `identical`, `tie`.
+        refused: reason (of `REFUSALS`) -> count. `empty_response` and `truncated` count candidates, `too_few` prompts
+            of which fewer than two were left, the rest pairs. With `best_worst` every prompt is in exactly one of: a
+            pair, `too_few`, a reason that counts pairs.
     """
 
     pairs: tuple[CandidatePair, ...]
@@ -258,6 +261,7 @@ def pair_candidates(
     length_alpha: float = 0.0,
     finished: Sequence[bool] | None = None,
     stop_ids: Sequence[int] = (),
+    texts: Sequence[str] | None = None,
 ) -> Pairing:
     """Make preference pairs of the N candidates of one prompt.
 
@@ -268,6 +272,8 @@ def pair_candidates(
         length_alpha: reward taken off per token before ranking (see `length_controlled`).
         finished: whether each candidate ended by itself; those that did not are refused. None refuses none.
         stop_ids: a candidate that is nothing but one of these tokens counts as empty.
+        texts: what the candidates say, control tokens left out. One that says nothing counts as empty, and two that say
+            the same, up to the white space around it, make no pair. None: only tokens are compared.
 
     Raises:
         ValueError: fewer than two candidates, lengths that disagree, a reward that is not finite.
@@ -275,14 +281,15 @@ def pair_candidates(
     if mode not in ("best_worst", "all"):
         raise ValueError(f"unknown pairing {mode!r}; choices: best_worst, all")
     n = len(tokens)
-    if n < 2 or np.shape(rewards) != (n,) or (finished is not None and len(finished) != n):
+    if n < 2 or np.shape(rewards) != (n,) or any(len(given) != n for given in (finished, texts) if given is not None):
         raise ValueError(f"a pair needs two or more candidates, each with a reward; got {n}, {np.shape(rewards)}")
     scores = length_controlled(rewards, np.array([len(t) for t in tokens]), length_alpha)
     refused: Counter[str] = Counter()
     usable = []
     for i, candidate in enumerate(tokens):
-        if len(candidate) == 0 or (len(candidate) == 1 and candidate[0] in stop_ids):
-            refused["empty"] += 1
+        says_nothing = texts is not None and not texts[i].strip()
+        if len(candidate) == 0 or (len(candidate) == 1 and candidate[0] in stop_ids) or says_nothing:
+            refused["empty_response"] += 1
         elif finished is not None and not finished[i]:
             refused["truncated"] += 1
         else:
@@ -290,17 +297,16 @@ def pair_candidates(
     if len(usable) < 2:
         refused["too_few"] += 1
         return Pairing((), refused)
-    ranked = [usable[i] for i in _descending(_checked_margins(scores[usable]))]
-    if mode == "best_worst":
-        wanted = [(ranked[0], ranked[-1])]
-    else:
-        wanted = [(a, b) for place, a in enumerate(ranked) for b in ranked[place + 1 :]]
+    ranked: list[int] = [usable[i] for i in _descending(_checked_margins(scores[usable]))]
+    wanted = [(ranked[0], ranked[-1])] if mode == "best_worst" else itertools.combinations(ranked, 2)
     pairs = []
     for chosen, rejected in wanted:
         ahead = float(scores[chosen]) - float(scores[rejected])
         # Identical first: equal tokens may differ in the last bits of their rewards.
         if np.array_equal(tokens[chosen], tokens[rejected]):
-            refused["identical"] += 1
+            refused["identical_pair"] += 1
+        elif texts is not None and texts[chosen].strip() == texts[rejected].strip():
+            refused["identical_after_strip"] += 1
         elif ahead <= 0.0:
             refused["tie"] += 1
         else:
@@ -326,15 +332,9 @@ def margin_summary(
     margins = _checked_margins(margins).astype(np.float64)
     if not len(margins):
         return {}
-    p10, p50, p90 = np.percentile(margins, (10, 50, 90))
-    out = {
-        "irm/mean": float(margins.mean()),
-        "irm/std": float(margins.std()),
-        "irm/p10": float(p10),
-        "irm/p50": float(p50),
-        "irm/p90": float(p90),
-        "irm/negative_fraction": float(np.mean(margins < 0)),
-    }
+    out = {"irm/mean": float(margins.mean()), "irm/std": float(margins.std())}
+    out |= dict(zip(("irm/p10", "irm/p50", "irm/p90"), map(float, np.percentile(margins, (10, 50, 90)))))
+    out["irm/negative_fraction"] = float(np.mean(margins < 0))
     if chosen_lengths is not None and rejected_lengths is not None:
         chosen, rejected = np.asarray(chosen_lengths, np.float64), np.asarray(rejected_lengths, np.float64)
         for name, values in (("chosen", chosen), ("rejected", rejected), ("diff", chosen - rejected)):
@@ -387,7 +387,7 @@ def bootstrap_summary(
     pairs = [(pair, lengths[i]) for i, pairing in enumerate(pairings) for pair in pairing.pairs]
     out = {"bootstrap/pairs": float(len(pairs))}
     out |= {f"bootstrap/refused_{reason}": float(count) for reason, count in sorted(refused.items())}
-    ties = refused["tie"] + refused["identical"]
+    ties = sum(refused[reason] for reason in ("tie", "identical_pair", "identical_after_strip"))
     if pairs:
         out["bootstrap/margin_mean"] = float(np.mean([pair.margin for pair, _ in pairs]))
         out["bootstrap/len_diff"] = float(np.mean([size[pair.chosen] - size[pair.rejected] for pair, size in pairs]))

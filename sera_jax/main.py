@@ -28,6 +28,11 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="A file of configs/; override its fields with --config.a.b=value."
 )
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where a refusal was raised, not only its message.")
+_OTHER_VERSIONS = flags.DEFINE_bool(
+    "allow_other_versions",
+    False,
+    "Go on with a work directory of another numerics version or minor release of jax, flax or optax; it is recorded.",
+)
 
 
 class StopOnSignal:
@@ -54,7 +59,7 @@ def main(argv: list[str]) -> None:
     memory.trim_after_compilations()
     logging.getLogger("jax").setLevel(logging.WARNING)  # or it tells which accelerators this machine has not
     try:
-        experiment.run(parse(_CONFIG.value), stop_requested=StopOnSignal())
+        experiment.run(parse(_CONFIG.value), stop_requested=StopOnSignal(), allow_other_versions=_OTHER_VERSIONS.value)
     except (ValueError, FileNotFoundError) as error:
         if _TRACEBACK.value:
             raise

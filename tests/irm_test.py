@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sera_jax import irm
+from sera_jax.data.records import BAD_REASONS
 from sera_jax.losses.preference import LOSSES, resolve
 from tests.tolerances import TOLERANCES
 
@@ -246,22 +247,46 @@ def test_permuting_the_candidates_pairs_the_same_answers(mode):
 @pytest.mark.parametrize(
     ("rewards", "tokens", "finished", "refused", "pair"),
     [
-        ([1, 1], answers([5], [5]), None, {"identical": 1}, None),
-        ([1, 1.0001], answers([5], [5]), None, {"identical": 1}, None),  # scored in other places of a batch
+        ([1, 1], answers([5], [5]), None, {"identical_pair": 1}, None),
+        ([1, 1.0001], answers([5], [5]), None, {"identical_pair": 1}, None),  # scored in other places of a batch
         ([1, 1], answers([5], [6]), None, {"tie": 1}, None),
-        ([3, 2, 1], [*answers([5], [6]), np.array([], int)], None, {"empty": 1}, (0, 1)),
-        ([3, 2, 1], [np.array([EOS]), *answers([5], [6])], None, {"empty": 1}, (1, 2)),
-        ([3, 2, 1], [np.array([EOS + 1]), *answers([5], [6])], None, {"empty": 1}, (1, 2)),
+        ([3, 2, 1], [*answers([5], [6]), np.array([], int)], None, {"empty_response": 1}, (0, 1)),
+        ([3, 2, 1], [np.array([EOS]), *answers([5], [6])], None, {"empty_response": 1}, (1, 2)),
+        ([3, 2, 1], [np.array([EOS + 1]), *answers([5], [6])], None, {"empty_response": 1}, (1, 2)),
         ([3, 2, 1], answers([5], [6], [7]), [False, True, True], {"truncated": 1}, (1, 2)),
         ([3, 2], answers([5], [6]), [False, True], {"truncated": 1, "too_few": 1}, None),
-        ([3, 2], [np.array([EOS]), np.array([], int)], None, {"empty": 2, "too_few": 1}, None),
-        ([math.nan, 2, 1], answers([], [5], [6]), None, {"empty": 1}, (1, 2)),  # the reward of nothing is not read
+        ([3, 2], [np.array([EOS]), np.array([], int)], None, {"empty_response": 2, "too_few": 1}, None),
+        (
+            [math.nan, 2, 1],
+            answers([], [5], [6]),
+            None,
+            {"empty_response": 1},
+            (1, 2),
+        ),  # the reward of nothing is not read
     ],
     ids=str,
 )
 def test_what_cannot_make_a_pair_is_refused_with_a_counted_reason(rewards, tokens, finished, refused, pair):
     got = irm.pair_candidates(f32(rewards), tokens, finished=finished, stop_ids=(EOS, EOS + 1))
     assert dict(got.refused) == refused
+    assert [(p.chosen, p.rejected) for p in got.pairs] == ([pair] if pair else [])
+
+
+@pytest.mark.parametrize(
+    ("rewards", "texts", "refused", "pair"),
+    [
+        ([3, 2, 1], ["a", "b", "c"], {}, (0, 2)),
+        ([3, 2, 1], [" \n", "b", "c"], {"empty_response": 1}, (1, 2)),
+        ([3, 2, 1], ["a", "b", ""], {"empty_response": 1}, (0, 1)),  # control tokens alone say nothing
+        ([3, 2, 1], ["a", "b", " a\n"], {"identical_after_strip": 1}, None),
+        ([3, 2, 1], ["a", "", "\t"], {"empty_response": 2, "too_few": 1}, None),
+    ],
+    ids=str,
+)
+def test_what_candidates_say_is_held_to_what_rows_are_held_to(rewards, texts, refused, pair):
+    got = irm.pair_candidates(f32(rewards), answers([5], [6], [7]), texts=texts)
+    assert dict(got.refused) == refused
+    assert set(refused) - {"too_few"} <= set(BAD_REASONS) and set(refused) <= set(irm.REFUSALS)
     assert [(p.chosen, p.rejected) for p in got.pairs] == ([pair] if pair else [])
 
 
@@ -273,7 +298,7 @@ def test_every_prompt_is_a_pair_or_one_counted_refusal():
         rewards = np.round(rng.normal(size=4)).astype(np.float32)
         finished = rng.random(4) < 0.7
         got = irm.pair_candidates(rewards, tokens, finished=finished)
-        outcomes.append([len(got.pairs), *(got.refused[r] for r in ("too_few", "identical", "tie"))])
+        outcomes.append([len(got.pairs), *(got.refused[r] for r in ("too_few", "identical_pair", "tie"))])
     outcomes = np.array(outcomes)
     assert np.all(outcomes.sum(axis=1) == 1) and np.all(outcomes.sum(axis=0) > 0)
 
@@ -281,8 +306,8 @@ def test_every_prompt_is_a_pair_or_one_counted_refusal():
 def test_of_all_pairs_each_is_kept_or_counted():
     tokens = answers([5], [5], [6], [7])
     got = irm.pair_candidates(f32([1, 1, 1, 0]), tokens, mode="all")
-    assert len(got.pairs) + got.refused["identical"] + got.refused["tie"] == 6
-    assert got.refused == {"identical": 1, "tie": 2}
+    assert len(got.pairs) + got.refused["identical_pair"] + got.refused["tie"] == 6
+    assert got.refused == {"identical_pair": 1, "tie": 2}
 
 
 def test_candidates_that_are_not_candidates_are_refused():
@@ -347,7 +372,7 @@ def test_the_bootstrap_summary_adds_up():
     got = irm.bootstrap_summary(pairings, lengths, [[True, True], [True, False], [True, True]])
     assert got == {
         "bootstrap/pairs": 2.0,
-        "bootstrap/refused_identical": 1.0,
+        "bootstrap/refused_identical_pair": 1.0,
         "bootstrap/margin_mean": 2.0,
         "bootstrap/len_diff": 2.5,
         "bootstrap/tie_fraction": 1 / 3,

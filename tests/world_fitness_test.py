@@ -130,6 +130,7 @@ def test_a_daa_on_clean_labels_improves_clearly_over_sft(lab):
         pool=lab.corpus.train,
         prompts=lab.corpus.prompts,
         ranking=implicit(resolve("dpo")),
+        text=lab.corpus.tokenizer.decode_response,
         evaluate=lambda policy, round_: {},
         gold=lab.corpus.gold,
     )

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,6 +28,36 @@ class CorruptCheckpoint(ValueError):
     """What was read from disk is not what was written."""
 
 
+_FACTORS = ((0x9E3779B1, 0x85EBCA6B), (0xC2B2AE35, 0x27D4EB2F))  # of the two sums
+
+
+def _mixed(bits: Any, place: Any, a: int, b: int) -> Any:
+    """u32, of bits and their places in u32: numpy's arrays and jax's alike."""
+    h = (bits ^ (place * np.uint32(a))) * np.uint32(b)
+    h = h ^ (h >> np.uint32(15))
+    h = (h + place) * np.uint32(a)
+    return h ^ (h >> np.uint32(13))
+
+
+def part_sum(part: np.ndarray, shape: Sequence[int], start: Sequence[int]) -> np.ndarray:
+    """u32[2]: what a part of an array adds to the checksum that `checksums` gives for the whole; sums wrap around.
+
+    Parts that tile the array may be added in any order, so each host can add those that it holds.
+
+    Args:
+        part: on the host, of as many axes as the array.
+        shape: of the whole array. start: index of the part's first element in it.
+    """
+    if not shape:  # numpy counts overflows of a single number as mistakes
+        return part_sum(part.reshape(1), (1,), (0,))
+    place = np.zeros((), np.uint32)
+    for axis, (begin, size) in enumerate(zip(start, part.shape, strict=True)):
+        index = np.arange(begin, begin + size, dtype=np.uint64) * np.uint64(math.prod(shape[axis + 1 :]))
+        place = place[..., None] + index.astype(np.uint32)
+    bits = np.ascontiguousarray(part).view(f"uint{8 * part.dtype.itemsize}").astype(np.uint32)
+    return np.array([np.sum(_mixed(bits, place, *factors), dtype=np.uint32) for factors in _FACTORS], np.uint32)
+
+
 def _leaf_sum(x: jax.Array) -> jax.Array:
     """u32[2]: two order-free checksums of a leaf's bits and their places."""
     if x.dtype == bool:
@@ -37,14 +68,8 @@ def _leaf_sum(x: jax.Array) -> jax.Array:
         stride = jnp.uint32(math.prod(x.shape[axis + 1 :]) % 2**32)
         place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * stride
 
-    def mix(a: int, b: int) -> jax.Array:
-        h = (bits ^ (place * jnp.uint32(a))) * jnp.uint32(b)
-        h ^= h >> 15
-        h = (h + place) * jnp.uint32(a)
-        return h ^ (h >> 13)
-
     # one reduction of both: a sum each would lay what it adds up in memory, twice the leaf
-    mixed, zero = (mix(0x9E3779B1, 0x85EBCA6B), mix(0xC2B2AE35, 0x27D4EB2F)), jnp.uint32(0)
+    mixed, zero = tuple(_mixed(bits, place, *factors) for factors in _FACTORS), jnp.uint32(0)
     axes = tuple(range(x.ndim))
     return jnp.stack(jax.lax.reduce(mixed, (zero, zero), lambda left, right: jax.tree.map(jnp.add, left, right), axes))
 

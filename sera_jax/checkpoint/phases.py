@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import hashlib
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -19,6 +18,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from sera_jax import memory
+from sera_jax.checkpoint.code import differences, versions, with_present
 from sera_jax.config.identity import is_identity
 
 
@@ -64,6 +64,15 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     _write_whole(path, json.dumps(value, indent=1, sort_keys=True, default=str))
 
 
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The object of a file that only remembers: {} where there is none that can be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def write_jsonl(path: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write one JSON object a line so that the file is whole or absent."""
     _write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -79,47 +88,69 @@ def _write_whole(path: pathlib.Path, text: str) -> None:
     torn.replace(path)
 
 
-def versions() -> dict[str, str]:
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy")
-    return {name: importlib.metadata.version(name) for name in names}
-
-
 class Workdir:
     """`root/config.json`, `root/phases/NAME/` per finished phase, `root/checkpoints/NAME/` while one is training.
 
     Attributes:
-        notes: lines for the user: fields that changed since the run was started and that may.
+        notes: lines for the user: fields and versions that changed since the run was started and that may.
+        code: the versions that were at work in it, the present ones last.
     """
 
-    def __init__(self, root: pathlib.Path, config: dict[str, Any]):
+    def __init__(self, root: pathlib.Path, config: dict[str, Any], *, allow_other_versions: bool = False):
         """Open or make the work directory.
 
+        Args:
+            allow_other_versions: go on with results of another numerics version or minor release of a library.
+
         Raises:
-            StaleWorkdir: when it was made with a configuration of another identity (`config.identity`), or another
-                process is at work in it.
+            StaleWorkdir: when it was made with a configuration of another identity (`config.identity`), by other
+                versions, or another process is at work in it.
         """
         self.root = root
         self._lock = _lock(root)
         self.done: dict[str, Product] = {}
         self.fresh: list[str] = []
         self.notes: list[str] = []
-        config = json.loads(json.dumps({k: v for k, v in config.items() if k != "workdir"}))
-        path = root / "config.json"
-        if path.exists() and (root / "phases").exists():
-            old = _flatten(json.loads(path.read_text()))
-            new = _flatten(config)
-            differ = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
-            changed = [k for k in differ if is_identity(k)]
-            if changed:
-                shown = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in changed[:5])
-                raise StaleWorkdir(
-                    f"{root} was made with another configuration ({len(changed)} fields differ: {shown}); "
-                    "choose another --config.workdir, or delete this one"
-                )
-            self.notes = [
-                f"config: {k} was {old.get(k)!r}, now {new.get(k)!r} (no part of the run's identity)" for k in differ
-            ]
-        write_json(path, config)
+        config = plain({k: v for k, v in config.items() if k != "workdir"})
+        history = []
+        if _has_results(root):
+            self._check_config(config)
+            history = read_json(root / "versions.json").get("history", [])
+            self._check_versions(history, allow_other_versions)
+        self.code = with_present(history, allow_other_versions)
+        write_json(root / "config.json", config)
+        write_json(root / "versions.json", {"history": self.code})
+
+    def _check_config(self, config: dict[str, Any]) -> None:
+        """Refuse a config of another identity than that of the results; note what else differs."""
+        root, path = self.root, self.root / "config.json"
+        if not path.exists():
+            raise StaleWorkdir(
+                f"{root} holds results but no config.json, so nothing says whose they are; "
+                "choose another --config.workdir, or delete this one"
+            )
+        old, new = _flatten(json.loads(path.read_text())), _flatten(config)
+        differ = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+        changed = [k for k in differ if is_identity(k)]
+        if changed:
+            shown = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in changed[:5])
+            raise StaleWorkdir(
+                f"{root} was made with another configuration ({len(changed)} fields differ: {shown}); "
+                "choose another --config.workdir, or delete this one"
+            )
+        self.notes += [
+            f"config: {k} was {old.get(k)!r}, now {new.get(k)!r} (no part of the run's identity)" for k in differ
+        ]
+
+    def _check_versions(self, history: list[dict[str, Any]], allowed: bool) -> None:
+        """Refuse to go on with the results of code that computes otherwise; note what else differs."""
+        grave, slight = differences(history[-1] if history else {}, versions())
+        if grave and not allowed:
+            raise StaleWorkdir(
+                f"{self.root} was made by other versions ({'; '.join(grave)}), which may compute other numbers; "
+                "install those, choose another --config.workdir, or go on with --allow_other_versions (it is recorded)"
+            )
+        self.notes += [f"versions: {difference}" for difference in [*grave, *slight]]
 
     def checkpoints(self, name: str) -> pathlib.Path:
         return self.root / "checkpoints" / name
@@ -171,7 +202,7 @@ class Workdir:
         if manifest["inputs"] != inputs:
             raise StaleWorkdir(
                 f"{folder} was made from other inputs ({first_difference(manifest['inputs'], inputs)}); "
-                f"choose another --config.workdir, or delete {folder} and the phases after it"
+                f"choose another --config.workdir, or delete {folder}, the phases after it and {self.root}/checkpoints"
             )
         for file, expected in manifest["files"].items():
             path = folder / file
@@ -181,6 +212,13 @@ class Workdir:
                     f"delete {folder} and start the same command again to make it anew"
                 )
         return _product(folder, manifest)
+
+
+def _has_results(root: pathlib.Path) -> bool:
+    """Whether anything was made there: a run that is refused before leaves the folder free for another."""
+    made = any(any((root / name).glob("*")) for name in ("phases", "checkpoints"))
+    metrics = root / "metrics.jsonl"
+    return made or (metrics.exists() and metrics.stat().st_size > 0)
 
 
 def _lock(root: pathlib.Path) -> Any:

@@ -73,7 +73,9 @@ class DataGroup:
 
     train: preference pairs. eval: held-out pairs (empty: `eval_fraction` of the train prompts, by a stable hash).
         With method="srppo" there are no pairs: train is empty, eval names held-out demonstrations (empty:
-        `eval_fraction` of the demonstrations' prompts).
+        `eval_fraction` of the demonstrations' prompts). A prompt held out stands in no other source: its rows are left
+        out. split_seed names the hash, which is of the prompt's content alone: the same prompts are held out whatever
+        `seed` and tokenizer.
     demonstrations: for SFT (empty: the chosen responses).
     pretrain: prompts and responses for a base model from scratch, which learns the responses (empty: the whole texts of
         the demonstrations, or else of both sides of the pairs).
@@ -89,6 +91,7 @@ class DataGroup:
     pretrain: str = ""
     prompts: str = ""
     eval_fraction: float = within(0.1, 0, 0.9)
+    split_seed: int = at_least(0, 0)
     max_prompt_length: int = at_least(512, 1)
     max_completion_length: int = at_least(512, 1)
     truncation_mode: str = one_of("keep_end", "keep_start", "drop")

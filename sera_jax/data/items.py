@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import zlib
-from collections.abc import Iterable, Sequence
+import json
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -18,11 +19,13 @@ class Item:
         id: stable id of the record (unique in its pool).
         prompt: i32[P], P >= 1, exactly the tokens that generation is given.
         responses: i32[n_k] each, n_k >= 1; a complete response ends in EOS.
+        content: the prompt's `content_key`, whatever the tokenizer and the limits made of it; "" where it is not known.
     """
 
     id: str
     prompt: np.ndarray
     responses: tuple[np.ndarray, ...]
+    content: str = ""
 
     @property
     def tokens(self) -> int:
@@ -55,13 +58,31 @@ def unique_prompts(items: Iterable[Item]) -> list[Item]:
     """The prompts of the items, each once, without responses, in order."""
     seen: dict[bytes, Item] = {}
     for item in items:
-        seen.setdefault(item.prompt.tobytes(), Item(item.id, item.prompt, ()))
+        seen.setdefault(item.prompt.tobytes(), dataclasses.replace(item, responses=()))
     return list(seen.values())
 
 
+def content_key(prompt: str | Sequence[Mapping[str, str]]) -> str:
+    """Hex digest of a prompt's normalised content: prompts that say the same have the same key.
+
+    Text is one user message; turns without text do not count; runs of white space count as one space, and composed
+    characters as the same characters decomposed.
+    """
+    turns = [("user", prompt)] if isinstance(prompt, str) else [(turn["role"], turn["content"]) for turn in prompt]
+    said = [(role, " ".join(unicodedata.normalize("NFC", text).split())) for role, text in turns]
+    return hashlib.sha256(json.dumps([turn for turn in said if turn[1]]).encode()).hexdigest()
+
+
+def prompt_keys(item: Item) -> set[str | bytes]:
+    """What a prompt is known by: two are the same where they share one, their content or what is left of it as tokens
+    (of long prompts the same end may be left)."""
+    return {item.prompt.tobytes(), item.content or item.prompt.tobytes()}
+
+
 def stable_id(text: str) -> int:
-    """A 31-bit number for a record id, the same in every process."""
-    return zlib.crc32(text.encode()) & 0x7FFFFFFF
+    """A 64-bit number for a record id, the same in every process. (Of a million ids, two share 32 bits about 116 times,
+    and 64 bits practically never.)"""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def items_digest(items: Sequence[Item]) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 
 from sera_jax.core import Stream, rng_for
 from sera_jax.data import records as rec
-from sera_jax.data.items import Item, PairItem
+from sera_jax.data.items import Item, PairItem, content_key
 from sera_jax.data.records import BadRow, Prompt, Record
 from sera_jax.data.report import LoadReport, TooManyBadRows
 from sera_jax.data.sources import RawRow, open_source, parse_mixture
@@ -224,7 +224,8 @@ def split_heldout(entries: Sequence[T], fraction: float, seed: int) -> tuple[lis
     """(training, held-out): entries of one prompt stay together, whatever their order or company.
 
     A prompt is held out if its hash with the seed falls into the first `fraction` of all hashes, so the share is met in
-    the mean only. For records the prompt's text is hashed, for items its tokens.
+    the mean only. Its content is hashed (`content_key`), so neither a tokenizer nor the prompt's form decides; of items
+    whose content is not known, the tokens.
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"the held-out fraction must be at least 0 and below 1, got {fraction}")
@@ -276,7 +277,7 @@ def _encoder(tokenizer: EncodesText, limits: Limits) -> Encode:
                 if index in refused:
                     raise BadRow("template_refused", refused[index])
                 responses = [side[index] for side in sides.values()]
-                results.append(_item(record.id, encoded[index], responses, tokenizer, limits))
+                results.append(_item(record, encoded[index], responses, tokenizer, limits))
             except (BadRow, PromptTooLong) as reason:
                 results.append(reason)
         return results
@@ -285,7 +286,7 @@ def _encoder(tokenizer: EncodesText, limits: Limits) -> Encode:
 
 
 def _item(
-    name: str, prompt: np.ndarray, whole: Sequence[np.ndarray], tokenizer: EncodesText, limits: Limits
+    record: Record, prompt: np.ndarray, whole: Sequence[np.ndarray], tokenizer: EncodesText, limits: Limits
 ) -> tuple[Item, tuple[str, ...]]:
     """The item within the limits, and its notes."""
     notes = set()
@@ -308,7 +309,7 @@ def _item(
         raise BadRow("response_truncated_to_nothing", f"of {max(map(len, whole))} tokens no text is left")
     if len(responses) == 2 and np.array_equal(*responses):
         raise BadRow("identical_after_truncation", f"the first {len(responses[0])} tokens")
-    item = Item(name, prompt, responses)
+    item = Item(record.id, prompt, responses, content_key(record.prompt))
     copies = 1 if limits.share_prompt else max(len(responses), 1)
     if (length := item.tokens + (copies - 1) * len(prompt)) > limits.row_tokens:
         way_out = "raise data.row_tokens, or lower data.max_prompt_length or data.max_completion_length"
@@ -369,9 +370,9 @@ def _uniform(purpose: str, seed: int, key: bytes) -> float:
 
 def _prompt_bytes(entry: Any) -> bytes:
     entry = entry.item if isinstance(entry, PairItem) else entry
-    if isinstance(entry.prompt, np.ndarray):
-        return np.ascontiguousarray(entry.prompt, "<i4").tobytes()
-    return rec.prompt_key(entry.prompt).encode()
+    if not isinstance(entry, Item):
+        return content_key(entry.prompt).encode()
+    return entry.content.encode() or np.ascontiguousarray(entry.prompt, "<i4").tobytes()
 
 
 def _flip(pair: PairItem) -> PairItem:

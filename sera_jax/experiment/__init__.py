@@ -12,7 +12,6 @@ import jax
 
 from sera_jax import config as config_lib
 from sera_jax.checkpoint import Workdir
-from sera_jax.checkpoint.phases import versions
 from sera_jax.config import Config
 from sera_jax.data.packing import Layout
 from sera_jax.evaluation import report
@@ -27,8 +26,14 @@ from sera_jax.mesh import make_mesh, row_shards
 from sera_jax.writer import MetricWriter
 
 
-def run(config: Config, *, stop_requested: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+def run(
+    config: Config, *, stop_requested: Callable[[], bool] = lambda: False, allow_other_versions: bool = False
+) -> dict[str, Any]:
     """Run, or go on with, the experiment of `config`; returns the summary that it also writes to the work directory.
+
+    Args:
+        stop_requested: asked between steps; True stops with everything saved.
+        allow_other_versions: go on with what other versions made (`Workdir`).
 
     Raises:
         ValueError: what was asked for cannot be done; the message says the way out.
@@ -36,7 +41,7 @@ def run(config: Config, *, stop_requested: Callable[[], bool] = lambda: False) -
     """
     method = METHODS[config.method]
     root = pathlib.Path(config.workdir)
-    workdir = Workdir(root, config_lib.to_dict(config))
+    workdir = Workdir(root, config_lib.to_dict(config), allow_other_versions=allow_other_versions)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     with MetricWriter(root, tensorboard=config.log.tensorboard) as writer, jax.set_mesh(mesh):
         for note in workdir.notes:
@@ -72,9 +77,11 @@ def run(config: Config, *, stop_requested: Callable[[], bool] = lambda: False) -
             "peak_memory_bytes": peak_memory_bytes(),
             "params_sha256": {arm: params_sha256(policy) for arm, policy in final.items()},
             "compilations": runtime.compilations(),
+            "held_out_rows": corpus.held_out_rows,
             "config": config_lib.to_dict(config),
             "seed": config.seed,
-            "versions": versions(),
+            "versions": workdir.code[-1],
+            "earlier_versions": workdir.code[:-1],
         }
         finish(config, method.report, runtime, final, summary)
     return summary

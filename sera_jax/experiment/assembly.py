@@ -13,7 +13,7 @@ from sera_jax.config import Config, DataGroup, ModelGroup
 from sera_jax.core import Stream, key_for
 from sera_jax.data.bpe import train_bpe
 from sera_jax.data.loading import Limits, load_records
-from sera_jax.data.sources import parse_mixture
+from sera_jax.data.sources import content_hash, parse_mixture
 from sera_jax.data.tokenizing import Tokenizer
 from sera_jax.experiment.corpus import Corpus, Reader
 from sera_jax.experiment.folders import check_two_models, has_tokenizer
@@ -121,9 +121,15 @@ def open_tokenizer(data: DataGroup, model: ModelGroup, workdir: Workdir, method:
     def produce(folder: pathlib.Path) -> None:
         train_bpe(texts(), model.vocab_size, out_dir=folder / "tokenizer")
 
-    inputs = sources | {"vocab_size": model.vocab_size}
+    contents = {field: _contents(spec, f"config.data.{field}") for field, spec in sources.items()}
+    inputs = sources | {"vocab_size": model.vocab_size, "contents": contents}
     folder = workdir.phase("tokenizer", inputs, produce).path / "tokenizer"
     return Tokenizer.load(folder, data.chat_template), str(folder)
+
+
+def _contents(spec: str, field: str) -> list[str]:
+    """Digests of the files that a source names."""
+    return [content_hash(path, field=field) for path, _ in parse_mixture(spec, field=field)] if spec else []
 
 
 def model_config(model: ModelGroup, tokenizer: Tokenizer) -> ModelConfig:

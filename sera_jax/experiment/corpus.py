@@ -1,18 +1,24 @@
-"""What a run reads, by method: preference pairs for SeRA, demonstrations and new prompts for Self-Rewarding PPO."""
+"""What a run reads, by method: preference pairs for SeRA, demonstrations and new prompts for Self-Rewarding PPO.
+
+One rule for every method: a prompt that is held out, split off by data.eval_fraction or named in data.eval, stands in
+no training source. Its rows there are left out, counted, and said in a line for each source.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
 from sera_jax.config import Config, DataGroup
-from sera_jax.data.items import Item, PairItem, unique_prompts
+from sera_jax.data.items import Item, PairItem, prompt_keys, unique_prompts
 from sera_jax.data.loading import flip_labels, load_demonstrations, load_preferences, load_prompts, split_heldout
 from sera_jax.data.tokenizing import Tokenizer
 from sera_jax.loops.study import Gold
+
+Entry = TypeVar("Entry", Item, PairItem)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +33,7 @@ class Corpus:
         pretrain: texts for a base model from scratch.
         prompts: what bootstrapping samples on; for SRPPO the new prompts, which no demonstration has.
         prompts_left_out: how many of data.prompts are not among the new prompts, by reason (SRPPO only).
+        held_out_rows: how many rows of each training source were left out because their prompt is held out.
         eval_prompts: what held-out generations answer.
         gold: reward of (prompt item, response tokens), in the embedded world.
     """
@@ -43,6 +50,7 @@ class Corpus:
     prompts_left_out: dict[str, int]
     eval_prompts: list[Item]
     gold: Gold | None
+    held_out_rows: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,45 +75,111 @@ class Reader:
         return rows
 
 
-def of_pairs(config: Config, data: DataGroup, heldout_prompts: str, read: Reader) -> Corpus:
-    """The corpus of SeRA. `data` and the file of held-out prompts are the embedded world's where there is one."""
-    train = read(load_preferences, data.train, "train")
+@dataclasses.dataclass
+class HeldOut:
+    """What is held out, and what that takes from the training sources.
+
+    Attributes:
+        rows: of the main source's kind. prompts: what held-out generations answer.
+        left_out: rows of each training source whose prompt is held out.
+    """
+
+    rows: list[Any]
+    prompts: list[Item]
+    say: Callable[[str], None]
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._keys = _keys_of([*self.rows, *self.prompts])
+
+    def keep_out(self, entries: Sequence[Entry], source: str) -> list[Entry]:
+        """The entries of data.`source` whose prompt is not held out; how many have one that is, is counted and said.
+
+        Raises:
+            ValueError: none is left.
+        """
+        kept = [entry for entry in entries if not prompt_keys(_item_of(entry)) & self._keys]
+        self.left_out[source] = len(entries) - len(kept)
+        if self.left_out[source]:
+            self.say(f"{source}: left out {self.left_out[source]} of {len(entries)} rows, whose prompts are held out")
+        if entries and not kept:
+            raise ValueError(
+                f"config.data.{source}: the prompts of all {len(entries)} rows are held out; name others there, or "
+                "hold fewer out by config.data.eval or config.data.eval_fraction"
+            )
+        return kept
+
+
+def main_source(
+    data: DataGroup, heldout_prompts: str, read: Reader, load: Callable[..., Any], source: str
+) -> tuple[list[Any], HeldOut]:
+    """The rows of data.`source` that are trained on, and what is held out: the rows of data.eval, or of a share of the
+    source's prompts. `heldout_prompts`: a file of further prompts that are held out, to be answered; "" for none.
+
+    Raises:
+        ValueError: no row is left.
+    """
+    rows = read(load, getattr(data, source), source)
     if data.eval:
-        heldout = read(load_preferences, data.eval, "eval")
+        heldout = read(load, data.eval, "eval")
     else:
-        train, heldout = split_heldout(train, data.eval_fraction, config.seed)
-        read.say(
-            f"held out {len(heldout)} of {len(train) + len(heldout)} pairs by a hash of the prompt (data.eval is empty)"
-        )
+        total = len(rows)
+        rows, heldout = split_heldout(rows, data.eval_fraction, data.split_seed)
+        what = "pairs" if source == "train" else source
+        read.say(f"held out {len(heldout)} of {total} {what} by a hash of the prompt (data.eval is empty)")
+        if not rows:
+            raise ValueError(
+                f"config.data.eval_fraction={data.eval_fraction} holds out all {total} {what} of config.data.{source}; "
+                "lower it, or name held-out ones in config.data.eval"
+            )
+    if heldout_prompts:
+        prompts = read(load_prompts, heldout_prompts, "heldout_prompts")
+    else:
+        prompts = unique_prompts(map(_item_of, heldout))
+    held = HeldOut(heldout, prompts, read.say)
+    return held.keep_out(rows, source), held
+
+
+def of_pairs(config: Config, data: DataGroup, heldout_prompts: str, read: Reader) -> Corpus:
+    """The corpus of SeRA. `data` and the file of held-out prompts are the embedded world's where there is one.
+
+    Raises:
+        ValueError: nothing is left of a source.
+    """
+    train, held = main_source(data, heldout_prompts, read, load_preferences, "train")
+    noisy = flip_labels(train, data.label_noise, config.seed)
     if data.demonstrations:
-        demonstrations, origin = read(load_demonstrations, data.demonstrations, "demonstrations"), "data.demonstrations"
+        demonstrations = held.keep_out(
+            read(load_demonstrations, data.demonstrations, "demonstrations"), "demonstrations"
+        )
+        origin = "data.demonstrations"
     else:
-        demonstrations, origin = [_side(pair, 0) for pair in train], "the chosen responses of data.train"
+        demonstrations = [_side(pair, pair.pairs[0][0]) for pair in noisy]
+        origin = "the chosen responses of data.train" + (", after label noise" if data.label_noise else "")
     if data.pretrain:
-        pretrain = read(load_demonstrations, data.pretrain, "pretrain")
+        pretrain = held.keep_out(read(load_demonstrations, data.pretrain, "pretrain"), "pretrain")
     elif data.demonstrations:
         pretrain = [as_text(item) for item in demonstrations]
     else:
-        pretrain = [as_text(_side(pair, k)) for pair in train for k in (0, 1)]
-    prompts = read(load_prompts, data.prompts, "prompts") if data.prompts else unique_prompts(p.item for p in train)
-    eval_prompts = (
-        read(load_prompts, heldout_prompts, "heldout_prompts")
-        if heldout_prompts
-        else unique_prompts(pair.item for pair in heldout)
-    )
+        pretrain = [as_text(_side(pair, k)) for pair in train for k in (0, 1)]  # the same base whatever the noise
+    if data.prompts:
+        prompts = held.keep_out(read(load_prompts, data.prompts, "prompts"), "prompts")
+    else:
+        prompts = unique_prompts(pair.item for pair in train)
     return Corpus(
         tokenizer=read.tokenizer,
         tokenizer_dir=read.tokenizer_dir,
-        train=flip_labels(train, data.label_noise, config.seed),
-        heldout=_first(heldout, config.eval.max_pairs),
+        train=noisy,
+        heldout=_first(held.rows, config.eval.max_pairs),
         demonstrations=demonstrations,
         demonstrations_are=origin,
         heldout_demonstrations=[],
         pretrain=pretrain,
         prompts=prompts,
         prompts_left_out={},
-        eval_prompts=_first(eval_prompts, config.eval.num_prompts),
+        eval_prompts=_first(held.prompts, config.eval.num_prompts),
         gold=read.gold,
+        held_out_rows=held.left_out,
     )
 
 
@@ -113,34 +187,18 @@ def of_demonstrations(config: Config, data: DataGroup, heldout_prompts: str, rea
     """The corpus of Self-Rewarding PPO; arguments as for `of_pairs`.
 
     Raises:
-        ValueError: no demonstration is left, or new prompts are asked for and there are none.
+        ValueError: nothing is left of a source, or new prompts are asked for and there are none.
     """
-    demonstrations = read(load_demonstrations, data.demonstrations, "demonstrations")
-    if data.eval:
-        heldout = read(load_demonstrations, data.eval, "eval")
-        if known := len(demonstrations) - len(_without(demonstrations, heldout)):
-            read.say(f"warning: {known} demonstrations have the prompt of a held-out one; they are trained on")
-    else:
-        demonstrations, heldout = split_heldout(demonstrations, data.eval_fraction, config.seed)
-        total = len(demonstrations) + len(heldout)
-        read.say(f"held out {len(heldout)} of {total} demonstrations by a hash of the prompt (data.eval is empty)")
-        if not demonstrations:
-            raise ValueError(
-                f"config.data.eval_fraction={data.eval_fraction} holds out all {total} demonstrations of "
-                "config.data.demonstrations; lower it, or name held-out ones in config.data.eval"
-            )
+    demonstrations, held = main_source(data, heldout_prompts, read, load_demonstrations, "demonstrations")
     if data.pretrain:
-        texts = read(load_demonstrations, data.pretrain, "pretrain")
-        pretrain = texts if data.eval else _without(texts, heldout)  # what was split off may stand there too
-        if data.eval and (known := len(texts) - len(_without(texts, heldout))):
-            read.say(f"warning: {known} pretrain texts have the prompt of a held-out one; they are trained on")
-        if len(pretrain) < len(texts):
-            read.say(f"pretrain: left out {len(texts) - len(pretrain)} texts with the prompt of a held-out one")
+        pretrain = held.keep_out(read(load_demonstrations, data.pretrain, "pretrain"), "pretrain")
     else:
         pretrain = [as_text(item) for item in demonstrations]
     prompts, left_out = [], {}
     if data.prompts:
-        prompts, left_out = new_prompts(read(load_prompts, data.prompts, "prompts"), [*demonstrations, *heldout])
+        given = held.keep_out(read(load_prompts, data.prompts, "prompts"), "prompts")
+        prompts, left_out = new_prompts(given, [*demonstrations, *held.rows])
+        left_out["known"] += held.left_out["prompts"]
         counts = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         read.say(f"new prompts: {len(prompts)} that no demonstration has (left out: {counts})")
         if config.ppo.prompt_overlap < 1 and not prompts:
@@ -148,10 +206,6 @@ def of_demonstrations(config: Config, data: DataGroup, heldout_prompts: str, rea
                 f"config.ppo.prompt_overlap={config.ppo.prompt_overlap} takes prompts that no demonstration has, but "
                 f"config.data.prompts={data.prompts!r} holds none ({counts}); name others, or set prompt_overlap=1"
             )
-    heldout = _first(heldout, config.eval.max_pairs)
-    eval_prompts = (
-        read(load_prompts, heldout_prompts, "heldout_prompts") if heldout_prompts else unique_prompts(heldout)
-    )
     return Corpus(
         tokenizer=read.tokenizer,
         tokenizer_dir=read.tokenizer_dir,
@@ -159,12 +213,13 @@ def of_demonstrations(config: Config, data: DataGroup, heldout_prompts: str, rea
         heldout=[],
         demonstrations=demonstrations,
         demonstrations_are="data.demonstrations",
-        heldout_demonstrations=heldout,
+        heldout_demonstrations=_first(held.rows, config.eval.max_pairs),
         pretrain=pretrain,
         prompts=prompts,
         prompts_left_out=left_out,
-        eval_prompts=_first(eval_prompts, config.eval.num_prompts),
+        eval_prompts=_first(held.prompts, config.eval.num_prompts),
         gold=read.gold,
+        held_out_rows=held.left_out,
     )
 
 
@@ -173,8 +228,8 @@ def new_prompts(prompts: Sequence[Item], known: Sequence[Item]) -> tuple[list[It
 
     An id that a known item has, too, is changed: ids name the random draws of what is sampled.
     """
-    taken, ids = {item.prompt.tobytes() for item in known}, {item.id for item in known}
-    fresh = [item for item in prompts if item.prompt.tobytes() not in taken]
+    taken, ids = _keys_of(known), {item.id for item in known}
+    fresh = [item for item in prompts if not prompt_keys(item) & taken]
     once = unique_prompts(fresh)
     named = [dataclasses.replace(item, id=f"new/{item.id}") if item.id in ids else item for item in once]
     return named, {"known": len(prompts) - len(fresh), "repeated": len(fresh) - len(once)}
@@ -183,19 +238,22 @@ def new_prompts(prompts: Sequence[Item], known: Sequence[Item]) -> tuple[list[It
 def as_text(item: Item) -> Item:
     """Prompt and response as one text to be modelled whole: its first token is the prompt, the rest the response."""
     rest = np.concatenate([item.prompt[1:], *item.responses]).astype(np.int32)
-    return Item(item.id, item.prompt[:1], (rest,))
+    return dataclasses.replace(item, prompt=item.prompt[:1], responses=(rest,))
 
 
 def _side(pair: PairItem, side: int) -> Item:
-    return Item(
-        f"{pair.item.id}/{'chosen' if side == 0 else 'rejected'}", pair.item.prompt, (pair.item.responses[side],)
-    )
+    """One response of a pair, named as its row named it."""
+    name = "chosen" if side == 0 else "rejected"
+    return dataclasses.replace(pair.item, id=f"{pair.item.id}/{name}", responses=(pair.item.responses[side],))
 
 
-def _without(items: Sequence[Item], others: Sequence[Item]) -> list[Item]:
-    """The items whose prompt none of the others has."""
-    taken = {item.prompt.tobytes() for item in others}
-    return [item for item in items if item.prompt.tobytes() not in taken]
+def _item_of(entry: Item | PairItem) -> Item:
+    return entry.item if isinstance(entry, PairItem) else entry
+
+
+def _keys_of(entries: Iterable[Item | PairItem]) -> set[str | bytes]:
+    """What the prompts of the entries are known by."""
+    return {key for entry in entries for key in prompt_keys(_item_of(entry))}
 
 
 def _first(items: list[Any], count: int) -> list[Any]:

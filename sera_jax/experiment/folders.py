@@ -2,25 +2,77 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import hashlib
 import math
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
+from sera_jax.checkpoint.arrays import part_sum
+from sera_jax.checkpoint.phases import read_json, write_json
 from sera_jax.config import ModelGroup
 from sera_jax.data.tokenizing import Tokenizer
-from sera_jax.models.folder import read_config
+from sera_jax.models.folder import open_weights, read_config, weight_files
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_PIECE = 1 << 16  # elements of a tensor that are read at a time
+_READERS = min(8, os.cpu_count() or 1)
+_WORTH_A_WORD = 10**9  # bytes
 
 
-def folder_identity(path: str) -> dict[str, Any]:
-    """What tells one Hugging Face folder from another without reading its weights: names, sizes and config."""
+def folder_identity(path: str, record: pathlib.Path, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """What tells one Hugging Face folder from another: its config, and of every tensor dtype, shape and checksum.
+
+    Args:
+        path: the folder; where it lies, and how its files are cut, does not count.
+        record: a JSON file that remembers what was read, for files whose size, times and header stay as they were.
+        say: takes a line for the user where weights are read.
+
+    Raises:
+        ValueError, FileNotFoundError: the folder cannot be read.
+    """
     folder = pathlib.Path(path)
-    return {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))} | {
-        "path": path,
-        "config": read_config(folder),
-    }
+    files = weight_files(folder)
+    looks = {file.name: _look(file) for file in files}
+    known = read_json(record)
+    here = os.path.abspath(path)
+    if not isinstance(known.get(here), dict) or known[here].get("files") != looks or "tensors" not in known[here]:
+        size = sum(file.stat().st_size for file in files)
+        if size >= _WORTH_A_WORD:
+            say(f"reading {size / 1e9:.1f} GB of weights in {path}, to know them again")
+        known[here] = {"files": looks, "tensors": _tensor_sums(folder)}
+        write_json(record, known)
+    return {"tensors": known[here]["tensors"], "config": read_config(folder)}
+
+
+def _look(file: pathlib.Path) -> list[Any]:
+    """What another content hardly leaves as it is, and what costs nothing to see."""
+    about = file.stat()
+    with file.open("rb") as weights:
+        header = weights.read(int.from_bytes(weights.read(8), "little") if about.st_size > 8 else 0)
+    return [about.st_size, about.st_mtime_ns, about.st_ctime_ns, hashlib.sha256(header).hexdigest()]
+
+
+def _tensor_sums(folder: pathlib.Path) -> dict[str, str]:
+    with open_weights(folder) as files, concurrent.futures.ThreadPoolExecutor(_READERS) as readers:
+        return dict(zip(files, readers.map(_tensor_sum, files.values(), files), strict=True))
+
+
+def _tensor_sum(file: Any, name: str) -> str:
+    """dtype, shape and checksum of a tensor as it is stored, read in pieces."""
+    tensor = file.get_slice(name)
+    shape, kind = tuple(tensor.get_shape()), tensor.get_dtype()
+    total = np.zeros(2, np.uint32)
+    if not shape:
+        total += part_sum(file.get_tensor(name), (), ())
+    rows = max(1, _PIECE // max(1, math.prod(shape[1:])))
+    for start in range(0, shape[0] if shape else 0, rows):
+        total += part_sum(tensor[start : min(start + rows, shape[0])], shape, (start, *(0 for _ in shape[1:])))
+    return f"{kind} {list(shape)} {total[0]:08x}{total[1]:08x}"
 
 
 def has_tokenizer(path: str) -> bool:

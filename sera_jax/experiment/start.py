@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from sera_jax.checkpoint.phases import file_digest
 from sera_jax.config import Config
@@ -33,7 +34,7 @@ def starting_policy(
         base = _base_policy(config, runtime, corpus, base_origin)
     if model.sft_model_path:
         say(f"SFT model: {model.sft_model_path}; no SFT is run")
-        identity = folder_identity(model.sft_model_path)
+        identity = _identity_of(model.sft_model_path, runtime)
         start = runtime.store("sft", identity, lambda: load_params(runtime.cfg, runtime.mesh, model.sft_model_path))
     else:
         assert base is not None
@@ -49,11 +50,15 @@ def params_sha256(policy: Policy) -> str:
     return file_digest(policy.path / "params" / "checksums.json")
 
 
+def _identity_of(folder: str, runtime: Runtime) -> dict[str, Any]:
+    return folder_identity(folder, runtime.workdir.root / "model_folders.json", runtime.writer.announce)
+
+
 def _base_policy(config: Config, runtime: Runtime, corpus: Corpus, origin: Origin) -> Policy:
     fresh = not config.model.model_name_or_path
-    identity = {"model": dataclasses.asdict(config.model), "seed": config.seed}
+    identity = {"model": dataclasses.asdict(config.model), "seed": config.seed, "tokens": runtime.cfg.vocab_size}
     if not fresh:
-        identity |= folder_identity(config.model.model_name_or_path)
+        identity |= _identity_of(config.model.model_name_or_path, runtime)
     name = "init" if fresh else "base"
     base = runtime.store(name, identity, lambda: load_params(runtime.cfg, runtime.mesh, origin))
     if not fresh:

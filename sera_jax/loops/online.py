@@ -97,7 +97,7 @@ def self_made(study: Study) -> Source:
         how = dict(round_=update, max_prompt_tokens=longest)
         sampled = grouped(prompts, run.generate(state.params, prompts, rules.num_samples, sampling, **how))
         candidates = _scored(study, state.params, sampled, window)
-        pairings = pair_up(candidates, [study.ranking(group) for group in candidates], rules, run.stop_ids)
+        pairings = pair_up(study, candidates, [study.ranking(group) for group in candidates], rules)
         least = -math.inf if rules.min_margin is None else rules.min_margin
         kept = [[pair for pair in made.pairs if pair.margin >= least] for made in pairings]
         chosen = [(group, made) for group, made in zip(candidates, kept, strict=True) if made]
@@ -107,7 +107,9 @@ def self_made(study: Study) -> Source:
         count = sum(map(len, kept))
         loader = PairLoader(pairs, layout, batch_size=count, seed=run.seed, known=known, order="given")
         margins = [pair.margin for made in kept for pair in made]
-        return dataclasses.replace(loader.batch(0), metrics=_metrics(study, pairs, np.array(margins, np.float32)))
+        return dataclasses.replace(
+            loader.batch(0), metrics=_metrics(study, pairs, np.array(margins, np.float32), pairings)
+        )
 
     depends = {
         "prompts": items_digest(study.prompts),
@@ -133,13 +135,18 @@ def _scored(study: Study, params: Params, candidates: Sequence[Candidates], wind
     ]
 
 
-def _metrics(study: Study, pairs: Sequence[PairItem], margins: np.ndarray) -> dict[str, Mean]:
-    """How many pairs an update has, their margin (nats), and, in a world that has a gold reward, whether it agrees."""
+def _metrics(
+    study: Study, pairs: Sequence[PairItem], margins: np.ndarray, pairings: Sequence[irm.Pairing]
+) -> dict[str, Mean]:
+    """How many pairs an update has, their margin (nats), what was refused, and, in a world that has a gold reward,
+    whether it agrees."""
+    refused = {reason: np.float32(sum(made.refused[reason] for made in pairings)) for reason in irm.REFUSALS}
     count = np.float32(len(margins))
     shares = agreement(study.gold, pairs) if study.gold is not None else {}
     return {
         "bootstrap/pairs": Mean(count, np.float32(1)),
         "bootstrap/margin_mean": Mean(margins.sum(), count),
+        **{f"bootstrap/refused_{reason}": Mean(number, np.float32(1)) for reason, number in refused.items()},
         **{f"bootstrap/gold_{name}": Mean(np.float32(share) * count, count) for name, share in shares.items()},
     }
 

@@ -76,7 +76,7 @@ def bootstrap(
         irm.ensemble(study.ranking(new), study.ranking(old), settings.ensemble_gamma)
         for new, old in zip(newest, before, strict=True)
     ]
-    pairings = pair_up(candidates, rewards, settings, run.stop_ids)
+    pairings = pair_up(study, candidates, rewards, settings)
     flat = [(i, pair) for i, pairing in enumerate(pairings) for pair in pairing.pairs]
     kept = irm.filter_bootstrapped(
         np.array([pair.margin for _, pair in flat], np.float32),
@@ -115,9 +115,10 @@ def scored(study: Study, candidates: Sequence[Candidates], sampled_by: Policy, p
 
 
 def pair_up(
-    candidates: Sequence[Candidates], rewards: Sequence[np.ndarray], settings: SeraGroup, stop_ids: Sequence[int]
+    study: Study, candidates: Sequence[Candidates], rewards: Sequence[np.ndarray], settings: SeraGroup
 ) -> list[irm.Pairing]:
-    """What `settings` makes of every prompt's candidates, ranked by their rewards f32[N]."""
+    """What `settings` makes of every prompt's candidates, ranked by their rewards f32[N]; what no row may be (an answer
+    that says nothing, a pair that says the same) makes no pair."""
     return [
         irm.pair_candidates(
             reward,
@@ -125,7 +126,8 @@ def pair_up(
             mode=settings.pairing,
             length_alpha=settings.length_alpha,
             finished=group.finished if settings.require_eos else None,
-            stop_ids=stop_ids,
+            stop_ids=study.run.stop_ids,
+            texts=[study.text(tokens) for tokens in group.tokens],
         )
         for group, reward in zip(candidates, rewards, strict=True)
     ]

@@ -34,6 +34,7 @@ class Study:
         pool: the offline pairs, after label noise.
         prompts: what bootstrapping samples on (items without responses).
         ranking: what orders a prompt's candidates.
+        text: what response tokens say, control tokens left out.
         evaluate: held-out facts of a policy, for the report; round 0 is the SFT model.
         gold: only reported.
     """
@@ -47,6 +48,7 @@ class Study:
     pool: Sequence[PairItem]
     prompts: Sequence[Item]
     ranking: Reward
+    text: Callable[[np.ndarray], str]
     evaluate: Callable[[Policy, int], dict[str, Any]]
     gold: Gold | None
 

@@ -45,7 +45,7 @@ def open_weights(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     """
     with contextlib.ExitStack() as stack:
         files: dict[str, Any] = {}
-        for shard in _shards(path):
+        for shard in weight_files(path):
             handle = _open_file(stack, shard)
             for name in handle.keys():  # noqa: SIM118 (not a dict)
                 if name in files:
@@ -64,7 +64,8 @@ def _open_file(stack: contextlib.ExitStack, file: pathlib.Path) -> Any:
         raise ValueError(f"{file} is not a readable safetensors file ({error}); copy it again") from error
 
 
-def _shards(path: pathlib.Path) -> list[pathlib.Path]:
+def weight_files(path: pathlib.Path) -> list[pathlib.Path]:
+    """The one file of the weights, or those that the index names; raises as `open_weights`."""
     if (path / SINGLE).is_file():
         return [path / SINGLE]
     if not (path / INDEX).is_file():

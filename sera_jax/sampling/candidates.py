@@ -54,6 +54,6 @@ def grouped(prompts: Sequence[Item], samples: Sequence[Sample]) -> list[Candidat
     for sample in samples:
         groups[sample.prompt].append(sample)
     return [
-        Candidates(Item(prompt.id, prompt.prompt, ()), tuple(sorted(group, key=lambda s: s.sample)))
+        Candidates(dataclasses.replace(prompt, responses=()), tuple(sorted(group, key=lambda s: s.sample)))
         for prompt, group in zip(prompts, groups, strict=True)
     ]

@@ -87,13 +87,13 @@ class SamplerPrograms:
 
 @struct.dataclass
 class Placing:
-    """Which prompts of a prefilled block go into which slots; all i32[I] or u32[I].
+    """Which prompts of a prefilled block go into which slots; all i32[I], but where it says otherwise.
 
     Attributes:
         slot: S where the place is unused.
         source: row of the prefilled block.
         last_token, length: the prompt's last token and its number of tokens.
-        prompt_id, sample: indices of the sample's PRNG key.
+        prompt_id: u32[I, 2] high and low word; sample: u32[I]. Indices of the sample's PRNG key.
     """
 
     slot: Array
@@ -151,7 +151,7 @@ def insert(
         return old.at[where].set(new, mode="drop")
 
     def sample_key(prompt_id: jax.Array, sample: jax.Array) -> jax.Array:
-        return jax.random.fold_in(jax.random.fold_in(base, prompt_id), sample)
+        return functools.reduce(jax.random.fold_in, (prompt_id[0], prompt_id[1], sample), base)
 
     return dataclasses.replace(
         slots,

@@ -110,7 +110,8 @@ class _Engine:
         stats: Stats,
     ) -> None:
         self.params, self.mesh, self.stats = params, mesh, stats
-        self.prompts, self.prompt_ids = [np.asarray(prompt, np.int32) for prompt in draws.prompts], draws.ids
+        self.prompts = [np.asarray(prompt, np.int32) for prompt in draws.prompts]
+        self.prompt_ids = [divmod(prompt_id, 2**32) for prompt_id in draws.ids]  # fold_in takes 32 bits
         self.base_key = self.put(_base_key(draws.seed, draws.round))
         self.prompt_columns = _round_up(max(longest - 1, 1), COLUMN_STEP)
         columns = max(self.prompt_columns, _round_up(longest - 1 + sampling.max_new_tokens, COLUMN_STEP))
@@ -157,7 +158,7 @@ class _Engine:
         self.stats.prefilled_prompts += len(block)
 
     def _insert(self, places: list[tuple]) -> None:
-        unused = (len(self.owner), 0, 0, 1, 0, 0)
+        unused = (len(self.owner), 0, 0, 1, (0, 0), 0)
         columns = zip(*(places + [unused] * (self.wake - len(places))), strict=True)
         kinds = (np.int32,) * 4 + (np.uint32,) * 2
         placing = Placing(*(np.array(column, kind) for column, kind in zip(columns, kinds, strict=True)))
@@ -214,8 +215,8 @@ def _check(cfg: ModelConfig, draws: Draws, sampling: SamplingParams, slots: int,
         )
     room = cfg.max_position_embeddings - sampling.max_new_tokens
     for prompt, prompt_id in zip(draws.prompts, draws.ids, strict=True):
-        if not 0 <= prompt_id < 2**32:
-            raise ValueError(f"prompt id {prompt_id} must be an integer in [0, 2**32); hash larger ids down to it")
+        if not 0 <= prompt_id < 2**64:
+            raise ValueError(f"prompt id {prompt_id} must be an integer in [0, 2**64); hash larger ids down to it")
         if len(prompt) == 0:
             raise ValueError(f"prompt {prompt_id} is empty; give it at least one token, such as BOS")
         if len(prompt) > room:

@@ -56,7 +56,7 @@ class Draws:
 
     Attributes:
         prompts: i32[P] each, P >= 1.
-        ids: one integer in [0, 2**32) for each prompt.
+        ids: one integer in [0, 2**64) for each prompt.
     """
 
     prompts: Sequence[np.ndarray]

@@ -1,5 +1,6 @@
 """Checkpoints: what is read is what was written, on any mesh, or an error says which array is not."""
 
+import itertools
 import os
 import pathlib
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sera_jax.checkpoint import Checkpoints, CorruptCheckpoint, Workdir, load_tree, save_tree, tree_digest
-from sera_jax.checkpoint.arrays import checksums
+from sera_jax.checkpoint.arrays import checksums, part_sum
 from sera_jax.mesh import make_mesh
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
@@ -90,7 +91,7 @@ def test_a_checksum_is_that_of_the_formula_whatever_the_dtype_the_shape_and_the_
 _MANY = """
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
-from sera_jax.checkpoint.arrays import checksums
+from sera_jax.checkpoint.arrays import checksums, part_sum
 from sera_jax.mesh import make_mesh
 mesh = make_mesh()
 x = jax.device_put(jax.numpy.ones((64, 32)), NamedSharding(mesh, PartitionSpec("fsdp")))
@@ -169,3 +170,15 @@ def test_a_damaged_checkpoint_is_never_replaced_by_an_older_one_in_silence(tmp_p
     with pytest.raises(CorruptCheckpoint, match="delete"):
         again.restore(_abstract(tree))
     again.close()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "bool"])
+@pytest.mark.parametrize("shape", [(), (7,), (6, 5), (4, 3, 5)], ids=str)
+def test_parts_that_tile_an_array_add_up_to_its_checksum(dtype, shape):
+    x = np.asarray(jnp.asarray(np.random.default_rng(2).normal(size=shape) * 9, dtype))
+    whole = int(checksums({"x": x})["['x']"], 16)
+    cuts = [(0, size // 2, size) if size > 1 else (0, size) for size in shape]
+    tiles = itertools.product(*(itertools.pairwise(cut) for cut in cuts))
+    parts = [part_sum(x[tuple(slice(*ends) for ends in tile)], shape, [start for start, _ in tile]) for tile in tiles]
+    assert len(parts) == 2 ** len(shape)
+    assert [int(n) for n in sum(parts[::-1], np.zeros(2, np.uint32))] == [whole >> 32, whole & 0xFFFFFFFF]

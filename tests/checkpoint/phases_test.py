@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
-from sera_jax.checkpoint import StaleWorkdir, Workdir
+from sera_jax.checkpoint import StaleWorkdir, Workdir, code, phases
+
+PRESENT = code.versions()
 
 
 def _write(text):
@@ -94,3 +96,63 @@ def test_two_processes_do_not_work_in_one_directory(tmp_path):
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "in use by another process" in shown
     assert held.root == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "now", "refused"),
+    [
+        ("numerics", "1", "2", True),
+        ("jax", "0.9.2", "0.10.0", True),
+        ("flax", "0.12.8", "0.13.0", True),
+        ("optax", "0.2.8", "1.2.8", True),
+        ("jax", "0.10.1", "0.10.2", False),
+        ("sera_jax", "0.2.0", "0.3.0", False),
+        ("orbax-checkpoint", "0.11.0", "0.12.0", False),
+    ],
+)
+def test_work_of_other_versions_is_gone_on_with_where_they_compute_alike(
+    tmp_path, monkeypatch, name, there, now, refused
+):
+    def as_of(version):
+        monkeypatch.setattr(code, "versions", lambda: {**PRESENT, name: version})
+        monkeypatch.setattr(phases, "versions", code.versions)
+
+    as_of(there)
+    Workdir(tmp_path, {"a": 1}).phase("one", {}, _write("a"))
+    as_of(now)
+    difference = f"{name} {there} there, {now} now"
+    if refused:
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
+        with pytest.raises(StaleWorkdir, match=rf"other versions \({difference}\).*--allow_other_versions"):
+            Workdir(tmp_path, {"a": 1})
+        assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
+    workdir = Workdir(tmp_path, {"a": 1}, allow_other_versions=refused)
+    assert workdir.notes == [f"versions: {difference}"]
+    assert [(seen[name], seen.get("allowed", False)) for seen in workdir.code] == [(there, False), (now, refused)]
+    assert json.loads((tmp_path / "versions.json").read_text())["history"] == workdir.code
+    assert Workdir(tmp_path, {"a": 1}).notes == [], "what was allowed once is the work's own"
+
+
+def test_work_of_a_release_that_recorded_no_versions_is_refused(tmp_path):
+    Workdir(tmp_path, {}).phase("one", {}, _write("a"))
+    (tmp_path / "versions.json").unlink()
+    with pytest.raises(StaleWorkdir, match=r"numerics unknown there, \d+ now"):
+        Workdir(tmp_path, {})
+
+
+def test_a_folder_without_results_takes_whatever_versions(tmp_path, monkeypatch):
+    Workdir(tmp_path, {})
+    monkeypatch.setattr(code, "versions", lambda: {**PRESENT, "numerics": "0"})
+    assert Workdir(tmp_path, {}).code == [{**PRESENT, "numerics": "0"}]
+
+
+@pytest.mark.parametrize("made", ["phases/one/x", "checkpoints/one/3/x", "metrics.jsonl"])
+def test_whatever_was_made_binds_the_folder_to_its_config(tmp_path, made):
+    Workdir(tmp_path, {"seed": 0})
+    (tmp_path / made).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / made).write_text("x")
+    with pytest.raises(StaleWorkdir, match="seed: 0 there, 1 now"):
+        Workdir(tmp_path, {"seed": 1})
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(StaleWorkdir, match=r"no config\.json, so nothing says whose they are"):
+        Workdir(tmp_path, {"seed": 1})

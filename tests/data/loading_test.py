@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from sera_jax.data import loading
-from sera_jax.data.items import Item, PairItem
+from sera_jax.data.items import Item, PairItem, content_key, stable_id
 from sera_jax.data.loading import Limits, TooManyBadRows, flip_labels, load_preferences, split_heldout
-from sera_jax.data.records import parse_demonstration, parse_preference
+from sera_jax.data.records import parse_demonstration, parse_preference, parse_prompt
 
 BOS, EOS, OFFSET = 1, 2, 3
 WIDE = Limits(max_prompt_length=4096, max_completion_length=4096, row_tokens=16384)
@@ -242,6 +242,34 @@ def test_records_and_items_of_one_prompt_are_held_out_together():
     train, heldout = split_heldout(records, 0.5, 0)
     assert heldout
     assert not {record.prompt for record in train} & {record.prompt for record in heldout}
+
+
+def test_a_prompt_is_the_same_whatever_its_form_its_spaces_and_its_unicode_form():
+    text = "caf\u00e9 or tea?"
+    same = [f"  {text}\n", "cafe\u0301  or\ttea?", [{"role": "user", "content": text}]]
+    same.append([{"role": "system", "content": " "}, {"role": "user", "content": text}])
+    assert {content_key(prompt) for prompt in same} == {content_key(text)}
+    other = ["Caf\u00e9 or tea?", [{"role": "system", "content": "Be brief."}, {"role": "user", "content": text}]]
+    assert len({content_key(prompt) for prompt in [text, *other]}) == 3
+
+
+def test_neither_the_tokenizer_nor_the_form_of_a_prompt_moves_the_held_out_split():
+    texts = [f"question {i}?" for i in range(200)]
+    messages = [[{"role": "user", "content": f"{text}\n"}] for text in texts]
+    forms = [
+        [Item(str(i), np.array([1]), (), content_key(text)) for i, text in enumerate(texts)],
+        [Item(str(i), np.array([i, 2]), (), content_key(prompt)) for i, prompt in enumerate(messages)],
+        [parse_prompt({"prompt": prompt, "id": str(i)}) for i, prompt in enumerate(messages)],
+    ]
+    first, *others = [[entry.id for entry in split_heldout(entries, 0.1, 0)[1]] for entries in forms]
+    assert 0 < len(first) < 50
+    assert others == [first, first]
+
+
+def test_a_million_ids_have_numbers_of_their_own():
+    numbers = {stable_id(str(i)) for i in range(10**6)}
+    assert len(numbers) == 10**6, "two of them would share their random draws"
+    assert 2**63 < max(numbers) < 2**64
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.2, 0.35, 1.0])

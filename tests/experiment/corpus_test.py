@@ -93,24 +93,107 @@ def test_without_new_prompts_there_are_none_and_sera_has_no_held_out_demonstrati
 
 def test_a_share_of_the_prompts_is_held_out_by_a_hash_that_the_order_does_not_change(read, rows):
     first, said = read(data__eval_fraction=0.3)
-    again, _ = read("other", demonstrations=rows["demonstrations"][::-1], data__eval_fraction=0.3)
+    again, _ = read("other", demonstrations=rows["demonstrations"][::-1], data__eval_fraction=0.3, seed=7)
+    other, _ = read("third", data__eval_fraction=0.3, data__split_seed=1)
     assert 0 < len(first.heldout_demonstrations) < 60
     assert len(first.demonstrations) + len(first.heldout_demonstrations) == 60
     assert prompts_of(first.heldout_demonstrations) == prompts_of(again.heldout_demonstrations)
+    assert prompts_of(first.heldout_demonstrations) != prompts_of(other.heldout_demonstrations)
     assert not prompts_of(first.heldout_demonstrations) & prompts_of(first.demonstrations)
     assert f"held out {len(first.heldout_demonstrations)} of 60 demonstrations" in said
     assert prompts_of(first.eval_prompts) == prompts_of(first.heldout_demonstrations)
     assert all(not item.responses for item in first.eval_prompts)
 
 
-def test_named_held_out_demonstrations_are_read_as_they_are_and_shared_prompts_are_said(read, rows):
-    corpus, said = read(heldout=[*rows["heldout_demonstrations"], rows["demonstrations"][0]])
-    assert len(corpus.demonstrations) == 60
+def test_demonstrations_with_the_prompt_of_a_named_held_out_one_are_left_out_and_said(read, rows):
+    first = rows["demonstrations"][0]
+    corpus, said = read(heldout=[*rows["heldout_demonstrations"], first])
+    shared = sum(row["prompt"] == first["prompt"] for row in rows["demonstrations"])
+    assert len(corpus.demonstrations) == 60 - shared
     assert len(corpus.heldout_demonstrations) == 13
-    shared = sum(row["prompt"] == rows["demonstrations"][0]["prompt"] for row in rows["demonstrations"])
-    assert f"warning: {shared} demonstrations have the prompt of a held-out one" in said
+    assert f"demonstrations: left out {shared} of 60 rows, whose prompts are held out" in said
     _, quiet = read("other", heldout=rows["heldout_demonstrations"])
-    assert "warning" not in quiet
+    assert "left out" not in quiet
+
+
+def as_messages(row):
+    """The row with its prompt as one message, and more white space around it."""
+    return {**row, "prompt": [{"role": "user", "content": f" {row['prompt']}\n"}]}
+
+
+PAIRS = [
+    {"prompt": f"name : {tool} animal", "chosen": "cow drill", "rejected": "cow"} for tool in ("axe", "saw", "rake")
+]
+PAIRS += [
+    {"prompt": f"repeat : {tool}", "chosen": tool, "rejected": f"{tool} {tool}"} for tool in ("axe", "saw", "rake")
+]
+
+
+@pytest.mark.parametrize("form", [dict, as_messages])
+def test_a_held_out_prompt_stands_in_no_source_of_a_method_that_learns_from_pairs(tmp_path, tokenizer_dir, form):
+    others = {"train": PAIRS, "demonstrations": [{**row, "response": row["chosen"]} for row in PAIRS[:5]]}
+    others |= {"pretrain": others["demonstrations"][:4], "prompts": [{"prompt": row["prompt"]} for row in PAIRS[:3]]}
+    files = {"eval": [form(row) for row in PAIRS[:2]], **others}
+    for name, entries in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in entries))
+    config = tiny_config(
+        tmp_path / "run",
+        world__name="",
+        model__tokenizer_name_or_path=str(tokenizer_dir),
+        **{f"data__{name}": str(tmp_path / f"{name}.jsonl") for name in files},
+    )
+    said: list[str] = []
+    corpus = read_corpus(config, Workdir(tmp_path / "run", {}), said.append)
+    held = {item.content for item in corpus.eval_prompts}
+    assert len(held) == 2
+    trained = [pair.item for pair in corpus.train], corpus.demonstrations, corpus.pretrain, corpus.prompts
+    assert [len(items) for items in trained] == [4, 3, 2, 1]
+    assert not held & {item.content for items in trained for item in items}
+    assert corpus.held_out_rows == dict.fromkeys(others, 2)
+    for name, entries in others.items():
+        assert f"{name}: left out 2 of {len(entries)} rows, whose prompts are held out" in said
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5, 1.0])
+def test_without_demonstrations_sft_imitates_what_the_labels_say_after_the_noise(tmp_path, tokenizer_dir, noise):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    config = tiny_config(
+        tmp_path / "run",
+        world__name="",
+        model__tokenizer_name_or_path=str(tokenizer_dir),
+        data__train=str(path),
+        data__eval_fraction=0.0,
+        data__label_noise=noise,
+    )
+    corpus = read_corpus(config, Workdir(tmp_path / "run", {}), lambda text: None)
+    decode = corpus.tokenizer.decode_response
+    imitated = [decode(item.responses[0]) for item in corpus.demonstrations]
+    labelled = [decode(pair.item.responses[pair.pairs[0][0]]) for pair in corpus.train]
+    assert imitated == labelled
+    as_the_rows_say = [
+        row["rejected" if pair.flipped else "chosen"] for row, pair in zip(PAIRS, corpus.train, strict=True)
+    ]
+    assert imitated == as_the_rows_say
+    assert sum(pair.flipped for pair in corpus.train) == round(6 * noise)
+    assert corpus.demonstrations_are.endswith(", after label noise") == bool(noise)
+    assert ids(corpus.pretrain) == [
+        f"{pair.item.id}/{side}" for pair in corpus.train for side in ("chosen", "rejected")
+    ]
+
+
+def test_pairs_that_are_all_held_out_are_refused_with_the_way_out(tmp_path, tokenizer_dir):
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    path = str(tmp_path / "pairs.jsonl")
+    config = tiny_config(
+        tmp_path / "run",
+        world__name="",
+        model__tokenizer_name_or_path=str(tokenizer_dir),
+        data__train=path,
+        data__eval=path,
+    )
+    with pytest.raises(ValueError, match=r"config\.data\.train: the prompts of all 6 rows are held out; name others"):
+        read_corpus(config, Workdir(tmp_path / "run", {}), lambda text: None)
 
 
 def test_nothing_left_to_imitate_is_refused_with_the_way_out(read, rows):
@@ -146,7 +229,7 @@ def test_texts_for_the_base_that_have_a_split_off_prompt_are_left_out(read, rows
     assert not prompts_of(corpus.pretrain) & prompts_of(corpus.heldout_demonstrations)
     left_out = 100 - len(corpus.pretrain)
     assert left_out >= len(corpus.heldout_demonstrations)
-    assert f"pretrain: left out {left_out} texts" in said
+    assert f"pretrain: left out {left_out} of 100 rows" in said
 
 
 def test_new_prompts_are_those_that_no_demonstration_has_each_once(read, rows):

@@ -1,13 +1,18 @@
-"""Base and SFT model given as folders: one tokenizer, two models."""
+"""Model folders: what tells them apart; base and SFT model, one tokenizer, two models."""
 
 import json
+import os
 import shutil
 
+import ml_dtypes
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from sera_jax import world
 from sera_jax.config import ModelGroup
-from sera_jax.experiment.folders import check_two_models
+from sera_jax.experiment import folders as folders_module
+from sera_jax.experiment.folders import check_two_models, folder_identity
 
 
 @pytest.fixture
@@ -85,3 +90,59 @@ def test_a_folder_without_a_tokenizer_is_said(folders, tmp_path):
     (tmp_path / "bare").mkdir()
     (said,) = check(base, tmp_path / "bare")
     assert str(tmp_path / "bare") in said
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A model folder, and what tells it apart, as a function of it and the work directory's record."""
+    rng = np.random.default_rng(0)
+    tensors = {f"layer{i}": rng.normal(size=(9, 4)).astype(np.float32) for i in range(3)}
+    tensors["norm"] = np.ones(4, ml_dtypes.bfloat16)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    return tmp_path / "model", lambda folder=tmp_path / "model": folder_identity(str(folder), tmp_path / "record.json")
+
+
+def test_a_model_folder_is_its_tensors_wherever_they_lie_and_however_they_are_cut(model, tmp_path):
+    folder, identity = model
+    first = identity()
+    shutil.copytree(folder, tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").unlink()
+    tensors = load_file(folder / "model.safetensors")
+    names = {name: f"{i}.safetensors" for i, name in enumerate(tensors)}
+    for name, file in names.items():
+        save_file({name: tensors[name]}, tmp_path / "cut" / file)
+    (tmp_path / "cut" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    assert identity(tmp_path / "cut") == first
+    assert first["tensors"]["norm"].startswith("BF16 [4] ")
+    folder.joinpath("config.json").write_text('{"model_type": "qwen2"}')
+    assert identity() != first
+
+
+@pytest.mark.parametrize("keep_times", [False, True])
+def test_other_weights_of_the_same_size_at_the_same_place_are_another_model(model, keep_times):
+    folder, identity = model
+    first, about = identity(), (folder / "model.safetensors").stat()
+    tensors = load_file(folder / "model.safetensors")
+    tensors["layer1"][3, 2] = np.nextafter(tensors["layer1"][3, 2], np.float32(9))
+    save_file(tensors, folder / "model.safetensors")
+    if keep_times:
+        os.utime(folder / "model.safetensors", ns=(about.st_atime_ns, about.st_mtime_ns))
+    second = identity()
+    assert [name for name in first["tensors"] if first["tensors"][name] != second["tensors"][name]] == ["layer1"]
+
+
+def test_weights_that_nobody_touched_are_read_once(model, monkeypatch):
+    _, identity = model
+    first = identity()
+    monkeypatch.setattr(folders_module, "_tensor_sums", lambda folder: pytest.fail("the weights were read again"))
+    assert identity() == first
+
+
+def test_a_record_that_cannot_be_read_costs_a_reading(model, tmp_path):
+    _, identity = model
+    first = identity()
+    for damage in ("", "[", "[]", json.dumps({str(tmp_path / "model"): 3})):
+        (tmp_path / "record.json").write_text(damage)
+        assert identity() == first

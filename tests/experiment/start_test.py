@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sera_jax import world
-from sera_jax.checkpoint import Workdir
+from sera_jax.checkpoint import StaleWorkdir, Workdir
 from sera_jax.config import Config, ModelGroup
 from sera_jax.core import Stream, key_for
 from sera_jax.data.items import Item
@@ -103,6 +103,17 @@ def test_a_named_base_is_fine_tuned_and_both_are_handed_on(folders, tmp_path, ti
     assert base is not None
     assert (base.name, sft.name, list(run.workdir.done)) == ("base", "sft", ["base", "sft"])
     assert not same(run, base, sft)
+
+
+def test_other_weights_at_the_place_of_the_old_are_refused_by_the_tensor(folders, tmp_path):
+    shutil.copytree(folders, tmp_path / "folders")
+    here = tmp_path / "folders"
+    start(tmp_path / "run", here, base="base", sft="sft")[2].workdir._lock.close()
+    start(tmp_path / "run", here, base="base", sft="sft")[2].workdir._lock.close()
+    other = init_params(CFG, key_for(7, Stream.INIT))
+    save_pretrained(here / "sft", CFG, other, tokenizer_dir=here / "tokenizer", overwrite=True)
+    with pytest.raises(StaleWorkdir, match=r"sft was made from other inputs \(first difference tensors\.model\."):
+        start(tmp_path / "run", here, base="base", sft="sft")
 
 
 def test_equal_weights_in_two_folders_are_refused_since_the_reward_would_be_nothing(folders, tmp_path):

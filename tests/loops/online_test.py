@@ -160,6 +160,16 @@ def test_a_policy_at_its_reference_makes_no_pair_and_says_the_way_out(lab, tmp_p
         first_batch(study, study.sft)
 
 
+@pytest.mark.parametrize(
+    ("says", "reason"), [(" \n", r"64 empty_response, 16 too_few"), ("so", r"identical_after_strip")]
+)
+def test_answers_that_say_nothing_or_the_same_make_no_pair_and_are_counted(lab, tmp_path, says, reason):
+    spaces = iter([" ", "\n"] * 10**3)
+    study = study_in(lab, tmp_path, text=lambda tokens: says + next(spaces))
+    with pytest.raises(ValueError, match=rf"update 1: the answers to 16 prompts make no pair \(.*{reason}"):
+        first_batch(study, lab.policy("online_dpo/update2"))
+
+
 def test_a_run_that_is_stopped_between_updates_ends_as_one_that_was_not(lab, tmp_path):
     """Stopped once before and once amid sampling, and gone on with each time."""
     for asked in (3, 9):

@@ -160,10 +160,11 @@ def test_first_tokens_are_distributed_as_the_scorer_says(params, prompts):
 
 
 def test_a_samples_key_is_that_of_its_seed_round_prompt_id_and_index(params, prompts):
-    ids = [7, 4_000_000_000]
+    ids = [7, 7 + (4_000_000_000 << 32)]  # of one low word
     samples = draw(params, prompts[2:4], ids=ids, num_samples=2, seed=5, round=3, temperature=1.3, top_p=0.9)
     for sample in samples:
-        key = key_for(5, Stream.SAMPLE, 3, np.uint32(ids[sample.prompt]), sample.sample)
+        high, low = np.uint64(ids[sample.prompt]).reshape(1).view(np.uint32)[::-1]
+        key = key_for(5, Stream.SAMPLE, 3, high, low, sample.sample)
         logits, _ = scorer(params, prompts[2 + sample.prompt], sample.tokens)
         token, _ = choose(
             logits=jnp.asarray(logits),
@@ -310,6 +311,7 @@ def test_no_prompts_give_no_samples(params):
         (dict(slots=0), "slots=0"),
         (dict(ids=[0]), "came with 1 ids"),
         (dict(ids=[0, 1, 2, 3, 4, 5, -1]), "prompt id -1"),
+        (dict(ids=[0, 1, 2, 3, 4, 5, 2**64]), "prompt id 18446744073709551616"),
     ],
 )
 def test_a_bad_request_is_refused_with_its_value(params, prompts, settings, message):

@@ -71,6 +71,7 @@ def study_of(given: Experiment, loss: ResolvedLoss, evaluate: Any) -> Study:
         pool=corpus.train,
         prompts=corpus.prompts,
         ranking=RANKINGS[config.sera.ranking](loss),
+        text=corpus.tokenizer.decode_response,
         evaluate=evaluate,
         gold=corpus.gold,
     )
