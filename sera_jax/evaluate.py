@@ -25,6 +25,7 @@ from sera_jax.data.loading import Limits, load_preferences, load_prompts
 from sera_jax.data.packing import Layout
 from sera_jax.data.tokenizing import Tokenizer
 from sera_jax.experiment.assembly import world_gold
+from sera_jax.experiment.ends import ends_in_words
 from sera_jax.experiment.evaluator import Evaluator
 from sera_jax.experiment.saved import MAX_NEW_TOKENS, MAX_PROMPT_LENGTH, SavedPolicy, find_policy
 from sera_jax.loops.runtime import Policy, Runtime
@@ -70,6 +71,8 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
         workdir = Workdir(root, asked | resolved)
         for note in workdir.notes:
             writer.announce(note)
+        ends = saved.ends(tokenizer)
+        writer.announce(ends_in_words(tokenizer, ends))
         pairs, prompts = _read(args, saved, tokenizer, limits, workdir)
         run = Runtime(
             cfg=saved.cfg,
@@ -79,7 +82,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
             seed=args.seed,
             layout=Layout(row_tokens, shards=row_shards(mesh)),
             chunk_tokens=2048,
-            stop_ids=tokenizer.stop_ids,
+            stop_ids=ends,
         )
         policies = {name: _policy(run, name, found) for name, found in (("policy", saved), ("reference", reference))}
         evaluator = Evaluator(

@@ -20,6 +20,7 @@ from sera_jax.checkpoint.phases import file_digest, versions, write_json, write_
 from sera_jax.data.items import Item
 from sera_jax.data.loading import Limits, load_prompts
 from sera_jax.data.tokenizing import Tokenizer
+from sera_jax.experiment.ends import ends_in_words
 from sera_jax.experiment.saved import MAX_NEW_TOKENS, MAX_PROMPT_LENGTH, SavedPolicy, find_policy
 from sera_jax.mesh import make_mesh
 from sera_jax.progress import Progress
@@ -43,16 +44,17 @@ def _run(args: argparse.Namespace) -> None:
     saved = find_policy(args.checkpoint, dtype=args.dtype)
     tokenizer = Tokenizer.load(args.tokenizer or saved.tokenizer_dir, args.chat_template)
     new, most = saved.lengths(args.max_new_tokens, args.max_prompt_length)
+    ends = saved.ends(tokenizer)
     sampling = SamplingParams(
         temperature=args.temperature,
         top_p=args.top_p,
         top_k=args.top_k,
         max_new_tokens=new,
         min_new_tokens=args.min_new_tokens,
-        stop_ids=tokenizer.stop_ids,
+        stop_ids=ends,
     )
     items, report = load_prompts(args.prompts, tokenizer, limits=Limits(most, new, most + new), name="prompts")
-    print(report.table(), file=sys.stderr)
+    print(f"{report.table()}\n{ends_in_words(tokenizer, ends)}", file=sys.stderr)
     samples = _answer(args, saved, items, sampling)
     rows = [
         {

@@ -16,6 +16,7 @@ from sera_jax.checkpoint.phases import file_digest
 from sera_jax.config import Config, DataGroup, LossGroup, SamplingGroup, WorldGroup
 from sera_jax.core import Stream, key_for
 from sera_jax.data.bpe import train_bpe
+from sera_jax.data.packing import Layout
 from sera_jax.data.tokenizing import Tokenizer
 from sera_jax.experiment.saved import describe, find_policy
 from sera_jax.loops.runtime import Runtime
@@ -68,8 +69,7 @@ def workdir(tmp_path_factory) -> pathlib.Path:
             workdir=Workdir(root, config_lib.to_dict(CONFIG)),
             writer=writer,
             seed=0,
-            row_tokens=96,
-            share_prompt=True,
+            layout=Layout(96),
             chunk_tokens=64,
             stop_ids=tokenizer.stop_ids,
         )
