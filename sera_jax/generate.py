@@ -1,8 +1,9 @@
 """`python -m sera_jax.generate --checkpoint=DIR --prompts=prompts.jsonl --out=answers.jsonl`: prompts in, JSONL out.
 
-One line per answer: id, prompt, sample, response, finished, tokens, logp (the policy's own, summed over the tokens);
-and one file beside it, OUT.manifest.json, with everything that the answers depend on. The same command gives the same
-answers.
+One line per answer: the fields of the prompt's row as given (an answer that it had as `reference`), and sample,
+response, finished, tokens, logp (the policy's own, summed over the tokens), rendered (the prompt's text as the policy
+reads it, without control tokens). Rows and prompts so written may be trained on. One file beside it, OUT.manifest.json,
+holds everything that the answers depend on. The same command gives the same answers.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from sera_jax.checkpoint.phases import file_digest, versions, write_json, write_jsonl
+from sera_jax.data.asked import read_asked
 from sera_jax.data.items import Item
 from sera_jax.data.loading import Limits, load_prompts
 from sera_jax.data.tokenizing import Tokenizer
@@ -55,11 +57,12 @@ def _run(args: argparse.Namespace) -> None:
     )
     items, report = load_prompts(args.prompts, tokenizer, limits=Limits(most, new, most + new), name="prompts")
     print(f"{report.table()}\n{ends_in_words(tokenizer, ends)}", file=sys.stderr)
+    asked = read_asked(args.prompts, name="prompts")
     samples = _answer(args, saved, items, sampling)
     rows = [
         {
-            "id": items[s.prompt].id,
-            "prompt": tokenizer.decode(items[s.prompt].prompt),
+            **asked[items[s.prompt].id],
+            "rendered": tokenizer.decode(items[s.prompt].prompt),
             "sample": s.sample,
             "response": tokenizer.decode_response(s.tokens),
             "finished": s.finished,

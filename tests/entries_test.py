@@ -16,6 +16,7 @@ from sera_jax.checkpoint.phases import file_digest
 from sera_jax.config import Config, DataGroup, LossGroup, SamplingGroup, WorldGroup
 from sera_jax.core import Stream, key_for
 from sera_jax.data.bpe import train_bpe
+from sera_jax.data.loading import Limits, load_demonstrations, load_prompts
 from sera_jax.data.packing import Layout
 from sera_jax.data.tokenizing import Tokenizer
 from sera_jax.experiment.saved import describe, find_policy
@@ -115,7 +116,7 @@ def test_every_prompt_gets_all_its_answers_and_the_same_command_the_same_ones(wo
     ]
     assert {row["prompt"] for row in first} == set(PROMPTS)
     for row in first:
-        assert set(row) == {"id", "prompt", "sample", "response", "finished", "tokens", "logp"}
+        assert set(row) == {"id", "prompt", "rendered", "sample", "response", "finished", "tokens", "logp"}
         assert 1 <= row["tokens"] <= NEW_TOKENS, "the run's own limit, since none was given"
         assert row["finished"] or row["tokens"] == NEW_TOKENS
         assert row["logp"] < 0
@@ -123,6 +124,38 @@ def test_every_prompt_gets_all_its_answers_and_the_same_command_the_same_ones(wo
     assert "12 answers to 4 prompts" in shown.out
     assert shown.err.endswith("\n")
     assert "\r" not in shown.err
+
+
+TALK = [{"role": "user", "content": "saw"}, {"role": "assistant", "content": "oak"}, {"role": "user", "content": "fig"}]
+GIVEN = [
+    {"prompt": "repeat : saw red fig", "response": "saw red fig", "level": 3, "half": "\ud800"},
+    {"prompt": TALK, "completion": "fig"},
+    {"messages": [*TALK, {"role": "assistant", "content": "fig"}], "source": "s"},
+    {"prompt": "\n\nHuman: oak\n\nAssistant:", "chosen": "oak", "rejected": "tin"},
+    {"chosen": "\n\nHuman: tin\n\nAssistant: oak", "rejected": "\n\nHuman: tin\n\nAssistant: red"},
+]
+
+
+def test_rows_of_answers_train_on_the_prompts_that_were_answered(workdir, tmp_path):
+    """Prompts as given, with their other fields: the template is applied once, whatever shape the rows had."""
+    asked, out = tmp_path / "asked.jsonl", tmp_path / "answers.jsonl"
+    asked.write_text("".join(json.dumps(row) + "\n" for row in GIVEN))
+    rows = answers(workdir / "phases/sft", asked, out, "--temperature=1", "--min_new_tokens=6")
+    assert [row["prompt"] for row in rows] == [
+        GIVEN[0]["prompt"],
+        TALK,
+        TALK,
+        GIVEN[3]["prompt"],
+        [{"role": "user", "content": "tin"}],
+    ]
+    assert [row.get("reference") for row in rows] == ["saw red fig", "fig", "fig", None, None]
+    assert (rows[0]["level"], rows[0]["half"], rows[2]["source"], rows[3]["chosen"]) == (3, "\ud800", "s", "oak")
+    tokenizer, limits = Tokenizer.load(workdir / "tokenizer"), Limits(24, 32, 96)
+    prompts, _ = load_prompts(str(asked), tokenizer, limits=limits)
+    trained, _ = load_demonstrations(str(out), tokenizer, limits=limits)
+    for prompt, item, row in zip(prompts, trained, rows, strict=True):
+        np.testing.assert_array_equal(item.prompt, prompt.prompt)
+        assert tokenizer.decode_response(item.responses[0]) == row["response"]
 
 
 def test_the_manifest_says_what_the_answers_depend_on(workdir, prompts, tmp_path):
