@@ -8,6 +8,7 @@ taken from the run that trained the policy: the loss, lengths, the world.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import sys
@@ -24,7 +25,7 @@ from sera_jax.data.items import Item, PairItem
 from sera_jax.data.loading import Limits, load_preferences, load_prompts
 from sera_jax.data.packing import Layout
 from sera_jax.data.tokenizing import Tokenizer
-from sera_jax.experiment.assembly import world_gold
+from sera_jax.experiment.assembly import with_vocabulary, world_gold
 from sera_jax.experiment.ends import ends_in_words
 from sera_jax.experiment.evaluator import Evaluator
 from sera_jax.experiment.saved import MAX_NEW_TOKENS, MAX_PROMPT_LENGTH, SavedPolicy, find_policy
@@ -57,6 +58,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("nothing to evaluate on; give --pairs=heldout.jsonl, or --world=habits, or both")
     saved, reference = _open(args)
     tokenizer = Tokenizer.load(args.tokenizer or saved.tokenizer_dir, args.chat_template)
+    saved = dataclasses.replace(saved, cfg=with_vocabulary(saved.cfg, tokenizer, args.checkpoint, field="--tokenizer"))
     loss = _loss(args.loss, saved)
     new, most = saved.lengths(args.max_new_tokens, args.max_prompt_length)
     row_tokens = args.row_tokens or saved.of_run("data.row_tokens", ROW_TOKENS)

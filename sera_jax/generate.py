@@ -22,6 +22,7 @@ from sera_jax.data.asked import read_asked
 from sera_jax.data.items import Item
 from sera_jax.data.loading import Limits, load_prompts
 from sera_jax.data.tokenizing import Tokenizer
+from sera_jax.experiment.assembly import with_vocabulary
 from sera_jax.experiment.ends import ends_in_words
 from sera_jax.experiment.saved import MAX_NEW_TOKENS, MAX_PROMPT_LENGTH, SavedPolicy, find_policy
 from sera_jax.mesh import make_mesh
@@ -45,6 +46,7 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError(f"--num_samples={args.num_samples}; ask for at least 1 answer to each prompt")
     saved = find_policy(args.checkpoint, dtype=args.dtype)
     tokenizer = Tokenizer.load(args.tokenizer or saved.tokenizer_dir, args.chat_template)
+    saved = dataclasses.replace(saved, cfg=with_vocabulary(saved.cfg, tokenizer, args.checkpoint, field="--tokenizer"))
     new, most = saved.lengths(args.max_new_tokens, args.max_prompt_length)
     ends = saved.ends(tokenizer)
     sampling = SamplingParams(

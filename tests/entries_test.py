@@ -355,3 +355,18 @@ def test_a_reference_of_another_shape_is_refused_by_what_differs(workdir, export
     argv = [f"--checkpoint={workdir}/phases/sft", f"--reference={tmp_path / 'small'}", "--world=habits"]
     assert evaluate.main([*argv, f"--out={tmp_path / 'out'}"]) == 2
     assert "num_hidden_layers differ" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("entry", [generate, evaluate])
+def test_a_tokenizer_with_more_ids_than_the_model_has_embeddings_is_refused(entry, workdir, exported, tmp_path, capsys):
+    """Their ids would be clamped: two prompts, one answer."""
+    cfg = dataclasses.replace(find_policy(exported).cfg, vocab_size=find_policy(exported).cfg.vocab_size - 2)
+    small = save_pretrained(tmp_path / "m", cfg, init_params(cfg, jax.random.key(0)), tokenizer_dir=exported)
+    argv = {
+        generate: [f"--prompts={tmp_path / 'p.jsonl'}", f"--out={tmp_path / 'o.jsonl'}"],
+        evaluate: [f"--reference={small}", "--world=habits", f"--out={tmp_path / 'out'}"],
+    }
+    (tmp_path / "p.jsonl").write_text('{"prompt": "saw"}\n')
+    assert entry.main([f"--checkpoint={small}", *argv[entry]]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"only {cfg.vocab_size} embeddings" in error and "--tokenizer" in error

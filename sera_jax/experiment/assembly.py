@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -130,7 +131,7 @@ def model_config(model: ModelGroup, tokenizer: Tokenizer) -> ModelConfig:
     """The shape of a model trained from scratch."""
     fields = {field.name for field in dataclasses.fields(ModelConfig)} & set(dataclasses.asdict(model))
     shape = {name: getattr(model, name) for name in fields} | {"vocab_size": tokenizer.vocab_size}
-    return ModelConfig(**shape)
+    return with_vocabulary(ModelConfig(**shape), tokenizer, "from scratch", field="config.model.tokenizer_name_or_path")
 
 
 def base_model(model: ModelGroup, tokenizer: Tokenizer, seed: int) -> tuple[ModelConfig, Origin]:
@@ -139,12 +140,26 @@ def base_model(model: ModelGroup, tokenizer: Tokenizer, seed: int) -> tuple[Mode
     if not path:
         return model_config(model, tokenizer), key_for(seed, Stream.INIT)
     cfg = config_from_hf(read_config(pathlib.Path(path)), **precision_of(model))
+    return with_vocabulary(cfg, tokenizer, path, field="config.model.tokenizer_name_or_path"), path
+
+
+def with_vocabulary(cfg: ModelConfig, tokenizer: Tokenizer, model: str, *, field: str) -> ModelConfig:
+    """The config, with the ids that the tokenizer does not have marked as such (`ModelConfig.absent_ids`).
+
+    Args:
+        model: where the model was found; field: where another tokenizer may be named; both for the message.
+
+    Raises:
+        ValueError: the tokenizer has ids that the model has no embedding for.
+    """
     if tokenizer.vocab_size > cfg.vocab_size:
         raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens but the model {path!r} only "
-            f"{cfg.vocab_size} embeddings; name the model's own tokenizer in config.model.tokenizer_name_or_path"
+            f"the tokenizer has {tokenizer.vocab_size} tokens but the model {model!r} only "
+            f"{cfg.vocab_size} embeddings; name the model's own tokenizer in {field}"
         )
-    return cfg, path
+    known = sorted({-1, *tokenizer.vocabulary().values(), cfg.vocab_size})
+    gaps = tuple((below + 1, above) for below, above in itertools.pairwise(known) if above > below + 1)
+    return dataclasses.replace(cfg, absent_ids=gaps)
 
 
 def check_positions(config: Config, cfg: ModelConfig) -> None:
