@@ -24,7 +24,7 @@ from sera_jax.config import EvalGroup, SamplingGroup
 from sera_jax.data.items import Item, PairItem
 from sera_jax.data.loading import Limits, load_preferences, load_prompts
 from sera_jax.data.packing import Layout
-from sera_jax.data.tokenizing import Tokenizer
+from sera_jax.data.tokenizing import ADD_BOS, Tokenizer
 from sera_jax.experiment.assembly import with_vocabulary, world_gold
 from sera_jax.experiment.ends import ends_in_words
 from sera_jax.experiment.evaluator import Evaluator
@@ -57,7 +57,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     if not args.pairs and not args.world:
         raise ValueError("nothing to evaluate on; give --pairs=heldout.jsonl, or --world=habits, or both")
     saved, reference = _open(args)
-    tokenizer = Tokenizer.load(args.tokenizer or saved.tokenizer_dir, args.chat_template)
+    tokenizer = Tokenizer.load(args.tokenizer or saved.tokenizer_dir, args.chat_template, add_bos=args.add_bos)
     saved = dataclasses.replace(saved, cfg=with_vocabulary(saved.cfg, tokenizer, args.checkpoint, field="--tokenizer"))
     loss = _loss(args.loss, saved)
     new, most = saved.lengths(args.max_new_tokens, args.max_prompt_length)
@@ -172,6 +172,9 @@ def _parser() -> argparse.ArgumentParser:
         "--chat_template",
         default="",
         help="'' the tokenizer's own (a run's policy: the run's), 'none', 'hh', or a file",
+    )
+    add(
+        "--add_bos", default="tokenizer", choices=ADD_BOS, help="as config.data.add_bos; default: as the tokenizer does"
     )
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--max_new_tokens", type=int, help=f"default: as in the policy's run, else {MAX_NEW_TOKENS}")

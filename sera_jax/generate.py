@@ -21,7 +21,7 @@ from sera_jax.checkpoint.phases import file_digest, versions, write_json, write_
 from sera_jax.data.asked import read_asked
 from sera_jax.data.items import Item
 from sera_jax.data.loading import Limits, load_prompts
-from sera_jax.data.tokenizing import Tokenizer
+from sera_jax.data.tokenizing import ADD_BOS, Tokenizer
 from sera_jax.experiment.assembly import with_vocabulary
 from sera_jax.experiment.ends import ends_in_words
 from sera_jax.experiment.saved import MAX_NEW_TOKENS, MAX_PROMPT_LENGTH, SavedPolicy, find_policy
@@ -45,7 +45,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.num_samples < 1:
         raise ValueError(f"--num_samples={args.num_samples}; ask for at least 1 answer to each prompt")
     saved = find_policy(args.checkpoint, dtype=args.dtype)
-    tokenizer = Tokenizer.load(args.tokenizer or saved.tokenizer_dir, args.chat_template)
+    tokenizer = Tokenizer.load(args.tokenizer or saved.tokenizer_dir, args.chat_template, add_bos=args.add_bos)
     saved = dataclasses.replace(saved, cfg=with_vocabulary(saved.cfg, tokenizer, args.checkpoint, field="--tokenizer"))
     new, most = saved.lengths(args.max_new_tokens, args.max_prompt_length)
     ends = saved.ends(tokenizer)
@@ -128,6 +128,9 @@ def _parser() -> argparse.ArgumentParser:
         "--chat_template",
         default="",
         help="'' the tokenizer's own (a run's policy: the run's), 'none', 'hh', or a file",
+    )
+    add(
+        "--add_bos", default="tokenizer", choices=ADD_BOS, help="as config.data.add_bos; default: as the tokenizer does"
     )
     add("--num_samples", type=int, default=1, help="answers to each prompt")
     add("--temperature", type=float, default=0.7, help="0 is greedy")

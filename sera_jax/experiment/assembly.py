@@ -102,7 +102,7 @@ def open_tokenizer(data: DataGroup, model: ModelGroup, workdir: Workdir, method:
     if method.needs_base and not model.tokenizer_name_or_path and has_tokenizer(model.sft_model_path):
         name = model.sft_model_path  # its chat template is the one that it was trained with
     if name:
-        return Tokenizer.load(name, data.chat_template), name
+        return Tokenizer.load(name, data.chat_template, add_bos=data.add_bos), name
     if not model.vocab_size:
         raise ValueError(
             "config.model.vocab_size=0 and no tokenizer is named; give the number of BPE pieces to train, or "
@@ -124,7 +124,7 @@ def open_tokenizer(data: DataGroup, model: ModelGroup, workdir: Workdir, method:
 
     inputs = sources | {"vocab_size": model.vocab_size}
     folder = workdir.phase("tokenizer", inputs, produce).path / "tokenizer"
-    return Tokenizer.load(folder, data.chat_template), str(folder)
+    return Tokenizer.load(folder, data.chat_template, add_bos=data.add_bos), str(folder)
 
 
 def model_config(model: ModelGroup, tokenizer: Tokenizer) -> ModelConfig:
