@@ -8,6 +8,7 @@ taken from the run that trained the policy: the loss, lengths, the world.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import sys
@@ -23,8 +24,9 @@ from sera_jax.config import EvalGroup, SamplingGroup
 from sera_jax.data.items import Item, PairItem
 from sera_jax.data.loading import Limits, load_preferences, load_prompts
 from sera_jax.data.packing import Layout
-from sera_jax.data.tokenizing import Tokenizer
-from sera_jax.experiment.assembly import world_gold
+from sera_jax.data.tokenizing import ADD_BOS, Tokenizer
+from sera_jax.experiment.assembly import with_vocabulary, world_gold
+from sera_jax.experiment.ends import ends_in_words
 from sera_jax.experiment.evaluator import Evaluator
 from sera_jax.experiment.saved import MAX_NEW_TOKENS, MAX_PROMPT_LENGTH, SavedPolicy, find_policy
 from sera_jax.loops.runtime import Policy, Runtime
@@ -55,7 +57,8 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     if not args.pairs and not args.world:
         raise ValueError("nothing to evaluate on; give --pairs=heldout.jsonl, or --world=habits, or both")
     saved, reference = _open(args)
-    tokenizer = Tokenizer.load(args.tokenizer or saved.tokenizer_dir, args.chat_template)
+    tokenizer = Tokenizer.load(args.tokenizer or saved.tokenizer_dir, args.chat_template, add_bos=args.add_bos)
+    saved = dataclasses.replace(saved, cfg=with_vocabulary(saved.cfg, tokenizer, args.checkpoint, field="--tokenizer"))
     loss = _loss(args.loss, saved)
     new, most = saved.lengths(args.max_new_tokens, args.max_prompt_length)
     row_tokens = args.row_tokens or saved.of_run("data.row_tokens", ROW_TOKENS)
@@ -70,6 +73,8 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
         workdir = Workdir(root, asked | resolved, allow_other_versions=args.allow_other_versions)
         for note in workdir.notes:
             writer.announce(note)
+        ends = saved.ends(tokenizer)
+        writer.announce(ends_in_words(tokenizer, ends))
         pairs, prompts = _read(args, saved, tokenizer, limits, workdir)
         run = Runtime(
             cfg=saved.cfg,
@@ -79,7 +84,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
             seed=args.seed,
             layout=Layout(row_tokens, shards=row_shards(mesh)),
             chunk_tokens=0,
-            stop_ids=tokenizer.stop_ids,
+            stop_ids=ends,
         )
         policies = {name: _policy(run, name, found) for name, found in (("policy", saved), ("reference", reference))}
         evaluator = Evaluator(
@@ -167,6 +172,9 @@ def _parser() -> argparse.ArgumentParser:
         "--chat_template",
         default="",
         help="'' the tokenizer's own (a run's policy: the run's), 'none', 'hh', or a file",
+    )
+    add(
+        "--add_bos", default="tokenizer", choices=ADD_BOS, help="as config.data.add_bos; default: as the tokenizer does"
     )
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--max_new_tokens", type=int, help=f"default: as in the policy's run, else {MAX_NEW_TOKENS}")

@@ -1,8 +1,9 @@
 """`python -m sera_jax.generate --checkpoint=DIR --prompts=prompts.jsonl --out=answers.jsonl`: prompts in, JSONL out.
 
-One line per answer: id, prompt, sample, response, finished, tokens, logp (the policy's own, summed over the tokens);
-and one file beside it, OUT.manifest.json, with everything that the answers depend on. The same command gives the same
-answers.
+One line per answer: the fields of the prompt's row as given (an answer that it had as `reference`), and sample,
+response, finished, tokens, logp (the policy's own, summed over the tokens), rendered (the prompt's text as the policy
+reads it, without control tokens). Rows and prompts so written may be trained on. One file beside it, OUT.manifest.json,
+holds everything that the answers depend on. The same command gives the same answers.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ import numpy as np
 
 from sera_jax.checkpoint.code import versions
 from sera_jax.checkpoint.phases import file_digest, write_json, write_jsonl
+from sera_jax.data.asked import read_asked
 from sera_jax.data.items import Item
 from sera_jax.data.loading import Limits, load_prompts
-from sera_jax.data.tokenizing import Tokenizer
+from sera_jax.data.tokenizing import ADD_BOS, Tokenizer
+from sera_jax.experiment.assembly import with_vocabulary
+from sera_jax.experiment.ends import ends_in_words
 from sera_jax.experiment.saved import MAX_NEW_TOKENS, MAX_PROMPT_LENGTH, SavedPolicy, find_policy
 from sera_jax.mesh import make_mesh
 from sera_jax.progress import Progress
@@ -42,23 +46,26 @@ def _run(args: argparse.Namespace) -> None:
     if args.num_samples < 1:
         raise ValueError(f"--num_samples={args.num_samples}; ask for at least 1 answer to each prompt")
     saved = find_policy(args.checkpoint, dtype=args.dtype)
-    tokenizer = Tokenizer.load(args.tokenizer or saved.tokenizer_dir, args.chat_template)
+    tokenizer = Tokenizer.load(args.tokenizer or saved.tokenizer_dir, args.chat_template, add_bos=args.add_bos)
+    saved = dataclasses.replace(saved, cfg=with_vocabulary(saved.cfg, tokenizer, args.checkpoint, field="--tokenizer"))
     new, most = saved.lengths(args.max_new_tokens, args.max_prompt_length)
+    ends = saved.ends(tokenizer)
     sampling = SamplingParams(
         temperature=args.temperature,
         top_p=args.top_p,
         top_k=args.top_k,
         max_new_tokens=new,
         min_new_tokens=args.min_new_tokens,
-        stop_ids=tokenizer.stop_ids,
+        stop_ids=ends,
     )
     items, report = load_prompts(args.prompts, tokenizer, limits=Limits(most, new, most + new), name="prompts")
-    print(report.table(), file=sys.stderr)
+    print(f"{report.table()}\n{ends_in_words(tokenizer, ends)}", file=sys.stderr)
+    asked = read_asked(args.prompts, name="prompts")
     samples = _answer(args, saved, items, sampling)
     rows = [
         {
-            "id": items[s.prompt].id,
-            "prompt": tokenizer.decode(items[s.prompt].prompt),
+            **asked[items[s.prompt].id],
+            "rendered": tokenizer.decode(items[s.prompt].prompt),
             "sample": s.sample,
             "response": tokenizer.decode_response(s.tokens),
             "finished": s.finished,
@@ -122,6 +129,9 @@ def _parser() -> argparse.ArgumentParser:
         "--chat_template",
         default="",
         help="'' the tokenizer's own (a run's policy: the run's), 'none', 'hh', or a file",
+    )
+    add(
+        "--add_bos", default="tokenizer", choices=ADD_BOS, help="as config.data.add_bos; default: as the tokenizer does"
     )
     add("--num_samples", type=int, default=1, help="answers to each prompt")
     add("--temperature", type=float, default=0.7, help="0 is greedy")

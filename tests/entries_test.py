@@ -16,6 +16,7 @@ from sera_jax.checkpoint.phases import file_digest
 from sera_jax.config import Config, DataGroup, LossGroup, SamplingGroup, WorldGroup
 from sera_jax.core import Stream, key_for
 from sera_jax.data.bpe import train_bpe
+from sera_jax.data.loading import Limits, load_demonstrations, load_prompts
 from sera_jax.data.packing import Layout
 from sera_jax.data.tokenizing import Tokenizer
 from sera_jax.experiment.saved import describe, find_policy
@@ -115,7 +116,7 @@ def test_every_prompt_gets_all_its_answers_and_the_same_command_the_same_ones(wo
     ]
     assert {row["prompt"] for row in first} == set(PROMPTS)
     for row in first:
-        assert set(row) == {"id", "prompt", "sample", "response", "finished", "tokens", "logp"}
+        assert set(row) == {"id", "prompt", "rendered", "sample", "response", "finished", "tokens", "logp"}
         assert 1 <= row["tokens"] <= NEW_TOKENS, "the run's own limit, since none was given"
         assert row["finished"] or row["tokens"] == NEW_TOKENS
         assert row["logp"] < 0
@@ -123,6 +124,38 @@ def test_every_prompt_gets_all_its_answers_and_the_same_command_the_same_ones(wo
     assert "12 answers to 4 prompts" in shown.out
     assert shown.err.endswith("\n")
     assert "\r" not in shown.err
+
+
+TALK = [{"role": "user", "content": "saw"}, {"role": "assistant", "content": "oak"}, {"role": "user", "content": "fig"}]
+GIVEN = [
+    {"prompt": "repeat : saw red fig", "response": "saw red fig", "level": 3, "half": "\ud800"},
+    {"prompt": TALK, "completion": "fig"},
+    {"messages": [*TALK, {"role": "assistant", "content": "fig"}], "source": "s"},
+    {"prompt": "\n\nHuman: oak\n\nAssistant:", "chosen": "oak", "rejected": "tin"},
+    {"chosen": "\n\nHuman: tin\n\nAssistant: oak", "rejected": "\n\nHuman: tin\n\nAssistant: red"},
+]
+
+
+def test_rows_of_answers_train_on_the_prompts_that_were_answered(workdir, tmp_path):
+    """Prompts as given, with their other fields: the template is applied once, whatever shape the rows had."""
+    asked, out = tmp_path / "asked.jsonl", tmp_path / "answers.jsonl"
+    asked.write_text("".join(json.dumps(row) + "\n" for row in GIVEN))
+    rows = answers(workdir / "phases/sft", asked, out, "--temperature=1", "--min_new_tokens=6")
+    assert [row["prompt"] for row in rows] == [
+        GIVEN[0]["prompt"],
+        TALK,
+        TALK,
+        GIVEN[3]["prompt"],
+        [{"role": "user", "content": "tin"}],
+    ]
+    assert [row.get("reference") for row in rows] == ["saw red fig", "fig", "fig", None, None]
+    assert (rows[0]["level"], rows[0]["half"], rows[2]["source"], rows[3]["chosen"]) == (3, "\ud800", "s", "oak")
+    tokenizer, limits = Tokenizer.load(workdir / "tokenizer"), Limits(24, 32, 96)
+    prompts, _ = load_prompts(str(asked), tokenizer, limits=limits)
+    trained, _ = load_demonstrations(str(out), tokenizer, limits=limits)
+    for prompt, item, row in zip(prompts, trained, rows, strict=True):
+        np.testing.assert_array_equal(item.prompt, prompt.prompt)
+        assert tokenizer.decode_response(item.responses[0]) == row["response"]
 
 
 def test_the_manifest_says_what_the_answers_depend_on(workdir, prompts, tmp_path):
@@ -322,3 +355,18 @@ def test_a_reference_of_another_shape_is_refused_by_what_differs(workdir, export
     argv = [f"--checkpoint={workdir}/phases/sft", f"--reference={tmp_path / 'small'}", "--world=habits"]
     assert evaluate.main([*argv, f"--out={tmp_path / 'out'}"]) == 2
     assert "num_hidden_layers differ" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("entry", [generate, evaluate])
+def test_a_tokenizer_with_more_ids_than_the_model_has_embeddings_is_refused(entry, workdir, exported, tmp_path, capsys):
+    """Their ids would be clamped: two prompts, one answer."""
+    cfg = dataclasses.replace(find_policy(exported).cfg, vocab_size=find_policy(exported).cfg.vocab_size - 2)
+    small = save_pretrained(tmp_path / "m", cfg, init_params(cfg, jax.random.key(0)), tokenizer_dir=exported)
+    argv = {
+        generate: [f"--prompts={tmp_path / 'p.jsonl'}", f"--out={tmp_path / 'o.jsonl'}"],
+        evaluate: [f"--reference={small}", "--world=habits", f"--out={tmp_path / 'out'}"],
+    }
+    (tmp_path / "p.jsonl").write_text('{"prompt": "saw"}\n')
+    assert entry.main([f"--checkpoint={small}", *argv[entry]]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"only {cfg.vocab_size} embeddings" in error and "--tokenizer" in error

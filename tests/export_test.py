@@ -5,8 +5,12 @@ import json
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
-from sera_jax.export import main
+from sera_jax.data.tokenizing import Tokenizer
+from sera_jax.experiment.ends import end_ids, ends_in_words
+from sera_jax.experiment.saved import describe, find_policy
+from sera_jax.export import export, main
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import init_params
 from sera_jax.models.huggingface import load_pretrained, read_source, save_pretrained
@@ -30,6 +34,21 @@ def folder(tmp_path):
     out = save_pretrained(tmp_path / "in", CFG, params, source_dtypes=names)
     (out / "tokenizer.json").write_text("{}")
     return out
+
+
+def write_vocabulary(folder, eos):
+    """A word-level tokenizer of 24 ids: 0 and 1 are special, the others are words."""
+    words = ["<eos>", "<turn>", *(f"w{i}" for i in range(2, 24))]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="w2"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(words[:2])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | ({"eos_token": eos} if eos else {})
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def ends_of(folder):
+    return json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
 
 
 def test_an_exported_folder_has_the_dtype_names_and_tokenizer_of_the_one_trained_from(folder, tmp_path, capsys):
@@ -64,3 +83,45 @@ def test_a_folder_that_exists_is_kept_unless_overwriting_is_asked_for(folder, tm
 def test_a_checkpoint_that_is_none_is_refused_without_a_traceback(tmp_path, capsys):
     assert main([f"--checkpoint={tmp_path}", f"--out={tmp_path / 'out'}"]) == 2
     assert str(tmp_path) in capsys.readouterr().err
+
+
+TURNS = "{% for m in messages %}{{ m.role }} {{ m.content }}<turn>{% endfor %}"
+
+
+def test_an_export_ends_at_every_id_at_which_the_policy_was_trained_and_sampled(folder, tmp_path):
+    """EOS, the end of the template's turn, and what the source names, in one list; its other fields are kept."""
+    write_vocabulary(folder, "<eos>")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 5, 99], "top_p": 0.9}))
+    (folder / "config.json").write_text(json.dumps(read_source(folder).config | {"eos_token_id": 7}))
+    run = tmp_path / "run"
+    tokenizer = Tokenizer.load(folder, TURNS)
+    describe(run, CFG, tokenizer, str(folder))
+    cfg, params = load_pretrained(folder)
+    out = export(params, cfg, tmp_path / "out", source=folder, tokenizer_dir=run / "tokenizer")
+    written = json.loads((out / "generation_config.json").read_text())
+    assert written == {"eos_token_id": [0, 1, 5, 7], "top_p": 0.9}, "and not 99, which the tokenizer does not have"
+    assert end_ids(tokenizer, folder) == (0, 1, 5, 7)
+    assert find_policy(out).ends(Tokenizer.load(out)) == (0, 1, 5, 7)
+
+
+@pytest.mark.parametrize(
+    ("eos", "named", "expected"), [("<eos>", None, 0), ("<eos>", 1, [0, 1]), (None, [1, 3], [1, 3])]
+)
+def test_a_folder_is_exported_with_its_own_ends_and_with_what_it_names(folder, tmp_path, eos, named, expected):
+    write_vocabulary(folder, eos)
+    (folder / "config.json").write_text(json.dumps(read_source(folder).config | {"eos_token_id": named}))
+    assert main([f"--checkpoint={folder}", f"--out={tmp_path / 'out'}"]) == 0
+    assert ends_of(tmp_path / "out") == expected
+
+
+def test_an_end_that_is_no_id_is_refused_by_file_and_value(folder, tmp_path, capsys):
+    (folder / "generation_config.json").write_text('{"eos_token_id": "<eos>"}')
+    assert main([f"--checkpoint={folder}", f"--out={tmp_path / 'out'}"]) == 2
+    assert "generation_config.json: eos_token_id='<eos>'" in capsys.readouterr().err
+
+
+def test_the_user_is_told_where_answers_end_and_which_end_is_ordinary_text(folder):
+    write_vocabulary(folder, "<eos>")
+    tokenizer = Tokenizer.load(folder)
+    assert ends_in_words(tokenizer, (0, 1)) == "answers end at 0 '<eos>', 1 '<turn>', in training, sampling and exports"
+    assert "warning: 5 is ordinary text" in ends_in_words(tokenizer, (0, 5))

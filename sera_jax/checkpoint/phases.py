@@ -75,7 +75,21 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 def write_jsonl(path: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write one JSON object a line so that the file is whole or absent."""
-    _write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    _write_whole(path, "".join(_line(row) + "\n" for row in rows))
+
+
+def _line(row: dict[str, Any]) -> str:
+    text = json.dumps(row, ensure_ascii=False, default=str)
+    # half of a surrogate pair, as a user's own field may hold, can be written escaped only
+    return text if _is_utf8(text) else json.dumps(row, default=str)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _write_whole(path: pathlib.Path, text: str) -> None:

@@ -82,6 +82,9 @@ class DataGroup:
     row_multiple: steps are planned to fill a multiple of so many rows in each microbatch: on a pod the number of parts
         that rows are spread over (mesh.data x mesh.fsdp), or the last rows are filling. Which pairs make a step depends
         on it, and so not on the devices.
+    add_bos: whether a prompt begins with BOS: as the `tokenizer` does it (where its own chat template writes BOS; with
+        plain text or another template, where it puts BOS before text by itself), `always` (once), or `never` (none but
+        what the chat template writes). An export begins prompts the same way.
     prompts: what bootstrapping samples on (empty: the prompts of `train`); new prompts of PPO, see ppo.prompt_overlap.
     """
 
@@ -102,6 +105,7 @@ class DataGroup:
     max_bad_fraction: float = within(0.05, 0, 1)
     label_noise: float = within(0.0, 0, 1)
     chat_template: str = ""
+    add_bos: str = one_of("tokenizer", "always", "never")
 
 
 @dataclasses.dataclass(frozen=True)

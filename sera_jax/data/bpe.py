@@ -40,7 +40,8 @@ def train_bpe(
         out_dir: folder to write (tokenizer.json, tokenizer_config.json).
         special_tokens: name in tokenizer_config.json -> token; pad_token, bos_token and eos_token, and any others (such
             as a template's role markers). They take the first ids, in this order.
-        chat_template: as `Tokenizer.load` takes it; '' or None or 'none' writes none.
+        chat_template: as `Tokenizer.load` takes it; '' or None or 'none' writes none. One that does not speak of
+            `bos_token` gets it first.
 
     Returns:
         out_dir.
@@ -68,11 +69,16 @@ def train_bpe(
     )
     files = {
         "tokenizer.json": tokenizer.to_str(pretty=True) + "\n",
-        "tokenizer_config.json": json.dumps(_config(special_tokens, chat.resolve(chat_template, None)), indent=2)
-        + "\n",
+        "tokenizer_config.json": json.dumps(_config(special_tokens, _template(chat_template)), indent=2) + "\n",
     }
     _publish(out, files)
     return out
+
+
+def _template(value: str | None) -> str | None:
+    """The template's text, with BOS first, as it is put before plain text, unless it speaks of BOS itself."""
+    template = chat.resolve(value, None)
+    return template if template is None or "bos_token" in template else chat.with_bos(template)
 
 
 def _train(texts: Iterable[str], vocab_size: int, special: list[str]) -> tokenizers.Tokenizer:

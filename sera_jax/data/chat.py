@@ -77,8 +77,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, render: Callable[[str, list[dict[str, str]], bool], str]):
-        self.source = source
-        self._effective = _fixed_date(source)
+        self.source = with_fixed_date(source)
         self._renderer = render
         self._shapes: dict[tuple[str, ...], Shape] = {}
 
@@ -124,7 +123,7 @@ class ChatTemplate:
     def _render(self, messages: list[dict[str, str]], generation: bool) -> str:
         # Templates raise whatever they like (their own exceptions, jinja errors, TypeErrors on missing tokens).
         try:
-            return self._renderer(self._effective, messages, generation)
+            return self._renderer(self.source, messages, generation)
         except Exception as error:
             roles = [message["role"] for message in messages]
             raise PromptRefused(
@@ -151,6 +150,25 @@ class ChatTemplate:
                 lead = lead.removeprefix(header)
                 prompt = (*prompt[:-1], prompt[-1] + header)
         return Shape(prompt, full, prompt_trims, full_trims, header, lead, full[-1])
+
+
+def with_fixed_date(source: str) -> str:
+    """The template with one date in place of today's, so that a run does not depend on the day it is started."""
+    if "strftime_now" not in source or "macro strftime_now(" in source:
+        return source
+    body = "format" + "".join(f" | replace('{code}', '{text}')" for code, text in _FIXED_DATE.items())
+    return "{%- macro strftime_now(format) -%}{{ " + body + " }}{%- endmacro -%}" + source
+
+
+def with_bos(source: str) -> str:
+    """The template with BOS before all that it writes."""
+    # the comment keeps white space at the template's start where it was, at the start of a line
+    return "{{ bos_token }}" + ("{##}\n" if source[:1].isspace() else "") + source
+
+
+def with_generation_prompt(source: str, header: str) -> str:
+    """The template with a generation prompt, which it lacks: the text that it writes before an answer."""
+    return source.removesuffix("\n") + "{{ " + ascii(header) + " if add_generation_prompt else '' }}"
 
 
 def resolve(value: str | None, own: str | None) -> str | None:
@@ -181,13 +199,6 @@ def resolve(value: str | None, own: str | None) -> str | None:
 def interleave(pieces: Sequence[str], contents: Sequence[str]) -> str:
     """pieces[0] contents[0] pieces[1] ... as one text; one more piece than contents."""
     return "".join(piece + content for piece, content in zip(pieces, [*contents, ""], strict=True))
-
-
-def _fixed_date(source: str) -> str:
-    if "strftime_now" not in source:
-        return source
-    body = "format" + "".join(f" | replace('{code}', '{text}')" for code, text in _FIXED_DATE.items())
-    return "{%- macro strftime_now(format) -%}{{ " + body + " }}{%- endmacro -%}" + source
 
 
 def _strip(text: str, trim: tuple[bool, bool]) -> str:

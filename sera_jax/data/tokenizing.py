@@ -9,7 +9,11 @@ What holds for every tokenizer that is accepted:
 * A control token is written by the template or by this module, never by a content: "</s>" in a message is text.
   Otherwise the tokens are those of the template's rendering encoded in one piece, seams included. Control tokens are
   the special tokens and those other added tokens that the template writes around contents.
-* A prompt starts with exactly one BOS where the tokenizer has one, whether or not the template writes it.
+* A prompt starts with BOS where it does outside: where the tokenizer's own chat template writes it; with plain text or
+  a template that is given, where the tokenizer puts it before text by itself. `add_bos` may choose otherwise.
+* `template` says all that is done, and `save` writes it with the tokenizer: transformers' apply_chat_template, or for
+  plain text the call of the tokenizer, gives there the prompts that are given here. So a template that prints the date
+  is given a fixed one, and one without a generation prompt gets what it writes before an answer.
 * A complete response ends in `end_id`: the first control token that the template puts after an answer (with what it
   puts before that), else EOS. Where `end_id` is not EOS (ChatML on a base tokenizer), both stop generation.
 * Nothing looks for padding: `pad_id` is only reported, and may equal EOS.
@@ -26,12 +30,14 @@ from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
+import tokenizers
 
 from sera_jax.data import chat
 from sera_jax.data.chat import Prompt, Shape
 from sera_jax.data.escaping import EscapingEncoder, PromptRefused, Text
 
-POLICY = "sera_jax tokenizing 1"  # part of the fingerprint: raise it when the same text gives other tokens
+POLICY = "sera_jax tokenizing 2"  # part of the fingerprint: raise it when the same text gives other tokens
+ADD_BOS = ("tokenizer", "always", "never")
 
 
 class Tokenizer:
@@ -46,18 +52,21 @@ class Tokenizer:
         template: text of the chat template in force, or None for plain text.
     """
 
-    def __init__(self, tokenizer: Any, template: str | None, *, add_bos: bool = True):
+    def __init__(self, tokenizer: Any, template: str | None, *, add_bos: str = "tokenizer", own: bool = False):
         self._hf = tokenizer
         self._backend = tokenizer.backend_tokenizer
         self._spec: dict[str, Any] = json.loads(self._backend.to_str())
-        self._add_bos = add_bos
-        self.template = template
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int | None = tokenizer.eos_token_id
         self.pad_id: int = next(id for id in (tokenizer.pad_token_id, self.eos_id, 0) if id is not None)
         vocab = tokenizer.get_vocab()
         self.vocab_size: int = max(len(tokenizer), max(vocab.values()) + 1)
-        self._chat = chat.ChatTemplate(template, self._render) if template else None
+        first = self._plain_call("a")[:1] == [self.bos_id] and not (template and own)  # BOS of the tokenizer's own
+        self._bos_first = {"tokenizer": first, "always": True, "never": False}[add_bos]
+        if self._bos_first and self.bos_id is None:
+            raise ValueError("add_bos='always', but the tokenizer has no BOS; set add_bos to 'tokenizer' or 'never'")
+        self.template = self._in_force(template, refuse_late=add_bos != "never") if template else None
+        self._chat = chat.ChatTemplate(self.template, self._render) if self.template else None
         control = {name: vocab[name] for name in self._control_tokens() if name in vocab}
         unknown = [tokenizer.unk_token] if tokenizer.unk_token is not None else []
         self._encoder = EscapingEncoder(self._spec, control, unknown)
@@ -66,11 +75,10 @@ class Tokenizer:
         self.stop_ids: tuple[int, ...] = tuple(
             sorted({self.end_id, self.end_id if self.eos_id is None else self.eos_id})
         )
-        self._check_start()
 
     @classmethod
     def load(
-        cls, path_or_id: str | pathlib.Path, chat_template: str | None = None, *, add_bos: bool = True
+        cls, path_or_id: str | pathlib.Path, chat_template: str | None = None, *, add_bos: str = "tokenizer"
     ) -> Tokenizer:
         """Load a tokenizer from a local folder or a hub id; code that comes with it is never run.
 
@@ -78,7 +86,8 @@ class Tokenizer:
             path_or_id: folder in transformers' format, or a hub id.
             chat_template: '' or None (the tokenizer's own; plain text if it has none), 'none' (plain text), 'hh' (the
                 built-in Human/Assistant transcript), the path of a Jinja file, or a template's text.
-            add_bos: put BOS before a prompt whose template does not write it (False: the template decides).
+            add_bos: `tokenizer` (BOS where the tokenizer or its own template writes it by itself), `always` (before
+                every prompt, once), or `never` (none but what the template writes).
 
         Raises:
             ValueError: nothing usable there, or no token to end a response, with the way out.
@@ -92,7 +101,8 @@ class Tokenizer:
                     "give one as chat_template (path or text), or choose 'hh' or 'none'"
                 )
             own = own.get("default")
-        return cls(tokenizer, chat.resolve(chat_template, own), add_bos=add_bos)
+        template = chat.resolve(chat_template, own)
+        return cls(tokenizer, template, add_bos=add_bos, own=template == own)
 
     def encode_prompt(self, prompt: Prompt) -> np.ndarray:
         """i32[P], P >= 1: the prompt as generation is given it.
@@ -164,26 +174,44 @@ class Tokenizer:
         """sha256 (hex) over the tokenizer's content, the template and this module's rules."""
         parts = {
             "policy": POLICY,
-            "tokenizer": self._spec,
+            "tokenizer": {**self._spec, "post_processor": None},  # what it does to prompts is said below
             "ids": [self.bos_id, self.eos_id, self.end_id, self._control_ids.tolist()],
             "template": self.template,
-            "add_bos": self._add_bos,
+            "bos_first": self._bos_first and self._chat is None,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def save(self, folder: str | pathlib.Path) -> None:
-        """Write the tokenizer with the template in force, in transformers' format."""
+        """Write the tokenizer with the template in force, in transformers' format.
+
+        apply_chat_template, or for plain text the call of the tokenizer, then gives the prompts that are given here.
+        """
         own, self._hf.chat_template = self._hf.chat_template, self.template
+        processor = self._backend.post_processor
         try:
+            if self._chat is None and self._plain_call("a") != self.encode_prompt("a").tolist():
+                self._backend.post_processor = self._processor()
             self._hf.save_pretrained(str(folder))
         finally:
-            self._hf.chat_template = own
+            self._hf.chat_template, self._backend.post_processor = own, processor
+
+    def _plain_call(self, text: str) -> list[int]:
+        """The ids that transformers' own call of the tokenizer gives."""
+        return self._hf(text)["input_ids"]
+
+    def _processor(self) -> tokenizers.processors.PostProcessor:
+        """What puts BOS, or nothing, before plain text, and nothing after it."""
+        if not self._bos_first:
+            return tokenizers.processors.TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
+        bos = self._hf.bos_token
+        single, pair = [f"{bos}:0", "$A:0"], [f"{bos}:0", "$A:0", f"{bos}:1", "$B:1"]
+        return tokenizers.processors.TemplateProcessing(single=single, pair=pair, special_tokens=[(bos, self.bos_id)])
 
     def _prompt_text(self, prompt: Prompt) -> Text:
         if self._chat is None:
             text = _plain_prompt(prompt)
-            if not text and (self.bos_id is None or not self._add_bos):
-                raise PromptRefused("the prompt is empty and the tokenizer has no BOS to begin with; give it some text")
+            if not text and not self._bos_first:
+                raise PromptRefused("the prompt is empty and there is no BOS to begin with; give it some text")
             return Text(((False, text),))
         shape, contents = self._chat.contents(_as_messages(prompt))
         return Text(_interleaved(shape.prompt, contents))
@@ -216,7 +244,7 @@ class Tokenizer:
     def _with_bos(self, ids: np.ndarray | PromptRefused) -> np.ndarray | PromptRefused:
         if isinstance(ids, PromptRefused):
             return ids
-        if self._add_bos and self.bos_id is not None and not (len(ids) and ids[0] == self.bos_id):
+        if self._bos_first and self._chat is None:
             ids = np.concatenate([np.array([self.bos_id], np.int32), ids])
         return _not_empty(ids, "the prompt has no tokens")
 
@@ -241,17 +269,23 @@ class Tokenizer:
             )
         return self._hf.convert_tokens_to_ids(token)
 
-    def _check_start(self) -> None:
-        """A template that doubles BOS, or writes it after other text, would train on a start that nothing else has."""
-        if self._chat is None or self.bos_id is None:
-            return
-        first, bos = self._chat.shape(("user",)).prompt[0], self._hf.bos_token
-        at_start = first.startswith(bos)
-        if first.startswith(bos + bos) or (self._add_bos and bos in first and not at_start):
+    def _in_force(self, template: str, *, refuse_late: bool) -> str:
+        """The template, with all in its text that is done to prompts here.
+
+        Raises:
+            ValueError: it doubles BOS, or (`refuse_late`) writes it after other text, a start that nothing else has.
+        """
+        cut = chat.ChatTemplate(template, self._render)
+        template, shape, bos = cut.source, cut.shape(("user",)), self._hf.bos_token
+        if shape.header:
+            template = chat.with_generation_prompt(template, shape.header)
+        first = shape.prompt[0]
+        if bos and (first.startswith(bos + bos) or (refuse_late and bos in first and not first.startswith(bos))):
             raise ValueError(
                 f"the chat template begins with {first[:80]!r}: BOS {bos!r} must come once and first, or not at all "
-                "(it is added); correct the template and give it as chat_template"
+                "(data.add_bos says whether it is added); correct the template and give it as chat_template"
             )
+        return chat.with_bos(template) if self._bos_first and not first.startswith(bos) else template
 
     def _plain(self, ids: Sequence[int] | np.ndarray) -> list[int]:
         ids = np.asarray(ids, np.int32)

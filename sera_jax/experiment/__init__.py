@@ -17,6 +17,7 @@ from sera_jax.data.packing import Layout
 from sera_jax.evaluation import report
 from sera_jax.evaluation.report import Report
 from sera_jax.experiment.assembly import base_model, check_positions, read_corpus
+from sera_jax.experiment.ends import end_ids, ends_in_words
 from sera_jax.experiment.method import Experiment
 from sera_jax.experiment.methods import METHODS
 from sera_jax.experiment.saved import describe, export
@@ -50,6 +51,9 @@ def run(
         corpus = read_corpus(config, workdir, writer.announce)
         cfg, make_base = base_model(config.model, corpus.tokenizer, config.seed)
         check_positions(config, cfg)
+        base_folder, sft_folder = config.model.model_name_or_path, config.model.sft_model_path
+        ends = end_ids(corpus.tokenizer, sft_folder, base_folder)
+        writer.announce(ends_in_words(corpus.tokenizer, ends))
         runtime = Runtime(
             cfg=cfg,
             mesh=mesh,
@@ -64,11 +68,11 @@ def run(
                 max_shapes=config.data.max_row_shapes,
             ),
             chunk_tokens=config.train.logits_chunk_tokens,
-            stop_ids=corpus.tokenizer.stop_ids,
+            stop_ids=ends,
             logging_steps=config.log.logging_steps,
             stop_requested=stop_requested,
         )
-        describe(root, cfg, corpus.tokenizer, config.model.model_name_or_path)
+        describe(root, cfg, corpus.tokenizer, base_folder, sft_folder)
         base, start = starting_policy(config, runtime, corpus, make_base)
         final, facts = method.run(Experiment(config, runtime, corpus, start, base))
         summary = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -101,7 +102,7 @@ def open_tokenizer(data: DataGroup, model: ModelGroup, workdir: Workdir, method:
     if method.needs_base and not model.tokenizer_name_or_path and has_tokenizer(model.sft_model_path):
         name = model.sft_model_path  # its chat template is the one that it was trained with
     if name:
-        return Tokenizer.load(name, data.chat_template), name
+        return Tokenizer.load(name, data.chat_template, add_bos=data.add_bos), name
     if not model.vocab_size:
         raise ValueError(
             "config.model.vocab_size=0 and no tokenizer is named; give the number of BPE pieces to train, or "
@@ -124,7 +125,7 @@ def open_tokenizer(data: DataGroup, model: ModelGroup, workdir: Workdir, method:
     contents = {field: _contents(spec, f"config.data.{field}") for field, spec in sources.items()}
     inputs = sources | {"vocab_size": model.vocab_size, "contents": contents}
     folder = workdir.phase("tokenizer", inputs, produce).path / "tokenizer"
-    return Tokenizer.load(folder, data.chat_template), str(folder)
+    return Tokenizer.load(folder, data.chat_template, add_bos=data.add_bos), str(folder)
 
 
 def _contents(spec: str, field: str) -> list[str]:
@@ -136,7 +137,7 @@ def model_config(model: ModelGroup, tokenizer: Tokenizer) -> ModelConfig:
     """The shape of a model trained from scratch."""
     fields = {field.name for field in dataclasses.fields(ModelConfig)} & set(dataclasses.asdict(model))
     shape = {name: getattr(model, name) for name in fields} | {"vocab_size": tokenizer.vocab_size}
-    return ModelConfig(**shape)
+    return with_vocabulary(ModelConfig(**shape), tokenizer, "from scratch", field="config.model.tokenizer_name_or_path")
 
 
 def base_model(model: ModelGroup, tokenizer: Tokenizer, seed: int) -> tuple[ModelConfig, Origin]:
@@ -145,12 +146,26 @@ def base_model(model: ModelGroup, tokenizer: Tokenizer, seed: int) -> tuple[Mode
     if not path:
         return model_config(model, tokenizer), key_for(seed, Stream.INIT)
     cfg = config_from_hf(read_config(pathlib.Path(path)), **precision_of(model))
+    return with_vocabulary(cfg, tokenizer, path, field="config.model.tokenizer_name_or_path"), path
+
+
+def with_vocabulary(cfg: ModelConfig, tokenizer: Tokenizer, model: str, *, field: str) -> ModelConfig:
+    """The config, with the ids that the tokenizer does not have marked as such (`ModelConfig.absent_ids`).
+
+    Args:
+        model: where the model was found; field: where another tokenizer may be named; both for the message.
+
+    Raises:
+        ValueError: the tokenizer has ids that the model has no embedding for.
+    """
     if tokenizer.vocab_size > cfg.vocab_size:
         raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens but the model {path!r} only "
-            f"{cfg.vocab_size} embeddings; name the model's own tokenizer in config.model.tokenizer_name_or_path"
+            f"the tokenizer has {tokenizer.vocab_size} tokens but the model {model!r} only "
+            f"{cfg.vocab_size} embeddings; name the model's own tokenizer in {field}"
         )
-    return cfg, path
+    known = sorted({-1, *tokenizer.vocabulary().values(), cfg.vocab_size})
+    gaps = tuple((below + 1, above) for below, above in itertools.pairwise(known) if above > below + 1)
+    return dataclasses.replace(cfg, absent_ids=gaps)
 
 
 def check_positions(config: Config, cfg: ModelConfig) -> None:

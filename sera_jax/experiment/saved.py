@@ -13,6 +13,8 @@ from jax.sharding import Mesh
 
 from sera_jax.checkpoint.phases import file_digest, write_json
 from sera_jax.data.tokenizing import Tokenizer
+from sera_jax.experiment.ends import GENERATION, end_ids, generation_config, named_ends
+from sera_jax.experiment.folders import has_tokenizer
 from sera_jax.models.config import ModelConfig, RopeScaling
 from sera_jax.models.decoder import Params
 from sera_jax.models.families import config_from_hf
@@ -69,6 +71,14 @@ class SavedPolicy:
             )
         return new, most
 
+    def ends(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """Every id that ends an answer of the policy, as text of `tokenizer`; for a run's, those that it trained with.
+
+        Raises:
+            ValueError: as `ends.named_ends`.
+        """
+        return end_ids(tokenizer, self.tokenizer_dir, self.source)
+
     def params(self, mesh: Mesh) -> Params:
         """The parameters, on the mesh."""
         return load_params(self.cfg, mesh, self.folder / "params" if self.is_phase else self.folder)
@@ -82,15 +92,18 @@ class SavedPolicy:
         return {file.name: file_digest(file) for file in files}
 
 
-def describe(root: pathlib.Path, cfg: ModelConfig, tokenizer: Tokenizer, source: str = "") -> None:
+def describe(root: pathlib.Path, cfg: ModelConfig, tokenizer: Tokenizer, source: str = "", sft: str = "") -> None:
     """Write `model.json` and `tokenizer/`, with which every policy of a work directory can be opened, also elsewhere.
 
     Args:
-        tokenizer: saved with the chat template in force.
+        tokenizer: saved with the chat template in force, and beside it what ends an answer.
         source: the Hugging Face folder that the run starts from.
+        sft: that of the SFT model, where it is another.
     """
     shutil.rmtree(root / "tokenizer", ignore_errors=True)
     tokenizer.save(root / "tokenizer")
+    generation = generation_config(end_ids(tokenizer, sft, source), sft, source)
+    write_json(root / "tokenizer" / GENERATION, generation)
     source = os.path.abspath(source) if source else ""
     write_json(root / "model.json", {"model": dataclasses.asdict(cfg), "source": source})
 
@@ -139,19 +152,22 @@ def export(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
 ) -> pathlib.Path:
-    """Write `out` as a Hugging Face folder: weights, config.json, tokenizer files.
+    """Write `out` as a Hugging Face folder: weights, config.json, generation_config.json, tokenizer files.
+
+    Its generation_config.json is that of `tokenizer_dir`, else that of the source, with every id that ends an answer.
 
     Args:
         dtype: dtype of the weights; default that of the weights the model was loaded from (`cfg.export_dtype`).
         source: the Hugging Face folder that the model was loaded from, if at hand: its config.json is kept, and the
             tensors get its names and dtypes one by one.
-        tokenizer_dir: folder whose tokenizer files and generation_config.json are copied.
+        tokenizer_dir: folder whose tokenizer files are copied.
         overwrite: replace an existing folder.
 
     Raises:
-        ValueError, FileExistsError: as `huggingface.save_pretrained`.
+        ValueError, FileExistsError: as `huggingface.save_pretrained`; ValueError as `ends.named_ends`.
     """
     described = read_source(source) if source else None
+    ends = _ends_of_folders(tokenizer_dir or "", source or "")
     return save_pretrained(
         out,
         cfg,
@@ -161,8 +177,19 @@ def export(
         tokenizer_dir=tokenizer_dir,
         source_config=described and described.config,
         source_dtypes=described and described.dtypes,
+        generation=generation_config(ends, tokenizer_dir or "", source or "") if ends else None,
         overwrite=overwrite,
     )
+
+
+def _ends_of_folders(tokenizer_dir: str | os.PathLike, source: str | os.PathLike) -> tuple[int, ...]:
+    """What ends an answer, by a folder's tokenizer and what is named there and in the source."""
+    try:
+        if has_tokenizer(str(tokenizer_dir)):
+            return end_ids(Tokenizer.load(tokenizer_dir), tokenizer_dir, source)
+    except ValueError:  # a tokenizer that we cannot use, for instance without any end, may be exported nevertheless
+        pass
+    return tuple(sorted(named_ends(tokenizer_dir, source)))
 
 
 def _policies_near(folder: pathlib.Path) -> list[str]:

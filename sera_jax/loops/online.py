@@ -116,6 +116,7 @@ def self_made(study: Study) -> Source:
         "sft": study.sft.digest,
         "rules": dataclasses.asdict(rules),
         "sampling": dataclasses.asdict(study.sampling),
+        "stop_ids": run.stop_ids,
         "seed": run.seed,
         "row_tokens": run.layout.row_tokens,
     }

@@ -51,6 +51,7 @@ def train_segment(
         "groups": [dataclasses.asdict(group) for group in (study.ppo, study.reward, study.train, study.sampling)],
         "prompts": [items_digest(learner.schedule.sft), items_digest(learner.schedule.new)],
         "seed": study.run.seed,
+        "stop_ids": study.run.stop_ids,
         "rows": [layout.row_tokens, layout.share_prompt],
     }
     name = f"{arm}/iteration{segment.last}"

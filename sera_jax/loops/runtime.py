@@ -248,6 +248,7 @@ class Runtime:
             "prompts": items_digest(prompts),
             "settings": dataclasses.asdict(settings),
             "draw": [self.seed, round_, num_samples],
+            "stop_ids": self.stop_ids,
         }
 
         def produce(folder: pathlib.Path) -> None:

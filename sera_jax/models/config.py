@@ -26,6 +26,8 @@ class ModelConfig:
         remat: what the backward pass recomputes: `none`, `full` (keep only layer inputs), `dots` (keep matmuls), or
             `auto`, the least of them that bounds memory (`models.activations`).
         attn_implementation: a name in `ops.attention.ATTENTION`.
+        absent_ids: ranges [first, last) of ids that the tokenizer does not have (padded embeddings): they have no
+            probability, for who samples and for who scores alike. Not part of the model: an export knows nothing of it.
     """
 
     family: str = "llama"
@@ -48,8 +50,10 @@ class ModelConfig:
     export_dtype: str = "float32"
     remat: str = "none"
     attn_implementation: str = "xla"
+    absent_ids: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "absent_ids", tuple((first, last) for first, last in self.absent_ids))
         for name in SIZES:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is below 1; give a positive number")

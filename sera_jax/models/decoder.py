@@ -24,6 +24,7 @@ from sera_jax.models.config import ModelConfig
 from sera_jax.ops.attention import ATTENTION, Places
 
 Params = dict[str, Any]
+ABSENT = -1e38  # a logit without probability; finite, so that entropies (p log p) and their gradients are
 
 
 class Attend(Protocol):
@@ -174,12 +175,18 @@ def forward(
 
 
 def unembedding(cfg: ModelConfig, params: Params) -> Callable[[jax.Array], jax.Array]:
-    """The function from final hidden states [..., D] to logits f32[..., V]; the head is cast once for all its calls."""
+    """The function from final hidden states [..., D] to logits f32[..., V]; the head is cast once for all its calls.
+
+    Ids that the tokenizer does not have get `ABSENT`: sampler and scorer have one distribution, over the others.
+    """
     head = head_matrix(cfg, params)
+    ids = np.arange(cfg.vocab_size)
+    absent = np.any([(first <= ids) & (ids < last) for first, last in cfg.absent_ids], axis=0)
 
     def unembed(hidden: jax.Array) -> jax.Array:
         logits = jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.dtype(cfg.logits_dtype))
-        return logits.astype(jnp.float32)
+        logits = logits.astype(jnp.float32)
+        return jnp.where(absent, ABSENT, logits) if cfg.absent_ids else logits
 
     return unembed
 

@@ -26,13 +26,18 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{path} has no config.json; give a folder in Hugging Face's format")
+    return read_object(file)
+
+
+def read_object(file: pathlib.Path) -> dict[str, Any]:
+    """The JSON object that a file holds. Raises ValueError that names the file where it holds something else."""
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} should hold a JSON object, not {type(config).__name__}")
-    return config
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} should hold a JSON object, not {type(value).__name__}")
+    return value
 
 
 @contextlib.contextmanager

@@ -136,6 +136,7 @@ def save_pretrained(
     tokenizer_dir: str | os.PathLike | None = None,
     source_config: Mapping[str, Any] | None = None,
     source_dtypes: Mapping[str, str] | None = None,
+    generation: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> pathlib.Path:
     """Write a folder that transformers loads; it appears whole or not at all.
@@ -150,6 +151,7 @@ def save_pretrained(
         source_config: config.json of the folder the weights came from; kept but for its dtype.
         source_dtypes: tensor name -> dtype of that folder (`read_source`); decides also whether a tied output
             projection is written as a copy.
+        generation: what generation_config.json shall hold, in place of a copy.
         overwrite: replace an existing folder.
 
     Raises:
@@ -166,6 +168,8 @@ def save_pretrained(
         write_json(partial / "config.json", config)
         if tokenizer_dir is not None:
             _copy_tokenizer(pathlib.Path(tokenizer_dir), partial)
+        if generation is not None:
+            write_json(partial / "generation_config.json", generation)
     return path
 
 

@@ -15,6 +15,10 @@ import math
 import jax
 import jax.numpy as jnp
 
+# Beyond these, logits divided by the temperature leave float32; at them, the likeliest tokens have all the mass, or all
+# tokens have the same.
+COLDEST, HOTTEST = 1e-30, 1e30
+
 
 def choose(
     *,
@@ -46,7 +50,7 @@ def choose(
     if temperature == 0:
         token = jnp.argmax(jnp.where(allowed, logits, -jnp.inf), axis=-1).astype(jnp.int32)
     else:
-        scaled = jnp.where(allowed, logits / temperature, -jnp.inf)
+        scaled = jnp.where(allowed, logits / min(max(temperature, COLDEST), HOTTEST), -jnp.inf)
         if 0 < top_k < vocabulary:
             scaled = jnp.where(scaled >= kth_largest(scaled, top_k)[:, None], scaled, -jnp.inf)
         weights = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
@@ -109,7 +113,9 @@ def draw(*, weights: jax.Array, keys: jax.Array, top_p: float) -> jax.Array:
         number, token, sums, floor, accepted = state
         drawn, weight = pick(sums, floor, number)
         heavier = jnp.sum(jnp.where(blocks > weight[:, None, None], blocks, 0.0), axis=-1)
-        inside = ~(jnp.sum(heavier, axis=-1) >= limit)  # written so that NaN weights end the loop
+        mass = jnp.sum(heavier, axis=-1)
+        # Written so that NaN weights end the loop, and so does a limit that is 0 in float32, at the heaviest token.
+        inside = ~(mass >= limit) | (mass == 0)
         return number + 1, jnp.where(accepted, token, drawn), heavier, weight, accepted | inside
 
     first = (jnp.int32(0), jnp.zeros(slots, jnp.int32), sums, floor, jnp.zeros(slots, bool))

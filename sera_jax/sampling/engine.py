@@ -208,9 +208,10 @@ def _check(cfg: ModelConfig, draws: Draws, sampling: SamplingParams, slots: int,
             f"stop_ids={sampling.stop_ids} holds an id that is not below vocab_size={cfg.vocab_size}; "
             "take the ids from the tokenizer that the model was trained with"
         )
-    if sampling.min_new_tokens and len(set(sampling.stop_ids)) >= cfg.vocab_size:
+    known = cfg.vocab_size - sum(last - first for first, last in cfg.absent_ids)
+    if sampling.min_new_tokens and len(set(sampling.stop_ids)) >= known:
         raise ValueError(
-            f"stop_ids name all {cfg.vocab_size} tokens, so min_new_tokens={sampling.min_new_tokens} leaves no choice; "
+            f"stop_ids name all {known} tokens, so min_new_tokens={sampling.min_new_tokens} leaves no choice; "
             "set min_new_tokens=0"
         )
     room = cfg.max_position_embeddings - sampling.max_new_tokens

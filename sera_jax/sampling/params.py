@@ -16,8 +16,10 @@ class SamplingParams:
     """How tokens are chosen and when a sample ends. Hashable: the compiled decoder is made for it.
 
     Attributes:
-        temperature: divides the logits; 0 is greedy (argmax, no random draw).
-        top_p: keep the smallest set of most likely tokens whose mass reaches this share, in (0, 1]; 1 keeps all.
+        temperature: divides the logits; 0 is greedy (argmax, no random draw). Tiny ones, too, draw the likeliest token
+            (one of them where several tie), huge ones any: below 1e-30 and above 1e30 all are alike.
+        top_p: keep the smallest set of most likely tokens whose mass reaches this share, in (0, 1]; 1 keeps all. The
+            most likely one is always kept.
         top_k: keep the k most likely tokens; 0 keeps all. Applied before `top_p`, as the users' present tools do.
             Both filters keep every token that ties with the last one kept.
         max_new_tokens: a sample without a stop token ends here, with `finished=False`.

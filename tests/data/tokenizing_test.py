@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import tokenizers
 
+from sera_jax.data import chat
 from sera_jax.data.escaping import PromptRefused
-from sera_jax.data.tokenizing import Tokenizer
+from sera_jax.data.tokenizing import ADD_BOS, Tokenizer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -23,6 +24,7 @@ LINES = (  # role markers that are text, EOS after every turn
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
+DATED = "{{ strftime_now('%d %B') }} " + LINES
 NO_PROMPT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 CASES = [
     ("mistral", BRACKETS),
@@ -110,11 +112,10 @@ def conversations(shared_data):
 
 
 def hf_ids(tokenizer: Tokenizer, messages: list[dict], generation: bool) -> list[int]:
-    """transformers' own encoding of a conversation, with BOS in front where the template writes none."""
-    ids = tokenizer._hf.apply_chat_template(
+    """transformers' own encoding of a conversation."""
+    return tokenizer._hf.apply_chat_template(
         messages, chat_template=tokenizer.template, add_generation_prompt=generation, return_dict=False
     )
-    return ids if ids[0] == tokenizer.bos_id else [tokenizer.bos_id, *ids]
 
 
 @pytest.mark.parametrize(("name", "template"), CASES, ids=IDS)
@@ -130,7 +131,7 @@ def test_a_conversation_has_the_tokens_that_transformers_gives_it_in_one_piece(r
         assert tokenizer.decode(np.array(whole[len(ours) :])).strip() == ""
 
 
-@pytest.mark.parametrize(("name", "template"), [case for case in CASES if case[1] != NO_PROMPT])
+@pytest.mark.parametrize(("name", "template"), CASES, ids=IDS)
 def test_the_prompt_is_the_sequence_that_generation_is_given_whatever_the_response(real, conversations, name, template):
     tokenizer = real(name, template)
     for messages, answer in conversations[:40]:
@@ -188,13 +189,58 @@ def test_noncharacters_in_a_text_forge_nothing(real):
 
 
 @pytest.mark.parametrize(("name", "template"), [*CASES, ("mistral", "none"), ("smollm2", "none")])
-def test_a_prompt_begins_with_exactly_one_bos(real, name, template):
+def test_a_prompt_begins_with_bos_where_the_tokenizer_or_the_template_writes_it(real, name, template):
+    """Mistral's tokenizer puts BOS before text by itself, SmolLM2's does not; its ChatML begins with its BOS."""
     tokenizer = real(name, template)
-    ids = tokenizer.encode_prompt("Hello")
-    assert ids[0] == tokenizer.bos_id
-    assert ids[1] != tokenizer.bos_id
+    ids = tokenizer.encode_prompt("Hello").tolist()
+    assert (ids[0] == tokenizer.bos_id) == (name == "mistral" or template in (CHATML, NO_PROMPT))
+    assert ids[1:2] != [tokenizer.bos_id]
     response = tokenizer.encode_response("Hello", "Hello")
     assert tokenizer.bos_id not in response.tolist()
+
+
+ODD = " \n" + LINES + "\n"  # white space at its ends, which Jinja treats by its place in a line
+STARTS = {  # (the tokenizer's own template, the one that is given)
+    "plain": ("", ""),
+    "plain, not its own": ("hh", "none"),
+    "hh": ("", "hh"),
+    "given": ("hh", ODD),
+    "own": (ODD, ""),
+    "own with BOS": (BRACKETS, ""),
+    "own without generation prompt": (ODD.replace("add_generation_prompt", "false"), ""),
+    "own with the date": (DATED, ""),
+}
+
+
+@pytest.mark.parametrize("case", STARTS)
+def test_a_saved_tokenizer_begins_prompts_outside_as_they_begin_here(tmp_path, case):
+    """Whatever was chosen travels: transformers' apply_chat_template, or its plain call, gives the ids trained on."""
+    own, given = STARTS[case]
+    for calls in (["$A"], ["<s>", "$A"], ["$A", "</s>"])[: 3 if given in ("", "none") and own in ("", "hh") else 2]:
+        backend = tokenizers.Tokenizer.from_str(json.dumps(tiny_spec()))
+        ends = [(name, backend.token_to_id(name)) for name in ("<s>", "</s>")]
+        backend.post_processor = tokenizers.processors.TemplateProcessing(single=calls, special_tokens=ends)
+        template = {"chat_template": chat.resolve(own, None)} if own else {}
+        folder = write_folder(tmp_path / "in", json.loads(backend.to_str()), "<s>", "</s>", **template)
+        for add_bos in ADD_BOS:
+            ours = Tokenizer.load(folder, given, add_bos=add_bos)
+            ours.save(tmp_path / "out")
+            again, written = Tokenizer.load(tmp_path / "out"), own == BRACKETS
+            follows = written or (calls[0] == "<s>" and bool(given or not own))
+            wanted = {"tokenizer": follows, "always": True, "never": written}[add_bos]
+            for text in ("ab", " b\n"):
+                ids = ours.encode_prompt(text).tolist()
+                assert outside(again, text) == again.encode_prompt(text).tolist() == ids
+                assert ids.count(ours.bos_id) == (1 if wanted else 0)
+            assert (ids[0] == ours.bos_id) == wanted
+            assert again.fingerprint() == ours.fingerprint()
+
+
+def outside(tokenizer, text):
+    """The prompt as transformers' users make it."""
+    if tokenizer.template is None:
+        return tokenizer._hf(text)["input_ids"]
+    return hf_ids(tokenizer, [{"role": "user", "content": text}], True)
 
 
 @pytest.mark.parametrize(("name", "template"), [*CASES, ("mistral", "none"), ("smollm2", "none")])
@@ -287,7 +333,7 @@ def test_where_the_turn_ends_in_another_token_than_eos_both_stop_generation(spec
     assert tokenizer.end_id == turn_end
     assert tokenizer.stop_ids == tuple(sorted({tokenizer.eos_id, turn_end}))
     assert tokenizer.encode_response("a", "b")[-1] == turn_end
-    assert tokenizer.encode_prompt("a")[0] == tokenizer.bos_id  # the template writes none
+    assert tokenizer.encode_prompt("a")[0] != tokenizer.bos_id  # the tokenizer's own template writes none
 
 
 def test_without_bos_none_is_written_and_an_empty_prompt_is_refused(tmp_path):
@@ -298,10 +344,10 @@ def test_without_bos_none_is_written_and_an_empty_prompt_is_refused(tmp_path):
         tokenizer.encode_prompt("")
 
 
-def test_bos_can_be_left_to_the_template(tmp_path):
-    folder = write_folder(tmp_path, tiny_spec(), "<s>", "</s>")
-    assert Tokenizer.load(folder, LINES).encode_prompt("a")[0] == Tokenizer.load(folder).bos_id
-    assert Tokenizer.load(folder, LINES, add_bos=False).encode_prompt("a")[0] != Tokenizer.load(folder).bos_id
+def test_a_bos_that_is_not_there_cannot_be_asked_for(tmp_path):
+    folder = write_folder(tmp_path, tiny_spec(), None, "</s>")
+    with pytest.raises(ValueError, match="the tokenizer has no BOS"):
+        Tokenizer.load(folder, add_bos="always")
 
 
 @pytest.mark.parametrize("start", ["{{ bos_token + bos_token }}", "System: {{ bos_token }}"])
@@ -360,7 +406,8 @@ def test_the_fingerprint_tells_what_changes_tokens(tmp_path):
         Tokenizer.load(folder).fingerprint(),
         Tokenizer.load(folder, "hh").fingerprint(),
         Tokenizer.load(folder, LINES).fingerprint(),
-        Tokenizer.load(folder, LINES, add_bos=False).fingerprint(),
+        Tokenizer.load(folder, LINES, add_bos="always").fingerprint(),
+        Tokenizer.load(folder, add_bos="always").fingerprint(),
         Tokenizer.load(other).fingerprint(),
     ]
     assert len(set(prints)) == len(prints)

@@ -1,12 +1,18 @@
 """From a config to tokens and a base model: what is refused before any work."""
 
 import dataclasses
+import json
 
+import jax
 import pytest
 
-from sera_jax.config import Config, DataGroup, EvalGroup, SamplingGroup
-from sera_jax.experiment.assembly import check_positions
+from sera_jax import world
+from sera_jax.config import Config, DataGroup, EvalGroup, ModelGroup, SamplingGroup
+from sera_jax.data.tokenizing import Tokenizer
+from sera_jax.experiment.assembly import base_model, check_positions
 from sera_jax.models.config import ModelConfig
+from sera_jax.models.decoder import init_params
+from sera_jax.models.huggingface import save_pretrained
 
 CFG = ModelConfig(max_position_embeddings=64)
 FITS = Config(
@@ -24,3 +30,24 @@ def test_lengths_for_which_the_model_has_no_positions_are_refused_by_field(group
     long = dataclasses.replace(FITS, **{group: dataclasses.replace(getattr(FITS, group), **{field: 25})})
     with pytest.raises(ValueError, match=rf"max_prompt_length=40 and config.{group}.{field}=25 .*=64 together"):
         check_positions(long, CFG)
+
+
+def test_embeddings_without_a_token_are_marked_wherever_they_lie_and_a_token_without_one_is_refused(tmp_path):
+    written = world.write_tokenizer(tmp_path / "t")
+    size = Tokenizer.load(written).vocab_size
+    spec = json.loads((written / "tokenizer.json").read_text())
+    spec["added_tokens"].append(spec["added_tokens"][0] | {"id": size + 3, "content": "<late>"})  # ids before it: none
+    (written / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = Tokenizer.load(written)
+    assert tokenizer.vocab_size >= size + 1
+
+    def model(embeddings):
+        cfg = ModelConfig(vocab_size=embeddings, hidden_size=8, intermediate_size=8, num_hidden_layers=1)
+        save_pretrained(tmp_path / str(embeddings), cfg, init_params(cfg, jax.random.key(0)))
+        return base_model(ModelGroup(model_name_or_path=str(tmp_path / str(embeddings))), tokenizer, 0)[0]
+
+    known = set(tokenizer.vocabulary().values())
+    absent = {id for first, last in model(size + 9).absent_ids for id in range(first, last)}
+    assert absent == set(range(size + 9)) - known and absent
+    with pytest.raises(ValueError, match=r"config\.model\.tokenizer_name_or_path"):
+        model(size - 1)

@@ -23,7 +23,7 @@ from sera_jax.models.decoder import (
     unembedding,
 )
 from sera_jax.ops.attention import Places
-from sera_jax.ops.logprob import sum_by_slot, token_logps
+from sera_jax.ops.logprob import sum_by_slot, token_logps, token_logps_and_entropies
 from tests.tolerances import TOLERANCES
 
 CFG = ModelConfig(
@@ -274,3 +274,24 @@ def test_an_unknown_attention_is_refused_with_the_list():
     cfg = dataclasses.replace(CFG, attn_implementation="flash")
     with pytest.raises(ValueError, match=r"'flash' is unknown; choose one of xla"):
         hidden_states(cfg, random_params(CFG), one_sequence(np.arange(4)))
+
+
+def test_ids_that_the_tokenizer_does_not_have_leave_entropies_and_gradients_to_the_others():
+    """As if their columns of the projection were not there."""
+    cfg = dataclasses.replace(CFG, absent_ids=((2, 4), (20, 23)))
+    known = np.setdiff1d(np.arange(CFG.vocab_size), [2, 3, 20, 21, 22])
+    head = jax.random.normal(jax.random.key(1), (CFG.hidden_size, CFG.vocab_size))
+    hidden = jax.random.normal(jax.random.key(2), (1, 5, CFG.hidden_size))
+    place, slot = np.arange(5)[None], np.zeros((1, 5), np.int32)
+
+    def total(head, unembed, target):
+        rows = Rows(target, place, slot + 1, slot, place, target, slot, num_slots=1)
+        logps, entropies = token_logps_and_entropies(hidden, unembed(head), rows, chunk=2)
+        return jnp.sum(logps) + jnp.sum(entropies**2), (logps, entropies)
+
+    both = jax.value_and_grad(total, has_aux=True)
+    ours, of_ours = both(head, lambda head: unembedding(cfg, {"head": head}), known[place])
+    left, of_left = both(head[:, known], lambda head: lambda hidden: hidden @ head, place)
+    jax.tree.map(functools.partial(close, kind="packing"), ours, left)
+    close(of_ours[:, known], of_left, "packing")
+    assert not np.delete(np.asarray(of_ours), known, axis=1).any()

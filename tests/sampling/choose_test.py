@@ -1,5 +1,7 @@
 """Laws of the token choice, on toy vocabularies whose distribution is known."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,6 +93,27 @@ def test_a_vocabulary_of_many_blocks_is_sampled_like_a_small_one():
 def test_temperature_zero_takes_the_most_likely_token():
     counts, _, _ = frequencies(TOY, temperature=0.0)
     assert counts[TOY.argmax()] == DRAWS
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": 1e-40}, {"top_p": 1e-40}, {"temperature": 1e-300, "top_p": 1e-300, "top_k": 3}],
+    ids=str,
+)
+def test_however_small_temperature_or_top_p_are_the_likeliest_token_is_drawn(settings):
+    """Where float32 has no such number, too, and whatever the scale of the logits."""
+    settings = dict(temperature=1.0, top_p=1.0, top_k=0, min_new_tokens=0, stop_ids=(0,)) | settings
+    logits = jnp.stack([jnp.asarray(TOY, jnp.float32) * scale for scale in (1.0, 1e-3, 40.0)])
+    keys, start = jax.random.split(jax.random.key(0), 3), jnp.zeros(3, jnp.int32)
+    token, logp = jax.jit(functools.partial(choose, **settings))(logits=logits, keys=keys, index=start)
+    np.testing.assert_array_equal(token, TOY.argmax())
+    assert np.isfinite(logp).all()
+
+
+@pytest.mark.parametrize("temperature", [1e30, 1e300])
+def test_however_large_the_temperature_is_every_token_that_is_allowed_is_drawn_alike(temperature):
+    counts, _, _ = frequencies(TOY, temperature=temperature, min_new_tokens=1, stop_ids=(2, 5))
+    assert_distributed(counts, oracle(np.zeros(len(TOY)), banned=(2, 5)))
 
 
 def test_stop_tokens_cannot_be_chosen_before_the_least_length():

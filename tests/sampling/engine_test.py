@@ -102,6 +102,26 @@ def scorer(params, prompt, response, score=SCORE):
     return np.asarray(logits[0, len(prompt) - 1 : len(prompt) - 1 + n]), np.asarray(logps[0, :n])
 
 
+def test_ids_that_the_tokenizer_does_not_have_are_never_drawn_and_take_no_mass_from_the_others(params, prompts):
+    """Within the vocabulary and at its end, at any temperature and filter; sampler and scorer agree on the others."""
+    cfg = dataclasses.replace(CFG, absent_ids=((3, 5), (20, 24)))
+    absent = [3, 4, 20, 21, 22, 23]
+    rows = params["embed"].at[jnp.array(absent)].mul(50.0)  # by their own logits they would win every time
+    params = params | {"embed": rows}
+    score = jax.jit(functools.partial(_score, cfg))
+    assert set(absent) & {t for s in draw(params, prompts, num_samples=2) for t in s.tokens.tolist()}
+    for settings in ({}, {"temperature": 0.0}, {"temperature": 1e30}, {"top_k": 22}, {"min_new_tokens": 10}):
+        for sample in draw(params, prompts, cfg=cfg, num_samples=2, **settings):
+            assert not set(absent) & set(sample.tokens.tolist())
+            if not settings:
+                logits, logps = scorer(params, prompts[sample.prompt], sample.tokens, score)
+                np.testing.assert_allclose(sample.logps, logps, **bounds("decoding"))
+                left = np.delete(logits, absent, axis=1)
+                places = np.array([t - sum(a < t for a in absent) for t in sample.tokens])
+                expected = np.array([jax.nn.log_softmax(row)[at] for row, at in zip(left, places, strict=True)])
+                np.testing.assert_allclose(logps, expected, **bounds("decoding"))
+
+
 def assert_same(left, right):
     assert [(s.prompt, s.sample, s.finished) for s in left] == [(s.prompt, s.sample, s.finished) for s in right]
     for a, b in zip(left, right, strict=True):
