@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from sera_jax.core import Array
 
 BLOCK = 128  # queries handled at a time
-ALONE = 8  # the first blocks of a row, each compiled with the keys that it needs and no more
-BAND = 4  # later blocks that share a loop and so a number of keys
+BAND = 8  # blocks of a longer row that share a loop, and so a number of keys
 _MASKED = -1e30  # finite, so that a fully masked (padding) query stays finite
 
 
@@ -159,18 +158,19 @@ def blocked_attention(
 def _bands(length: int, longest: int) -> list[tuple[int, int]]:
     """Parts [start, stop) of a row whose blocks are handled alike.
 
-    The blocks of a band are given as many keys as its last one. So that this costs little, the first blocks, whose
-    keys grow fastest in proportion, stand alone, and `BAND` blocks go together after them; beyond the longest item
-    every block has the same number of keys, and all go together. An incomplete last block stands alone.
+    The blocks of a band are given as many keys as its last one. In a row of at most `BAND` blocks that would cost more
+    than the loop is worth: they stand alone. In a longer one `BAND` blocks go together. Beyond the longest item every
+    block has the same number of keys, and all go together. An incomplete last block stands alone.
     """
     bands, start, whole = [], 0, length - length % BLOCK
+    together = BLOCK * (1 if length <= BAND * BLOCK else BAND)
     while start < length:
         if start >= whole:
             stop = length
         elif start >= longest:
             stop = whole
         else:
-            stop = min(start + BLOCK * (1 if start < ALONE * BLOCK else BAND), whole)
+            stop = min(start + together, whole)
         bands.append((start, stop))
         start = stop
     return bands
