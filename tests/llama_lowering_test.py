@@ -6,7 +6,6 @@ full length, shardings from sera_jax/mesh.py.
 """
 
 import dataclasses
-import types
 
 import jax
 import numpy as np
@@ -36,10 +35,11 @@ from tests.lowering import (
     largest_logits,
     params_on,
     shapes,
+    tokenizer_without_gaps,
 )
 
 CONFIG = parse(get_config())
-CFG = model_config(CONFIG.model, types.SimpleNamespace(vocab_size=CONFIG.model.vocab_size))
+CFG = model_config(CONFIG.model, tokenizer_without_gaps(CONFIG.model.vocab_size))
 PARAMETERS = 6_738_415_616  # Llama 2 7B
 DEVICES = 8
 T = CONFIG.data.row_tokens

@@ -34,10 +34,11 @@ from tests.lowering import (
     params_on,
     result_of,
     shapes,
+    tokenizer_without_gaps,
 )
 
 CONFIG = parse(get_config())
-CFG = model_config(CONFIG.model, types.SimpleNamespace(vocab_size=CONFIG.model.vocab_size))
+CFG = model_config(CONFIG.model, tokenizer_without_gaps(CONFIG.model.vocab_size))
 PARAMETERS = 8_030_261_248  # Llama 3 8B
 DEVICES = 8
 T = CONFIG.data.row_tokens

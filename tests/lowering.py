@@ -1,12 +1,18 @@
 """Programs at full size without arrays: shapes on a mesh to lower them with, and what a lowered program says."""
 
 import re
+import types
 
 import jax
 import numpy as np
 
 from sera_jax.mesh import param_shardings, path_name
 from sera_jax.models.decoder import abstract_params
+
+
+def tokenizer_without_gaps(vocab_size):
+    """What `model_config` asks of a tokenizer, for one that knows every id."""
+    return types.SimpleNamespace(vocab_size=vocab_size, vocabulary=lambda: {str(id_): id_ for id_ in range(vocab_size)})
 
 
 def shapes(tree, sharding, microbatches=0):
