@@ -6,11 +6,13 @@ Whole runs, which must end in the same parameters as one in a fresh folder.
 import json
 import re
 import shutil
+import types
 
 import jax
 import pytest
+from absl.testing import flagsaver
 
-from sera_jax import experiment, world
+from sera_jax import experiment, main, world
 from sera_jax.checkpoint import StaleWorkdir, Workdir
 from sera_jax.experiment.assembly import open_tokenizer
 from sera_jax.experiment.methods import METHODS
@@ -103,6 +105,18 @@ def test_a_run_of_another_numerics_version_goes_on_where_it_is_told_to_and_says_
     assert summary["params_sha256"] == fresh[1]
     assert [seen["numerics"] for seen in summary["earlier_versions"]] == ["0"]
     assert summary["versions"]["allowed"]
+
+
+@pytest.mark.parametrize("allow", [False, True])
+def test_the_command_hands_the_permission_on(monkeypatch, tmp_path, allow):
+    handed = {}
+    monkeypatch.setattr(experiment, "run", lambda config, **how: handed.update(how))
+    monkeypatch.setattr(main, "parse", lambda raw: tiny_config(tmp_path))
+    monkeypatch.setattr(main, "_CONFIG", types.SimpleNamespace(value=None))
+    monkeypatch.setattr(main, "StopOnSignal", lambda: lambda: False)
+    with flagsaver.as_parsed(allow_other_versions=str(allow).lower()):
+        main.main(["main"])
+    assert handed["allow_other_versions"] is allow
 
 
 def test_a_tokenizer_is_that_of_the_rows_it_was_trained_on(tmp_path, rows):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pathlib
 import shutil
 import types
 
@@ -10,8 +11,9 @@ import pytest
 
 from sera_jax import experiment, main
 from sera_jax.checkpoint import Workdir
-from sera_jax.config import to_config_dict
+from sera_jax.config import to_config_dict, to_dict
 from sera_jax.experiment.assembly import read_corpus
+from sera_jax.experiment.methods import parse
 from sera_jax.loops import ppo_segment
 from sera_jax.loops.ppo import Learner
 from sera_jax.loops.ppo_checks import check_rewards
@@ -35,6 +37,11 @@ def command(monkeypatch, capsys):
     """The command with a ConfigDict in place of its flags: (exit code, standard error)."""
 
     def run(raw):
+        root = pathlib.Path(raw.workdir)
+        if (root / "phases").exists():  # made by a run of another config: as if by one of this
+            shutil.move(root / "phases", root / "aside")
+            Workdir(root, to_dict(parse(raw)))._lock.close()
+            shutil.move(root / "aside", root / "phases")
         monkeypatch.setattr(main, "_CONFIG", types.SimpleNamespace(value=raw))
         monkeypatch.setattr(main, "_TRACEBACK", types.SimpleNamespace(value=False))
         monkeypatch.setattr(main, "_OTHER_VERSIONS", types.SimpleNamespace(value=False))
