@@ -15,6 +15,7 @@ from configs.base import get_config
 from sera_jax.config import Config, check_field, groups, to_config_dict, to_dict
 from sera_jax.experiment.methods import METHODS, parse
 from sera_jax.losses.preference import LOSSES, resolve
+from sera_jax.models.families import FAMILIES
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -325,6 +326,10 @@ def test_a_field_is_checked_by_its_path():
     }.items():
         with pytest.raises(ValueError, match=hint):
             check_field(path)
+
+
+def test_the_families_of_the_config_are_those_of_the_models():
+    assert CHOICES["model.family"] == tuple(FAMILIES)
 
 
 def test_the_fields_of_the_loss_are_what_the_losses_read():
