@@ -208,12 +208,14 @@ class Checkpoints:
     def __init__(self, path: pathlib.Path, keep: int, inputs: dict[str, Any] | None = None):
         self._path = path.absolute()
         self._inputs = None if inputs is None else plain(inputs)
+        self.notes: dict[str, Any] = {}
         self._manager = ocp.CheckpointManager(
             self._path, options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         )
 
-    def save(self, step: int, state: Any) -> None:
-        """Start writing `state`; its buffers may be donated as soon as this returns.
+    def save(self, step: int, state: Any, notes: dict[str, Any] | None = None) -> None:
+        """Start writing `state`, and notes beside it that JSON can hold; its buffers may be donated as soon as this
+        returns.
 
         Where arrays lie in the host's memory, what is written is the state itself, and the next update could not reuse
         its buffers while that lasts: there it waits, and a second state is never held.
@@ -222,6 +224,7 @@ class Checkpoints:
             state=ocp.args.StandardSave(state),
             sums=ocp.args.JsonSave(checksums(state)),
             inputs=ocp.args.JsonSave(self._inputs or {}),
+            notes=ocp.args.JsonSave(notes or {}),
         )
         with _writing(self._path):
             self._manager.save(step, args=args)
@@ -232,7 +235,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def restore(self, abstract: Any) -> Any | None:
-        """The newest state, verified; None when there is none.
+        """The newest state, verified; None when there is none. `notes` are then those beside it.
 
         Raises:
             CorruptCheckpoint: never falls back to an older one by itself.
@@ -255,10 +258,10 @@ class Checkpoints:
                 f"choose another --config.workdir, or delete {self._path} to start that phase anew"
             )
         with _reading(where, way_out):
-            found = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), sums=json_item)
-            )
+            state = ocp.args.StandardRestore(abstract)
+            found = self._manager.restore(step, args=ocp.args.Composite(state=state, sums=json_item, notes=json_item))
         _verify(found["state"], found["sums"], where)
+        self.notes = found["notes"]
         return found["state"]
 
     def close(self) -> None:
