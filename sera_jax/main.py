@@ -21,7 +21,7 @@ from types import FrameType
 from absl import app, flags
 from ml_collections import config_flags
 
-from sera_jax.config import check_field
+from sera_jax.config import last_overrides
 
 EXIT_REFUSED = 2
 EXIT_PREEMPTED = 75
@@ -94,11 +94,10 @@ def in_words(error: ValueError | OSError) -> str:
 def parse_flags(argv: list[str]) -> list[str]:
     """absl's flags; what is wrong with one is said in a line, without a traceback."""
     try:
-        for argument in argv[1:]:
-            if argument.startswith("--config."):
-                check_field(argument.removeprefix("--config.").split("=")[0])
-        rest = flags.FLAGS(argv)
+        arguments, unset = last_overrides(argv)
+        rest = flags.FLAGS(arguments)
         getattr(_CONFIG.value, "workdir", "")  # raises where the file could not be loaded
+        _CONFIG.value.update_from_flattened_dict(dict.fromkeys(unset))
         return rest
     except Exception as error:  # a config file is a program, and may raise anything
         print(

@@ -12,7 +12,7 @@ import ml_collections
 import pytest
 
 from configs.base import get_config
-from sera_jax.config import Config, check_field, groups, to_config_dict, to_dict
+from sera_jax.config import Config, check_field, groups, last_overrides, to_config_dict, to_dict
 from sera_jax.experiment.methods import METHODS, parse
 from sera_jax.losses.preference import LOSSES, resolve
 from sera_jax.models.families import FAMILIES
@@ -323,9 +323,25 @@ def test_a_field_is_checked_by_its_path():
         "trian.batch_size": "did you mean train",
         "zzz": "fields here: workdir, seed",
         "seed.x": "config.seed has no parts",
+        "beta": r"did you mean loss\.beta\?",
+        "train.rounds": r"did you mean sera\.rounds\?",
+        "learning_rate": r"did you mean pretrain\.learning_rate or sft\.learning_rate or train\.learning_rate\?",
     }.items():
         with pytest.raises(ValueError, match=hint):
             check_field(path)
+
+
+def test_the_command_line_says_a_field_last_and_may_unset_an_optional_one():
+    given = ["main", "--config=a.py", "--config.sera.arms=daa", "--config.loss.beta=1", "--config.seed=None", "--x"]
+    again = ["--config.sera.arms=sera,daa", "--config.loss.beta=None", "--config.sera.band=unset"]
+    kept = ["main", "--config=a.py", "--config.seed=None", "--x", "--config.sera.arms=sera,daa"]
+    assert last_overrides([*given, *again]) == (kept, ["loss.beta", "sera.band"])
+    assert last_overrides([*again, *given]) == (
+        ["main", "--config=a.py", "--config.sera.arms=daa", "--config.loss.beta=1", "--config.seed=None", "--x"],
+        ["sera.band"],
+    )
+    with pytest.raises(ValueError, match=r"did you mean loss\.beta"):
+        last_overrides(["--config.beta=None"])
 
 
 def test_the_families_of_the_config_are_those_of_the_models():

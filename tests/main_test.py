@@ -48,6 +48,15 @@ def test_a_full_disk_is_a_line_that_says_what_to_do(tmp_path):
     assert line == "the disk is full; make room and start the same command again: it goes on from there"
 
 
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="no device that is always full")
+def test_what_a_config_sets_may_be_unset_as_another_field_demands(tmp_path):
+    (tmp_path / "config.json.tmp").symlink_to("/dev/full")
+    flags = ["--config=configs/quickstart_srppo.py", f"--config.workdir={tmp_path}", "--config.ppo.critic=head"]
+    first, second = start(*flags), start(*flags, "--config.ppo.critic_learning_rate=None")
+    assert "config.ppo.critic_learning_rate=0.001" in refused(first)
+    assert "the disk is full" in refused(second), "the config is taken"
+
+
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="asks Linux which signals are heard")
 def test_a_signal_is_heard_before_the_libraries_are_loaded_and_nothing_is_begun(tmp_path):
     process = start("--config=configs/quickstart.py", f"--config.workdir={tmp_path / 'run'}")
