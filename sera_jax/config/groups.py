@@ -318,7 +318,7 @@ class MeshGroup:
 
 @dataclasses.dataclass(frozen=True)
 class EvalGroup:
-    """Held-out evaluation after every round. 0 pairs or prompts: all there are.
+    """Held-out evaluation after every round. 0 pairs or prompts: all there are; -1 prompts: none is answered.
 
     max_pairs: of held-out pairs, or of held-out demonstrations with method="srppo".
     answer_pattern: a regular expression with one group; the report then shows the share of held-out answers in which it
@@ -327,7 +327,7 @@ class EvalGroup:
     """
 
     max_pairs: int = at_least(0, 0)
-    num_prompts: int = at_least(64, 0)
+    num_prompts: int = at_least(64, -1)
     temperature: float = at_least(0.0, 0)
     max_new_tokens: int = at_least(0, 0)
     num_generations: int = at_least(8, 0)
