@@ -74,7 +74,7 @@ def main(argv: list[str], *, stop_requested: Callable[[], bool] = lambda: False)
         if _TRACEBACK.value:
             raise
         print(f"error: {in_words(error)}\n(--traceback shows where)", file=sys.stderr)
-        if isinstance(error, OSError):  # without the libraries' exit handlers and threads, each with a traceback of it
+        if disk_is_full(error):  # without the libraries' exit handlers and threads, each with a traceback of it
             sys.stderr.flush()
             os._exit(EXIT_REFUSED)
         sys.exit(EXIT_REFUSED)
@@ -83,9 +83,13 @@ def main(argv: list[str], *, stop_requested: Callable[[], bool] = lambda: False)
         sys.exit(EXIT_PREEMPTED)
 
 
+def disk_is_full(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno == errno.ENOSPC
+
+
 def in_words(error: ValueError | OSError) -> str:
     """What a refusal says; of the machine's own errors, the way out of a full disk."""
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and disk_is_full(error):
         place = f" ({error.filename})" if error.filename else ""
         return f"the disk is full{place}; make room and start the same command again: it goes on from there"
     return str(error)

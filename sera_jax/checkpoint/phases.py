@@ -132,7 +132,7 @@ class Workdir:
         history = []
         if _has_results(root):
             self._check_config(config)
-            history = read_json(root / "versions.json").get("history", [])
+            history = _history(read_json(root / "versions.json").get("history"))
             self._check_versions(history, allow_other_versions)
         self.code = with_present(history, allow_other_versions)
         write_json(root / "config.json", config)
@@ -230,6 +230,11 @@ class Workdir:
                     f"{path} is {'missing' if not path.exists() else 'not what its manifest says'}; {again}"
                 )
         return _product(folder, manifest)
+
+
+def _history(found: Any) -> list[dict[str, Any]]:
+    """What a file lists as versions, whatever it holds."""
+    return [seen for seen in found if isinstance(seen, dict)] if isinstance(found, list) else []
 
 
 def _has_results(root: pathlib.Path) -> bool:

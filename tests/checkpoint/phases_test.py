@@ -181,3 +181,11 @@ def test_a_place_where_no_folder_can_be_is_refused_by_name(tmp_path, place):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"is no folder that can be written .*choose another --config\.workdir"):
         Workdir(tmp_path / place, {})
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"history": 5}', '{"history": [1]}'])
+def test_a_damaged_list_of_versions_says_nothing_of_who_made_the_work(tmp_path, text):
+    Workdir(tmp_path, {}).phase("one", {}, _write("a"))
+    (tmp_path / "versions.json").write_text(text)
+    with pytest.raises(StaleWorkdir, match=r"numerics unknown there"):
+        Workdir(tmp_path, {})
