@@ -14,7 +14,7 @@ Prompts
 Plain strings are kept to the letter; turns of a transcript lose the white space around them. Consecutive turns of
 one role are joined with a blank line, since many chat templates refuse them. Every other field goes to `extra`.
 
-How malformed rows seen in public data sets are treated (the names on the left are those under which such rows were collected):
+How malformed rows seen in public data sets are treated (on the left, the names under which they were collected):
 
     empty_chosen, empty_rejected, empty_response      refused under the same names
     identical_pair, identical_after_strip             refused under the same names
