@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from sera_jax import world
-from sera_jax.checkpoint import StaleWorkdir, Workdir
+from sera_jax.checkpoint import Workdir
 from sera_jax.checkpoint.phases import file_digest, write_json
 from sera_jax.config import EvalGroup, SamplingGroup
 from sera_jax.data.items import Item, PairItem
@@ -43,11 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         facts = _run(args)
-    except StaleWorkdir as error:
-        print(f"error: {str(error).replace('--config.workdir', '--out')}", file=sys.stderr)
-        return 2
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        words = str(error).replace("--config.workdir", "--out").replace("config.workdir", "--out")
+        print(f"error: {words}", file=sys.stderr)
         return 2
     print(json.dumps(facts, indent=1))
     return 0

@@ -22,7 +22,7 @@ from sera_jax.core import Stream, rng_for
 
 # Which draw of a round a random rule makes; the control arm draws both.
 _SELECT_DRAW, _FILTER_DRAW = 0, 1
-# Why candidates make no pair; the loader's names (data.records.BAD_REASONS) where it refuses the same in rows.
+# Why candidates make no pair; the loader's names (data.reasons.BAD_REASONS) where it refuses the same in rows.
 REFUSALS = ("empty_response", "truncated", "too_few", "identical_pair", "identical_after_strip", "tie")
 
 

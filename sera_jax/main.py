@@ -1,25 +1,27 @@
 """`python -m sera_jax.main --config=configs/NAME.py [--config.group.field=value ...]`: one run, restartable at any
 point.
 
-Exit codes: 0 done; 2 the flags, the config, the data or the work directory are refused, or a loss was not finite (the
-message says why and the way out);
-75 stopped by SIGTERM or SIGINT with everything saved (the same command goes on from there).
+Exit codes: 0 done; 2 the flags, the config, the data or the work directory are refused, a loss was not finite, or the
+machine failed the run, as a full disk does (the message says why and the way out); 75 stopped by SIGTERM or SIGINT with
+everything saved (the same command goes on from there).
 """
 
 from __future__ import annotations
 
+import errno
+import functools
 import logging
+import os
 import signal
 import sys
+import traceback
+from collections.abc import Callable
 from types import FrameType
 
 from absl import app, flags
 from ml_collections import config_flags
 
-from sera_jax import experiment, memory
-from sera_jax.config import check_field
-from sera_jax.experiment.methods import parse
-from sera_jax.loops.runtime import Preempted
+from sera_jax.config import last_overrides
 
 EXIT_REFUSED = 2
 EXIT_PREEMPTED = 75
@@ -53,38 +55,73 @@ class StopOnSignal:
         print("\nstopping at the next safe point ...", file=sys.stderr, flush=True)
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], *, stop_requested: Callable[[], bool] = lambda: False) -> None:
+    """Run what the flags ask for; ends the process with the exit codes above where it is not done."""
     if len(argv) > 1:
         raise app.UsageError(f"{argv[1]!r} is not understood; overrides look like --config.train.learning_rate=1e-6")
+    # Seconds of imports, so not before signals are heard.
+    from sera_jax import experiment, memory
+    from sera_jax.experiment.methods import parse
+    from sera_jax.loops.runtime import Preempted
+
     memory.trim_after_compilations()
     logging.getLogger("jax").setLevel(logging.WARNING)  # or it tells which accelerators this machine has not
     try:
-        experiment.run(parse(_CONFIG.value), stop_requested=StopOnSignal(), allow_other_versions=_OTHER_VERSIONS.value)
-    except (ValueError, FileNotFoundError) as error:
+        if stop_requested():
+            raise Preempted("stopped before anything was done; the same command starts it")
+        experiment.run(parse(_CONFIG.value), stop_requested=stop_requested, allow_other_versions=_OTHER_VERSIONS.value)
+    except (ValueError, OSError) as error:
         if _TRACEBACK.value:
             raise
-        print(f"error: {error}\n(--traceback shows where)", file=sys.stderr)
+        print(f"error: {in_words(error)}\n(--traceback shows where)", file=sys.stderr)
+        if disk_is_full(error):  # without the libraries' exit handlers and threads, each with a traceback of it
+            sys.stderr.flush()
+            os._exit(EXIT_REFUSED)
         sys.exit(EXIT_REFUSED)
     except Preempted as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(EXIT_PREEMPTED)
 
 
+def disk_is_full(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno == errno.ENOSPC
+
+
+def in_words(error: ValueError | OSError) -> str:
+    """What a refusal says; of the machine's own errors, the way out of a full disk."""
+    if isinstance(error, OSError) and disk_is_full(error):
+        place = f" ({error.filename})" if error.filename else ""
+        return f"the disk is full{place}; make room and start the same command again: it goes on from there"
+    return str(error)
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     """absl's flags; what is wrong with one is said in a line, without a traceback."""
     try:
-        for argument in argv[1:]:
-            if argument.startswith("--config."):
-                check_field(argument.removeprefix("--config.").split("=")[0])
-        return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        text = str(error).strip()
-        if "Traceback" in text:  # raised within a config file: its own words are the last line
-            text = text.splitlines()[-1]
-        print(f"error: {text}\n(configs/base.py has every field; --help lists the flags)", file=sys.stderr)
+        arguments, unset = last_overrides(argv)
+        rest = flags.FLAGS(arguments)
+        getattr(_CONFIG.value, "workdir", "")  # raises where the file could not be loaded
+        _CONFIG.value.update_from_flattened_dict(dict.fromkeys(unset))
+        return rest
+    except Exception as error:  # a config file is a program, and may raise anything
+        print(
+            f"error: {_of_config_file(error)}\n(configs/base.py has every field; --help lists the flags)",
+            file=sys.stderr,
+        )
         sys.exit(EXIT_REFUSED)
 
 
+def _of_config_file(error: Exception) -> str:
+    """One line: where in the config file it was raised, if there, and its own words."""
+    words = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()  # a traceback as text ends in them
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}: {error.msg}"
+    given = [argument.split("=", 1)[1] for argument in sys.argv if argument.startswith("--config=")]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in given]
+    return f"{frames[-1].filename}:{frames[-1].lineno}: {type(error).__name__}: {words}" if frames else words
+
+
 if __name__ == "__main__":
+    stop = StopOnSignal()
     flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=parse_flags)
+    app.run(functools.partial(main, stop_requested=stop), flags_parser=parse_flags)

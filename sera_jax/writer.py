@@ -274,7 +274,7 @@ def read_records(path: str | os.PathLike) -> tuple[list[dict], bool]:
 def _parse(line: bytes) -> dict | None:
     try:
         record = json.loads(line)
-        _key_of(record)
+        hash(_key_of(record))
         return record if isinstance(record["step"], int) else None
     except (ValueError, TypeError, KeyError):
         return None

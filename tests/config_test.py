@@ -12,9 +12,10 @@ import ml_collections
 import pytest
 
 from configs.base import get_config
-from sera_jax.config import Config, check_field, groups, to_config_dict, to_dict
+from sera_jax.config import Config, check_field, groups, last_overrides, to_config_dict, to_dict
 from sera_jax.experiment.methods import METHODS, parse
 from sera_jax.losses.preference import LOSSES, resolve
+from sera_jax.models.families import FAMILIES
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -208,6 +209,7 @@ def test_a_threshold_belongs_to_the_threshold_rule_and_the_rule_needs_it():
         ({"sampling__min_new_tokens": 300}, ["min_new_tokens=300", "max_new_tokens=256"]),
         ({"data__max_prompt_length": 1024}, ["max_prompt_length=1024", "row_tokens=1024", "raise row_tokens"]),
         ({"sampling__max_new_tokens": 257}, ["max_new_tokens=257", "1026 tokens", "row_tokens=1024"]),
+        ({"sft__logits_chunk_tokens": 512}, ["config.sft.logits_chunk_tokens=512", "train.logits_chunk_tokens=0"]),
         ({"data__share_prompt": False}, ["1536 tokens", "row_tokens=1024"]),
     ],
     ids=str,
@@ -322,9 +324,29 @@ def test_a_field_is_checked_by_its_path():
         "trian.batch_size": "did you mean train",
         "zzz": "fields here: workdir, seed",
         "seed.x": "config.seed has no parts",
+        "beta": r"did you mean loss\.beta\?",
+        "train.rounds": r"did you mean sera\.rounds\?",
+        "learning_rate": r"did you mean pretrain\.learning_rate or sft\.learning_rate or train\.learning_rate\?",
     }.items():
         with pytest.raises(ValueError, match=hint):
             check_field(path)
+
+
+def test_the_command_line_says_a_field_last_and_may_unset_an_optional_one():
+    given = ["main", "--config=a.py", "--config.sera.arms=daa", "--config.loss.beta=1", "--config.seed=None", "--x"]
+    again = ["--config.sera.arms=sera,daa", "--config.loss.beta=None", "--config.sera.band=unset"]
+    kept = ["main", "--config=a.py", "--config.seed=None", "--x", "--config.sera.arms=sera,daa"]
+    assert last_overrides([*given, *again]) == (kept, ["loss.beta", "sera.band"])
+    assert last_overrides([*again, *given]) == (
+        ["main", "--config=a.py", "--config.sera.arms=daa", "--config.loss.beta=1", "--config.seed=None", "--x"],
+        ["sera.band"],
+    )
+    with pytest.raises(ValueError, match=r"did you mean loss\.beta"):
+        last_overrides(["--config.beta=None"])
+
+
+def test_the_families_of_the_config_are_those_of_the_models():
+    assert CHOICES["model.family"] == tuple(FAMILIES)
 
 
 def test_the_fields_of_the_loss_are_what_the_losses_read():

@@ -340,6 +340,14 @@ def test_what_is_refused_ends_with_2_and_a_message_that_helps(case, workdir, pro
     assert not (tmp_path / "a").is_file()
 
 
+@pytest.mark.parametrize("text", ["", "{}", '{"model": {"hidden_size": 8}, "source": ""}'])
+def test_a_damaged_description_of_the_model_is_named(text, workdir, tmp_path, capsys):
+    shutil.copytree(workdir, tmp_path / "run")
+    (tmp_path / "run" / "model.json").write_text(text)
+    assert export.main([f"--checkpoint={tmp_path}/run/phases/sft", f"--out={tmp_path}/a"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/run/model.json ")
+
+
 def test_results_of_another_evaluation_are_not_overwritten(workdir, tmp_path, capsys):
     options = [f"--reference={workdir}/phases/sft", "--world=habits", f"--out={tmp_path / 'out'}", "--slots=4"]
     assert evaluate.main([f"--checkpoint={workdir}/phases/sft", *options]) == 0

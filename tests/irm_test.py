@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sera_jax import irm
-from sera_jax.data.records import BAD_REASONS
+from sera_jax.data.reasons import BAD_REASONS
 from sera_jax.losses.preference import LOSSES, resolve
 from tests.tolerances import TOLERANCES
 

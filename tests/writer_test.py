@@ -260,3 +260,11 @@ def test_elsewhere_plain_lines_come_every_quarter_minute_and_at_the_end(seconds_
     *lines, end = text.splitlines()
     assert len(lines) == expected
     assert end.startswith("sera / train / round 2: step 100 after")
+
+
+def test_a_line_whose_span_is_no_name_is_damage_not_a_crash(tmp_path):
+    good = {"phase": "a", "arm": "", "round": 0, "step": 1, "time": 0}
+    lines = [json.dumps({**good, "arm": []}), json.dumps(good)]
+    (tmp_path / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+    with pytest.raises(ValueError, match=rf"{tmp_path}/metrics.jsonl:1 is not a metrics line"):
+        read_records(tmp_path / "metrics.jsonl")

@@ -6,12 +6,17 @@ mesh and costs no transfer.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import functools
 import hashlib
 import json
 import logging
 import math
+import os
 import pathlib
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,11 +26,59 @@ import orbax.checkpoint as ocp
 
 from sera_jax.checkpoint.phases import StaleWorkdir, first_difference, plain
 
-logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname or record.levelno >= logging.WARNING)
+# what orbax has to say against something it raises as well; its log repeats that, with a traceback for each thread
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 
 class CorruptCheckpoint(ValueError):
     """What was read from disk is not what was written."""
+
+
+@contextlib.contextmanager
+def _reading(path: pathlib.Path, way_out: str) -> Iterator[None]:
+    """Raises CorruptCheckpoint for whatever orbax makes of files that it cannot read: its errors have no common kind
+    (some are bare Exceptions), and their first line tells enough."""
+    try:
+        with _one_voice():
+            yield
+    except Exception as error:
+        words = (str(error).strip() or type(error).__name__).splitlines()[0].split(". See full")[0][:_SHOWN]
+        raise CorruptCheckpoint(f"{path} cannot be read ({words}); {way_out}") from error
+
+
+@contextlib.contextmanager
+def _writing(path: pathlib.Path) -> Iterator[None]:
+    """Raises OSError for a full disk, which orbax reports in words."""
+    try:
+        with _one_voice():
+            yield
+    except Exception as error:
+        full = os.strerror(errno.ENOSPC)
+        if full not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, full, str(path)) from error
+
+
+@contextlib.contextmanager
+def _one_voice() -> Iterator[None]:
+    """Where orbax fails, what it raises is all that is said: reads and writes that it leaves under way tell an event
+    loop that is closed, in tracebacks of their own, now and later."""
+    hooks = {name: getattr(sys, name) for name in ("excepthook", "unraisablehook")}
+
+    def quiet(hook: Callable[..., Any], *about: Any) -> None:
+        unraisable = about[0]
+        if not any(words in f"{about} {getattr(unraisable, 'object', '')}" for words in _LEFT_BEHIND):
+            hook(*about)
+
+    for name, hook in hooks.items():
+        setattr(sys, name, functools.partial(quiet, hook))
+    yield
+    for name, hook in hooks.items():
+        setattr(sys, name, hook)
+
+
+_SHOWN = 160  # characters of an error of orbax
+_LEFT_BEHIND = ("Event loop is closed", "_read_array_index")
 
 
 _FACTORS = ((0x9E3779B1, 0x85EBCA6B), (0xC2B2AE35, 0x27D4EB2F))  # of the two sums
@@ -105,11 +158,11 @@ def tree_digest(tree: Any) -> str:
 
 def _verify(tree: Any, expected: dict[str, str], path: pathlib.Path) -> None:
     found = checksums(tree)
-    bad = [name for name in expected if found.get(name) != expected[name]]
+    bad = [name for name in found | expected if found.get(name) != expected.get(name)]
     if bad:
         raise CorruptCheckpoint(
-            f"{path}: {len(bad)} of {len(expected)} arrays fail their checksum, first {bad[0]} "
-            f"(expected {expected[bad[0]]}, read {found.get(bad[0])}); delete {_whole(path)} "
+            f"{path}: {len(bad)} of {len(found)} arrays fail their checksum, first {bad[0]} "
+            f"(expected {expected.get(bad[0])}, read {found.get(bad[0])}); delete {_whole(path)} "
             "and start the same command again to recompute it"
         )
 
@@ -123,7 +176,7 @@ def save_tree(path: pathlib.Path, tree: Any) -> str:
     """Write a tree to a new folder and return its digest; returns when it is on disk."""
     path = path.absolute()
     sums = checksums(tree)
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _writing(path), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path / "arrays", tree)
         checkpointer.wait_until_finished()
     (path / "checksums.json").write_text(json.dumps(sums, indent=1))
@@ -137,14 +190,10 @@ def load_tree(path: pathlib.Path, abstract: Any) -> Any:
         CorruptCheckpoint: when an array does not match its checksum or cannot be read.
     """
     path = path.absolute()
-    try:
-        expected = json.loads((path / "checksums.json").read_text())
-        with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.restore(path / "arrays", abstract)
-    except (ValueError, OSError, KeyError) as error:
-        raise CorruptCheckpoint(
-            f"{path} cannot be read ({error}); delete {_whole(path)} and start the same command again to recompute it"
-        ) from error
+    way_out = f"delete {_whole(path)} and start the same command again to recompute it"
+    with _reading(path, way_out), ocp.StandardCheckpointer() as checkpointer:
+        expected = dict(json.loads((path / "checksums.json").read_text()))
+        tree = checkpointer.restore(path / "arrays", abstract)
     _verify(tree, expected, path)
     return tree
 
@@ -159,32 +208,34 @@ class Checkpoints:
     def __init__(self, path: pathlib.Path, keep: int, inputs: dict[str, Any] | None = None):
         self._path = path.absolute()
         self._inputs = None if inputs is None else plain(inputs)
+        self.notes: dict[str, Any] = {}
         self._manager = ocp.CheckpointManager(
             self._path, options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         )
 
-    def save(self, step: int, state: Any) -> None:
-        """Start writing `state`; its buffers may be donated as soon as this returns.
+    def save(self, step: int, state: Any, notes: dict[str, Any] | None = None) -> None:
+        """Start writing `state`, and notes beside it that JSON can hold; its buffers may be donated as soon as this
+        returns.
 
         Where arrays lie in the host's memory, what is written is the state itself, and the next update could not reuse
         its buffers while that lasts: there it waits, and a second state is never held.
         """
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                sums=ocp.args.JsonSave(checksums(state)),
-                inputs=ocp.args.JsonSave(self._inputs or {}),
-            ),
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            sums=ocp.args.JsonSave(checksums(state)),
+            inputs=ocp.args.JsonSave(self._inputs or {}),
+            notes=ocp.args.JsonSave(notes or {}),
         )
-        if jax.default_backend() == "cpu":
-            self._manager.wait_until_finished()
+        with _writing(self._path):
+            self._manager.save(step, args=args)
+            if jax.default_backend() == "cpu":
+                self._manager.wait_until_finished()
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
     def restore(self, abstract: Any) -> Any | None:
-        """The newest state, verified; None when there is none.
+        """The newest state, verified; None when there is none. `notes` are then those beside it.
 
         Raises:
             CorruptCheckpoint: never falls back to an older one by itself.
@@ -195,27 +246,26 @@ class Checkpoints:
             return None
         where = self._path / str(step)
         json_item = ocp.args.JsonRestore()
-        try:
+        way_out = (
+            "delete it and start the same command again: it goes on from the checkpoint before, or from the start of "
+            "the phase"
+        )
+        with _reading(where, way_out):
             inputs = self._manager.restore(step, args=ocp.args.Composite(inputs=json_item))["inputs"]
-            if self._inputs is not None and inputs != self._inputs:
-                raise StaleWorkdir(
-                    f"{where} is of a phase with other inputs ({first_difference(inputs, self._inputs)}); "
-                    f"choose another --config.workdir, or delete {self._path} to start that phase anew"
-                )
-            found = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), sums=json_item)
+        if self._inputs is not None and inputs != self._inputs:
+            raise StaleWorkdir(
+                f"{where} is of a phase with other inputs ({first_difference(inputs, self._inputs)}); "
+                f"choose another --config.workdir, or delete {self._path} to start that phase anew"
             )
-        except StaleWorkdir:
-            raise
-        except (ValueError, OSError, KeyError) as error:
-            raise CorruptCheckpoint(
-                f"{where} cannot be read ({error}); delete it and start the same command again: "
-                "it goes on from the checkpoint before, or from the start of the phase"
-            ) from error
+        with _reading(where, way_out):
+            state = ocp.args.StandardRestore(abstract)
+            found = self._manager.restore(step, args=ocp.args.Composite(state=state, sums=json_item, notes=json_item))
         _verify(found["state"], found["sums"], where)
+        self.notes = found["notes"]
         return found["state"]
 
     def close(self) -> None:
         """Wait for what is being written."""
-        self._manager.wait_until_finished()
+        with _writing(self._path):
+            self._manager.wait_until_finished()
         self._manager.close()

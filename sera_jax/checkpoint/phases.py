@@ -7,6 +7,7 @@ something else is an error, never reused and never overwritten.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
@@ -73,6 +74,21 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def load_json(path: pathlib.Path, way_out: str, *names: str) -> dict[str, Any]:
+    """The object of a file that must be there, and must hold these names.
+
+    Raises:
+        ValueError: it cannot be read, or is not that; the message ends in the way out.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); {way_out}") from error
+    if not isinstance(found, dict) or not found.keys() >= set(names):
+        raise ValueError(f"{path} is damaged: it is no object with {', '.join(names) or 'names'}; {way_out}")
+    return found
+
+
 def write_jsonl(path: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write one JSON object a line so that the file is whole or absent."""
     _write_whole(path, "".join(_line(row) + "\n" for row in rows))
@@ -119,6 +135,7 @@ class Workdir:
         Raises:
             StaleWorkdir: when it was made with a configuration of another identity (`config.identity`), by other
                 versions, or another process is at work in it.
+            ValueError: no such folder can be made or written, or its config.json cannot be read.
         """
         self.root = root
         self._lock = _lock(root)
@@ -129,7 +146,7 @@ class Workdir:
         history = []
         if _has_results(root):
             self._check_config(config)
-            history = read_json(root / "versions.json").get("history", [])
+            history = _history(read_json(root / "versions.json").get("history"))
             self._check_versions(history, allow_other_versions)
         self.code = with_present(history, allow_other_versions)
         write_json(root / "config.json", config)
@@ -143,7 +160,8 @@ class Workdir:
                 f"{root} holds results but no config.json, so nothing says whose they are; "
                 "choose another --config.workdir, or delete this one"
             )
-        old, new = _flatten(json.loads(path.read_text())), _flatten(config)
+        way_out = "put back what the run was started with, or choose another --config.workdir"
+        old, new = _flatten(load_json(path, way_out)), _flatten(config)
         differ = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
         changed = [k for k in differ if is_identity(k)]
         if changed:
@@ -178,7 +196,7 @@ class Workdir:
 
         Raises:
             StaleWorkdir: the product there was made from other inputs.
-            ValueError: a file of the product is not what the manifest says.
+            ValueError: a file of the product is not what the manifest says, or the manifest cannot be read.
         """
         inputs = plain(inputs)
         folder = self.root / "phases" / name
@@ -212,7 +230,8 @@ class Workdir:
         return product
 
     def _open(self, name: str, inputs: dict[str, Any], folder: pathlib.Path) -> Product:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        again = f"delete {folder} and start the same command again to make it anew"
+        manifest = load_json(folder / "manifest.json", again, "inputs", "files", "seconds")
         if manifest["inputs"] != inputs:
             raise StaleWorkdir(
                 f"{folder} was made from other inputs ({first_difference(manifest['inputs'], inputs)}); "
@@ -222,10 +241,14 @@ class Workdir:
             path = folder / file
             if not path.exists() or file_digest(path) != expected:
                 raise ValueError(
-                    f"{path} is {'missing' if not path.exists() else 'not what its manifest says'}; "
-                    f"delete {folder} and start the same command again to make it anew"
+                    f"{path} is {'missing' if not path.exists() else 'not what its manifest says'}; {again}"
                 )
         return _product(folder, manifest)
+
+
+def _history(found: Any) -> list[dict[str, Any]]:
+    """What a file lists as versions, whatever it holds."""
+    return [seen for seen in found if isinstance(seen, dict)] if isinstance(found, list) else []
 
 
 def _has_results(root: pathlib.Path) -> bool:
@@ -237,8 +260,15 @@ def _has_results(root: pathlib.Path) -> bool:
 
 def _lock(root: pathlib.Path) -> Any:
     """Hold the work directory for this process; the operating system lets go of it when the process ends, however."""
-    root.mkdir(parents=True, exist_ok=True)
-    held = (root / "lock").open("w")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        held = (root / "lock").open("w")
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
+        raise ValueError(
+            f"config.workdir={str(root)!r} is no folder that can be written ({error}); choose another --config.workdir"
+        ) from error
     try:
         fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):

@@ -20,7 +20,7 @@ from sera_jax.config.groups import (
     TrainGroup,
     WorldGroup,
 )
-from sera_jax.config.parsing import check_field, parse_fields, to_config_dict, to_dict
+from sera_jax.config.parsing import check_field, last_overrides, parse_fields, to_config_dict, to_dict
 
 __all__ = [
     "Config",
@@ -37,6 +37,7 @@ __all__ = [
     "TrainGroup",
     "WorldGroup",
     "check_field",
+    "last_overrides",
     "parse_fields",
     "to_config_dict",
     "to_dict",

@@ -47,19 +47,19 @@ class ModelGroup:
     model_name_or_path: str = ""
     sft_model_path: str = ""
     tokenizer_name_or_path: str = ""
-    family: str = "llama"
-    vocab_size: int = 0
-    hidden_size: int = 256
-    intermediate_size: int = 688
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 8
-    num_key_value_heads: int = 4
-    head_dim: int = 32
-    max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
+    family: str = one_of("llama")
+    vocab_size: int = at_least(0, 0)
+    hidden_size: int = at_least(256, 1)
+    intermediate_size: int = at_least(688, 1)
+    num_hidden_layers: int = at_least(4, 1)
+    num_attention_heads: int = at_least(8, 1)
+    num_key_value_heads: int = at_least(4, 1)
+    head_dim: int = at_least(32, 2)
+    max_position_embeddings: int = at_least(2048, 1)
+    rms_norm_eps: float = above(1e-5, 0)
+    rope_theta: float = above(10000.0, 0)
     tie_word_embeddings: bool = True
-    initializer_range: float = 0.02
+    initializer_range: float = above(0.02, 0)
     dtype: str = one_of("float32", "bfloat16")
     param_dtype: str = one_of("float32", "bfloat16")
     logits_dtype: str = one_of("float32", "bfloat16")
@@ -322,7 +322,7 @@ class MeshGroup:
 
 @dataclasses.dataclass(frozen=True)
 class EvalGroup:
-    """Held-out evaluation after every round. 0 pairs or prompts: all there are.
+    """Held-out evaluation after every round. 0 pairs or prompts: all there are; -1 prompts: none is answered.
 
     max_pairs: of held-out pairs, or of held-out demonstrations with method="srppo".
     answer_pattern: a regular expression with one group; the report then shows the share of held-out answers in which it
@@ -331,7 +331,7 @@ class EvalGroup:
     """
 
     max_pairs: int = at_least(0, 0)
-    num_prompts: int = at_least(64, 0)
+    num_prompts: int = at_least(64, -1)
     temperature: float = at_least(0.0, 0)
     max_new_tokens: int = at_least(0, 0)
     num_generations: int = at_least(8, 0)
@@ -351,18 +351,19 @@ class LogGroup:
 
 @dataclasses.dataclass(frozen=True)
 class WorldGroup:
-    """The embedded world (sera_jax/world.py); an empty name means real data. Sizes are counts of rows."""
+    """The embedded world (sera_jax/world.py); an empty name means real data. Sizes are counts of rows, at most a
+    million each."""
 
     name: str = one_of("", "habits")
-    pretrain: int = 8000
-    demonstrations: int = 200
-    preferences: int = 800
-    heldout_preferences: int = 400
-    heldout_prompts: int = 200
-    heldout_demonstrations: int = 200
-    prompts: int = 0
+    pretrain: int = within(8000, 0, 10**6)
+    demonstrations: int = within(200, 0, 10**6)
+    preferences: int = within(800, 0, 10**6)
+    heldout_preferences: int = within(400, 0, 10**6)
+    heldout_prompts: int = within(200, 0, 10**6)
+    heldout_demonstrations: int = within(200, 0, 10**6)
+    prompts: int = within(0, 0, 10**6)
     demonstrator: str = "better"
-    cue: float = 0.6
+    cue: float = within(0.6, 0, 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -15,6 +15,8 @@ from ml_collections import config_dict
 
 from sera_jax.config.groups import CHOICES, RANGE, Config
 from sera_jax.config.rules import check_together
+
+UNSET = ("None", "unset")  # words for an optional field's value on the command line
 
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:
@@ -62,10 +64,48 @@ def check_field(path: str) -> None:
             raise ValueError(f"config.{path} is not a field; config.{prefix[:-1]} has no parts")
         names = [field.name for field in dataclasses.fields(kind)]
         if part not in names:
-            near = difflib.get_close_matches(part, names, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"fields here: {', '.join(names)}"
+            elsewhere = [f for f in _leaves(Config) if path.endswith(part) and f.endswith(f".{part}")]
+            near = elsewhere or [prefix + name for name in difflib.get_close_matches(part, names, n=1)]
+            hint = f"did you mean {' or '.join(near)}?" if near else f"fields here: {', '.join(names)}"
             raise ValueError(f"config.{prefix}{part} is not a field; {hint}")
         kind, prefix = typing.get_type_hints(kind)[part], f"{prefix}{part}."
+
+
+def last_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What the command line says of each field last, since a list of values would add up.
+
+    Returns:
+        The arguments without earlier values of a field and without `--config.FIELD=None` of optional fields; and those
+        fields, which are to be unset.
+
+    Raises:
+        ValueError: an argument names no field.
+    """
+    last: dict[str, int] = {}
+    for place, argument in enumerate(arguments):
+        if argument.startswith("--config."):
+            field = argument.removeprefix("--config.").split("=")[0]
+            check_field(field)
+            last[field] = place
+    kept, unset = [], []
+    for place, argument in enumerate(arguments):
+        field, equals, value = argument.removeprefix("--config.").partition("=")
+        if not argument.startswith("--config.") or not equals:
+            kept.append(argument)
+        elif place == last[field]:
+            if value in UNSET and isinstance(_leaves(Config).get(field), types.UnionType):
+                unset.append(field)
+            else:
+                kept.append(argument)
+    return kept, unset
+
+
+def _leaves(kind: Any, prefix: str = "") -> dict[str, Any]:
+    """path -> type of every field that is no group."""
+    leaves: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        leaves |= _leaves(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else {prefix + name: hint}
+    return leaves
 
 
 def _parse_group(cls: type, raw: ml_collections.ConfigDict, prefix: str) -> Any:

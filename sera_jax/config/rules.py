@@ -14,6 +14,7 @@ def check_together(config: Config) -> None:
             "config.workdir is empty; give a folder for checkpoints and results: --config.workdir=runs/NAME"
         )
     _check_lengths(config)
+    _check_chunks(config)
     _check_pattern(config.eval.answer_pattern)
 
 
@@ -28,6 +29,17 @@ def _check_lengths(config: Config) -> None:
             f"config.data.max_prompt_length={data.max_prompt_length} leaves no room for a response in rows of "
             f"config.data.row_tokens={data.row_tokens}; raise row_tokens or lower max_prompt_length"
         )
+
+
+def _check_chunks(config: Config) -> None:
+    asked = config.train.logits_chunk_tokens
+    for name in ("pretrain", "sft"):
+        value = getattr(config, name).logits_chunk_tokens
+        if value not in (0, asked):
+            raise ValueError(
+                f"config.{name}.logits_chunk_tokens={value} is not read: every phase takes that of train, "
+                f"config.train.logits_chunk_tokens={asked}; set that one"
+            )
 
 
 def _check_pattern(pattern: str) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 from sera_jax.data.escaping import PromptRefused
 
@@ -43,6 +45,8 @@ _FIXED_DATE = {
 }
 # An unusual space that str.strip removes: whether it survives beside a placeholder says whether a content is trimmed.
 _SPACE = "\u2003"
+PROBE_SECONDS = 20.0  # for three renderings of placeholders, which take milliseconds
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,9 +141,11 @@ class ChatTemplate:
             dict(role=role, content=_SPACE + mark + _SPACE)
             for role, mark in zip((*roles, "assistant"), marks, strict=True)
         ]
-        bare = self._render(turns[:-1], False)
-        prompt, prompt_trims = _split(self._render(turns[:-1], True), marks[:-1], roles)
-        full, full_trims = _split(self._render(turns, False), marks, (*roles, "assistant"))
+        bare, asked, answered = _in_time(
+            lambda: (self._render(turns[:-1], False), self._render(turns[:-1], True), self._render(turns, False))
+        )
+        prompt, prompt_trims = _split(asked, marks[:-1], roles)
+        full, full_trims = _split(answered, marks, (*roles, "assistant"))
         header = lead = ""
         if full[: len(roles)] == prompt[:-1] and full[-2].startswith(prompt[-1]):
             lead = full[-2].removeprefix(prompt[-1])
@@ -194,6 +200,33 @@ def resolve(value: str | None, own: str | None) -> str | None:
             "path of a Jinja file, or the text of a template"
         )
     return path.read_text(encoding="utf-8")
+
+
+def _in_time(work: Callable[[], T]) -> T:
+    """What `work` gives; PromptRefused where it takes longer than any template needs, as one with loops within loops.
+
+    It goes on in its thread, which does not keep the process alive: nothing can stop it.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def attempt() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise PromptRefused(
+            f"the chat template is not done with a short conversation after {PROBE_SECONDS} seconds; "
+            "set data.chat_template to 'hh' or another template"
+        )
+    return results[0]
 
 
 def interleave(pieces: Sequence[str], contents: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
 """Sources -> items of tokens, with a report that accounts for every row.
 
-A row is kept, or counted under the reason why not: `bad` (the row is at fault, a key of records.BAD_REASONS) or
-`dropped` (the configuration asked for it, report.DROPPED). What was changed in a kept row is `noted` (records.NOTES).
+A row is kept, or counted under the reason why not: `bad` (the row is at fault, a key of reasons.BAD_REASONS) or
+`dropped` (the configuration asked for it, reasons.DROPPED). What was changed in a kept row is `noted` (reasons.NOTES).
 Too many bad rows, a source of which nothing is left, or a damaged file stop the run and show the report.
 """
 
@@ -21,7 +21,7 @@ import numpy as np
 from sera_jax.core import Stream, rng_for
 from sera_jax.data import records as rec
 from sera_jax.data.items import Item, PairItem, content_key
-from sera_jax.data.records import BadRow, Prompt, Record
+from sera_jax.data.records import BadRow, NoPreference, Prompt, Record
 from sera_jax.data.report import LoadReport, TooManyBadRows
 from sera_jax.data.sources import RawRow, open_source, parse_mixture
 
@@ -330,7 +330,9 @@ def _parse(row: RawRow, parse: Callable[[dict], Record], report: LoadReport, whe
         return parse(row.value)
     except BadRow as bad:
         report.add("bad", bad.reason, where, bad.detail)
-        return None
+    except NoPreference as alike:
+        report.add("dropped", "equal_scores", where, str(alike))
+    return None
 
 
 def _unique(record: Record, repeated: bool, contents: set, ids: dict, report: LoadReport, where: str) -> Record:

@@ -142,7 +142,7 @@ def step_targets(
     low = int((mean + slack) // multiple) * multiple
     heavy = int(np.ceil((mean + slack - low) / multiple * full.sum() - 1e-9))
     share = min(heavy / max(full.sum(), 1), 1.0)
-    if low == 0 or np.sqrt(share * (1 - share)) * multiple > _SPREAD * spread:
+    if low == 0 or not full.any() or np.sqrt(share * (1 - share)) * multiple > _SPREAD * spread:
         return target
     ranked = np.flatnonzero(full)[np.argsort(-costs[full], kind="stable")]
     target[ranked] = low - slack

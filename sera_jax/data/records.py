@@ -14,7 +14,7 @@ Prompts
 Plain strings are kept to the letter; turns of a transcript lose the white space around them. Consecutive turns of
 one role are joined with a blank line, since many chat templates refuse them. Every other field goes to `extra`.
 
-How malformed rows seen in public data sets are treated (the names on the left are those of ../shared/data/badrows):
+How malformed rows seen in public data sets are treated (on the left, the names under which they were collected):
 
     empty_chosen, empty_rejected, empty_response      refused under the same names
     identical_pair, identical_after_strip             refused under the same names
@@ -23,6 +23,7 @@ How malformed rows seen in public data sets are treated (the names on the left a
     chosen_/rejected_stray_role_marker                refused: stray_role_marker (it would teach to speak for the user)
     null_preference, missing_preference_label         refused: missing_preference_label
     tie_preference_0                                  refused: tie
+    score_chosen and score_rejected are equal         left out and counted: equal_scores
     stray_role_marker_in_prompt, empty_earlier_turn   accepted and noted: the model reads them, it is not taught them
     consecutive_same_role_in_prompt                   accepted and noted: joined
     control_char, replacement_char_U+FFFD             accepted and noted as control_char, replacement_char
@@ -38,70 +39,27 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from sera_jax.data.reasons import BAD_REASONS
+
 Message = Mapping[str, str]
 Prompt = str | tuple[Message, ...]
 ROLES = ("system", "user", "assistant")
 PREPARED = "sera_prompt_format"  # marks rows that sera_jax.data.tfds_builders wrote, which are well formed
 
-BAD_REASONS: dict[str, str] = {
-    # of a whole file: what is lost cannot be counted, so these always stop the run
-    "git_lfs_pointer": "a git-LFS pointer instead of the data",
-    "corrupt_gzip": "the compressed stream is damaged or cut off",
-    "corrupt_parquet": "not a readable Parquet file",
-    "empty_file": "the source holds no row",
-    # of a line
-    "non_utf8": "bytes that are not UTF-8",
-    "invalid_json": "not JSON",
-    "not_an_object": "JSON, but not an object with named fields",
-    "enormous_row": "a row larger than any that can be trained on",
-    # of the fields
-    "missing_field": "a field is missing or null",
-    "wrong_type": "a field is not a string or list of messages",
-    "bad_message": "a message is not {role, content} with role system, user or assistant and a string content",
-    "invalid_unicode": "a lone surrogate, which no UTF-8 text can hold",
-    "missing_preference_label": "two responses without a label",
-    "tie": "the label prefers neither response",
-    # of the content
-    "empty_prompt": "the prompt is empty",
-    "empty_chosen": "the chosen response is empty",
-    "empty_rejected": "the rejected response is empty",
-    "empty_response": "the response is empty",
-    "identical_pair": "chosen and rejected are the same text",
-    "identical_after_strip": "chosen and rejected differ in surrounding white space only",
-    "prompt_prefix_mismatch": "chosen and rejected do not share everything but the last turn",
-    "ends_with_user_turn": "the conversation does not end in an answer",
-    "prompt_ends_with_answer": "the prompt does not end in a user turn",
-    "stray_role_marker": "a response holds a further turn's role marker",
-    # of the tokens
-    "template_refused": "the chat template or tokenizer refuses the prompt",
-    "response_truncated_to_nothing": "no token of the response is left",
-    "identical_after_truncation": "chosen and rejected are the same tokens",
-    "longer_than_row": "prompt and responses do not fit into a row",
-}
-FILE_REASONS = ("git_lfs_pointer", "corrupt_gzip", "corrupt_parquet", "empty_file")
-
-NOTES: dict[str, str] = {
-    "blank_line": "an empty line, not counted as a row",
-    "stray_role_marker_in_prompt": "a turn of the prompt holds a role marker; kept as text",
-    "empty_earlier_turn": "an empty turn in the prompt; kept",
-    "consecutive_same_role_in_prompt": "turns of one role in a row; joined with a blank line",
-    "control_char": "control characters; kept",
-    "replacement_char": "U+FFFD, the trace of an earlier decoding error; kept",
-    "duplicate_row": "the same content again; kept, with an id of its own",
-    "duplicate_id": "the id of an earlier row with another content; kept, with an id of its own",
-    "truncated_prompt": "the prompt was cut to max_prompt_length",
-    "truncated_response": "a response was cut to max_completion_length and does not end in EOS",
-}
-
 _MARKER = re.compile(r"\n\n(Human|Assistant):")
 # A marker that the transcript's own splitting does not see: inside a line, in the plural, or cut off at the end.
 _STRAY = re.compile(r"(?:^|\n|[.!?\"'”’)\]*]\s*|  )(?:Human|Assistant)s?:|\n\s*(?:Human|Assistant)s?:?(?=\s*(?:\n|$))")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
 _LABELLED = (("output_1", "output_2", "preference", (1, 2)), ("response_0", "response_1", "preferred", (0, 1)))
 
 
+class NoPreference(Exception):
+    """Two responses whose scores in the row are equal, so that neither is preferred, whatever they are called."""
+
+
 class BadRow(ValueError):
-    """A row that cannot be used: `reason` is a key of BAD_REASONS, `detail` says what was seen."""
+    """A row that cannot be used: `reason` is a key of reasons.BAD_REASONS, `detail` says what was seen."""
 
     def __init__(self, reason: str, detail: str = ""):
         assert reason in BAD_REASONS, reason
@@ -111,7 +69,7 @@ class BadRow(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceRecord:
-    """A prompt, the response that was preferred and the one that was not. `notes` are keys of NOTES."""
+    """A prompt, the response that was preferred and the one that was not. `notes` are keys of reasons.NOTES."""
 
     id: str
     prompt: Prompt
@@ -146,7 +104,7 @@ Record = PreferenceRecord | DemonstrationRecord | PromptRecord
 
 
 def parse_preference(value: Mapping[str, Any]) -> PreferenceRecord:
-    """The preference record of a row; raises BadRow."""
+    """The preference record of a row; raises BadRow, or NoPreference."""
     notes: set[str] = set()
     value = _by_label(value)
     _require(value, "chosen", "rejected")
@@ -158,6 +116,7 @@ def parse_preference(value: Mapping[str, Any]) -> PreferenceRecord:
         raise BadRow("identical_pair", _shorten(chosen))
     if chosen.strip() == rejected.strip():
         raise BadRow("identical_after_strip", _shorten(chosen))
+    _refuse_equal_scores(value)
     extra = _extra(value, "prompt", "chosen", "rejected")
     name = _identity(value, prompt, chosen, rejected)
     return PreferenceRecord(name, prompt, chosen, rejected, extra, tuple(sorted(notes)))
@@ -363,13 +322,21 @@ def _by_label(value: Mapping[str, Any]) -> Mapping[str, Any]:
             raise BadRow("missing_preference_label", f"{label} is {given!r}")
         try:
             number = float(given)
-        except (TypeError, ValueError):
-            raise BadRow("wrong_type", f"{label} is {given!r}, not one of {choices}") from None
+        except (TypeError, ValueError, OverflowError):
+            raise BadRow("wrong_type", f"{label} is {_shorten(repr(given))}, not one of {choices}") from None
         if number not in choices:
-            raise BadRow("tie", f"{label} is {given!r}, not one of {choices}")
+            raise BadRow("tie", f"{label} is {_shorten(repr(given))}, not one of {choices}")
         sides = (first, second) if number == choices[0] else (second, first)
         return {**_extra(value, first, second), "chosen": value[sides[0]], "rejected": value[sides[1]]}
     return value
+
+
+def _refuse_equal_scores(value: Mapping[str, Any]) -> None:
+    scores = json.loads(value["extra"]) if PREPARED in value else value
+    for fields in _SCORES:
+        first, second = (scores.get(field) for field in fields)
+        if isinstance(first, int | float) and first == second:
+            raise NoPreference(f"{fields[0]} and {fields[1]} are {first!r}")
 
 
 def _require(value: Mapping[str, Any], *fields: str) -> None:
@@ -388,7 +355,7 @@ def _identity(value: Mapping[str, Any], prompt: Prompt, *texts: str) -> str:
     """The row's own id, else a hash of its content and its `source` field (never of a path, which may move)."""
     given = value.get("id")
     if isinstance(given, str | int) and not isinstance(given, bool) and str(given):
-        return str(given)
+        return _text(str(given), "id", set())
     content = json.dumps([prompt_key(prompt), *texts, value.get("source")], default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 

@@ -7,9 +7,7 @@ import json
 import os
 import pathlib
 
-from sera_jax.data.records import BAD_REASONS, FILE_REASONS, NOTES
-
-DROPPED: dict[str, str] = {"prompt_too_long": "longer than max_prompt_length, and truncation_mode is 'drop'"}
+from sera_jax.data.reasons import BAD_REASONS, DROPPED, FILE_REASONS, NOTES
 
 
 class TooManyBadRows(ValueError):
@@ -48,6 +46,7 @@ class LoadReport:
 
     def add(self, kind: str, reason: str, where: str, detail: str = "") -> None:
         """Count one more `reason` under `kind` (bad, dropped or noted)."""
+        detail = detail.encode("utf-8", "backslashreplace").decode()  # a row's own words may be no text
         entry = getattr(self, kind).setdefault(reason, Count(0, where, detail))
         entry.count += 1
 

@@ -45,7 +45,7 @@ class RawRow:
         path: file or directory it comes from.
         line: 1-based line (JSONL) or row number.
         value: the row's fields, or None where it could not be read.
-        error: reason why not (a key of `records.BAD_REASONS`, or `blank_line`), else None.
+        error: reason why not (a key of `reasons.BAD_REASONS`, or `blank_line`), else None.
         detail: what was seen, for the report.
     """
 

@@ -19,7 +19,8 @@ def facts(
     Args:
         chosen_reward, rejected_reward: implicit rewards of the two sides.
         chosen_tokens, rejected_tokens: lengths of the two sides.
-        scale: what multiplies a score into the implicit reward (beta); the margin is reported without it, in nats.
+        scale: what multiplies a score into the implicit reward (beta); the margin is reported without it, in nats,
+            or nats a token where the score is a mean over tokens.
         weight: of each pair; None: all the same.
 
     Returns:

@@ -91,7 +91,7 @@ def check_sources(data: DataGroup, model: ModelGroup) -> None:
         path = getattr(model, name)
         try:
             if path:
-                read_config(pathlib.Path(path))
+                config_from_hf(read_config(pathlib.Path(path)))
         except (FileNotFoundError, ValueError) as error:
             raise ValueError(f"config.model.{name}={path!r}: {error}") from error
 

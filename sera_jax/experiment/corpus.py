@@ -257,5 +257,5 @@ def _keys_of(entries: Iterable[Item | PairItem]) -> set[str | bytes]:
 
 
 def _first(items: list[Any], count: int) -> list[Any]:
-    """The first `count` items; all where it is 0."""
-    return items[:count] if count else items
+    """The first `count` items; all where it is 0, none where it is -1."""
+    return items[: max(count, 0)] if count else items

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import pathlib
 import shutil
@@ -11,7 +10,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from sera_jax.checkpoint.phases import file_digest, write_json
+from sera_jax.checkpoint.phases import file_digest, load_json, write_json
 from sera_jax.data.tokenizing import Tokenizer
 from sera_jax.experiment.ends import GENERATION, end_ids, generation_config, named_ends
 from sera_jax.experiment.folders import has_tokenizer
@@ -124,11 +123,15 @@ def find_policy(path: str | os.PathLike, *, dtype: str = "", param_dtype: str = 
         root = _root_of(folder)
         if root is None:
             raise ValueError(f"no model.json above {folder}; open a policy where its run wrote it")
-        saved = json.loads((root / "model.json").read_text(encoding="utf-8"))
-        cfg = _model_config(saved["model"])
+        way_out = "start the run's command again, which writes it"
+        saved = load_json(root / "model.json", way_out, "model", "source")
+        try:
+            cfg = _model_config(saved["model"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{root / 'model.json'} describes no model ({error!r}); {way_out}") from error
         cfg = dataclasses.replace(cfg, dtype=dtype) if dtype else cfg
         source = saved["source"] if pathlib.Path(saved["source"]).is_dir() else ""
-        run = json.loads((root / "config.json").read_text(encoding="utf-8"))
+        run = load_json(root / "config.json", way_out)
         return SavedPolicy(cfg, folder, str(root / "tokenizer"), source, run)
     if (folder / "config.json").is_file() and list(folder.glob("*.safetensors")):
         cfg = config_from_hf(read_config(folder), dtype=dtype or "float32", param_dtype=param_dtype)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -100,6 +100,16 @@ def optimise(run: Runtime, training: Training) -> Policy:
     return Policy(training.name, product.path, product.digest)
 
 
+class _Waiting(NamedTuple):
+    """An update of which no line is written yet; its metrics may be on the device."""
+
+    number: int
+    ids: list[str]
+    tokens: int
+    real_tokens: int
+    metrics: dict[str, Any]
+
+
 class _Optimisation:
     """The `Work` of one training: an update a step. Host work of the next batch overlaps the device's, so metrics wait
     on the device until they are written."""
@@ -117,7 +127,7 @@ class _Optimisation:
         )
         self.steps, self.span = training.updates.count, training.span
         self.save_steps, self.keep = group.save_steps, group.save_total_limit
-        self.waiting: list[tuple[Any, Any]] = []  # batches and metrics of the updates that are not written yet
+        self.waiting: list[_Waiting] = []
 
     def fresh(self) -> TrainState:
         run, before = self.run, self.training.continue_from
@@ -140,7 +150,8 @@ class _Optimisation:
         batch = self.training.batches(state, number)
         parts = run.microbatches(group, batch.tokens)
         state, metrics = self.update(state, place_batch(batch.arrays, parts, run.mesh))
-        self.waiting.append((batch, metrics))
+        metrics = {**metrics, **batch.metrics}
+        self.waiting.append(_Waiting(number, batch.ids, batch.tokens, batch.real_tokens, metrics))
         run.writer.advance(number, tokens=batch.real_tokens)
         if number % run.logging_steps == 0:
             self.flush(state, number)
@@ -150,24 +161,36 @@ class _Optimisation:
         """Write the means of the metrics since the last write; stop the run where an update was refused."""
         if not self.waiting:
             return
-        host = jax.device_get([metrics for _, metrics in self.waiting])
-        if not bool(jax.device_get(state.ok)):
-            raise self._non_finite(state, number)
-        batches = [batch for batch, _ in self.waiting]
+        updates_made = self._fetched(state, number)
         self.waiting = []
         record: dict[str, Any] = {}
-        for batch, metrics in zip(batches, host, strict=True):
-            for key, value in {**metrics, **batch.metrics}.items():
+        for made in updates_made:
+            for key, value in made.metrics.items():
                 record[key] = record[key] + value if isinstance(value, Mean) and key in record else value
-        real = sum(batch.real_tokens for batch in batches)
+        real = sum(made.real_tokens for made in updates_made)
         training, updates = self.training, self.training.updates
         record |= {
             "learning_rate": float(schedule(training.group, updates.planned)(updates.before + number - 1)),
-            "padding_fraction": 1 - real / sum(batch.tokens for batch in batches),
+            "padding_fraction": 1 - real / sum(made.tokens for made in updates_made),
             "num_tokens": real,
             "epoch": number / training.epoch_updates,
         }
         self.run.writer.write(step=number, metrics=record)
+
+    def notes(self, state: TrainState, number: int) -> dict[str, Any]:
+        """The updates that wait, to the bit: their means go on as if nothing had come between."""
+        waiting = [made for made in self._fetched(state, number) if made.number <= number]
+        return {"waiting": [made._replace(metrics=_to_json(made.metrics))._asdict() for made in waiting]}
+
+    def take(self, notes: dict[str, Any]) -> None:
+        waiting = [_Waiting(**fields) for fields in notes["waiting"]]
+        self.waiting = [made._replace(metrics=_from_json(made.metrics)) for made in waiting]
+
+    def _fetched(self, state: TrainState, number: int) -> list[_Waiting]:
+        """What waits, with its metrics on the host; raises NonFinite where an update was refused."""
+        if self.waiting and not bool(jax.device_get(state.ok)):
+            raise self._non_finite(state, number)
+        return [made._replace(metrics=jax.device_get(made.metrics)) for made in self.waiting]
 
     def leave(self, folder: pathlib.Path, state: TrainState) -> dict[str, Any]:
         return {"params": state.params, "optimizer": state.opt_state}
@@ -178,7 +201,7 @@ class _Optimisation:
     def _non_finite(self, state: TrainState, number: int) -> NonFinite:
         training = self.training
         good = int(jax.device_get(state.step))
-        failed = self.waiting[good - number + len(self.waiting)][0]
+        failed = next(made for made in self.waiting if made.number == good + 1)
         state = dataclasses.replace(state, ok=jax.device_put(np.ones((), bool), state.ok.sharding))
         ids = ", ".join(failed.ids[:20]) + (" ..." if len(failed.ids) > 20 else "")
         return NonFinite(
@@ -188,3 +211,29 @@ class _Optimisation:
             "and start with a new --config.workdir",
             good=(state, good),
         )
+
+
+def _to_json(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics on the host as JSON holds them: a Mean as total and weight, a number of numpy's with its dtype."""
+
+    def number(value: Any) -> Any:
+        return [value.dtype.name, value.item()] if hasattr(value, "dtype") else value
+
+    means = {
+        name: {"total": number(m.total), "weight": number(m.weight)}
+        for name, m in metrics.items()
+        if isinstance(m, Mean)
+    }
+    return {name: means[name] if name in means else number(value) for name, value in metrics.items()}
+
+
+def _from_json(metrics: dict[str, Any]) -> dict[str, Any]:
+    """What `_to_json` was given."""
+
+    def number(value: Any) -> Any:
+        return np.dtype(value[0]).type(value[1]) if isinstance(value, list) else value
+
+    return {
+        name: Mean(number(value["total"]), number(value["weight"])) if isinstance(value, dict) else number(value)
+        for name, value in metrics.items()
+    }

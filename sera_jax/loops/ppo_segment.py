@@ -97,6 +97,13 @@ class _Iterations:
     def flush(self, state: PpoState, number: int) -> None:
         """Every iteration is written when it is done."""
 
+    def notes(self, state: PpoState, number: int) -> dict[str, Any]:
+        """Nothing waits, but how long the KL has been below 0."""
+        return {"below": self.below}
+
+    def take(self, notes: dict[str, Any]) -> None:
+        self.below = notes["below"]
+
     def leave(self, folder: pathlib.Path, state: PpoState) -> dict[str, Any]:
         spent = float(jax.device_get(state.control.passes_tokens))
         write_json(folder / "spent.json", {"passes_tokens": spent})

@@ -2,7 +2,8 @@
 
 A piece of `Work` says how its state starts, what a step does, and what it leaves behind; `run_to_end` owns everything
 else: going on from the newest checkpoint, saving, stopping, and the order in which metrics and checkpoints reach the
-disk (a step's metrics before its checkpoint, so that a restart never lacks a line).
+disk (a step's metrics before its checkpoint, so that a restart never lacks a line; those of which no line is due yet
+within the checkpoint, so that a stop adds none).
 """
 
 from __future__ import annotations
@@ -62,6 +63,14 @@ class Work(Protocol[State]):
         """Write the metrics of all steps up to `number` that are not written yet."""
         ...
 
+    def notes(self, state: State, number: int) -> dict[str, Any]:
+        """Those metrics as JSON can hold them, for a checkpoint; raises as `flush`."""
+        ...
+
+    def take(self, notes: dict[str, Any]) -> None:
+        """Go on with the notes of the checkpoint that the work goes on from."""
+        ...
+
     def leave(self, folder: pathlib.Path, state: State) -> dict[str, Any]:
         """What the phase leaves: trees to save by name; small files are written into the folder here."""
         ...
@@ -92,6 +101,8 @@ def _produce(run: Runtime, name: str, inputs: dict[str, Any], work: Work[State],
         state = checkpoints.restore(work.abstract)
         if state is None:
             state = work.fresh()
+        else:
+            work.take(checkpoints.notes)
         run.release()
         memory.trim(cycles=True)  # reading a state leaves as much again behind
         state = _repeat(run, name, work, state, checkpoints)
@@ -105,8 +116,9 @@ def _produce(run: Runtime, name: str, inputs: dict[str, Any], work: Work[State],
 def _repeat(run: Runtime, name: str, work: Work[State], state: State, checkpoints: Checkpoints) -> State:
     def save(state: State, number: int) -> None:
         if checkpoints.latest_step() != number:
+            notes = work.notes(state, number)
             run.writer.sync()
-            checkpoints.save(number, state)
+            checkpoints.save(number, state, notes)
 
     def stopped(number: int) -> Preempted:
         return Preempted(f"stopped in {name} after {work.unit} {number}; the same command goes on from there")
@@ -125,13 +137,12 @@ def _repeat(run: Runtime, name: str, work: Work[State], state: State, checkpoint
                 raise
             except (Preempted, ValueError) as error:
                 if _is_whole(state):  # the step came to nothing before it took the state apart
-                    work.flush(state, number - 1)
                     save(state, number - 1)
                 raise (stopped(number - 1) if isinstance(error, Preempted) else error) from None
             last = number == work.steps
             stop = run.stop_requested() and not last
             due = work.save_steps > 0 and number % work.save_steps == 0 and not last
-            if last or stop or due:
+            if last or due:
                 work.flush(state, number)
             if stop or due:
                 save(state, number)

@@ -57,6 +57,11 @@ class ModelConfig:
         for name in SIZES:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is below 1; give a positive number")
+        if not self.rope_theta > 0 or not self.rms_norm_eps >= 0:
+            raise ValueError(
+                f"rope_theta={self.rope_theta}, rms_norm_eps={self.rms_norm_eps}: with a base of angles that is not "
+                "above 0, or an epsilon below it, every logit is nan"
+            )
         for name in ("dtype", "param_dtype", "logits_dtype", "export_dtype"):
             if getattr(self, name) not in DTYPES:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(DTYPES)}")

@@ -108,7 +108,7 @@ FAMILIES: dict[str, Family] = {
             Field("num_hidden_layers", int),
             Field("num_attention_heads", int),
             Field("num_key_value_heads", int, lambda read: read["num_attention_heads"]),
-            Field("head_dim", int, lambda read: read["hidden_size"] // read["num_attention_heads"]),
+            Field("head_dim", int, lambda read: read["hidden_size"] // max(1, read["num_attention_heads"])),
             Field("max_position_embeddings", int, 2048),
             Field("rms_norm_eps", float, 1e-6),
             Field("tie_word_embeddings", bool, False),

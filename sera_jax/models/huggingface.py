@@ -103,7 +103,7 @@ def load_pretrained(
     Raises:
         ValueError: not safetensors; a tensor is missing, unexpected or of another shape or dtype than config.json
             says; a tied output projection differs from the embedding; a config field is not supported; the mesh does
-            not divide a parameter.
+            not divide a parameter; a tensor holds nan or infinity.
         FileNotFoundError: the folder or a shard is missing.
     """
     path = pathlib.Path(path)
@@ -117,9 +117,9 @@ def load_pretrained(
         for name, place in places.items():
             tensors.setdefault(place.tensor.path, []).append(name)
 
-        def read(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-            names = tensors[path_name(path)]
-            return _read_leaf(files, names, places[names[0]].tensor, leaf)
+        def read(where: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+            names = tensors[path_name(where)]
+            return _read_leaf(path, files, names, places[names[0]].tensor, leaf)
 
         params = jax.tree_util.tree_map_with_path(read, shapes)
     most = max(set(dtypes), key=dtypes.count)
@@ -220,11 +220,15 @@ def _check_names(cfg: ModelConfig, files: Mapping[str, Any], path: pathlib.Path)
     return places
 
 
-def _read_leaf(files: Mapping[str, Any], names: list[str], tensor: Tensor, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+def _read_leaf(
+    path: pathlib.Path, files: Mapping[str, Any], names: list[str], tensor: Tensor, leaf: jax.ShapeDtypeStruct
+) -> jax.Array:
     """One parameter, on its shards; of the tensors (`names`, by layer) only what a device holds is read and cast."""
 
     def tensor_part(name: str, index: tuple[slice, ...]) -> np.ndarray:
         value = files[name].get_slice(name)[tuple(reversed(index)) if tensor.transpose else index]
+        if not np.isfinite(value).all():  # told here, or it looks like a training that diverged
+            raise ValueError(f"{path}: tensor {name} holds nan or infinity, so the model is damaged; copy it again")
         return (value.T if tensor.transpose else value).astype(leaf.dtype)
 
     def part(index: tuple[slice, ...]) -> np.ndarray:

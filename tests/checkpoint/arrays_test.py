@@ -1,14 +1,18 @@
 """Checkpoints: what is read is what was written, on any mesh, or an error says which array is not."""
 
+import errno
 import itertools
+import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -141,6 +145,74 @@ def test_a_damaged_part_of_a_phase_names_the_phase_to_delete(tmp_path):
     (product.path / "params" / "checksums.json").unlink()
     with pytest.raises(CorruptCheckpoint, match=rf"delete {product.path} and start the same command again"):
         load_tree(product.path / "params", _abstract(tree))
+
+
+def _damage(path, how):
+    whole = path.read_bytes()
+    damaged = {"cut": whole[: len(whole) // 2], "emptied": b"", "garbled": bytes(255 - byte for byte in whole)}
+    path.unlink()
+    if how in damaged:
+        path.write_bytes(damaged[how])
+
+
+def _largest(folder):
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+@pytest.mark.parametrize("how", ["cut", "emptied", "garbled", "removed"])
+def test_files_of_arrays_that_cannot_be_read_are_one_line_that_names_the_folder_to_delete(tmp_path, capfd, how):
+    """Several large arrays, each with a file of its own: orbax then raises a bare Exception and leaves reads behind."""
+    tree = {f"w{i}": jnp.asarray(np.random.default_rng(i).normal(size=(64, 65 + i)), jnp.float32) for i in range(6)}
+    save_tree(tmp_path / "t", tree)
+    checkpoints = Checkpoints(tmp_path / "c", 1, {"n": 1})
+    checkpoints.save(3, tree)
+    checkpoints.close()
+
+    def read_tree(path):
+        return load_tree(path, _abstract(tree))
+
+    def restore(path):
+        checkpoints = Checkpoints(path, 1, {"n": 1})
+        try:
+            return checkpoints.restore(_abstract(tree))
+        finally:
+            checkpoints.close()
+
+    cases = [
+        (tmp_path / "t", read_tree, "", ["arrays/manifest.ocdbt", "checksums.json", None]),
+        (tmp_path / "c", restore, "3", ["3/state/manifest.ocdbt", "3/inputs/metadata", "3/sums/metadata", None]),
+    ]
+    for folder, read, part, files in cases:
+        for file in files:
+            copy = tmp_path / "copy"
+            shutil.copytree(folder, copy)
+            _damage(copy / file if file else _largest(copy), how)
+            with pytest.raises(CorruptCheckpoint) as error:
+                read(copy)
+            message = str(error.value)
+            assert message.startswith(f"{copy / part} cannot be read (") and "\n" not in message, file
+            assert "delete" in message and "start the same command again" in message
+            shutil.rmtree(copy)
+    shown = capfd.readouterr()
+    assert "Traceback" not in shown.err + shown.out
+
+
+def test_a_list_of_checksums_that_lacks_an_array_proves_nothing(tmp_path):
+    save_tree(tmp_path / "t", _tree())
+    sums = json.loads((tmp_path / "t" / "checksums.json").read_text())
+    (tmp_path / "t" / "checksums.json").write_text(json.dumps(dict(list(sums.items())[1:])))
+    with pytest.raises(CorruptCheckpoint, match="1 of 4 arrays fail their checksum"):
+        load_tree(tmp_path / "t", _abstract(_tree()))
+
+
+def test_a_full_disk_is_an_error_of_the_machine_however_orbax_says_it(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise ValueError('RESOURCE_EXHAUSTED: Failed to write 9 bytes: No space left on device [os_error_code="28"]')
+
+    monkeypatch.setattr(ocp.StandardCheckpointer, "save", full)
+    with pytest.raises(OSError) as error:
+        save_tree(tmp_path / "t", _tree())
+    assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(tmp_path / "t"))
 
 
 def test_background_checkpoints_survive_donation_and_keep_only_the_last(tmp_path):

@@ -156,3 +156,36 @@ def test_whatever_was_made_binds_the_folder_to_its_config(tmp_path, made):
     (tmp_path / "config.json").unlink()
     with pytest.raises(StaleWorkdir, match=r"no config\.json, so nothing says whose they are"):
         Workdir(tmp_path, {"seed": 1})
+
+
+@pytest.mark.parametrize("text", ["", '{"inputs": {}, "files": {', "[]", '{"inputs": {}, "files": {}}', "\ud800"])
+def test_a_damaged_manifest_is_named_with_the_folder_to_delete(tmp_path, text):
+    product = Workdir(tmp_path, {}).phase("one", {}, _write("a"))
+    (product.path / "manifest.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(ValueError) as error:
+        Workdir(tmp_path, {}).phase("one", {}, _write("a"))
+    assert str(error.value).startswith(f"{product.path}/manifest.json ")
+    assert str(error.value).endswith(f"delete {product.path} and start the same command again to make it anew")
+
+
+@pytest.mark.parametrize("text", ["", '{"seed" 0}', "[]"])
+def test_a_damaged_config_is_named_with_the_way_out(tmp_path, text):
+    Workdir(tmp_path, {"seed": 0}).phase("one", {}, _write("a"))
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/config\.json .*choose another --config\.workdir"):
+        Workdir(tmp_path, {"seed": 0})
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "x" * 300, "nul\0"])
+def test_a_place_where_no_folder_can_be_is_refused_by_name(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"is no folder that can be written .*choose another --config\.workdir"):
+        Workdir(tmp_path / place, {})
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"history": 5}', '{"history": [1]}'])
+def test_a_damaged_list_of_versions_says_nothing_of_who_made_the_work(tmp_path, text):
+    Workdir(tmp_path, {}).phase("one", {}, _write("a"))
+    (tmp_path / "versions.json").write_text(text)
+    with pytest.raises(StaleWorkdir, match=r"numerics unknown there"):
+        Workdir(tmp_path, {})

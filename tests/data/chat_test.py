@@ -107,3 +107,11 @@ def test_the_hh_transcript_takes_a_system_text_first_and_refuses_it_elsewhere():
     assert chat.interleave(shape.prompt, contents) == "Be kind.\n\nHuman: Hi\n\nAssistant:"
     with pytest.raises(PromptRefused, match="system"):
         template.contents([{"role": "user", "content": "Hi"}, system])
+
+
+def test_a_template_that_is_not_done_in_time_is_refused_when_it_is_first_asked(monkeypatch):
+    monkeypatch.setattr(chat, "PROBE_SECONDS", 0.05)
+    endless = "{% for i in range(2000) %}{% for j in range(1000) %}{% endfor %}{% endfor %}"
+    with pytest.raises(PromptRefused, match=r"not done with a short conversation after 0\.05 seconds"):
+        cut(endless + each("{{ m.content }}")).shape(("user",))
+    assert cut(each("{{ m.content }}")).shape(("user",)).prompt == ("", "")

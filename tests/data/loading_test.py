@@ -319,3 +319,20 @@ def test_real_preferences_load_with_few_bad_rows_and_in_seconds(shared_data):
     assert set(report.bad) == {"stray_role_marker"}
     assert report.bad_fraction < 0.02
     assert len(pairs) == report.kept == report.rows - report.bad_rows
+
+
+def test_equal_scores_are_left_out_and_counted_and_stop_no_run(tmp_path):
+    rows = [
+        {"prompt": "q", "chosen": f"a{i}", "rejected": "b", "score_chosen": i, "score_rejected": 1} for i in range(3)
+    ]
+    pairs, report = load(write(tmp_path / "a.jsonl", rows))
+    assert [pair.item.id for pair in pairs] and len(pairs) == 2
+    assert (report.bad_rows, report.dropped["equal_scores"].count) == (0, 1)
+    assert "dropped       1  equal_scores" in report.table()
+
+
+def test_a_field_name_that_is_no_text_does_not_break_the_report(tmp_path):
+    rows = [{"prompt": "q", "chosen": "a", "rejected": "b"}, {"\ud800": 1, "prompt": "q"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    load(str(tmp_path / "a.jsonl"), max_bad_fraction=1.0, workdir=tmp_path)
+    assert "ud800" in json.loads((tmp_path / "data" / "train.json").read_text())["bad"]["missing_field"]["detail"]

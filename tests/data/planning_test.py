@@ -117,3 +117,9 @@ def test_rows_are_dealt_so_that_microbatches_work_alike():
     parts = [sum(work[i] for row in dealt[p : p + 3] for i in row) for p in range(0, 12, 3)]
     assert max(parts) - min(parts) <= 2
     assert sorted(i for row in dealt for i in row) == list(range(7))
+
+
+@pytest.mark.filterwarnings("error")
+def test_data_smaller_than_a_batch_have_a_target_without_a_mean_of_nothing():
+    (target,) = step_targets(np.array([5.0]), np.array([3]), 8, spread=10.0, multiple=1, slack=0.5)
+    assert target == 5.0

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
+from sera_jax.data.reasons import BAD_REASONS, NOTES
 from sera_jax.data.records import (
-    BAD_REASONS,
-    NOTES,
     BadRow,
+    NoPreference,
     parse_demonstration,
     parse_preference,
     parse_prompt,
@@ -189,3 +189,18 @@ def test_every_recorded_malformed_row_is_refused_or_accepted_as_documented(share
             seen.update(row["reasons"])
     assert set(seen) == set(RECORDED)
     assert sum(seen.values()) >= 187
+
+
+def test_numbers_and_names_that_are_no_text_are_refused_by_reason():
+    row = {"prompt": "q", "response_0": "a", "response_1": "b"}
+    assert reason(parse_preference, **row, preferred=10**400) == "wrong_type"
+    assert reason(parse_preference, prompt="q", chosen="a", rejected="b", id="\ud800") == "invalid_unicode"
+
+
+@pytest.mark.parametrize("names", ["score_chosen score_rejected", "chosen_score rejected_score"])
+def test_a_pair_of_equal_scores_is_no_preference(names):
+    first, second = names.split()
+    with pytest.raises(NoPreference, match=f"{first} and {second} are 4"):
+        parse_preference({"prompt": "q", "chosen": "a", "rejected": "b", first: 4.0, second: 4})
+    for unequal in ({first: 4.5, second: 4.0}, {first: None, second: None}, {first: 4.0}):
+        parse_preference({"prompt": "q", "chosen": "a", "rejected": "b", **unequal})

@@ -213,6 +213,8 @@ def test_held_out_evaluation_is_cut_to_what_the_config_asks_for(read, rows):
     corpus, _ = read("other", heldout=twice, eval__max_pairs=5, eval__num_prompts=3)
     assert (len(corpus.heldout_demonstrations), len(corpus.eval_prompts)) == (5, 3)
     assert prompts_of(corpus.eval_prompts) <= prompts_of(corpus.heldout_demonstrations)
+    corpus, _ = read("none", heldout=twice, eval__num_prompts=-1)
+    assert (len(corpus.heldout_demonstrations), corpus.eval_prompts) == (24, []), "held out, but not answered"
 
 
 def test_the_base_reads_the_whole_demonstrations_that_are_not_held_out(read):

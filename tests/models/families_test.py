@@ -266,3 +266,18 @@ def test_every_tensor_of_a_family_has_its_own_name_and_path(name):
     assert set(family.tied) <= {tensor.name for tensor in family.tensors}
     cfg = config_from_hf(SMALL | {"model_type": name})
     assert {field.name for field in family.fields} <= {field.name for field in dataclasses.fields(cfg)}
+
+
+@pytest.mark.parametrize(
+    "field, value, words",
+    [
+        ("hidden_size", "32", "hidden_size='32' should be of type int"),
+        ("num_attention_heads", 0, "num_attention_heads=0 is below 1"),
+        ("rope_theta", 0.0, "rope_theta=0.0"),
+        ("rms_norm_eps", -1.0, "rms_norm_eps=-1.0"),
+    ],
+)
+def test_a_field_that_no_model_can_have_is_refused_by_name(field, value, words):
+    config = {**PUBLISHED["Llama-2-7b"], "head_dim": None, "num_key_value_heads": None, field: value}
+    with pytest.raises(ValueError, match=words):
+        config_from_hf(config)

@@ -212,6 +212,16 @@ def test_integer_weights_are_refused_by_name(tmp_path):
         load_pretrained(write_folder(tmp_path, tensors=tensors))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path, dtype):
+    bad = np.ones(16, np.float32)
+    bad[3] = np.nan
+    tensors = hf_tensors(CFG) | {"model.norm.weight": bad.astype(dtype)}
+    folder = write_folder(tmp_path, tensors=tensors)
+    with pytest.raises(ValueError, match=rf"{folder}: tensor model.norm.weight holds nan or infinity"):
+        load_pretrained(folder)
+
+
 def test_parameters_that_do_not_fit_their_config_are_not_written(tmp_path):
     params = init_params(CFG, jax.random.key(0))
     broken = {**params, "value": np.zeros(3), "embed": np.zeros((23, 16))}

@@ -145,7 +145,11 @@ PAIR_LEGEND = [
     ("heldout_accuracy_shorter", "on shorter", "accuracy on the pairs whose shorter answer was preferred"),
     ("flipped_fraction_kept", "flipped", "offline pairs kept whose label data.label_noise had exchanged"),
     ("agreement", "agree/not/tie", "does the gold agree with the added pairs, %"),
-    ("margin_mean", "margin", "chosen minus rejected, nats: of held-out pairs above, of offline pairs below"),
+    (
+        "margin_mean",
+        "margin",
+        "chosen minus rejected, nats (a token if the loss averages): held-out above, offline below",
+    ),
 ]
 REPORT = Report(
     arm_columns=PAIR_ARM_COLUMNS,

@@ -1,0 +1,65 @@
+"""A training that is stopped and gone on with leaves the log of one that was not."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from sera_jax.checkpoint import Workdir
+from sera_jax.config import TrainGroup
+from sera_jax.core import Stream, key_for
+from sera_jax.data.items import Item
+from sera_jax.data.packing import Layout
+from sera_jax.loops.runtime import Preempted, Runtime
+from sera_jax.loops.sft import sft
+from sera_jax.mesh import make_mesh
+from sera_jax.models.config import ModelConfig
+from sera_jax.models.decoder import init_params
+from sera_jax.writer import MetricWriter
+from tests.loops.kills import metrics
+
+CFG = ModelConfig(
+    vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1
+)
+UPDATES = 8
+
+
+def items():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 9, 12)
+    answers = [np.append(rng.integers(3, 16, length), 2).astype(np.int32) for length in lengths]
+    return [Item(f"r{i}", np.array([1, 4], np.int32), (answer,)) for i, answer in enumerate(answers)]
+
+
+def train(workdir, stop_requested=lambda: False):
+    """The digest of the trained policy; lines are due every third update and at the end."""
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    with MetricWriter(workdir, tensorboard=False) as writer, jax.set_mesh(mesh):
+        run = Runtime(
+            cfg=CFG,
+            mesh=mesh,
+            workdir=Workdir(workdir, {}),
+            writer=writer,
+            seed=0,
+            layout=Layout(16),
+            chunk_tokens=0,
+            stop_ids=(2,),
+            logging_steps=3,
+            stop_requested=stop_requested,
+        )
+        base = run.store("base", {}, lambda: init_params(CFG, key_for(0, Stream.INIT)))
+        group = TrainGroup(batch_size=4, max_steps=UPDATES, learning_rate=1e-2)
+        return sft(run, "sft", base, items(), group).digest
+
+
+def test_a_stop_between_two_lines_changes_no_line(tmp_path):
+    whole = train(tmp_path / "whole")
+    for stop_after in (2, 3):  # updates 2 and 5
+        asked = itertools.count(1)
+        with pytest.raises(Preempted):
+            train(tmp_path / "stopped", lambda asked=asked, stop_after=stop_after: next(asked) >= stop_after)
+    assert train(tmp_path / "stopped") == whole
+    lines = metrics(tmp_path / "whole")
+    assert [step for _, _, _, step in lines] == [3, 6, UPDATES]
+    assert metrics(tmp_path / "stopped") == lines
