@@ -203,5 +203,5 @@ def _heading(summary: dict[str, Any]) -> str:
     parts = [summary["config"].get("loss", {}).get("name"), f"seed {summary['seed']}"]
     noise = summary["config"].get("data", {}).get("label_noise")
     if noise is not None:
-        parts.insert(1, f"{100 * noise:.0f} % of labels flipped" if noise else "clean labels")
+        parts.insert(1, f"{100 * noise:.0f} % of labels flipped" if noise else "labels as given")
     return "Round by round: " + ", ".join(str(part) for part in parts if part)

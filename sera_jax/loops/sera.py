@@ -53,10 +53,11 @@ def sera(study: Study, arm: str, settings: SeraGroup) -> tuple[Policy, list[dict
             "round": round_,
             "kept": len(kept),
             "added": sum(len(pair.pairs) for pair in fresh),
-            "flipped_fraction_kept": float(np.mean([pair.flipped for pair in kept])) if kept else 0.0,
             "updates": updates_per_round(study),
             **study.evaluate(policies[-1], round_),
         }
+        if kept and any(pair.flipped for pair in pool):  # without label noise, nobody knows which labels are wrong
+            record["flipped_fraction_kept"] = float(np.mean([pair.flipped for pair in kept]))
         facts.append(record)
         metrics = {"iteration": round_, **_numbers(record)}
         study.run.writer.write(phase="round", arm=arm, round=round_, step=1, metrics=metrics)

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from sera_jax.evaluation import picture
 from tests.evaluation import shown as report
 from tests.evaluation import srppo_summary
 
@@ -144,6 +145,13 @@ def test_a_picture_is_drawn_of_whatever_the_summary_has(tmp_path, kind):
     width, height = (int.from_bytes(head[i : i + 4], "big") for i in (16, 20))
     assert min(width, height) > 400
     assert [p.name for p in tmp_path.iterdir()] == ["report.png"]
+
+
+def test_a_picture_calls_labels_flipped_where_they_were_and_never_clean():
+    summary = make_summary()
+    assert "20 % of labels flipped" in picture._heading(summary)
+    real = summary | {"config": summary["config"] | {"data": {"label_noise": 0.0}}}
+    assert "labels as given" in picture._heading(real)
 
 
 def test_no_rounds_no_picture(tmp_path):

@@ -241,6 +241,14 @@ def test_flipped_labels_are_counted_in_the_kept_set(lab):
     assert lab.rounds("daa")[3]["flipped_fraction_kept"] == lab.config.data.label_noise
 
 
+def test_labels_that_nobody_flipped_are_not_counted(lab, tmp_path):
+    study = _study(lab, tmp_path, rounds=1)
+    real = [dataclasses.replace(pair, flipped=False) for pair in study.pool]
+    (_, (facts,)) = _run(dataclasses.replace(study, pool=real), arm="daa")
+    assert facts["kept"] == len(real)
+    assert "flipped_fraction_kept" not in facts
+
+
 def test_bootstrapped_pairs_are_the_best_against_the_worst_candidate(lab):
     gamma = lab.config.sera.ensemble_gamma
     samples = _jsonl(lab.root / "phases" / "round1" / "candidates" / "samples.jsonl")
