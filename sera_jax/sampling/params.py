@@ -82,7 +82,8 @@ class Sample:
         sample: 0 .. num_samples - 1.
         tokens: i32[n], n >= 1; the last one is a stop id iff `finished`.
         logps: f32[n] the policy's log-probabilities of `tokens` at temperature 1 and without filters, so that they
-            compare with the scorer's whatever the tokens were drawn from.
+            compare with the scorer's whatever the tokens were drawn from. Empty in answers that `Runtime.sample` reads
+            back from its phase, which keeps none: `Runtime.score` has the policy's.
         finished: a stop id was chosen; False when max_new_tokens ended the sample.
     """
 
