@@ -14,6 +14,7 @@ from absl.testing import flagsaver
 
 from sera_jax import experiment, main, world
 from sera_jax.checkpoint import StaleWorkdir, Workdir
+from sera_jax.experiment import methods
 from sera_jax.experiment.assembly import open_tokenizer
 from sera_jax.experiment.methods import METHODS
 from sera_jax.loops.runtime import Preempted
@@ -111,9 +112,8 @@ def test_a_run_of_another_numerics_version_goes_on_where_it_is_told_to_and_says_
 def test_the_command_hands_the_permission_on(monkeypatch, tmp_path, allow):
     handed = {}
     monkeypatch.setattr(experiment, "run", lambda config, **how: handed.update(how))
-    monkeypatch.setattr(main, "parse", lambda raw: tiny_config(tmp_path))
+    monkeypatch.setattr(methods, "parse", lambda raw: tiny_config(tmp_path))
     monkeypatch.setattr(main, "_CONFIG", types.SimpleNamespace(value=None))
-    monkeypatch.setattr(main, "StopOnSignal", lambda: lambda: False)
     with flagsaver.as_parsed(allow_other_versions=str(allow).lower()):
         main.main(["main"])
     assert handed["allow_other_versions"] is allow
