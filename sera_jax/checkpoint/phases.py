@@ -50,9 +50,14 @@ def plain(value: Any) -> Any:
 
 def first_difference(there: dict[str, Any], now: dict[str, Any]) -> str:
     """Where two sets of inputs, which are not the same, part: the first field by name."""
+    field, (old, new) = next(iter(_differences(there, now).items()))
+    return f"first difference {field}: {old!r} there, {new!r} now"
+
+
+def _differences(there: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """field -> its value there and now, of every field that differs, by name."""
     old, new = _flatten(there), _flatten(now)
-    field = min(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
-    return f"first difference {field}: {old.get(field)!r} there, {new.get(field)!r} now"
+    return {k: (old.get(k), new.get(k)) for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)}
 
 
 def file_digest(path: pathlib.Path) -> str:
@@ -161,17 +166,16 @@ class Workdir:
                 "choose another --config.workdir, or delete this one"
             )
         way_out = "put back what the run was started with, or choose another --config.workdir"
-        old, new = _flatten(load_json(path, way_out)), _flatten(config)
-        differ = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+        differ = _differences(load_json(path, way_out), config)
         changed = [k for k in differ if is_identity(k)]
         if changed:
-            shown = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in changed[:5])
+            shown = "; ".join("{}: {!r} there, {!r} now".format(k, *differ[k]) for k in changed[:5])
             raise StaleWorkdir(
                 f"{root} was made with another configuration ({len(changed)} fields differ: {shown}); "
                 "choose another --config.workdir, or delete this one"
             )
         self.notes += [
-            f"config: {k} was {old.get(k)!r}, now {new.get(k)!r} (no part of the run's identity)" for k in differ
+            f"config: {k} was {old!r}, now {new!r} (no part of the run's identity)" for k, (old, new) in differ.items()
         ]
 
     def _check_versions(self, history: list[dict[str, Any]], allowed: bool) -> None:
