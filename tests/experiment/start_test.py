@@ -19,13 +19,10 @@ from sera_jax.experiment.assembly import base_model, open_tokenizer
 from sera_jax.experiment.corpus import Corpus
 from sera_jax.experiment.methods import METHODS
 from sera_jax.experiment.start import starting_policy
-from sera_jax.loops.runtime import Runtime
-from sera_jax.mesh import make_mesh
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import init_params
 from sera_jax.models.huggingface import save_pretrained
-from sera_jax.writer import MetricWriter
-from tests.loops.tiny import tiny_config, tiny_srppo
+from tests.loops.tiny import one_device_runtime, tiny_config, tiny_srppo
 
 CFG = ModelConfig(
     vocab_size=len(world.VOCABULARY),
@@ -60,18 +57,8 @@ def start(workdir, folders, *, base, sft, tiny=tiny_srppo):
     cfg, make_base = base_model(config.model, tokenizer, config.seed)
     words = Item("a", np.array([1, 4, 9, 5], np.int32), (np.array([10, 2], np.int32),))
     corpus = Corpus(tokenizer, "", [], [], [words] * 16, "data.demonstrations", [], [words] * 16, [], {}, [], None)
-    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    with MetricWriter(workdir, tensorboard=False) as writer, jax.set_mesh(mesh):
-        run = Runtime(
-            cfg=cfg,
-            mesh=mesh,
-            workdir=Workdir(workdir, {}),
-            writer=writer,
-            seed=0,
-            layout=Layout(128),
-            chunk_tokens=64,
-            stop_ids=tokenizer.stop_ids,
-        )
+    how = {"layout": Layout(128), "chunk_tokens": 64, "stop_ids": tokenizer.stop_ids}
+    with one_device_runtime(workdir, cfg, **how) as run:
         return *starting_policy(config, run, corpus, make_base), run
 
 

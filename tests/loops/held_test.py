@@ -6,17 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from sera_jax.checkpoint import Workdir
 from sera_jax.config import SamplingGroup, TrainGroup
 from sera_jax.core import Stream, key_for
 from sera_jax.data.items import Item
-from sera_jax.data.packing import Layout
-from sera_jax.loops.runtime import Runtime
 from sera_jax.loops.sft import sft
-from sera_jax.mesh import make_mesh
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import abstract_params, init_params
-from sera_jax.writer import MetricWriter
+from tests.loops.tiny import one_device_runtime
 
 CFG = ModelConfig(vocab_size=4096, hidden_size=64, num_hidden_layers=1)
 PARAMETERS = sum(4 * math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(CFG)))
@@ -29,18 +25,8 @@ def live_bytes():
 
 @pytest.fixture
 def run(tmp_path):
-    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    with MetricWriter(tmp_path, tensorboard=False) as writer, jax.set_mesh(mesh):
-        yield Runtime(
-            cfg=CFG,
-            mesh=mesh,
-            workdir=Workdir(tmp_path, {}),
-            writer=writer,
-            seed=0,
-            layout=Layout(16),
-            chunk_tokens=0,
-            stop_ids=(2,),
-        )
+    with one_device_runtime(tmp_path, CFG) as run:
+        yield run
 
 
 def test_training_holds_one_state_and_every_phase_lets_go_of_what_the_next_does_not_need(run):

@@ -2,22 +2,18 @@
 
 import itertools
 
-import jax
 import numpy as np
 import pytest
 
-from sera_jax.checkpoint import Workdir
 from sera_jax.config import TrainGroup
 from sera_jax.core import Stream, key_for
 from sera_jax.data.items import Item
-from sera_jax.data.packing import Layout
-from sera_jax.loops.runtime import Preempted, Runtime
+from sera_jax.loops.runtime import Preempted
 from sera_jax.loops.sft import sft
-from sera_jax.mesh import make_mesh
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import init_params
-from sera_jax.writer import MetricWriter
 from tests.loops.kills import metrics
+from tests.loops.tiny import one_device_runtime
 
 CFG = ModelConfig(
     vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1
@@ -34,20 +30,7 @@ def items():
 
 def train(workdir, stop_requested=lambda: False):
     """The digest of the trained policy; lines are due every third update and at the end."""
-    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    with MetricWriter(workdir, tensorboard=False) as writer, jax.set_mesh(mesh):
-        run = Runtime(
-            cfg=CFG,
-            mesh=mesh,
-            workdir=Workdir(workdir, {}),
-            writer=writer,
-            seed=0,
-            layout=Layout(16),
-            chunk_tokens=0,
-            stop_ids=(2,),
-            logging_steps=3,
-            stop_requested=stop_requested,
-        )
+    with one_device_runtime(workdir, CFG, logging_steps=3, stop_requested=stop_requested) as run:
         base = run.store("base", {}, lambda: init_params(CFG, key_for(0, Stream.INIT)))
         group = TrainGroup(batch_size=4, max_steps=UPDATES, learning_rate=1e-2)
         return sft(run, "sft", base, items(), group).digest

@@ -1,11 +1,19 @@
 """The smallest runs that have every phase: the embedded world, a few thousand parameters, four updates a round of SeRA,
 four iterations of Self-Rewarding PPO."""
 
+import contextlib
 from typing import Any
 
+import jax
+
 from configs.base import get_config
+from sera_jax.checkpoint import Workdir
 from sera_jax.config import Config
+from sera_jax.data.packing import Layout
 from sera_jax.experiment.methods import parse
+from sera_jax.loops.runtime import Runtime
+from sera_jax.mesh import make_mesh
+from sera_jax.writer import MetricWriter
 
 PAIRS, BATCH = 64, 16
 TINY: dict[str, Any] = {
@@ -57,6 +65,15 @@ TINY_SRPPO: dict[str, Any] = {
     "eval.temperature": 1.0,
     "log.rollout_iterations": 2,
 }
+
+
+@contextlib.contextmanager
+def one_device_runtime(workdir: Any, cfg: Any, **others: Any):
+    """A Runtime of one device, seed 0 and the end id 2, in a work directory of its own; `others`: of its fields."""
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    with MetricWriter(workdir, tensorboard=False) as writer, jax.set_mesh(mesh):
+        fields = {"seed": 0, "layout": Layout(16), "chunk_tokens": 0, "stop_ids": (2,)} | others
+        yield Runtime(cfg=cfg, mesh=mesh, workdir=Workdir(workdir, {}), writer=writer, **fields)
 
 
 def tiny_config(workdir: Any, *, tiny: dict[str, Any] = TINY, **changes: Any) -> Config:
