@@ -40,6 +40,7 @@ class ModelGroup:
     `model_name_or_path` is empty. `vocab_size` is then the number of BPE pieces trained from the data, unless
     `tokenizer_name_or_path` brings a tokenizer (0: the tokenizer's own size).
 
+    dtype: of the matmuls. param_dtype: of the parameters as they are kept; see master_weights of `train` for bfloat16.
     remat: what the backward pass computes again instead of keeping it: `none`, `dots` (all but the matmuls), `full`
         (all but the input of each layer), or `auto`, the least of these that keeps at most 1 GiB of a row.
     """
