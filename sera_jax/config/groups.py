@@ -40,6 +40,7 @@ class ModelGroup:
     `model_name_or_path` is empty. `vocab_size` is then the number of BPE pieces trained from the data, unless
     `tokenizer_name_or_path` brings a tokenizer (0: the tokenizer's own size).
 
+    dtype: of the matmuls. param_dtype: of the parameters as they are kept; see master_weights of `train` for bfloat16.
     remat: what the backward pass computes again instead of keeping it: `none`, `dots` (all but the matmuls), `full`
         (all but the input of each layer), or `auto`, the least of these that keeps at most 1 GiB of a row.
     """
@@ -291,6 +292,9 @@ class TrainGroup:
         of at most 1 GiB on each device, or of one row where a row has more.
     logits_chunk_tokens: tokens whose logits are alive at a time on each device, that of `train` in every phase; 0: as
         many as 64 MiB of float32 logits, at most 2048.
+    master_weights: with model.param_dtype="bfloat16" the optimiser state holds what is trained in float32 as well; the
+        updates go there, and the parameters are its rounded values. Without it most updates of a small rate round to
+        nothing. Parameters in float32 have no second copy.
     """
 
     batch_size: int = at_least(64, 1)
@@ -306,6 +310,7 @@ class TrainGroup:
     adam_beta2: float = within(0.999, 0, 1)
     adam_epsilon: float = above(1e-8, 0, 1)
     max_grad_norm: float = above(1.0, 0)
+    master_weights: bool = True
     logits_chunk_tokens: int = at_least(0, 0)
     save_steps: int = at_least(200, 0)
     save_total_limit: int = at_least(1, 1)

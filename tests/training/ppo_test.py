@@ -22,6 +22,7 @@ from sera_jax.models.config import ModelConfig
 from sera_jax.models.critic import HEAD, critic_config, critic_params, row_values, with_value_head, without_value_head
 from sera_jax.models.decoder import init_params
 from sera_jax.training.objectives import row_token_logps
+from sera_jax.training.optimizer import MasterWeights
 from sera_jax.training.ppo import (
     Experience,
     head_objective,
@@ -476,6 +477,25 @@ def test_the_state_that_iterations_start_from_has_the_abstract_shapes_and_shardi
     assert (made.values is None) == (made.critic_step is None) == (baseline != "critic")
     split = state.policy.opt_state[1][0].mu["layers"]["block"]["q"]["kernel"]
     assert split.sharding.shard_shape(split.shape)[1:] == (split.shape[1] // 2, split.shape[2] // 2)
+
+
+@pytest.mark.parametrize("critic", ["model", "head"])
+def test_policy_and_critic_in_bfloat16_start_with_master_copies_of_both_unless_told_otherwise(critic):
+    cfg, params = (
+        dataclasses.replace(CFG, param_dtype="bfloat16"),
+        jax.tree.map(lambda p: p.astype(jnp.bfloat16), base()),
+    )
+    for wanted in (True, False):
+        groups = GROUPS | {"train": dataclasses.replace(GROUPS["train"], master_weights=wanted)}
+        made = make_programs(cfg, one(), ppo=PPO[critic], **groups)
+        with jax.set_mesh(one()):
+            state = jax.device_get(made.start(on_mesh(one(), params)))
+        assert jax.tree.structure(state) == jax.tree.structure(made.abstract)
+        for part in filter(None, (state.policy, state.critic)):
+            assert isinstance(part.opt_state, MasterWeights) == wanted
+            if wanted:
+                master = jax.tree.map(lambda p: p.astype(np.float32), part.params)
+                jax.tree.map(np.testing.assert_array_equal, part.opt_state.master, master)
 
 
 def test_the_first_state_has_buffers_of_its_own():
