@@ -74,5 +74,7 @@ def make_optimizer(group: TrainGroup, total_steps: int) -> optax.GradientTransfo
     elif group.optim == "lion":
         rule = optax.lion(rate, b1=group.adam_beta1, b2=group.adam_beta2, weight_decay=group.weight_decay)
     else:
-        rule = optax.adafactor(rate, weight_decay_rate=group.weight_decay or None)
+        # optax's own weight_decay_rate takes that share off in every update, whatever the learning rate is
+        decay = optax.add_decayed_weights(-group.weight_decay)
+        rule = optax.chain(optax.adafactor(None), decay, optax.scale_by_schedule(rate))
     return optax.chain(optax.clip_by_global_norm(group.max_grad_norm), rule)

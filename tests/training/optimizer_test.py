@@ -34,6 +34,14 @@ def one():
     return make_mesh(1, 1, 1, devices=jax.devices()[:1])
 
 
+@pytest.mark.parametrize("optim", OPTIMS)
+def test_weight_decay_takes_off_its_share_of_the_learning_rate(optim):
+    group = TrainGroup(optim=optim, learning_rate=1e-2, lr_scheduler_type="constant", warmup_ratio=0, weight_decay=0.5)
+    optimizer, params = make_optimizer(group, 10), {"w": jnp.linspace(-1.0, 1.0, 5)}
+    updates, _ = optimizer.update({"w": jnp.zeros(5)}, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["w"], -1e-2 * 0.5 * params["w"], **CLOSE)
+
+
 # ---- the rule, on a loss whose gradient is known
 
 
