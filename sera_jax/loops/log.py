@@ -13,7 +13,9 @@ from sera_jax.writer import SpanKey
 # Below these in every line, a policy stayed where it was: margins in nats (a token, for a loss that averages).
 STILL_MARGIN = {"sum": 1e-2, "mean": 1e-3}
 STILL_KL = 1e-3  # nats per response
-LEAST_ITERATIONS = 3  # with a policy that PPO has updated: the KL of the first says little
+# Lines are of the policy before an update, which the first may leave as it is (the rate warms up from 0).
+LEAST_UPDATES = 3
+LEAST_ITERATIONS = 3  # with a policy that PPO has updated
 
 
 def write_round(run: Runtime, facts: Mapping[str, Any], global_step: int) -> None:
@@ -27,9 +29,10 @@ def warn_of_still_margins(run: Runtime, span: Span, loss: ResolvedLoss, learning
     """Says so where training left the policy at its reference: no line of the span has a margin."""
     lines = run.writer.lines(SpanKey(*span[:3])) if loss.uses_reference else []
     margins = [abs(line["rewards/margins"] or 0) / loss.scale for line in lines]
-    if margins and max(margins) < STILL_MARGIN[loss.logp]:
+    updates = max((line["step"] for line in lines), default=0)
+    if updates >= LEAST_UPDATES and max(margins) < STILL_MARGIN[loss.logp]:
         run.writer.announce(
-            f"warning: {_updates(lines[-1]['step'])} at {learning_rate:g}: the margins stayed at 0 (the mean was "
+            f"warning: {updates} updates at {learning_rate:g}: the margins stayed at 0 (the mean was "
             f"never above {max(margins):.1g} nats), so nothing was learnt; raise config.train.learning_rate or "
             "config.train.max_steps"
         )
@@ -46,7 +49,3 @@ def warn_of_still_kl(run: Runtime, span: Span, learning_rate: float, warmup: int
             f"above {max(kls):.1g} nats per response), so nothing was learnt; raise config.train.learning_rate or "
             "config.ppo.iterations"
         )
-
-
-def _updates(count: int) -> str:
-    return "1 update" if count == 1 else f"{count} updates"

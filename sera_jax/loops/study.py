@@ -134,8 +134,10 @@ def train_round(
         continue_from=before if continues else None,
         span=round_.span(updates),
     )
+    looked_at = training.name in run.workdir.done  # by another arm, whose round 1 is the same
     policy = optimise(run, training)
-    warn_of_still_margins(run, training.span, study.loss, group.learning_rate)
+    if not looked_at:
+        warn_of_still_margins(run, training.span, study.loss, group.learning_rate)
     return policy
 
 
