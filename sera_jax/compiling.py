@@ -22,6 +22,7 @@ _WORDS = {
     "prefill": "the reading of prompts",
     "decode": "the decoder",
     "insert": "the decoder's slots",
+    "empty_slots": "the decoder's slots",
     "unstacked": "the decoder's copy of the parameters",
     "_sums": "checksums",
     "<lambda>": "what draws parameters",
