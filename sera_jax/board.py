@@ -37,10 +37,11 @@ class Board:
         if name in self._open:
             self._open[name].add(record)
         else:
-            self.remake(name)
+            self.remake(record)
 
-    def remake(self, name: str) -> None:
-        """Makes a run of all that the record holds of it, and nothing else."""
+    def remake(self, like: Record) -> None:
+        """Makes the run that such a line belongs to of all that the record holds of it, and nothing else."""
+        name = run_of(like)
         if name in self._open:
             self._open.pop(name).events.close()
         folder = self._folder / name
@@ -49,10 +50,8 @@ class Board:
         run = self._open[name] = _Run(SummaryWriter(str(folder), purge_step=0))
         if self._text:
             run.events.add_text("config", f"```json\n{self._text}\n```")
-        records = list(self._read())
-        owned = any(record["arm"] and run_of(record) == name for record in records)
-        for record in records:
-            if run_of(record) == name or (owned and _is_shared(record)):
+        for record in self._read():
+            if run_of(record) == name or (like["arm"] and _is_shared(record)):
                 run.add(record)
 
     def flush(self) -> None:

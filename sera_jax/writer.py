@@ -26,7 +26,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from sera_jax.board import FIELDS, Board, run_of
+from sera_jax.board import FIELDS, Board
 from sera_jax.core import Mean
 from sera_jax.progress import Progress
 
@@ -142,7 +142,7 @@ class MetricWriter:
             self._index(kept)
             self._file = self._path.open("a", encoding="utf-8")
             if self._board:
-                self._board.remake(run_of(key._asdict()))
+                self._board.remake(key._asdict())
 
     def write(
         self,

@@ -75,19 +75,20 @@ def test_an_arm_is_one_run_that_begins_with_the_shared_round_and_counts_updates_
     check(tmp_path / "tensorboard")
 
 
-@pytest.mark.parametrize("saved", [0, 2])
+@pytest.mark.parametrize("saved", [None, 0, 2])
 def test_a_restart_neither_loses_nor_doubles_a_point(make_writer, tmp_path, saved):
-    """The first process gets one update further than its checkpoint, in round 2 of the first arm."""
+    """The first process gets one update further than its checkpoint, in round 2 of the first arm; or not so far."""
     first = make_writer()
     train(first, "", 1)
     end_of_round(first, "sera", 1)
-    with first.span("train", arm="sera", round=2, total_steps=UPDATES, before=UPDATES):
-        for step in range(1, saved + 2):
-            first.write(step=step, metrics={"loss": -1.0 if step > saved else float(UPDATES + step)})
+    if saved is not None:
+        with first.span("train", arm="sera", round=2, total_steps=UPDATES, before=UPDATES):
+            for step in range(1, saved + 2):
+                first.write(step=step, metrics={"loss": -1.0 if step > saved else float(UPDATES + step)})
     first.close()
     with make_writer() as writer:
         end_of_round(writer, "sera", 1)  # of a round that was found finished
-        train(writer, "sera", 2, start=saved)
+        train(writer, "sera", 2, start=saved or 0)
         end_of_round(writer, "sera", 2)
         train(writer, "sera", 3)
         end_of_round(writer, "sera", 3)

@@ -251,6 +251,22 @@ def test_elsewhere_plain_lines_come_every_quarter_minute_and_at_the_end(seconds_
     assert end.startswith("sera / train / round 2: step 100 after")
 
 
+def test_what_took_less_than_a_second_is_not_said_to_be_done():
+    assert show(io.StringIO(), seconds_per_step=0.001, total=100) == ""
+
+
+def test_the_progress_of_ppo_shows_reward_kl_and_entropy(tmp_path):
+    stream = io.StringIO()
+    metrics = {"objective/scores": 1.075, "objective/kl": 0.25, "objective/entropy": 14.93, "val/ratio": 1.0}
+    progress = Progress(stream, interval_seconds=0)
+    with (
+        MetricWriter(tmp_path, tensorboard=False, progress=progress) as writer,
+        writer.span("ppo", arm="srppo", round=1, total_steps=2),
+    ):
+        writer.write(step=1, metrics=metrics)
+    assert "srppo / ppo / round 1  1/2  reward 1.075  KL 0.25  entropy 14.93" in stream.getvalue()
+
+
 def test_a_line_whose_span_is_no_name_is_damage_not_a_crash(tmp_path):
     good = {"phase": "a", "arm": "", "round": 0, "step": 1, "time": 0}
     lines = [json.dumps({**good, "arm": []}), json.dumps(good)]
