@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from sera_jax import compiling
 from sera_jax.checkpoint.code import versions
 from sera_jax.checkpoint.phases import file_digest, write_json, write_jsonl
 from sera_jax.data.asked import read_asked
@@ -101,17 +102,22 @@ def _answer(
         progress.update(done, tokens=tokens - before)
         before = tokens
 
-    progress.start("answers", len(items) * args.num_samples)
+    progress.say(f"reading the parameters of {args.checkpoint}")
+    params = saved.params(mesh)
+    count = len(items) * args.num_samples
+    progress.say(f"{count} answers of at most {sampling.max_new_tokens} tokens, {min(args.slots, count)} at a time")
+    progress.start("answers", count)
     try:
-        return generate(
-            saved.cfg,
-            saved.params(mesh),
-            Draws.of_items(items, args.num_samples, seed=args.seed, round=0),
-            sampling,
-            slots=args.slots,
-            mesh=mesh,
-            on_progress=update,
-        )
+        with compiling.said(progress.say):
+            return generate(
+                saved.cfg,
+                params,
+                Draws.of_items(items, args.num_samples, seed=args.seed, round=0),
+                sampling,
+                slots=args.slots,
+                mesh=mesh,
+                on_progress=update,
+            )
     finally:
         progress.finish()
 

@@ -29,7 +29,7 @@ LAYERS = [
     ["losses", "models", "data", "world", "checkpoint", "writer"],
     ["ops"],
     ["mesh"],
-    ["core", "config", "progress", "memory"],
+    ["core", "config", "progress", "memory", "compiling", "board"],
 ]
 SIBLINGS = {
     ("world", "data"),  # the embedded world makes the same records that real data becomes

@@ -18,12 +18,34 @@ from sera_jax.data.items import Item, PairItem
 from sera_jax.data.tokenizing import Tokenizer
 from sera_jax.evaluation import gold, heldout
 from sera_jax.evaluation.answers import coherent_facts, kl_facts, likelihood_facts, pattern_facts
+from sera_jax.evaluation.report import in_a_line
+from sera_jax.experiment.corpus import Corpus
+from sera_jax.experiment.phases import policy_in_words
 from sera_jax.loops.runtime import Policy, Runtime
 from sera_jax.loops.study import Gold
 from sera_jax.losses.preference import ResolvedLoss
 from sera_jax.sampling import Sample
 
 Answers = Sequence[Sample]  # one for each prompt
+
+
+def phases(
+    policy: str, corpus: Corpus, settings: EvalGroup, *, pairs: bool = False, base: bool = False, trained: bool = True
+) -> list[str]:
+    """What it takes to evaluate a policy, or, not `trained`, the answers of an arm that is none.
+
+    Args:
+        pairs: there is a loss whose reward ranks pairs. base: there is a base model that scores answers.
+    """
+    names = [f"{policy}/heldout", "sft/heldout"] if pairs and corpus.heldout and trained else []
+    if corpus.heldout_demonstrations and trained:
+        names.append(f"{policy}/heldout_demonstrations")
+    if corpus.eval_prompts:
+        names += [f"{policy}/generations"] if trained else []
+        drawn = trained and settings.temperature == 1.0 and policy != "sft"
+        scorers = ["sft", "base", *(["itself"] if drawn else [])] if base else []
+        names += [f"{policy}/generations_by_{scorer}" for scorer in scorers]
+    return names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +72,21 @@ class Evaluator:
     base: Policy | None = None
     demonstrations: Sequence[Item] = ()
     _generations: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict, init=False)
+    _said: set[str] = dataclasses.field(default_factory=set, init=False)
 
     def look_at(self, policy: Policy, round_: int) -> dict[str, Any]:
-        """The policy's facts after a round, without intervals; its first answers go to generations.jsonl."""
+        """The policy's facts after a round, without intervals, said in a line; its first answers go to
+        generations.jsonl."""
         self.show(policy)
-        return {name: value for name, value in self._facts(policy).items() if not name.endswith("_ci95")}
+        facts = {name: value for name, value in self.of_arm(policy).items() if not name.endswith("_ci95")}
+        self.say(policy.name, facts)
+        return facts
+
+    def say(self, name: str, facts: dict[str, Any]) -> None:
+        """The main facts of a policy, in a line for the user; once, as arms share the first round."""
+        if facts and name not in self._said:
+            self.run.writer.announce(f"held out, {policy_in_words(name)}: {in_a_line(facts)}")
+        self._said.add(name)
 
     def of_arm(self, policy: Policy) -> dict[str, Any]:
         """The same facts with their intervals and the win rate against the SFT model."""

@@ -22,11 +22,12 @@ State = TypeVar("State")
 
 
 class Span(NamedTuple):
-    """What the log counts the steps in: (phase, arm, round) of `MetricWriter.span`."""
+    """What the log counts the steps in: (phase, arm, round, before) of `MetricWriter.span`."""
 
     phase: str
     arm: str = ""
     round: int = 0
+    before: int = 0
 
 
 class Work(Protocol[State]):
@@ -124,8 +125,8 @@ def _repeat(run: Runtime, name: str, work: Work[State], state: State, checkpoint
         return Preempted(f"stopped in {name} after {work.unit} {number}; the same command goes on from there")
 
     done = work.done(state)
-    phase, arm, round_ = work.span
-    with run.writer.span(phase, arm=arm, round=round_, total_steps=work.steps, start_step=done):
+    phase, arm, round_, before = work.span
+    with run.writer.span(phase, arm=arm, round=round_, total_steps=work.steps, start_step=done, before=before):
         for number in range(done + 1, work.steps + 1):
             try:
                 state = work.step(state, number)

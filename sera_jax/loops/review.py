@@ -104,14 +104,18 @@ def scored(study: Study, candidates: Sequence[Candidates], sampled_by: Policy, p
     """The candidates with their log-probs under `policy` and, where the loss has one, under the reference."""
 
     def logps(scorer: Policy) -> list[np.ndarray]:
-        name = f"{sampled_by.name}/candidates_by_{scorer.name.replace('/', '-')}"
-        return study.run.score_candidates(name, scorer, candidates)
+        return study.run.score_candidates(scored_phase(sampled_by.name, scorer.name), scorer, candidates)
 
     reference = logps(study.sft) if study.loss.uses_reference else [None] * len(candidates)
     return [
         dataclasses.replace(c, logp=logp, ref_logp=ref)
         for c, logp, ref in zip(candidates, logps(policy), reference, strict=True)
     ]
+
+
+def scored_phase(sampled_by: str, scorer: str) -> str:
+    """The phase that scores the candidates of one policy by another."""
+    return f"{sampled_by}/candidates_by_{scorer.replace('/', '-')}"
 
 
 def pair_up(

@@ -9,9 +9,11 @@ from sera_jax.config import Config
 from sera_jax.evaluation import look, picture
 from sera_jax.evaluation.look import ArmLook
 from sera_jax.evaluation.report import ARM, GOLD, Report, interval, number, percent, plain, shares
-from sera_jax.experiment.corpus import of_pairs
+from sera_jax.experiment.corpus import Corpus, of_pairs
+from sera_jax.experiment.evaluator import phases as evaluated
 from sera_jax.experiment.method import Arm, Experiment, Method, Outcome, looks
 from sera_jax.loops.rewards import RANKINGS
+from sera_jax.loops.sera import phases as sera_phases
 from sera_jax.loops.sera import sera
 from sera_jax.loops.study import Study
 from sera_jax.losses.preference import ResolvedLoss, resolve
@@ -56,6 +58,19 @@ def run(given: Experiment) -> Outcome:
         rounds += facts
         arms[arm] = evaluator.of_arm(final[arm])
     return final, {"arms": arms, "rounds": rounds, "loss": loss.as_dict()}
+
+
+def phases(config: Config, corpus: Corpus) -> list[str]:
+    """Of every arm, and of the evaluation of its policies and of the SFT model."""
+    names, policies = [], ["sft"]
+    for arm in config.sera.arms:
+        settings = dataclasses.replace(config.sera, **ARMS[arm].how)
+        bootstraps = round(settings.bootstrap_fraction * len(corpus.train)) > 0 and bool(corpus.prompts)
+        uses_reference = loss_of(config).uses_reference
+        of_arm, trained = sera_phases(arm, settings, bootstraps=bootstraps, uses_reference=uses_reference)
+        names += of_arm
+        policies += trained
+    return [*names, *(name for policy in policies for name in evaluated(policy, corpus, config.eval, pairs=True))]
 
 
 def study_of(given: Experiment, loss: ResolvedLoss, evaluate: Any) -> Study:
@@ -189,6 +204,7 @@ SERA = Method(
     texts=("preference", ("train",)),
     read=of_pairs,
     needs_base=False,
+    phases=phases,
     run=run,
     report=REPORT,
 )
