@@ -235,7 +235,7 @@ def poison_the_last_update(patch, iteration):
 
 def test_an_iteration_that_is_not_finite_leaves_the_state_before_it(lab, tmp_path):
     """A fault that does not come again: the same command goes on as if nothing had been."""
-    assert MINI_BATCHES > 1 and lab.study.train.save_steps == 0
+    assert MINI_BATCHES > 1 and lab.study.train.save_steps > EVERY
     with pytest.MonkeyPatch.context() as patch:
         poison_the_last_update(patch, EVERY)
         for _ in range(2):  # the same command again says the same
