@@ -97,7 +97,7 @@ class Watch:
         if counts["clipped"] == STALLED:
             said.append(
                 f"val/clipfrac_avg has been above {CLIPPED} for {STALLED} iterations: config.ppo.cliprange_value="
-                f"{ppo.cliprange_value} (config.ppo.value_scale={ppo.value_scale}) holds most values back from their "
+                f"{ppo.cliprange_value} (config.ppo.value_scale={ppo.value_scale}) holds the critic back from its "
                 "returns; raise it, or unset it (--config.ppo.cliprange_value=None)"
             )
         if pays and counts["running_on"] == 1:

@@ -105,7 +105,7 @@ class _Iterations:
 
     def notes(self, state: PpoState, number: int) -> dict[str, Any]:
         """Nothing waits, but what was counted for the warnings."""
-        return self.watch.counts
+        return dict(self.watch.counts)
 
     def take(self, notes: dict[str, Any]) -> None:
         self.watch.counts = notes
