@@ -221,8 +221,10 @@ class PpoGroup:
         rollouts.
     prompt_overlap: share of each iteration's prompts taken from the SFT demonstrations; the rest are those of
         `data.prompts` that no demonstration has.
-    gamma, lam: of GAE. cliprange, cliprange_value: of PPO's losses. whiten_advantages: over an iteration's real
-        tokens.
+    gamma, lam: of GAE. cliprange: of the policy loss. whiten_advantages: over an iteration's real tokens.
+    value_scale: the unit of the value loss and its clip: `returns` (the root mean square of all tokens' returns so far,
+        the iteration's own included) or `none` (that of the reward). cliprange_value: how far a value may move in an
+        iteration before its gradient is cut, in that unit; unset: it is never cut.
     kl_coef: weight of the KL to the SFT model; kl_in: `reward` (per token) or `loss`; kl_estimator: k1, k2 or k3;
         kl_controller: `fixed`, or `adaptive` towards kl_target nats per response over kl_horizon responses (read
         then).
@@ -248,7 +250,8 @@ class PpoGroup:
     gamma: float = within(1.0, 0, 1)
     lam: float = within(0.95, 0, 1)
     cliprange: float = above(0.2, 0, 1)
-    cliprange_value: float = above(0.2, 0)
+    value_scale: str = one_of("returns", "none")
+    cliprange_value: float | None = above(None, 0)
     whiten_advantages: bool = True
     entropy_coef: float = at_least(0.0, 0)
     kl_coef: float = at_least(0.05, 0)

@@ -135,6 +135,10 @@ def _repeat(run: Runtime, name: str, work: Work[State], state: State, checkpoint
                     save(*error.good)
                 elif _is_whole(state):
                     save(state, number - 1)
+                else:
+                    last = checkpoints.latest_step()
+                    newest = "none" if last is None else f"{work.unit} {last}"
+                    raise NonFinite(f"{error}. Newest checkpoint of {name}: {newest}") from None
                 raise
             except (Preempted, ValueError) as error:
                 if _is_whole(state):  # the step came to nothing before it took the state apart

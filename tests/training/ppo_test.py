@@ -49,7 +49,7 @@ CFG = ModelConfig(
 )
 UNTIED = dataclasses.replace(CFG, tie_word_embeddings=False)
 R, T, SPEC = 16, 32, RowSpec(32, 24, 8)
-CLIP, VF, ENTROPY = 0.2, 0.3, 0.05
+CLIP, VF, ENTROPY, SCALE = 0.2, 0.3, 0.05, 2.0
 FIELDS = ("old_logp", "sft_logp", "advantage", "old_value", "returns")
 HOW = dict(window=T, chunk_tokens=1024, cliprange=CLIP)
 OBJECTIVES = {
@@ -167,7 +167,12 @@ def drawn():
 def experience(packed, kl_coef=0.0, **fields):
     """The drawn experience in this layout, with some fields replaced by laid ones f32[R, M]."""
     laid = {name: lay_token_values(packed, values) for name, values in drawn().items()}
-    return Experience(rows=packed.rows, **laid | fields, kl_coef=np.full(R, kl_coef, np.float32))
+    return Experience(
+        rows=packed.rows,
+        **laid | fields,
+        kl_coef=np.full(R, kl_coef, np.float32),
+        value_scale=np.full(R, SCALE, np.float32),
+    )
 
 
 @functools.cache
@@ -265,8 +270,8 @@ def test_the_critic_is_plainly_regressed_on_the_returns_where_nothing_is_cut():
     batch = experience(packed, old_value=value)
     error = np.where(used(packed), value.astype(np.float64) - batch.returns, 0.0)
     got, metrics = update("value", batch)
-    close(got, reference("value", packed, error / TOKENS), "microbatch")
-    np.testing.assert_allclose(metrics["loss/value_avg"].value(), np.sum(error**2) / 2 / TOKENS, rtol=1e-5)
+    close(got, reference("value", packed, error / SCALE**2 / TOKENS), "microbatch")
+    np.testing.assert_allclose(metrics["loss/value_avg"].value(), np.sum((error / SCALE) ** 2) / 2 / TOKENS, rtol=1e-5)
     assert metrics["val/clipfrac_avg"].total == 0
     assert metrics["loss"].total == metrics["loss/value_avg"].total and metrics["loss"].weight == TOKENS
 
@@ -274,7 +279,7 @@ def test_the_critic_is_plainly_regressed_on_the_returns_where_nothing_is_cut():
 def test_a_value_that_is_cut_has_no_slope():
     packed = lay()
     batch = experience(packed)
-    cases = np.vectorize(lambda *x: ppo_oracles.value_loss(*x, CLIP))(
+    cases = np.vectorize(lambda *x: ppo_oracles.value_loss(*x, CLIP, SCALE))(
         told(packed, "value"), batch.old_value, batch.returns
     )
     loss, slope = (np.where(used(packed), x, 0.0) for x in cases)
@@ -297,7 +302,7 @@ def test_the_joint_gradient_is_the_policys_and_vf_coef_times_the_values_on_the_s
     got, metrics = update("joint", batch)
     of_entropy, alone = update("joint", only_entropy())
     of_policy = reference("logp", packed, -batch.advantage / TOKENS)
-    of_value = reference("value", packed, np.where(used(packed), value - batch.returns, 0.0) / TOKENS)
+    of_value = reference("value", packed, np.where(used(packed), value - batch.returns, 0.0) / SCALE**2 / TOKENS)
     close(got, added((1.0, of_policy), (VF, of_value), (1.0, of_entropy)), "microbatch")
     trunk = without_value_head(of_value)
     assert all(np.abs(x).max() > 1e-3 for x in jax.tree.leaves(trunk))  # the value reaches all of the trunk
@@ -322,7 +327,7 @@ def test_the_warm_up_of_a_head_moves_nothing_else():
     value = told(packed, "value")
     batch = experience(packed, old_value=value)
     got, metrics = update("head", batch)
-    of_value = reference("value", packed, np.where(used(packed), value - batch.returns, 0.0) / TOKENS)
+    of_value = reference("value", packed, np.where(used(packed), value - batch.returns, 0.0) / SCALE**2 / TOKENS)
     np.testing.assert_allclose(got[HEAD], of_value[HEAD], rtol=1e-4, atol=1e-6)
     assert got[HEAD].all()
     assert not any(x.any() for x in jax.tree.leaves(without_value_head(got)))
