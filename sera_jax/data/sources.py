@@ -30,6 +30,7 @@ LFS_PREFIX = b"version https://git-lfs.github.com/spec/"
 GZIP_MAGIC = b"\x1f\x8b"
 PARQUET_MAGIC = b"PAR1"
 MAX_ROW_BYTES = 4 << 20  # about a million tokens: a mistake in the file, not a row to train on
+MAX_DEPTH = 100  # lists and objects within one another; Python's own recursion ends at some 900
 MAX_WEIGHT = 100.0
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 _READ_AT_ONCE = 1024
@@ -130,11 +131,17 @@ class JsonlSource(Source):
         if not text.strip():
             return RawRow(self.path, line, None, "blank_line")
         try:
-            value = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            value = json.loads(text, object_pairs_hook=_each_once)
+        except _Twice as error:
+            return RawRow(self.path, line, None, "duplicate_field", f"{str(error)[:60]!r}")
+        except RecursionError:
+            return RawRow(self.path, line, None, "deep_row", f"{text[:60]!r}")
+        except ValueError as error:
             return RawRow(self.path, line, None, "invalid_json", f"{error} in {text[:60]!r}")
         if not isinstance(value, dict):
             return RawRow(self.path, line, None, "not_an_object", f"a JSON {type(value).__name__}: {text[:60]!r}")
+        if text.count("[") + text.count("{") > MAX_DEPTH and _is_deep(value):
+            return RawRow(self.path, line, None, "deep_row", f"{text[:60]!r}")
         return RawRow(self.path, line, value)
 
 
@@ -316,6 +323,27 @@ def _open_tfds(spec: str, field: str) -> TfdsSource:
             "set TFDS_DATA_DIR to where it is prepared"
         ) from error
     return TfdsSource(builder, split, spec)
+
+
+class _Twice(ValueError):
+    """A field stands twice in an object: which of its values is meant?"""
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _Twice(next(name for place, (name, _) in enumerate(pairs) if name in dict(pairs[:place])))
+    return found
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [part for v in level for part in (v.values() if isinstance(v, dict) else v)]
+        level = [part for part in level if isinstance(part, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def _lfs_failure(path: str) -> RawRow:
