@@ -179,10 +179,17 @@ class ParquetSource(Source):
     def rows(self, indices: Sequence[int] | np.ndarray) -> Iterator[RawRow]:
         for index in indices:
             group = int(np.searchsorted(self._stops, index, side="right"))
-            if group != self._group:
-                self._table, self._group = self._file.read_row_group(group), group
             first = int(self._stops[group - 1]) if group else 0
-            yield _row_of(self.path, index + 1, self._table.slice(index - first, 1).to_pylist()[0])
+            try:
+                if group != self._group:
+                    self._table, self._group = self._file.read_row_group(group), group
+                (value,) = self._table.slice(index - first, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                yield _not_text(self.path, index + 1, error)
+            except (ValueError, OSError) as error:  # as pyarrow names damage
+                yield RawRow(self.path, index + 1, None, "corrupt_parquet", str(error))
+            else:
+                yield _row_of(self.path, index + 1, value)
 
 
 class TfdsSource(Source):
@@ -354,7 +361,11 @@ def _row_of(path: str, line: int, value: dict[str, Any]) -> RawRow:
     try:
         return RawRow(path, line, _plain(value))
     except UnicodeDecodeError as error:
-        return RawRow(path, line, None, "non_utf8", f"byte {error.object[error.start]:#04x} of a text field")
+        return _not_text(path, line, error)
+
+
+def _not_text(path: str, line: int, error: UnicodeDecodeError) -> RawRow:
+    return RawRow(path, line, None, "non_utf8", f"byte {error.object[error.start]:#04x} of a text field")
 
 
 def _plain(value: Any) -> Any:
