@@ -8,8 +8,7 @@ from typing import Any
 
 from sera_jax.config import Config, groups
 
-# A number out of its range that another rule refuses first, or that is a word of the command line.
-WRONG_TYPES = {int: ("x", "1.5", "", "0x1"), float: ("x", "nan", "inf", ""), bool: ("maybe", "2", "")}
+WRONG_TYPES = {int: ("x", "1.5", "", "1e3"), float: ("x", "nan", "inf", ""), bool: ("maybe", "2", "")}
 
 
 def fields(kind: Any = Config, prefix: str = "") -> list[tuple[str, Any, Any]]:
@@ -49,7 +48,6 @@ def by_hand(folder: pathlib.Path) -> list[list[str]]:
         "dict.py": "def get_config():\n    return {'workdir': 'x'}\n",
         "takes.py": "def get_config(variant):\n    return variant\n",
         "without.py": "seed = 1\n",
-        "exits.py": "import sys\nsys.exit(7)\n",
         "empty.jsonl": "",
         "blank.jsonl": "\n\n",
         "bad.jsonl": "{\n" * 9,
@@ -66,7 +64,7 @@ def by_hand(folder: pathlib.Path) -> list[list[str]]:
     (folder / "model" / "config.json").write_text('{"model_type": "gpt2"}')
     (folder / "half").mkdir()
     (folder / "half" / "config.json").write_text('{"model_type": ')
-    flags = NAMES + VALUES + CONTRADICTIONS
+    flags = NAMES + VALUES + CONTRADICTIONS + [f"--config.{field}=1000000000" for field in ABSURD.split()]
     flags += [f"--config.{line}".replace("DIR", str(folder)) for line in FILES.split()]
     flags += [f"--config={folder / name}" for name in files if name.endswith(".py")]
     flags += [f"--config={folder}", f"--config={folder / 'binary.py'}", "--config=", "--config=configs/absent.py"]
@@ -149,10 +147,14 @@ CONTRADICTIONS = [
     "--config.model.num_attention_heads=3",
     "--config.model.head_dim=33",
     "--config.model.max_position_embeddings=64",
-    "--config.data.share_prompt=False",
     "--config.model.vocab_size=0",
     "--config.model.vocab_size=5",
 ]
+ABSURD = """
+    sampling.slots sampling.max_new_tokens eval.max_new_tokens sera.num_samples data.row_tokens data.row_multiple
+    data.max_prompt_length data.max_completion_length model.hidden_size model.intermediate_size model.num_hidden_layers
+    model.num_attention_heads model.head_dim model.vocab_size train.gradient_accumulation_steps mesh.tensor
+"""
 FILES = """
     data.train=absent.jsonl data.train=DIR data.train=DIR/model data.train=DIR/empty.jsonl data.train=DIR/blank.jsonl
     data.train=DIR/bad.jsonl data.train=DIR/array.jsonl data.train=DIR/rows.txt data.train=DIR/cut.jsonl.gz

@@ -12,16 +12,13 @@ from tests.wrong_configs import by_hand, of_metadata
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ROW = {"prompt": "Name a tree.", "chosen": "An oak.", "rejected": "Sand."}
-BASE = ["--config=configs/base.py", "--config.workdir=WORKDIR", "--config.data.train=ROWS", "--config.model.vocab_size=300"]  # fmt: skip
 
 
 def answers(lines, module="sera_jax.main"):
     """(exit code, standard error) of every command line."""
     command = [sys.executable, str(ROOT / "tests" / "forked.py")]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-    done = subprocess.run(
-        command, cwd=ROOT, env=env, input=json.dumps([module, lines]), capture_output=True, text=True
-    )
+    done = subprocess.run(command, cwd=ROOT, env=env, input=json.dumps([module, lines]), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -39,11 +36,14 @@ def campaign(folder, *, every=1):
     """The answers to all wrong command lines, or to some of them."""
     given = [*([flag] for flag in of_metadata()), *by_hand(folder)][::every]
     (folder / "rows.jsonl").write_text("".join(json.dumps({**ROW, "prompt": f"Tree {n}?"}) + "\n" for n in range(40)))
-    base = [part.replace("WORKDIR", str(folder / "run")).replace("ROWS", str(folder / "rows.jsonl")) for part in BASE]
-    lines = [[*base, *flags] for flags in given]
+    lines = []
+    for number, flags in enumerate(given):
+        base = [] if flags[0].startswith("--config=") else ["--config=configs/base.py", "--config.model.vocab_size=300"]
+        base += [f"--config.workdir={folder / 'runs' / str(number)}", f"--config.data.train={folder / 'rows.jsonl'}"]
+        lines.append([*base, *flags])
     failed = {" ".join(f)[:200]: wrong(a) for f, a in zip(given, answers(lines), strict=True) if wrong(a)}
     assert not failed, "\n\n".join(f"{flags}\n{why}" for flags, why in failed.items())
-    assert not list(folder.glob("run/checkpoints/*"))
+    assert not list(folder.glob("runs/*/checkpoints/*"))
     return len(given)
 
 

@@ -117,7 +117,9 @@ def spoil(line: bytes, r: random.Random) -> bytes:
     if kind == 6:
         return r.choice([b"[", b"{"]) * r.choice([3, 500, 100_000])
     if kind == 7:
-        return b'{"prompt": "a", "response": "b", "chosen": "c", "rejected": "d", "n": ' + b"[" * 995 + b"]" * 995 + b"}"
+        return (
+            b'{"prompt": "a", "response": "b", "chosen": "c", "rejected": "d", "n": ' + b"[" * 995 + b"]" * 995 + b"}"
+        )
     return r.choice([b"", b"  ", b"null", b"NaN", b"[1]", b'"a"', b"{}", b"9" * 5000, b"'a'", b"\x00", line + line])
 
 

@@ -10,7 +10,15 @@ import types
 
 import pytest
 
-from sera_jax.data.sources import MAX_DEPTH, MAX_ROW_BYTES, TfdsSource, content_hash, open_source, parse_mixture, read_rows
+from sera_jax.data.sources import (
+    MAX_DEPTH,
+    MAX_ROW_BYTES,
+    TfdsSource,
+    content_hash,
+    open_source,
+    parse_mixture,
+    read_rows,
+)
 
 ROWS = [{"prompt": f"p{i}", "chosen": "é" * i, "rejected": "no\u2028line"} for i in range(7)]
 
@@ -183,7 +191,7 @@ def test_reading_starts_no_device_and_imports_no_other_framework():
 def test_a_field_that_stands_twice_and_nesting_without_end_are_refused_under_reasons_of_their_own(tmp_path):
     path = tmp_path / "a.jsonl"
     twice = ['{"a": 1, "a": 1}', '{"a": [{"b": 1, "\\u0062": 2}]}']
-    deep = ['{"a": %s1%s}' % ("[" * n, "]" * n) for n in (MAX_DEPTH - 1, MAX_DEPTH, 900, 100_000)]
+    deep = ['{"a": ' + "[" * n + "]" * n + "}" for n in (MAX_DEPTH - 1, MAX_DEPTH, 900, 100_000)]
     path.write_text("\n".join([*twice, *deep, '{"a": "%s"}' % ("[" * 500)]))
     expected = ["duplicate_field", "duplicate_field", None, "deep_row", "deep_row", "deep_row", None]
     assert [row.error for row in read_rows(str(path))] == expected
