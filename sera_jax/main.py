@@ -121,7 +121,7 @@ def _of_config_file(error: Exception) -> str:
         words = f"{words[: MAX_WORDS // 2]} ... {words[-MAX_WORDS // 2 :]}"
     given = [argument.split("=", 1)[1] for argument in sys.argv if argument.startswith("--config=")]
     if isinstance(error, SyntaxError):
-        return f"{error.filename or given[-1]}:{error.lineno or 1}: {error.msg}"
+        return f"{error.filename or (given or ['--config'])[-1]}:{error.lineno or 1}: {error.msg}"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in given]
     if frames:
         return f"{frames[-1].filename}:{frames[-1].lineno}: {type(error).__name__}: {words}"

@@ -12,6 +12,7 @@ source's `failure`. The spec of a source is one of
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import gzip
 import hashlib
@@ -165,7 +166,7 @@ class ParquetSource(Source):
             try:
                 self._file = pyarrow.parquet.ParquetFile(path)
                 groups = [self._file.metadata.row_group(g).num_rows for g in range(self._file.num_row_groups)]
-            except (pyarrow.ArrowInvalid, OSError) as error:
+            except (pyarrow.ArrowException, OSError) as error:
                 self.failure = RawRow(path, 1, None, "corrupt_parquet", str(error))
         self._stops = np.cumsum(groups, dtype=np.int64)
         if self.failure is None and not len(self):
@@ -180,16 +181,25 @@ class ParquetSource(Source):
         for index in indices:
             group = int(np.searchsorted(self._stops, index, side="right"))
             first = int(self._stops[group - 1]) if group else 0
+            if group != self._group:
+                self._table, self._group = self._read(group), group
             try:
-                if group != self._group:
-                    self._table, self._group = self._file.read_row_group(group), group
+                if isinstance(self._table, Exception):
+                    raise self._table
                 (value,) = self._table.slice(index - first, 1).to_pylist()
             except UnicodeDecodeError as error:
                 yield _not_text(self.path, index + 1, error)
-            except (ValueError, OSError) as error:  # as pyarrow names damage
+            except (ValueError, OSError, NotImplementedError) as error:  # as pyarrow names damage
                 yield RawRow(self.path, index + 1, None, "corrupt_parquet", str(error))
             else:
                 yield _row_of(self.path, index + 1, value)
+
+    def _read(self, group: int) -> Any:
+        """The group's table, or why it cannot be read: asked once, not for each of its rows."""
+        try:
+            return self._file.read_row_group(group)
+        except (ValueError, OSError, NotImplementedError) as error:
+            return error
 
 
 class TfdsSource(Source):
@@ -339,7 +349,8 @@ class _Twice(ValueError):
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise _Twice(next(name for place, (name, _) in enumerate(pairs) if name in dict(pairs[:place])))
+        counts = collections.Counter(name for name, _ in pairs)
+        raise _Twice(next(name for name, count in counts.items() if count > 1))
     return found
 
 

@@ -56,7 +56,8 @@ def batches_in_words(config: Config, corpus: Corpus) -> list[str]:
     }
     sizes = {name: getattr(config, name).batch_size for name in groups}
     return [
-        f"config.{name}.batch_size={sizes[name]} is more than the {len(rows)} {what}: every update takes all of them"
+        f"config.{name}.batch_size={sizes[name]} is more than the {len(rows)} {what} there are: "
+        "every update takes all of them"
         for name, (rows, what) in groups.items()
         if rows and sizes[name] > len(rows)
     ]
@@ -84,15 +85,18 @@ def _least_model(config: Config) -> ModelConfig:
 
 
 def _check_model(config: Config, cfg: ModelConfig, have: int | None, copies: int) -> None:
-    """Parameters, gradients and the optimiser's state, one copy on each part of `mesh.data`."""
-    each = jnp.dtype(cfg.param_dtype).itemsize + 4 + 4 * MOMENTS[config.train.optim]
+    """Parameters, and for SFT, where it is run, gradients and optimiser; one copy on each part of `mesh.data`."""
+    each, what = jnp.dtype(cfg.param_dtype).itemsize, ""
+    if not config.model.sft_model_path:
+        each = 2 * each + 4 * MOMENTS[config.sft.optim]
+        what = f" with gradients and the state of {config.sft.optim}"
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
     shape = ", ".join(f"{name}={getattr(cfg, name)}" for name in names)
     memory.refuse_beyond(
         have,
         copies * parameter_count(cfg) * each,
         f"config.model.model_name_or_path={_folder(config)!r}" if _folder(config) else f"config.model: {shape}",
-        f"{parameter_count(cfg):,} parameters with gradients and the state of {config.train.optim},",
+        f"{parameter_count(cfg):,} parameters{what}, at least",
         where="the devices",
         way_out="train a smaller model, lower config.mesh.data (a copy on each), or take more devices",
     )

@@ -1,14 +1,23 @@
 """Sizes that no machine holds are refused from the config alone; what could run is not."""
 
+import dataclasses
+import importlib
+import types
+
 import jax
+import numpy as np
 import pytest
 
 from sera_jax import memory
-from sera_jax.config import parse_fields
-from sera_jax.experiment.needs import check_memory, parameter_count
+from sera_jax.config import TrainGroup, parse_fields
+from sera_jax.data.planning import choose_sizes
+from sera_jax.experiment.needs import batches_in_words, check_memory, parameter_count
 from sera_jax.mesh import make_mesh
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import abstract_params
+from sera_jax.sampling import Draws, SamplingParams, generate
+from sera_jax.training.optimizer import make_optimizer
+from tests.config_test import SRPPO, refused
 from tests.loops.tiny import tiny_config
 
 GIB = 2**30
@@ -67,13 +76,35 @@ def test_nothing_is_refused_where_the_memory_is_unknown_or_enough(path, tmp_path
     ],
 )
 def test_more_answers_than_the_host_can_hold_are_refused_when_the_config_is_read(path, changes, have):
-    from tests.config_test import SRPPO, refused
-
     have(24 * GIB)
     base = SRPPO if changes else {}
     assert f"config.{path}=1000000000: 1000000000 answers at a time, at least 372.5 GiB, more than" in refused(
         **{**base, **changes, path.replace(".", "__"): 10**9}
     )
+
+
+def test_a_sampler_refuses_a_cache_and_answers_that_cannot_fit_before_it_compiles(have):
+    cfg = ModelConfig()
+    draws = Draws([np.array([1, 2])], [0])
+    have(GIB)
+    for changes, slots, words in (
+        ({}, 10**9, "slots=1000000000 and max_new_tokens=128: a decode cache of"),
+        ({"num_samples": 10**9}, 1, "num_samples=1000000000 to each of 1 prompts: 1000000000 answers at a time"),
+    ):
+        with pytest.raises(memory.OutOfMemory, match=words):
+            generate(cfg, None, dataclasses.replace(draws, **changes), SamplingParams(stop_ids=(2,)), slots=slots)
+
+
+def test_a_batch_larger_than_its_data_is_said(tmp_path):
+    corpus = types.SimpleNamespace(pretrain=[], demonstrations=[0] * 16, train=[0] * 15)
+    (line,) = batches_in_words(tiny_config(tmp_path, pretrain__batch_size=99), corpus)
+    assert line == "config.train.batch_size=16 is more than the 15 pairs there are: every update takes all of them"
+
+
+def test_more_updates_than_are_counted_are_refused_and_more_shapes_than_there_are_cost_nothing():
+    with pytest.raises(ValueError, match=r"2147483648 updates .* num_train_epochs=7"):
+        make_optimizer(TrainGroup(num_train_epochs=7), 2**31)
+    assert choose_sizes([3, 5, 5], multiple=1, most=10**9) == (3, 5)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -84,8 +115,6 @@ def test_parameters_are_counted_as_the_decoder_makes_them(tied):
 
 @pytest.mark.parametrize("name", ["llama_dpo", "llama_srppo"])
 def test_the_shipped_pod_configs_are_not_refused_by_a_pod(name, monkeypatch):
-    import importlib
-
     raw = importlib.import_module(f"configs.{name}").get_config()
     raw.workdir, raw.model.model_name_or_path = "runs/x", ""
     raw.model.update(
