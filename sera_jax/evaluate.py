@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from sera_jax import compiling, world
+from sera_jax import compiling, memory, world
 from sera_jax.checkpoint import Workdir
 from sera_jax.checkpoint.phases import file_digest, write_json
 from sera_jax.config import EvalGroup, SamplingGroup
@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line, evaluate, print the facts as JSON; 2 where something is refused."""
     args = _parser().parse_args(argv)
     try:
-        facts = _run(args)
+        with memory.named(f"evaluating --checkpoint={args.checkpoint}", memory.WAY_OUT):
+            facts = _run(args)
     except (ValueError, OSError) as error:
         words = str(error).replace("--config.workdir", "--out").replace("config.workdir", "--out")
         print(f"error: {words}", file=sys.stderr)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from sera_jax import compiling
+from sera_jax import compiling, memory
 from sera_jax.checkpoint.code import versions
 from sera_jax.checkpoint.phases import file_digest, write_json, write_jsonl
 from sera_jax.data.asked import read_asked
@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line and answer every prompt; 2 where something is refused."""
     args = _parser().parse_args(argv)
     try:
-        _run(args)
+        with memory.named(f"answering --prompts={args.prompts}", memory.WAY_OUT):
+            _run(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -217,7 +217,8 @@ class Workdir:
             shutil.rmtree(torn, ignore_errors=True)
             torn.mkdir(parents=True)
             start = time.monotonic()
-            produce(torn)
+            with memory.named(f"phase {name}", memory.WAY_OUT):
+                produce(torn)
             memory.trim()
             manifest = {
                 "inputs": inputs,

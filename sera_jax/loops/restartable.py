@@ -18,6 +18,10 @@ from sera_jax import memory
 from sera_jax.checkpoint import Checkpoints, Product, save_tree
 from sera_jax.loops.runtime import NonFinite, Preempted, Runtime
 
+LOWER = (
+    "set config.model.remat='full', raise config.train.gradient_accumulation_steps, lower config.data.row_tokens, "
+    "config.train.batch_size or the model's size, or take more devices (config.mesh)"
+)
 State = TypeVar("State")
 
 
@@ -93,7 +97,12 @@ def run_to_end(run: Runtime, name: str, inputs: dict[str, Any], begin: Callable[
         Preempted: when asked to stop; everything is saved.
         NonFinite, ValueError: as the work's steps; the last whole state is saved.
     """
-    return run.workdir.phase(name, inputs, lambda folder: _produce(run, name, inputs, begin(), folder))
+
+    def produce(folder: pathlib.Path) -> None:
+        with memory.named(name, LOWER):
+            _produce(run, name, inputs, begin(), folder)
+
+    return run.workdir.phase(name, inputs, produce)
 
 
 def _produce(run: Runtime, name: str, inputs: dict[str, Any], work: Work[State], folder: pathlib.Path) -> None:

@@ -10,6 +10,8 @@ import optax
 
 from sera_jax.config import TrainGroup
 
+MAX_STEPS = 2**31 - 1
+
 
 def schedule(group: TrainGroup, total_steps: int) -> optax.Schedule:
     """Learning rate by update: linear warm-up over `warmup_ratio` of all updates, then constant, linear or cosine."""
@@ -65,7 +67,16 @@ def apply_gradients(
 
 
 def make_optimizer(group: TrainGroup, total_steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then the optimiser of a TrainGroup, over a schedule of `total_steps` updates."""
+    """Clipping by global norm, then the optimiser of a TrainGroup, over a schedule of `total_steps` updates.
+
+    Raises:
+        ValueError: there are more updates than a 32-bit integer counts.
+    """
+    if total_steps > MAX_STEPS:
+        raise ValueError(
+            f"{total_steps} updates are more than are counted ({MAX_STEPS}); lower num_train_epochs="
+            f"{group.num_train_epochs} or max_steps={group.max_steps}, or what multiplies them (rounds, iterations)"
+        )
     rate = schedule(group, total_steps)
     if group.optim == "adamw":
         rule = optax.adamw(

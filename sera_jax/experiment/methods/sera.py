@@ -17,6 +17,7 @@ from sera_jax.loops.sera import phases as sera_phases
 from sera_jax.loops.sera import sera
 from sera_jax.loops.study import Study
 from sera_jax.losses.preference import ResolvedLoss, resolve
+from sera_jax.sampling.engine import check_answers
 
 # An arm is `sera` with these fields of its group changed.
 ARMS = {
@@ -130,8 +131,9 @@ def check_pairs(config: Config) -> None:
 
 
 def check_sampled_pairs(config: Config) -> None:
-    """Of every method that pairs its own samples: a pair fits a row."""
+    """Of every method that pairs its own samples: the host holds the samples of a prompt, and a pair fits a row."""
     data, sampling = config.data, config.sampling
+    check_answers(config.sera.num_samples, f"config.sera.num_samples={config.sera.num_samples}")
     prompts = 1 if data.share_prompt else 2
     longest = prompts * data.max_prompt_length + 2 * sampling.max_new_tokens
     if longest > data.row_tokens:
