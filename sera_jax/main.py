@@ -12,19 +12,15 @@ import errno
 import functools
 import logging
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable
-from types import FrameType
 
 from absl import app, flags
 from ml_collections import config_flags
 
 from sera_jax.config import last_overrides
-
-EXIT_REFUSED = 2
-EXIT_PREEMPTED = 75
+from sera_jax.stop import EXIT_PREEMPTED, EXIT_REFUSED, StopOnSignal
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="A file of configs/; override its fields with --config.a.b=value."
@@ -35,24 +31,11 @@ _OTHER_VERSIONS = flags.DEFINE_bool(
     False,
     "Go on with a work directory of another numerics version or minor release of jax, flax or optax; it is recorded.",
 )
-
-
-class StopOnSignal:
-    """Called, says whether SIGTERM or SIGINT came; a second SIGINT interrupts at once."""
-
-    def __init__(self) -> None:
-        self._asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
-
-    def __call__(self) -> bool:
-        return self._asked
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._asked = True
-        print("\nstopping at the next safe point ...", file=sys.stderr, flush=True)
+_SHARED_PHASES = flags.DEFINE_string(
+    "shared_phases",
+    "",
+    "A folder of phases up to the SFT model: what lies there is taken instead of made, what is made is left there.",
+)
 
 
 def main(argv: list[str], *, stop_requested: Callable[[], bool] = lambda: False) -> None:
@@ -69,7 +52,12 @@ def main(argv: list[str], *, stop_requested: Callable[[], bool] = lambda: False)
     try:
         if stop_requested():
             raise Preempted("stopped before anything was done; the same command starts it")
-        experiment.run(parse(_CONFIG.value), stop_requested=stop_requested, allow_other_versions=_OTHER_VERSIONS.value)
+        experiment.run(
+            parse(_CONFIG.value),
+            stop_requested=stop_requested,
+            allow_other_versions=_OTHER_VERSIONS.value,
+            shared_phases=_SHARED_PHASES.value,
+        )
     except (ValueError, OSError) as error:
         if _TRACEBACK.value:
             raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import pathlib
 import resource
 import sys
@@ -9,9 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from sera_jax import config as config_lib
 from sera_jax.checkpoint import Workdir
+from sera_jax.checkpoint.shared import SharedPhases
 from sera_jax.config import Config
 from sera_jax.data.packing import Layout
 from sera_jax.evaluation import report
@@ -21,20 +25,25 @@ from sera_jax.experiment.ends import end_ids, ends_in_words
 from sera_jax.experiment.method import Experiment
 from sera_jax.experiment.methods import METHODS
 from sera_jax.experiment.saved import describe, export
-from sera_jax.experiment.start import params_sha256, starting_policy
+from sera_jax.experiment.start import START_PHASES, params_sha256, starting_policy
 from sera_jax.loops.runtime import Policy, Runtime
 from sera_jax.mesh import make_mesh, row_shards
 from sera_jax.writer import MetricWriter
 
 
 def run(
-    config: Config, *, stop_requested: Callable[[], bool] = lambda: False, allow_other_versions: bool = False
+    config: Config,
+    *,
+    stop_requested: Callable[[], bool] = lambda: False,
+    allow_other_versions: bool = False,
+    shared_phases: str = "",
 ) -> dict[str, Any]:
     """Run, or go on with, the experiment of `config`; returns the summary that it also writes to the work directory.
 
     Args:
         stop_requested: asked between steps; True stops with everything saved.
         allow_other_versions: go on with what other versions made (`Workdir`).
+        shared_phases: a folder where the phases up to the SFT model are looked for, and left for other runs; "": none.
 
     Raises:
         ValueError: what was asked for cannot be done; the message says the way out.
@@ -44,6 +53,8 @@ def run(
     root = pathlib.Path(config.workdir)
     workdir = Workdir(root, config_lib.to_dict(config), allow_other_versions=allow_other_versions)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    if shared_phases:
+        workdir.shared = SharedPhases(pathlib.Path(shared_phases), START_PHASES, _besides_inputs(config, mesh))
     with MetricWriter(root, tensorboard=config.log.tensorboard) as writer, jax.set_mesh(mesh):
         for note in workdir.notes:
             writer.announce(note)
@@ -74,6 +85,8 @@ def run(
         )
         describe(root, cfg, corpus.tokenizer, base_folder, sft_folder)
         base, start = starting_policy(config, runtime, corpus, make_base)
+        if workdir.taken:
+            writer.announce(f"taken from {shared_phases}: {', '.join(workdir.taken)}")
         final, facts = method.run(Experiment(config, runtime, corpus, start, base))
         summary = {
             **facts,
@@ -111,6 +124,19 @@ def finish(config: Config, shown: Report, runtime: Runtime, final: dict[str, Pol
             )
             say(f"Hugging Face checkpoint of {arm}: {out}")
     say(f"summary: {root / 'summary.json'}")
+
+
+def _besides_inputs(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """What a trained model's bytes depend on besides the inputs of its phase: how rows are laid out, which is the same
+    within a work directory, and the machine, which sets the order of sums."""
+    layout = ("share_prompt", "row_multiple", "max_row_shapes")
+    return {
+        "model": dataclasses.asdict(config.model),
+        "layout": {name: getattr(config.data, name) for name in layout},
+        "mesh": dict(mesh.shape),
+        "device": mesh.devices.flat[0].device_kind,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
 
 
 def peak_memory_bytes() -> int:
