@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import itertools
+import os
 import pathlib
 import re
 import traceback
@@ -24,7 +25,7 @@ from sera_jax.experiment.methods import parse
 _START = ("method", "seed", "world", "model", "data", "pretrain", "sft", "mesh")  # what the SFT model is made from
 _COMPUTES = ("numerics", "jax", "flax", "optax")  # versions that runs of one study share
 _NO_NAME = re.compile(r"[^-+.\w]")  # what neither a folder's name nor a part of a setting's holds
-_FIXED = ("seed", "workdir", "log.report")  # fields that the study itself sets
+_FIXED = ("seed", "workdir")  # fields that the study itself sets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +121,8 @@ def expand(study: Study) -> list[Run]:
     """
     if not study.seeds or len(set(study.seeds)) != len(study.seeds):
         raise ValueError(f"config.seeds={tuple(study.seeds)!r}; give one at least, and each once")
-    runs = [_run(study, *cell, seed) for cell in _cells(study) for seed in study.seeds]
+    code = versions()
+    runs = [_run(study, *cell, seed, code) for cell in _cells(study) for seed in study.seeds]
     if not runs:
         raise ValueError("the study has no run: a field of its grid has no value, or it has no setting")
     for what, of in (("name", lambda run: run.name), ("config", lambda run: (run.identity, run.seed))):
@@ -161,7 +163,7 @@ def _cells(study: Study) -> Iterator[tuple[str, dict[str, Any]]]:
             yield ",".join(filter(None, [name, setting_name(point)])), {**fields, **point}
 
 
-def _run(study: Study, setting: str, varied: dict[str, Any], seed: int) -> Run:
+def _run(study: Study, setting: str, varied: dict[str, Any], seed: int, code: Mapping[str, str]) -> Run:
     overrides = {**study.overrides, **varied}
     for field in overrides:
         if field in _FIXED:
@@ -171,13 +173,13 @@ def _run(study: Study, setting: str, varied: dict[str, Any], seed: int) -> Run:
     path, _, variant = study.base.partition(":")
     raw = _from_file(path, *filter(None, [variant]))
     try:
-        raw.update_from_flattened_dict(overrides)
+        raw.update_from_flattened_dict({**overrides, "workdir": study.workdir or "runs"})
         config = to_dict(parse(raw))
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{setting or 'the study'}: {error}") from error
     start = {name: config[name] for name in _START}
     start["data"] = {name: value for name, value in start["data"].items() if name != "label_noise"}
-    return Run(setting, seed, varied, overrides, identity(config, versions()), digest_of(start))
+    return Run(setting, seed, varied, overrides, identity(config, code), digest_of(start))
 
 
 def _text(value: Any) -> str:
@@ -195,6 +197,7 @@ def _from_file(path: str, *arguments: str) -> Any:
         spec.loader.exec_module(module)
         return module.get_config(*arguments)
     except Exception as error:  # a file is a program, and may raise anything
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if os.path.abspath(frame.filename) == os.path.abspath(path)]
         place = f"{path}:{lines[-1]}" if lines else path
         raise ValueError(f"{place}: {type(error).__name__}: {error}") from error
