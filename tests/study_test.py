@@ -1,6 +1,10 @@
 """The command itself on a small study: what is missing is run, what fails is named, what is stopped goes on."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -95,6 +99,19 @@ def test_a_study_that_is_stopped_stops_its_runs_and_the_same_command_goes_on(lab
         path.unlink()
     assert study.main(lab.flags) == 0
     assert sorted(lab.started()) == ALL[2:]
+
+
+def test_ctrl_c_stops_the_study_and_its_runs(lab):
+    (lab.prepared / f"{ALL[0]}.waits").touch()
+    command = [sys.executable, "-m", "sera_jax.study", *lab.flags, "--config.processes=1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (lab.prepared / f"{ALL[0]}.waiting").exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert "label_noise=0.0/seed0: stopped, and saved" in err
+    assert lab.started() == [ALL[0]]
 
 
 def test_rows_of_another_config_are_said_and_made_anew_in_another_folder(lab, capsys):

@@ -2,6 +2,7 @@
 
 import itertools
 import pathlib
+import re
 
 import pytest
 
@@ -132,3 +133,14 @@ def test_the_quickstart_over_seeds_is_the_table_of_the_docs():
     assert len(runs) == 15
     assert len({run.start for run in runs}) == 5
     assert {run.varied["data.label_noise"] for run in runs} == {0.0, 0.2, 0.4}
+
+
+def test_the_study_of_the_docs_expands(tmp_path):
+    (code,) = re.findall(
+        r"^```python\n(.*?)^```$", (ROOT / "docs" / "studies.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    file = tmp_path / "ranking.py"
+    file.write_text(code)
+    study = load(str(file))
+    assert len(expand(study)) == 20
+    assert (study.workdir, study.rows) == ("runs/ranking", "studies/results/ranking.jsonl")
