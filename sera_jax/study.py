@@ -41,7 +41,7 @@ def _run(study: Study, stop_requested: Callable[[], bool]) -> int:
     places = slots(study.processes, study.threads)
     _say(f"{len(runs)} runs: {len(done)} in {file}, {len(missing)} to do, {len(places)} at a time")
     if stale:
-        names = ", ".join(wanted[key].name for key in stale)
+        names = ", ".join(run.name for key, run in wanted.items() if key in stale)
         _say(f"rows of another config or of other versions are made anew: {names}")
 
     by_name, failed = {run.name: run for run in missing}, {}
@@ -66,17 +66,7 @@ def _run(study: Study, stop_requested: Callable[[], bool]) -> int:
         _say(f"{run.name}: done after {seconds:.0f} s; {len(done)} of {len(runs)}")
 
     work([_job(study, run) for run in missing], places, stop_requested, ended)
-    rows = [row for row in kept if _key(row) in done]
-    if rows:
-        show(
-            rows,
-            study.metrics,
-            arms=study.arms,
-            baseline=study.baseline,
-            panels=study.panels,
-            smaller_is_better=study.smaller_is_better,
-            out=pathlib.Path(study.workdir),
-        )
+    _compare(study, [row for row in kept if _key(row) in done], complete=len(done) == len(runs))
     for name, words in failed.items():
         _say(f"failed: {name}: {words}")
     if stop_requested():
@@ -96,6 +86,25 @@ def _job(study: Study, run: Run) -> Job:
         *run.flags(),
     ]
     return Job(run.name, [*program, *flags], workdir, run.start)
+
+
+def _compare(study: Study, rows: list[Row], *, complete: bool) -> None:
+    """Show what the rows say; of a study that is not complete it may be that they say nothing yet."""
+    try:
+        if rows:
+            show(
+                rows,
+                study.metrics,
+                arms=study.arms,
+                baseline=study.baseline,
+                panels=study.panels,
+                smaller_is_better=study.smaller_is_better,
+                out=pathlib.Path(study.workdir),
+            )
+    except ValueError as error:
+        if complete:
+            raise
+        _say(f"no comparison yet: {error}")
 
 
 def _key(row: Row) -> tuple[str, int]:

@@ -1,5 +1,5 @@
 """README.md and docs/*.md cannot rot: their commands (and those of configs/ and studies/) are parsed by the program's
-own parsers, and every file, test, function, field, metric, make target, link and heading that they name is looked up."""
+own parsers, and every file, test, function, field, metric, make target, link and heading they name is looked up."""
 
 import ast
 import contextlib

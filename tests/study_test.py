@@ -12,7 +12,7 @@ from sera_jax import compare, study
 from sera_jax.studies.rows import read_rows, rows_of
 from tests.studies.lab import Lab, summary_of
 
-ALL = [f"label_noise={n}_seed{s}" for n in (0.0, 0.25) for s in (0, 1, 2)]
+ALL = [f"label_noise_{n}_seed{s}" for n in (0.0, 0.25) for s in (0, 1, 2)]
 
 
 @pytest.fixture
@@ -78,6 +78,14 @@ def test_a_run_that_fails_is_named_with_its_line_and_the_others_go_on(lab, capsy
     assert lab.started() == [ALL[1]]
 
 
+def test_what_cannot_be_compared_yet_is_said_and_the_failure_stays_a_failure(lab, capsys):
+    lab.write(baseline="label_noise=0.25")
+    for name in ALL[3:]:
+        (lab.prepared / f"{name}.fails").write_text("no pair is left")
+    assert study.main(lab.flags) == 1
+    assert "no comparison yet: baseline='label_noise=0.25' is nothing here" in capsys.readouterr().err
+
+
 def test_a_run_that_ends_without_the_summary_of_its_config_has_failed(lab, capsys):
     other = summary_of(lab.runs()[0])
     other["config"]["train"]["learning_rate"] = 0.5
@@ -120,7 +128,7 @@ def test_rows_of_another_config_are_said_and_made_anew_in_another_folder(lab, ca
     lab.started()
     lab.write(grid={"data.label_noise": (0.0, 0.25)}, settings={"": {"train.num_train_epochs": 2}}, seeds=(0,))
     assert study.main(lab.flags) == 0
-    assert sorted(lab.started()) == ["label_noise=0.0_seed0", "label_noise=0.25_seed0"]
+    assert sorted(lab.started()) == ["label_noise_0.0_seed0", "label_noise_0.25_seed0"]
     words = "rows of another config or of other versions are made anew: label_noise=0.0/seed0, label_noise=0.25/seed0"
     assert words in capsys.readouterr().err
     assert {path.name for path in (lab.folder / "runs").iterdir() if path.is_dir()} > folders

@@ -87,8 +87,9 @@ class Run:
 
     @property
     def folder(self) -> str:
-        """Below the study's; a setting that is changed gets another one."""
-        return f"{self.setting[:100] or 'runs'}-{self.identity[:8]}/seed{self.seed}"
+        """Below the study's; a setting that is changed gets another one. Sources of data give `,` and `=` a meaning."""
+        setting = re.sub(r"[^-.\w]", "_", self.setting)[:100] or "runs"
+        return f"{setting}-{self.identity[:8]}/seed{self.seed}"
 
     def flags(self) -> list[str]:
         """The overrides for the command line."""

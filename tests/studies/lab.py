@@ -62,7 +62,7 @@ class Lab:
         (self.folder / "tiny.py").write_text(FILE.format(fields=study))
         for run in self.runs():
             summary = summary_of(run)
-            (self.prepared / f"{run.setting or 'runs'}_seed{run.seed}.json").write_text(json.dumps(summary))
+            (self.prepared / f"{run.folder.rpartition('-')[0]}_seed{run.seed}.json").write_text(json.dumps(summary))
 
     @property
     def flags(self) -> list[str]:

@@ -38,6 +38,7 @@ def test_expansion_is_a_bijection_between_points_and_runs():
     assert len(points) == 32
     for distinct in (lambda r: r.name, lambda r: r.folder, lambda r: (r.identity, r.seed)):
         assert len({distinct(run) for run in runs}) == 32
+    assert not [run.folder for run in runs if re.search("[=, ]", run.folder)], "a mixture of data reads these"
     assert runs[0].name == "published,label_noise=0.0,train.learning_rate=0.0001,sft.learning_rate=0.0001/seed3"
 
 
