@@ -56,7 +56,7 @@ def test_one_job_of_a_start_makes_it_and_the_others_wait_for_that_only(tmp_path)
     made, seen = tmp_path / "first" / "phases" / "sft" / "manifest.json", tmp_path / "seen"
     first = (
         f"import os, time\ntime.sleep(0.3)\nos.makedirs({str(made.parent)!r})\nopen({str(made)!r}, 'w')\n"
-        f"while not os.path.exists({str(seen)!r}): time.sleep(0.01)"
+        f"for _ in range(1000):\n  if os.path.exists({str(seen)!r}): break\n  time.sleep(0.01)\nelse: os._exit(1)"
     )
     second = f"import os\nassert os.path.exists({str(made)!r})\nopen({str(seen)!r}, 'w')"
     other = f"import os\nassert not os.path.exists({str(made)!r})"
