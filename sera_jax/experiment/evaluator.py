@@ -19,7 +19,7 @@ from sera_jax.data.tokenizing import Tokenizer
 from sera_jax.evaluation import gold, heldout
 from sera_jax.evaluation.answers import coherent_facts, kl_facts, likelihood_facts, pattern_facts
 from sera_jax.loops.runtime import Policy, Runtime
-from sera_jax.loops.study import Gold
+from sera_jax.loops.sera_study import Gold
 from sera_jax.losses.preference import ResolvedLoss
 from sera_jax.sampling import Sample
 

@@ -13,7 +13,7 @@ from sera_jax.experiment.corpus import of_pairs
 from sera_jax.experiment.method import Arm, Experiment, Method, Outcome, looks
 from sera_jax.loops.rewards import RANKINGS
 from sera_jax.loops.sera import sera
-from sera_jax.loops.study import Study
+from sera_jax.loops.sera_study import SeraStudy
 from sera_jax.losses.preference import ResolvedLoss, resolve
 
 # An arm is `sera` with these fields of its group changed.
@@ -58,10 +58,10 @@ def run(given: Experiment) -> Outcome:
     return final, {"arms": arms, "rounds": rounds, "loss": loss.as_dict()}
 
 
-def study_of(given: Experiment, loss: ResolvedLoss, evaluate: Any) -> Study:
+def study_of(given: Experiment, loss: ResolvedLoss, evaluate: Any) -> SeraStudy:
     """What the rounds of every arm share."""
     config, corpus = given.config, given.corpus
-    return Study(
+    return SeraStudy(
         run=given.runtime,
         sft=given.start,
         loss=loss,
