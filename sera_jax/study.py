@@ -69,7 +69,7 @@ def _run(study: Study, stop_requested: Callable[[], bool]) -> int:
     _compare(study, [row for row in kept if _key(row) in done], complete=len(done) == len(runs))
     for name, words in failed.items():
         _say(f"failed: {name}: {words}")
-    if stop_requested():
+    if stop_requested() and len(done) < len(runs):
         _say(f"stopped after {len(done)} of {len(runs)} runs; the same command goes on")
         return EXIT_PREEMPTED
     return EXIT_FAILED if len(done) < len(runs) else 0

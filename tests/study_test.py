@@ -145,8 +145,21 @@ def test_work_directories_and_the_rows_of_the_study_say_the_same(lab, capsys):
     assert compare.main([str(lab.folder / "rows.jsonl"), "--baseline=daa"]) == 0
     assert capsys.readouterr().out == of_folders
     assert "label_noise=0.25   daa" in of_folders
+    assert "several versions" not in of_folders
     assert compare.main([*folders, folders[0]]) == 2
     assert "arm sft of setting 'label_noise=0.0' is there twice with seed 0" in capsys.readouterr().err
+
+
+def test_runs_of_several_versions_are_compared_and_it_is_said(lab, capsys):
+    for seed, numerics in enumerate("12"):
+        summary = summary_of(lab.runs()[seed])
+        summary["versions"]["numerics"] = numerics
+        (lab.folder / numerics).mkdir()
+        (lab.folder / numerics / "summary.json").write_text(json.dumps(summary))
+    assert compare.main([str(lab.folder / "1"), str(lab.folder / "2")]) == 0
+    words = capsys.readouterr().out
+    assert "note: of several versions, which may compute other numbers: numerics 1, jax" in words
+    assert "(2)" in words
 
 
 def test_runs_of_two_methods_are_compared_by_what_each_reads(lab):
@@ -186,7 +199,7 @@ def test_a_line_that_is_no_row_is_refused_with_its_place(tmp_path):
         "{",
         "[]",
         '{"setting": "a"}',
-        '{"setting": 1, "seed": 0, "arm": "", "varied": {}, "identity": "", "metrics": {}}',
+        '{"setting": 1, "seed": 0, "arm": "", "varied": {}, "identity": "", "versions": {}, "metrics": {}}',
     ):
         file.write_text(line + "\n")
         with pytest.raises(ValueError, match=r"rows.jsonl:1 is no row of a study .*; remove that line"):

@@ -23,7 +23,7 @@ from sera_jax.config.identity import is_identity
 from sera_jax.experiment.methods import parse
 
 _START = ("method", "seed", "world", "model", "data", "pretrain", "sft", "mesh")  # what the SFT model is made from
-_COMPUTES = ("numerics", "jax", "flax", "optax")  # versions that runs of one study share
+COMPUTES = ("numerics", "jax", "flax", "optax")  # versions that runs of one study share
 _NO_NAME = re.compile(r"[^-+.\w]")  # what neither a folder's name nor a part of a setting's holds
 _FIXED = ("seed", "workdir")  # fields that the study itself sets
 
@@ -104,7 +104,9 @@ def load(path: str, **changes: Any) -> Study:
     """
     study, name = _from_file(path), pathlib.Path(path).stem
     if not isinstance(study, Study):
-        raise ValueError(f"{path}: get_config() gives a {type(study).__name__}; it must give a sera_jax.studies.Study")
+        raise ValueError(
+            f"{path}: get_config() gives a {type(study).__name__}; it must give a sera_jax.studies.plan.Study"
+        )
     study = dataclasses.replace(study, **changes)
     for field, least in (("threads", 1), ("processes", 0)):
         if getattr(study, field) < least:
@@ -148,7 +150,7 @@ def _leaf(field: str) -> str:
 def identity(config: Mapping[str, Any], code: Mapping[str, str]) -> str:
     """Digest of what a run of any seed computes: its config, where that counts, and the versions that compute."""
     fields = {name: value for name, value in flatten(plain(config)).items() if is_identity(name) and name != "seed"}
-    minor = {name: ".".join(str(code.get(name)).split(".")[:2]) for name in _COMPUTES}
+    minor = {name: ".".join(str(code.get(name)).split(".")[:2]) for name in COMPUTES}
     return digest_of([fields, minor])
 
 

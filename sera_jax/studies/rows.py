@@ -18,7 +18,7 @@ from sera_jax.experiment.methods import METHODS, method_of
 from sera_jax.studies.plan import Run, identity, setting_name
 
 Row = dict[str, Any]
-_ROW = {"setting": str, "seed": int, "arm": str, "varied": dict, "identity": str, "metrics": dict}
+_ROW = {"setting": str, "seed": int, "arm": str, "varied": dict, "identity": str, "versions": dict, "metrics": dict}
 _DIGITS = 6  # significant ones of a number
 _NAMED = 3  # fields that may name a setting
 
@@ -97,8 +97,8 @@ def _rows_of_workdirs(folders: Sequence[pathlib.Path]) -> list[Row]:
     """Runs whose configs differ in seed, arms and what is no identity only are of one setting."""
     summaries = [_summary(folder) for folder in folders]
     configs = [_fields(summary["config"]) for summary in summaries]
-    names = dict.fromkeys(name for config in configs for name in config)
-    differ = [name for name in names if len({str(config.get(name)) for config in configs}) > 1]
+    names = dict.fromkeys(name for fields in configs for name in fields)
+    differ = [name for name in names if len({str(fields.get(name)) for fields in configs}) > 1]
     first: dict[str, pathlib.Path] = {}  # of each setting
     rows = []
     for folder, summary, config in zip(folders, summaries, configs, strict=True):

@@ -10,6 +10,7 @@ from sera_jax.evaluation.comparison import compare
 from sera_jax.evaluation.comparison_report import draw, markdown, table
 from sera_jax.experiment.method import looks
 from sera_jax.experiment.methods import METHODS
+from sera_jax.studies.plan import COMPUTES
 from sera_jax.studies.rows import Row
 
 
@@ -30,6 +31,9 @@ def show(
     """
     found = compare(rows, metrics, arms=arms, baseline=baseline, panels=panels, smaller_is_better=smaller_is_better)
     print(table(found))
+    made_by = {", ".join(f"{name} {row['versions'].get(name)}" for name in COMPUTES) for row in rows}
+    if len(made_by) > 1:
+        print(f"note: of several versions, which may compute other numbers: {'; '.join(sorted(made_by))}")
     if out is None:
         return
     out.mkdir(parents=True, exist_ok=True)

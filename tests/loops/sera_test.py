@@ -23,7 +23,7 @@ from sera_jax.evaluation.report import check_summary
 from sera_jax.experiment.methods import sera as sera_method
 from sera_jax.experiment.methods.sera import ARMS as SERA_ARMS
 from sera_jax.experiment.methods.sera import SERA
-from sera_jax.loops import study as study_module
+from sera_jax.loops import sera_study as study_module
 from sera_jax.loops.rewards import implicit
 from sera_jax.loops.runtime import NonFinite, PairShapes, Policy, Preempted
 from sera_jax.loops.sera import sera
