@@ -49,7 +49,7 @@ docs: $(DOCS)/docs-$(VERSION).stamp ## build the documentation as a site, which 
 
 clean: ## remove the environments, the caches and the site; runs/ stays
 	rm -rf $(VENV) $(PARITY) $(DOCS) site .cache .pytest_cache .ruff_cache
-	find sera_jax tests configs -name __pycache__ -prune -exec rm -rf {} +
+	find sera_jax tests configs studies -name __pycache__ -prune -exec rm -rf {} +
 
 # Stamps carry the interpreter's version, so that PYTHON=python3.12 after python3.11 starts afresh, and nothing is
 # installed again while the requirement files stay as they are.

@@ -14,6 +14,7 @@ PAGES = [  # in the order of the side bar; titles are the pages' own
     "docs/losses",
     "docs/data",
     "docs/configuration",
+    "docs/studies",
     "docs/metrics",
     "docs/answers",
     "docs/restart",

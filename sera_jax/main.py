@@ -12,19 +12,16 @@ import errno
 import functools
 import logging
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable
-from types import FrameType
 
 from absl import app, flags
 from ml_collections import config_flags
 
 from sera_jax.config import last_overrides
+from sera_jax.stop import EXIT_PREEMPTED, EXIT_REFUSED, StopOnSignal
 
-EXIT_REFUSED = 2
-EXIT_PREEMPTED = 75
 MAX_WORDS = 800  # letters of what is wrong with a flag
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -36,24 +33,11 @@ _OTHER_VERSIONS = flags.DEFINE_bool(
     False,
     "Go on with a work directory of another numerics version or minor release of jax, flax or optax; it is recorded.",
 )
-
-
-class StopOnSignal:
-    """Called, says whether SIGTERM or SIGINT came; a second SIGINT interrupts at once."""
-
-    def __init__(self) -> None:
-        self._asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
-
-    def __call__(self) -> bool:
-        return self._asked
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._asked = True
-        print("\nstopping at the next safe point ...", file=sys.stderr, flush=True)
+_SHARED_PHASES = flags.DEFINE_string(
+    "shared_phases",
+    "",
+    "A folder of phases up to the SFT model: what lies there is taken instead of made, what is made is left there.",
+)
 
 
 def main(argv: list[str], *, stop_requested: Callable[[], bool] = lambda: False) -> None:
@@ -70,7 +54,12 @@ def main(argv: list[str], *, stop_requested: Callable[[], bool] = lambda: False)
             raise Preempted("stopped before anything was done; the same command starts it")
         config = parse(_CONFIG.value)
         with memory.named("the run", memory.WAY_OUT):
-            experiment.run(config, stop_requested=stop_requested, allow_other_versions=_OTHER_VERSIONS.value)
+            experiment.run(
+                config,
+                stop_requested=stop_requested,
+                allow_other_versions=_OTHER_VERSIONS.value,
+                shared_phases=_SHARED_PHASES.value,
+            )
     except (ValueError, OSError) as error:
         if _TRACEBACK.value:
             raise

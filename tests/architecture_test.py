@@ -20,7 +20,8 @@ METHODS = {p.stem for p in (PACKAGE / "experiment" / "methods").glob("*.py") if 
 
 # From the top to the bottom; a unit may import what stands below it and, in its own layer, only what SIBLINGS names.
 LAYERS = [
-    ["main", "generate", "evaluate", "export"],
+    ["main", "generate", "evaluate", "export", "study", "compare"],
+    ["studies"],
     ["experiment"],
     ["loops"],
     ["evaluation"],
@@ -29,7 +30,7 @@ LAYERS = [
     ["losses", "models", "data", "world", "checkpoint", "writer"],
     ["ops"],
     ["mesh"],
-    ["core", "config", "progress", "memory", "compiling", "board"],
+    ["core", "config", "progress", "memory", "compiling", "board", "stop"],
 ]
 SIBLINGS = {
     ("world", "data"),  # the embedded world makes the same records that real data becomes
@@ -38,7 +39,7 @@ SIBLINGS = {
 DEPTH = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer}
 
 # The whole Config is read at the top; below, code takes one of its groups or plain values.
-READS_CONFIG = {"main", "generate", "evaluate", "export", "experiment", "config"}
+READS_CONFIG = {"main", "generate", "evaluate", "export", "studies", "experiment", "config"}
 GROUPS = ["model", "data", "loss", "sera", "sampling", "train", "mesh", "eval", "log"]
 MAX_MODULE_LINES = 400
 MAX_FUNCTION_LINES = 80

@@ -30,25 +30,6 @@ def test_ci_runs_all_three_targets_and_fails_when_any_fails(tmp_path, failing):
         assert f"make {target}: {'FAILED' if target == failing else 'passed'}" in done.stdout
 
 
-def test_a_sweep_gives_every_line_of_overrides_a_run_and_a_directory(tmp_path):
-    script(tmp_path / "python", 'echo "$@"; cat')
-    environment = {**os.environ, "PYTHON": str(tmp_path / "python")}
-    overrides = "--config.loss.name=ipo\n--config.loss.name=simpo --config.seed=3\n"
-    done = subprocess.run(
-        [ROOT / "launch" / "sweep.sh", "configs/hh_small.py", "runs/losses"],
-        env=environment,
-        input=overrides,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    common = "-m sera_jax.main --config=configs/hh_small.py --config.workdir=runs/losses/"
-    assert done.stdout.splitlines() == [
-        f"{common}loss.name=ipo --config.loss.name=ipo",
-        f"{common}loss.name=simpo_seed=3 --config.loss.name=simpo --config.seed=3",
-    ]
-
-
 def test_a_launcher_without_an_environment_says_what_to_do(tmp_path):
     environment = {**os.environ, "PYTHON": str(tmp_path / "absent")}
     done = subprocess.run([ROOT / "launch" / "local.sh"], env=environment, capture_output=True, text=True)

@@ -1,5 +1,5 @@
-"""README.md and docs/*.md cannot rot: their commands (and those of configs/*.py) are parsed by the program's own
-parsers, and every file, test, function, field, metric, make target, link and heading that they name is looked up."""
+"""README.md and docs/*.md cannot rot: their commands (and those of configs/ and studies/) are parsed by the program's
+own parsers, and every file, test, function, field, metric, make target, link and heading they name is looked up."""
 
 import ast
 import contextlib
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import pytest
 from absl import flags
 
-from sera_jax import evaluate, export, generate, main
+from sera_jax import compare, evaluate, export, generate, main, study
 from sera_jax.config import Config, check_field
 from sera_jax.data import prepare
 from sera_jax.experiment.methods import parse
@@ -23,10 +23,10 @@ from sera_jax.experiment.methods import parse
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
-CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+CONFIGS = [file for folder in ("configs", "studies") for file in sorted((ROOT / folder).glob("*.py"))]
 SOURCE = {folder: "\n".join(p.read_text() for p in (ROOT / folder).rglob("*.py")) for folder in ("sera_jax", "tests")}
 GROUPS = [name for name, kind in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(kind)]
-ARGPARSE = {"sera_jax.generate": generate, "sera_jax.evaluate": evaluate, "sera_jax.export": export}
+ARGPARSE = {entry.__name__: entry for entry in (generate, evaluate, export, study, compare)}
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LOOP = re.compile(r"^for (\w+) in (.+); do\n(.*?)^done$", re.MULTILINE | re.DOTALL)
 
@@ -158,7 +158,7 @@ def test_every_make_target_named_exists(page):
 def test_every_file_and_test_named_exists(page):
     words = [word for line in shell(page) for word in line.split()]
     for word in words:
-        if path := re.match(r"(?:tests|configs|sera_jax|launch|docs|\.ci)/[\w/.-]*\w", word):
+        if path := re.match(r"(?:tests|configs|sera_jax|launch|docs|\.ci)/[\w/.-]*\w|studies/\w+\.py", word):
             assert (ROOT / path[0]).exists(), f"{page.name}: {path[0]}"
         if re.fullmatch(r"test_\w+", word):
             assert f"def {word}(" in SOURCE["tests"], f"{page.name}: {word}"

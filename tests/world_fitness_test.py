@@ -29,8 +29,8 @@ from sera_jax.experiment.methods.sera import ARMS
 from sera_jax.loops.rewards import implicit
 from sera_jax.loops.runtime import Runtime
 from sera_jax.loops.sera import sera
+from sera_jax.loops.sera_study import SeraStudy
 from sera_jax.loops.sft import sft
-from sera_jax.loops.study import Study
 from sera_jax.losses.preference import resolve
 from sera_jax.mesh import make_mesh
 from sera_jax.writer import MetricWriter
@@ -120,7 +120,7 @@ def test_the_best_of_eight_answers_by_gold_is_far_above_their_mean(lab):
 
 
 def test_a_daa_on_clean_labels_improves_clearly_over_sft(lab):
-    study = Study(
+    study = SeraStudy(
         run=lab.run,
         sft=lab.start,
         loss=resolve("dpo"),

@@ -16,11 +16,14 @@ import pathlib
 import shutil
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sera_jax import memory
 from sera_jax.checkpoint.code import differences, versions, with_present
 from sera_jax.config.identity import is_identity
+
+if TYPE_CHECKING:
+    from sera_jax.checkpoint.shared import SharedPhases
 
 
 class StaleWorkdir(ValueError):
@@ -56,7 +59,7 @@ def first_difference(there: dict[str, Any], now: dict[str, Any]) -> str:
 
 def _differences(there: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """field -> its value there and now, of every field that differs, by name."""
-    old, new = _flatten(there), _flatten(now)
+    old, new = flatten(there), flatten(now)
     return {k: (old.get(k), new.get(k)) for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)}
 
 
@@ -130,6 +133,7 @@ class Workdir:
         notes: lines for the user: fields and versions that changed since the run was started and that may.
         code: the versions that were at work in it, the present ones last.
         watch: called with the name of every phase that is asked for, and whether its product lies there already.
+        shared: products of other work directories, taken where they are the same; None: there are none.
     """
 
     def __init__(self, root: pathlib.Path, config: dict[str, Any], *, allow_other_versions: bool = False):
@@ -147,8 +151,10 @@ class Workdir:
         self._lock = _lock(root)
         self.done: dict[str, Product] = {}
         self.fresh: list[str] = []
+        self.taken: list[str] = []
         self.notes: list[str] = []
         self.watch: Callable[[str, bool], None] = lambda name, finished: None
+        self.shared: SharedPhases | None = None
         config = plain({k: v for k, v in config.items() if k != "workdir"})
         history = []
         if _has_results(root):
@@ -212,29 +218,21 @@ class Workdir:
             shutil.rmtree(self.checkpoints(name), ignore_errors=True)  # a kill may have come between rename and this
             self.watch(name, True)
         else:
-            self.watch(name, False)
             torn = folder.with_name(folder.name + ".partial")
             shutil.rmtree(torn, ignore_errors=True)
             torn.mkdir(parents=True)
-            start = time.monotonic()
-            with memory.named(f"phase {name}", memory.WAY_OUT):
-                produce(torn)
-            memory.trim()
-            manifest = {
-                "inputs": inputs,
-                "files": {
-                    str(path.relative_to(torn)): file_digest(path)
-                    for path in sorted(torn.rglob("*"))
-                    if path.is_file() and "arrays" not in path.relative_to(torn).parts
-                },
-                "seconds": round(time.monotonic() - start, 3),
-                "versions": versions(),
-            }
-            write_json(torn / "manifest.json", manifest)
+            taken = self.shared is not None and self.shared.take(name, inputs, torn)
+            self.watch(name, taken)
+            if taken:
+                self.taken.append(name)
+            else:
+                _make(name, torn, inputs, produce)
+                self.fresh.append(name)
             torn.replace(folder)
             shutil.rmtree(self.checkpoints(name), ignore_errors=True)
-            product = _product(folder, manifest)
-            self.fresh.append(name)
+            product = _product(folder, read_json(manifest_path))
+        if self.shared:
+            self.shared.give(name, inputs, folder)
         self.done[name] = product
         return product
 
@@ -253,6 +251,25 @@ class Workdir:
                     f"{path} is {'missing' if not path.exists() else 'not what its manifest says'}; {again}"
                 )
         return _product(folder, manifest)
+
+
+def _make(name: str, folder: pathlib.Path, inputs: dict[str, Any], produce: Callable[[pathlib.Path], None]) -> None:
+    """Fill the folder, and write its manifest."""
+    start = time.monotonic()
+    with memory.named(f"phase {name}", memory.WAY_OUT):
+        produce(folder)
+    memory.trim()
+    manifest = {
+        "inputs": inputs,
+        "files": {
+            str(path.relative_to(folder)): file_digest(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and "arrays" not in path.relative_to(folder).parts
+        },
+        "seconds": round(time.monotonic() - start, 3),
+        "versions": versions(),
+    }
+    write_json(folder / "manifest.json", manifest)
 
 
 def _history(found: Any) -> list[dict[str, Any]]:
@@ -293,10 +310,11 @@ def _product(folder: pathlib.Path, manifest: dict[str, Any]) -> Product:
     return Product(folder, digest_of([manifest["inputs"], manifest["files"]]), manifest["seconds"])
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """path -> value of nested dicts, parts joined by dots."""
     if not isinstance(value, dict):
         return {prefix: value}
     out: dict[str, Any] = {}
     for key, part in value.items():
-        out.update(_flatten(part, f"{prefix}.{key}" if prefix else str(key)))
+        out.update(flatten(part, f"{prefix}.{key}" if prefix else str(key)))
     return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
@@ -17,6 +18,7 @@ from sera_jax.config.groups import CHOICES, RANGE, Config
 from sera_jax.config.rules import check_together
 
 MAX_INT = 2**31 - 1  # devices count steps, positions and rows in 32 bits
+_hints = functools.cache(typing.get_type_hints)  # asked for every field of every config
 UNSET = ("None", "unset")  # words for an optional field's value on the command line
 
 
@@ -25,7 +27,7 @@ def to_config_dict(config: Config) -> ml_collections.ConfigDict:
 
     def convert(group: Any) -> ml_collections.ConfigDict:
         out = ml_collections.ConfigDict()
-        hints = typing.get_type_hints(type(group))
+        hints = _hints(type(group))
         for field in dataclasses.fields(group):
             value = getattr(group, field.name)
             if dataclasses.is_dataclass(value):
@@ -69,7 +71,7 @@ def check_field(path: str) -> None:
             near = elsewhere or [prefix + name for name in difflib.get_close_matches(part, names, n=1)]
             hint = f"did you mean {' or '.join(near)}?" if near else f"fields here: {', '.join(names)}"
             raise ValueError(f"config.{prefix}{part} is not a field; {hint}")
-        kind, prefix = typing.get_type_hints(kind)[part], f"{prefix}{part}."
+        kind, prefix = _hints(kind)[part], f"{prefix}{part}."
 
 
 def last_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -104,13 +106,13 @@ def last_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def _leaves(kind: Any, prefix: str = "") -> dict[str, Any]:
     """path -> type of every field that is no group."""
     leaves: dict[str, Any] = {}
-    for name, hint in typing.get_type_hints(kind).items():
+    for name, hint in _hints(kind).items():
         leaves |= _leaves(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else {prefix + name: hint}
     return leaves
 
 
 def _parse_group(cls: type, raw: ml_collections.ConfigDict, prefix: str) -> Any:
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
     for key in raw:
         check_field(f"{prefix}{key}")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 Summary = dict[str, Any]
-Cell = Callable[[dict[str, Any]], str]  # of the facts of an arm or a round; KeyError where the fact is absent
+Cell = Callable[[Any], str]  # of the facts of an arm or a round; KeyError where the fact is absent
 Column = tuple[str, Cell]  # with its heading
 KEYS: dict[str, type | tuple[type, ...]] = {
     "arms": dict,
@@ -134,9 +134,9 @@ def table(summary: Summary, report: Report) -> str:
     """Two short tables, of the arms and of their rounds; a column that has no value at all is left out."""
     summary = _applicable(summary, report)
     arms = [{"arm": arm, **facts} for arm, facts in summary["arms"].items()]
-    parts = [_aligned(arms, report.arm_columns)]
+    parts = [aligned(arms, report.arm_columns)]
     if summary["rounds"]:
-        parts.append(_aligned(summary["rounds"], report.round_columns))
+        parts.append(aligned(summary["rounds"], report.round_columns))
     return "\n\n".join(parts)
 
 
@@ -213,7 +213,8 @@ GOLD = ("gold_mean", "gold", "mean reward of answers to held-out prompts, by the
 ARM: Column = ("arm", plain("arm"))
 
 
-def _aligned(rows: Sequence[dict[str, Any]], columns: Sequence[Column]) -> str:
+def aligned(rows: Sequence[Any], columns: Sequence[Column]) -> str:
+    """A table for the terminal; a column that has no value at all is left out."""
     filled = [(heading, [_cell(say, facts) for facts in rows]) for heading, say in columns]
     filled = [(heading, cells) for heading, cells in filled if any(cells)]
     widths = [max(len(heading), *map(len, cells)) for heading, cells in filled]

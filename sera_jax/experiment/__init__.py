@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import pathlib
 import resource
 import sys
@@ -10,10 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from sera_jax import compiling
 from sera_jax import config as config_lib
 from sera_jax.checkpoint import Workdir
+from sera_jax.checkpoint.shared import SharedPhases
 from sera_jax.config import Config
 from sera_jax.data.packing import Layout
 from sera_jax.evaluation import report
@@ -25,7 +29,7 @@ from sera_jax.experiment.methods import METHODS
 from sera_jax.experiment.needs import batches_in_words, check_memory
 from sera_jax.experiment.phases import Phases
 from sera_jax.experiment.saved import describe, export
-from sera_jax.experiment.start import params_sha256, starting_policy
+from sera_jax.experiment.start import START_PHASES, params_sha256, starting_policy
 from sera_jax.experiment.start import phases as start_phases
 from sera_jax.loops.runtime import Policy, Runtime
 from sera_jax.mesh import make_mesh, row_shards
@@ -33,13 +37,18 @@ from sera_jax.writer import MetricWriter
 
 
 def run(
-    config: Config, *, stop_requested: Callable[[], bool] = lambda: False, allow_other_versions: bool = False
+    config: Config,
+    *,
+    stop_requested: Callable[[], bool] = lambda: False,
+    allow_other_versions: bool = False,
+    shared_phases: str = "",
 ) -> dict[str, Any]:
     """Run, or go on with, the experiment of `config`; returns the summary that it also writes to the work directory.
 
     Args:
         stop_requested: asked between steps; True stops with everything saved.
         allow_other_versions: go on with what other versions made (`Workdir`).
+        shared_phases: a folder where the phases up to the SFT model are looked for, and left for other runs; "": none.
 
     Raises:
         ValueError: what was asked for cannot be done; the message says the way out.
@@ -51,6 +60,8 @@ def run(
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     check_sources(config.data, config.model)
     check_memory(config, mesh)
+    if shared_phases:
+        workdir.shared = SharedPhases(pathlib.Path(shared_phases), START_PHASES, _besides_inputs(config, mesh))
     text = json.dumps(config_lib.to_dict(config), indent=1, default=str)
     with (
         MetricWriter(root, tensorboard=config.log.tensorboard, config_text=text) as writer,
@@ -89,6 +100,8 @@ def run(
         describe(root, cfg, corpus.tokenizer, base_folder, sft_folder)
         workdir.watch = phases = Phases([*start_phases(config), *method.phases(config, corpus)], writer.announce)
         base, start = starting_policy(config, runtime, corpus, make_base)
+        if workdir.taken:
+            writer.announce(f"taken from {shared_phases}: {', '.join(workdir.taken)}")
         final, facts = method.run(Experiment(config, runtime, corpus, start, base))
         phases.end()
         summary = {
@@ -127,6 +140,19 @@ def finish(config: Config, shown: Report, runtime: Runtime, final: dict[str, Pol
             )
             say(f"Hugging Face checkpoint of {arm}: {out}")
     say(f"summary: {root / 'summary.json'}")
+
+
+def _besides_inputs(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """What a trained model's bytes depend on besides the inputs of its phase: how rows are laid out, which is the same
+    within a work directory, and the machine, which sets the order of sums."""
+    layout = ("share_prompt", "row_multiple", "max_row_shapes")
+    return {
+        "model": dataclasses.asdict(config.model),
+        "layout": {name: getattr(config.data, name) for name in layout},
+        "mesh": dict(mesh.shape),
+        "device": mesh.devices.flat[0].device_kind,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
 
 
 def peak_memory_bytes() -> int:

@@ -20,7 +20,7 @@ from sera_jax.experiment.corpus import Corpus, Reader
 from sera_jax.experiment.folders import check_two_models, has_tokenizer
 from sera_jax.experiment.method import Method
 from sera_jax.experiment.methods import METHODS
-from sera_jax.loops.study import Gold
+from sera_jax.loops.sera_study import Gold
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.families import config_from_hf, mathematics
 from sera_jax.models.folder import read_config

@@ -16,7 +16,7 @@ from sera_jax.config import Config, DataGroup
 from sera_jax.data.items import Item, PairItem, prompt_keys, unique_prompts
 from sera_jax.data.loading import flip_labels, load_demonstrations, load_preferences, load_prompts, split_heldout
 from sera_jax.data.tokenizing import Tokenizer
-from sera_jax.loops.study import Gold
+from sera_jax.loops.sera_study import Gold
 
 Entry = TypeVar("Entry", Item, PairItem)
 

@@ -22,7 +22,7 @@ from sera_jax.evaluation.report import in_a_line
 from sera_jax.experiment.corpus import Corpus
 from sera_jax.experiment.phases import policy_in_words
 from sera_jax.loops.runtime import Policy, Runtime
-from sera_jax.loops.study import Gold
+from sera_jax.loops.sera_study import Gold
 from sera_jax.losses.preference import ResolvedLoss
 from sera_jax.sampling import Sample
 

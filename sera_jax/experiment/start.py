@@ -15,6 +15,8 @@ from sera_jax.loops.runtime import Policy, Runtime
 from sera_jax.loops.sft import sft
 from sera_jax.training.parameters import Origin, load_params
 
+START_PHASES = ("world", "tokenizer", "init", "base", "pretrain", "sft")  # what may come before a method's own
+
 
 def starting_policy(
     config: Config, runtime: Runtime, corpus: Corpus, base_origin: Origin

@@ -32,7 +32,15 @@ from sera_jax.loops.optimise import Training, Updates, optimise
 from sera_jax.loops.restartable import Span
 from sera_jax.loops.review import agreement, pair_items, pair_up
 from sera_jax.loops.runtime import Policy
-from sera_jax.loops.study import Round, Study, pair_target, pairs_digest, pool_logps, train_round, updates_per_round
+from sera_jax.loops.sera_study import (
+    Round,
+    SeraStudy,
+    pair_target,
+    pairs_digest,
+    pool_logps,
+    train_round,
+    updates_per_round,
+)
 from sera_jax.models.decoder import Params
 from sera_jax.sampling import Candidates, grouped
 from sera_jax.training.step import TrainState
@@ -54,7 +62,7 @@ class Source:
     epoch_updates: int
 
 
-def online(study: Study, settings: OnlineGroup, arm: str, source: Source) -> tuple[Policy, list[dict[str, Any]]]:
+def online(study: SeraStudy, settings: OnlineGroup, arm: str, source: Source) -> tuple[Policy, list[dict[str, Any]]]:
     """Round 1, then `settings.updates` updates on the pairs of `source`; the last policy, and the facts of every
     evaluation: round 1 and every `eval_updates` updates after it.
 
@@ -91,7 +99,7 @@ def segments(settings: OnlineGroup) -> list[tuple[int, int]]:
     return [(before, min(before + every, settings.updates)) for before in range(0, settings.updates, every)]
 
 
-def self_made(study: Study) -> Source:
+def self_made(study: SeraStudy) -> Source:
     """Pairs of the policy's own answers to `train.batch_size` prompts an update, by the rules of `study.settings`."""
     run, rules = study.run, study.settings
     layout = run.layout.accumulated(study.train.gradient_accumulation_steps)
@@ -132,7 +140,7 @@ def self_made(study: Study) -> Source:
     return Source(batch, window, depends, -(-len(study.prompts) // study.train.batch_size))
 
 
-def _scored(study: Study, params: Params, candidates: Sequence[Candidates], window: int) -> list[Candidates]:
+def _scored(study: SeraStudy, params: Params, candidates: Sequence[Candidates], window: int) -> list[Candidates]:
     """The candidates with their log-probs under `params` and, where the loss has one, under the reference."""
     run = study.run
     logps: list[Any] = run.score_now(params, candidates, window)
@@ -146,7 +154,7 @@ def _scored(study: Study, params: Params, candidates: Sequence[Candidates], wind
 
 
 def _metrics(
-    study: Study, pairs: Sequence[PairItem], margins: np.ndarray, pairings: Sequence[irm.Pairing]
+    study: SeraStudy, pairs: Sequence[PairItem], margins: np.ndarray, pairings: Sequence[irm.Pairing]
 ) -> dict[str, Mean]:
     """How many pairs an update has, their margin (nats), what was refused, and, in a world that has a gold reward,
     whether it agrees."""
@@ -161,7 +169,7 @@ def _metrics(
     }
 
 
-def _nothing_left(study: Study, update: int, pairings: Sequence[irm.Pairing]) -> str:
+def _nothing_left(study: SeraStudy, update: int, pairings: Sequence[irm.Pairing]) -> str:
     refused: Counter[str] = sum((made.refused for made in pairings), Counter())
     counts = ", ".join(f"{count} {reason}" for reason, count in sorted(refused.items()))
     return (
@@ -171,7 +179,7 @@ def _nothing_left(study: Study, update: int, pairings: Sequence[irm.Pairing]) ->
     )
 
 
-def offline(study: Study) -> Source:
+def offline(study: SeraStudy) -> Source:
     """The control: as many updates, on the offline pairs again."""
     run, group = study.run, study.train
     loader = PairLoader(
@@ -187,7 +195,7 @@ def offline(study: Study) -> Source:
     return Source(lambda state, update: loader.batch(update - 1), window, depends, loader.steps_per_epoch)
 
 
-def with_reference(study: Study) -> Study:
+def with_reference(study: SeraStudy) -> SeraStudy:
     """The study whose offline pairs carry the SFT model's log-probs, which training reads."""
     reference = pool_logps(study, study.sft)
     pool = [dataclasses.replace(pair, ref_logp=logp) for pair, logp in zip(study.pool, reference, strict=True)]

@@ -15,12 +15,12 @@ from sera_jax.data.items import Item, PairItem
 from sera_jax.data.packing import Layout, laid_tokens
 from sera_jax.evaluation import gold
 from sera_jax.loops.runtime import Policy
-from sera_jax.loops.study import Gold, Study, pair_margins, pool_logps
+from sera_jax.loops.sera_study import Gold, SeraStudy, pair_margins, pool_logps
 from sera_jax.sampling import Candidates
 
 
 def review(
-    study: Study, settings: SeraGroup, pool: Sequence[PairItem], policies: Sequence[Policy], round_: int
+    study: SeraStudy, settings: SeraGroup, pool: Sequence[PairItem], policies: Sequence[Policy], round_: int
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Which offline pairs the rule selects by their ensembled margin (ascending indices), and the margins of all."""
 
@@ -59,7 +59,7 @@ def review(
 
 
 def bootstrap(
-    study: Study, settings: SeraGroup, policies: Sequence[Policy], round_: int
+    study: SeraStudy, settings: SeraGroup, policies: Sequence[Policy], round_: int
 ) -> tuple[list[PairItem], dict[str, Any]]:
     """Pairs that the policy sampled and ranked itself, those of the largest margin; SeRA's bootstrapping."""
     count = round(settings.bootstrap_fraction * len(study.pool))
@@ -100,7 +100,7 @@ def bootstrap(
     return fresh, record
 
 
-def scored(study: Study, candidates: Sequence[Candidates], sampled_by: Policy, policy: Policy) -> list[Candidates]:
+def scored(study: SeraStudy, candidates: Sequence[Candidates], sampled_by: Policy, policy: Policy) -> list[Candidates]:
     """The candidates with their log-probs under `policy` and, where the loss has one, under the reference."""
 
     def logps(scorer: Policy) -> list[np.ndarray]:
@@ -119,7 +119,7 @@ def scored_phase(sampled_by: str, scorer: str) -> str:
 
 
 def pair_up(
-    study: Study, candidates: Sequence[Candidates], rewards: Sequence[np.ndarray], settings: SeraGroup
+    study: SeraStudy, candidates: Sequence[Candidates], rewards: Sequence[np.ndarray], settings: SeraGroup
 ) -> list[irm.Pairing]:
     """What `settings` makes of every prompt's candidates, ranked by their rewards f32[N]; what no row may be (an answer
     that says nothing, a pair that says the same) makes no pair."""

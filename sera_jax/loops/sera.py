@@ -21,10 +21,18 @@ from sera_jax.config import SeraGroup
 from sera_jax.loops.log import write_round
 from sera_jax.loops.review import bootstrap, review, scored_phase
 from sera_jax.loops.runtime import Policy
-from sera_jax.loops.study import Round, Study, pool_logps, save_pairs, train_round, updates_per_round, with_reference
+from sera_jax.loops.sera_study import (
+    Round,
+    SeraStudy,
+    pool_logps,
+    save_pairs,
+    train_round,
+    updates_per_round,
+    with_reference,
+)
 
 
-def sera(study: Study, arm: str, settings: SeraGroup) -> tuple[Policy, list[dict[str, Any]]]:
+def sera(study: SeraStudy, arm: str, settings: SeraGroup) -> tuple[Policy, list[dict[str, Any]]]:
     """Run the rounds of one arm by its settings; returns its last policy and the facts of every round.
 
     Raises:

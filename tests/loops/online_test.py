@@ -17,7 +17,7 @@ from sera_jax.experiment.methods.online_dpo import ARMS
 from sera_jax.loops.online import online, self_made
 from sera_jax.loops.rewards import RANKINGS
 from sera_jax.loops.runtime import Policy, Preempted
-from sera_jax.loops.study import Study
+from sera_jax.loops.sera_study import SeraStudy
 from sera_jax.mesh import make_mesh
 from sera_jax.training.step import init_state
 from sera_jax.writer import MetricWriter, read_records
@@ -39,7 +39,7 @@ SLACK = 4 * TOLERANCES["packing"]["atol"]
 class Lab(NamedTuple):
     config: Config
     summary: dict
-    study: Study
+    study: SeraStudy
     root: object
 
     def policy(self, name):

@@ -23,11 +23,11 @@ from sera_jax.evaluation.report import check_summary
 from sera_jax.experiment.methods import sera as sera_method
 from sera_jax.experiment.methods.sera import ARMS as SERA_ARMS
 from sera_jax.experiment.methods.sera import SERA
-from sera_jax.loops import study as study_module
+from sera_jax.loops import sera_study as study_module
 from sera_jax.loops.rewards import implicit
 from sera_jax.loops.runtime import NonFinite, PairShapes, Policy, Preempted
 from sera_jax.loops.sera import sera
-from sera_jax.loops.study import Study
+from sera_jax.loops.sera_study import SeraStudy
 from sera_jax.losses.preference import resolve
 from sera_jax.mesh import make_mesh
 from sera_jax.training.optimizer import make_optimizer
@@ -48,7 +48,7 @@ class Lab(NamedTuple):
 
     config: Config
     summary: dict
-    study: Study
+    study: SeraStudy
     root: pathlib.Path
     scorer: Callable
 

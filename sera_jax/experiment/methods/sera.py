@@ -15,7 +15,7 @@ from sera_jax.experiment.method import Arm, Experiment, Method, Outcome, looks
 from sera_jax.loops.rewards import RANKINGS
 from sera_jax.loops.sera import phases as sera_phases
 from sera_jax.loops.sera import sera
-from sera_jax.loops.study import Study
+from sera_jax.loops.sera_study import SeraStudy
 from sera_jax.losses.preference import ResolvedLoss, resolve
 from sera_jax.sampling.engine import check_answers
 
@@ -74,10 +74,10 @@ def phases(config: Config, corpus: Corpus) -> list[str]:
     return [*names, *(name for policy in policies for name in evaluated(policy, corpus, config.eval, pairs=True))]
 
 
-def study_of(given: Experiment, loss: ResolvedLoss, evaluate: Any) -> Study:
+def study_of(given: Experiment, loss: ResolvedLoss, evaluate: Any) -> SeraStudy:
     """What the rounds of every arm share."""
     config, corpus = given.config, given.corpus
-    return Study(
+    return SeraStudy(
         run=given.runtime,
         sft=given.start,
         loss=loss,

@@ -28,7 +28,7 @@ Gold = Callable[[Item, np.ndarray], float]  # the reward of (prompt item, respon
 
 
 @dataclasses.dataclass(frozen=True)
-class Study:
+class SeraStudy:
     """What the rounds of every arm share.
 
     Attributes:
@@ -54,7 +54,7 @@ class Study:
     gold: Gold | None
 
 
-def pool_logps(study: Study, policy: Policy) -> list[np.ndarray]:
+def pool_logps(study: SeraStudy, policy: Policy) -> list[np.ndarray]:
     """Summed log-prob of both responses of every offline pair under `policy`: f32[2] each."""
     return study.run.score(f"{policy.name}/pool", policy, [pair.item for pair in study.pool])
 
@@ -66,7 +66,7 @@ def pair_margins(loss: ResolvedLoss, pair: PairItem, logp: np.ndarray) -> np.nda
     return np.array([irm.margin(reward[[w]], reward[[l]])[0] for w, l in pair.pairs], np.float32)
 
 
-def updates_per_round(study: Study) -> int:
+def updates_per_round(study: SeraStudy) -> int:
     """The same in every round and arm: `max_steps`, or the epochs over the offline pairs."""
     per_epoch = -(-sum(len(pair.pairs) for pair in study.pool) // study.train.batch_size)
     return study.train.max_steps or study.train.num_train_epochs * per_epoch
@@ -96,7 +96,7 @@ class Round:
 
 
 def train_round(
-    study: Study,
+    study: SeraStudy,
     settings: SeraGroup,
     before: Policy,
     pairs: Sequence[PairItem],
@@ -152,7 +152,7 @@ def pair_target(run: Runtime, loss: ResolvedLoss, window: int) -> Target:
 
 
 def with_reference(
-    study: Study, settings: SeraGroup, policies: Sequence[Policy], pairs: Sequence[PairItem], round_: Round
+    study: SeraStudy, settings: SeraGroup, policies: Sequence[Policy], pairs: Sequence[PairItem], round_: Round
 ) -> list[PairItem]:
     """The pairs with the reference log-probs that training uses: of the SFT model (they carry those already), or, with
     reference="previous", of the last round's policy."""
@@ -163,7 +163,7 @@ def with_reference(
     return [dataclasses.replace(pair, ref_logp=logp) for pair, logp in zip(pairs, logps, strict=True)]
 
 
-def save_pairs(study: Study, name: str, kept: np.ndarray, margins: np.ndarray, fresh: Sequence[PairItem]) -> None:
+def save_pairs(study: SeraStudy, name: str, kept: np.ndarray, margins: np.ndarray, fresh: Sequence[PairItem]) -> None:
     """What a round decided, for readers and as a check on restarts: every offline pair's margin and whether it is kept,
     and the tokens of the sampled pairs."""
 

@@ -1,0 +1,149 @@
+"""What is kept of a run: a row for each of its arms, a line of JSON each. Also made of any work directory.
+
+A row holds the run's `setting`, `seed` and `arm`, the fields that tell its setting from others (`varied`), the
+`identity` of its config (`plan.identity`), the `versions`, the run's `seconds`, and `metrics`: every number of the
+arm by name, with `/` between the names of a fact that has parts, and `round2/` before those of its second round.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from sera_jax.checkpoint.phases import flatten, load_json, plain
+from sera_jax.config.identity import is_identity
+from sera_jax.experiment.methods import METHODS, method_of
+from sera_jax.studies.plan import Run, identity, setting_name
+
+Row = dict[str, Any]
+_ROW = {"setting": str, "seed": int, "arm": str, "varied": dict, "identity": str, "versions": dict, "metrics": dict}
+_DIGITS = 6  # significant ones of a number
+_NAMED = 3  # fields that may name a setting
+
+
+def rows_of_run(run: Run, workdir: pathlib.Path) -> list[Row]:
+    """The rows of a finished run.
+
+    Raises:
+        ValueError: there is no summary, or it is that of another config.
+    """
+    summary = _summary(workdir)
+    if identity(summary["config"], summary["versions"]) != run.identity or summary["seed"] != run.seed:
+        raise ValueError(f"{workdir}/summary.json is not of the config and versions of {run.name}")
+    return _rows(summary, run.setting, run.varied)
+
+
+def read_rows(path: pathlib.Path) -> list[Row]:
+    """The rows of a file; [] where there is none.
+
+    Raises:
+        ValueError: a line is no row.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            missing = [name for name, kind in _ROW.items() if not isinstance(row[name], kind)]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}:{number} is no row of a study ({error!r}); remove that line") from error
+        if missing:
+            raise ValueError(f"{path}:{number} is no row of a study ({', '.join(missing)}); remove that line")
+        rows.append(row)
+    return rows
+
+
+def rows_of(paths: Sequence[str]) -> list[Row]:
+    """The rows of work directories and files of rows, settings of work directories named by the fields that differ.
+
+    Raises:
+        ValueError: a path is neither; rows of a setting are of several configs; or one arm of a setting is there twice
+            with the same seed.
+    """
+    rows, folders = [], []
+    for path in map(pathlib.Path, paths):
+        if path.is_dir():
+            folders.append(path)
+        elif path.is_file():
+            rows += _of_one_config(path, read_rows(path))
+        else:
+            raise ValueError(f"{path} does not exist; give work directories of runs, or files of rows")
+    rows += _rows_of_workdirs(folders)
+    seen: set[tuple[Any, ...]] = set()
+    for row in rows:
+        key = (row["setting"], row["arm"], row["seed"])
+        if key in seen:
+            raise ValueError(f"arm {key[1]} of setting {key[0]!r} is there twice with seed {key[2]}; leave one out")
+        seen.add(key)
+    return rows
+
+
+def _of_one_config(path: pathlib.Path, rows: list[Row]) -> list[Row]:
+    """The rows; raises ValueError where those of a setting were made from several configs, or by several versions."""
+    identities: dict[str, set[str]] = {}
+    for row in rows:
+        identities.setdefault(row["setting"], set()).add(row["identity"])
+    if mixed := [setting for setting, found in identities.items() if len(found) > 1]:
+        raise ValueError(
+            f"{path}: the rows of setting {mixed[0]!r} are of several configs or versions; go on with the study, which "
+            "makes the old ones anew, or remove them"
+        )
+    return rows
+
+
+def _rows_of_workdirs(folders: Sequence[pathlib.Path]) -> list[Row]:
+    """Runs whose configs differ in seed, arms and what is no identity only are of one setting."""
+    summaries = [_summary(folder) for folder in folders]
+    configs = [_fields(summary["config"]) for summary in summaries]
+    names = dict.fromkeys(name for fields in configs for name in fields)
+    differ = [name for name in names if len({str(fields.get(name)) for fields in configs}) > 1]
+    first: dict[str, pathlib.Path] = {}  # of each setting
+    rows = []
+    for folder, summary, config in zip(folders, summaries, configs, strict=True):
+        varied = {name: config[name] for name in differ if name in config}
+        place = first.setdefault(str(varied), folder)
+        rows += _rows(summary, setting_name(varied) if len(differ) <= _NAMED else str(place), varied)
+    return rows
+
+
+def _fields(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields that tell settings apart, of those that the run's method reads."""
+    method = method_of({"config": config})
+    unread = {group for other in METHODS.values() for group in other.reads if group not in method.reads}
+    fields = {name: value for name, value in flatten(plain(config)).items() if is_identity(name) and name != "seed"}
+    return {n: v for n, v in fields.items() if n.split(".")[0] not in unread and not n.endswith(".arms")}
+
+
+def _rows(summary: dict[str, Any], setting: str, varied: dict[str, Any]) -> list[Row]:
+    common = {
+        "setting": setting,
+        "seed": summary["seed"],
+        "varied": plain(varied),
+        "identity": identity(summary["config"], summary["versions"]),
+        "versions": summary["versions"],
+        "seconds": round(sum(summary["wall_seconds"].values()), 1),
+    }
+    rows = []
+    for arm, facts in summary["arms"].items():
+        metrics = _numbers(facts)
+        for round_ in (facts for facts in summary["rounds"] if facts["arm"] == arm):
+            metrics |= _numbers({k: v for k, v in round_.items() if k != "round"}, f"round{round_['round']}/")
+        rows.append({**common, "arm": arm, "metrics": metrics})
+    return rows
+
+
+def _numbers(facts: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            found |= _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[prefix + name] = float(f"{value:.{_DIGITS}g}")
+    return found
+
+
+def _summary(folder: pathlib.Path) -> dict[str, Any]:
+    way_out = "finish the run: start its command again"
+    return load_json(folder / "summary.json", way_out, "arms", "rounds", "config", "seed", "versions", "wall_seconds")

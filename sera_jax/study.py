@@ -1,0 +1,150 @@
+"""`python -m sera_jax.study --config=studies/NAME.py`: many runs, and what comes out of them (docs/studies.md).
+
+Each finished run leaves its rows; the same command does what is missing. Exit codes: 0 done; 1 some runs failed, and
+are named; 2 the study is refused; 75 stopped, with its runs saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+
+from sera_jax.checkpoint.phases import write_jsonl
+from sera_jax.stop import EXIT_PREEMPTED, EXIT_REFUSED, StopOnSignal
+from sera_jax.studies.plan import Run, Study, expand, load
+from sera_jax.studies.pool import OUTPUT, Job, last_line, slots, work
+from sera_jax.studies.rows import Row, read_rows, rows_of_run
+from sera_jax.studies.shown import show
+
+EXIT_FAILED = 1
+
+
+def main(argv: Sequence[str] | None = None, *, stop_requested: Callable[[], bool] = lambda: False) -> int:
+    """Read the command line, do what is missing of the study, compare what there is."""
+    given = {name: value for name, value in vars(_parser().parse_args(argv)).items() if value is not None}
+    try:
+        return _run(load(given.pop("config"), **given), stop_requested)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_REFUSED
+
+
+def _run(study: Study, stop_requested: Callable[[], bool]) -> int:
+    runs, kept, file = expand(study), read_rows(pathlib.Path(study.rows)), pathlib.Path(study.rows)
+    wanted = {(run.setting, run.seed): run for run in runs}
+    stale = {_key(row) for row in kept if _key(row) in wanted and row["identity"] != wanted[_key(row)].identity}
+    done = {_key(row) for row in kept} & wanted.keys() - stale
+    missing = [run for key, run in wanted.items() if key not in done]
+    places = slots(study.processes, study.threads)
+    _say(f"{len(runs)} runs: {len(done)} in {file}, {len(missing)} to do, {len(places)} at a time")
+    if stale:
+        names = ", ".join(run.name for key, run in wanted.items() if key in stale)
+        _say(f"rows of another config or of other versions are made anew: {names}")
+
+    by_name, failed = {run.name: run for run in missing}, {}
+
+    def ended(job: Job, code: int, seconds: float) -> None:
+        nonlocal kept
+        run = by_name[job.name]
+        if code == EXIT_PREEMPTED:
+            _say(f"{run.name}: stopped, and saved")
+            return
+        try:
+            if code:
+                raise ValueError(last_line(job.workdir))
+            fresh = rows_of_run(run, job.workdir)
+        except ValueError as error:
+            failed[run.name] = f"{error} (exit code {code}; all of it: {job.workdir / OUTPUT})"
+            _say(f"{run.name}: failed: {failed[run.name]}")
+            return
+        kept = _in_order([*(row for row in kept if _key(row) != (run.setting, run.seed)), *fresh], list(wanted))
+        write_jsonl(file, kept)
+        done.add((run.setting, run.seed))
+        _say(f"{run.name}: done after {seconds:.0f} s; {len(done)} of {len(runs)}")
+
+    work([_job(study, run) for run in missing], places, stop_requested, ended)
+    _compare(study, [row for row in kept if _key(row) in done], complete=len(done) == len(runs))
+    for name, words in failed.items():
+        _say(f"failed: {name}: {words}")
+    if stop_requested() and len(done) < len(runs):
+        _say(f"stopped after {len(done)} of {len(runs)} runs; the same command goes on")
+        return EXIT_PREEMPTED
+    return EXIT_FAILED if len(done) < len(runs) else 0
+
+
+def _job(study: Study, run: Run) -> Job:
+    root = pathlib.Path(study.workdir)
+    workdir = root / run.folder
+    program = shlex.split(study.launcher) or [sys.executable, "-m", "sera_jax.main"]
+    flags = [
+        f"--config={study.base}",
+        f"--config.workdir={workdir}",
+        f"--shared_phases={root / 'shared'}",
+        *run.flags(),
+    ]
+    return Job(run.name, [*program, *flags], workdir, run.start)
+
+
+def _compare(study: Study, rows: list[Row], *, complete: bool) -> None:
+    """Show what the rows say; of a study that is not complete it may be that they say nothing yet."""
+    try:
+        if rows:
+            show(
+                rows,
+                study.metrics,
+                arms=study.arms,
+                baseline=study.baseline,
+                panels=study.panels,
+                smaller_is_better=study.smaller_is_better,
+                out=pathlib.Path(study.workdir),
+            )
+    except ValueError as error:
+        if complete:
+            raise
+        _say(f"no comparison yet: {error}")
+
+
+def _key(row: Row) -> tuple[str, int]:
+    return row["setting"], row["seed"]
+
+
+def _in_order(rows: list[Row], order: list[tuple[str, int]]) -> list[Row]:
+    """Rows in the order of the runs; rows of runs that the study has no more come last."""
+    return sorted(rows, key=lambda row: order.index(_key(row)) if _key(row) in order else len(order))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sera_jax.study", description="Run a study, or go on with it.", allow_abbrev=False
+    )
+
+    def several(kind: type) -> Callable[[str], tuple]:
+        return lambda text: tuple(kind(part) for part in text.split(",") if part)
+
+    def add(field: str, kind: Callable[[str], object], help: str) -> None:
+        parser.add_argument(f"--config.{field}", dest=field, type=kind, help=help, metavar=field.upper())
+
+    parser.add_argument("--config", required=True, help="studies/NAME.py")
+    add("seeds", several(int), "instead of the file's: 0,1,2")
+    add("arms", several(str), "those compared")
+    add("metrics", several(str), "facts of an arm that are compared; the first ranks")
+    add("baseline", str, "an arm, a part of a setting's name, or SETTING/ARM")
+    add("panels", str, "a field of the grid whose values are compared apart")
+    add("workdir", str, "folder of the runs")
+    add("rows", str, "file of the rows")
+    add("threads", int, "cores of each run")
+    add("processes", int, "runs at a time; 0: as many as there are cores for")
+    add("launcher", str, "a command that takes the flags of sera_jax.main, as launch/local.sh does")
+    return parser
+
+
+if __name__ == "__main__":
+    stop = StopOnSignal()
+    sys.exit(main(stop_requested=stop))

@@ -1,0 +1,18 @@
+"""The quickstart over five seeds and three shares of flipped labels: 15 runs of all three arms.
+
+python -m sera_jax.study --config=studies/quickstart_seeds.py
+"""
+
+from sera_jax.studies.plan import Study
+
+
+def get_config() -> Study:
+    return Study(
+        base="configs/quickstart.py",
+        overrides={"sera.arms": ("daa", "sera", "random")},
+        grid={"data.label_noise": (0.0, 0.2, 0.4)},
+        seeds=range(5),
+        metrics=("gold_mean", "response_tokens_mean", "round3/flipped_fraction_kept"),
+        baseline="daa",
+        panels="data.label_noise",
+    )

@@ -1,0 +1,114 @@
+"""Means, intervals and paired differences over seeds: closed forms, and what is said of them."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from sera_jax.evaluation.comparison import compare, estimate
+from sera_jax.evaluation.comparison_report import draw, markdown, table
+
+# t(0.975, n - 1) of printed tables, by n.
+QUANTILES = {2: 12.706, 3: 4.303, 5: 2.776, 10: 2.262, 31: 2.042, 121: 1.980}
+
+
+def row(setting="", arm="daa", seed=0, **metrics):
+    varied = dict(part.split("=") for part in setting.split(",") if "=" in part)
+    return {"setting": setting, "arm": arm, "seed": seed, "varied": varied, "metrics": metrics}
+
+
+def entry(comparison, arm, setting=""):
+    (found,) = [e for e in comparison.entries if (e.setting, e.arm) == (setting, arm)]
+    return found
+
+
+@pytest.mark.parametrize("n", QUANTILES)
+def test_half_the_interval_is_students_quantile_times_the_standard_error(n):
+    values = np.random.default_rng(n).normal(3, 2, n)
+    found = estimate(values)
+    assert found.mean == pytest.approx(values.sum() / n)
+    error = math.sqrt(((values - values.sum() / n) ** 2).sum() / (n - 1) / n)
+    assert found.half / error == pytest.approx(QUANTILES[n], abs=6e-4)
+    assert found.count == n
+
+
+def test_two_seeds_have_the_interval_of_the_cauchy_distribution():
+    """t with one degree of freedom: its quantile at 0.975 is tan(0.475 pi); the standard error of 0 and 2 is 1."""
+    assert estimate([0.0, 2.0]).half == pytest.approx(math.tan(0.475 * math.pi))
+
+
+def test_one_seed_has_no_interval_and_it_is_said():
+    found = compare([row(gold=0.5)], ["gold"])
+    assert math.isnan(estimate([0.5]).half)
+    assert "0.500 (1)" in table(found)
+    assert "one seed, so there is no interval" in table(found)
+    assert found.as_dict()["entries"][0]["metrics"]["gold"] == {"mean": 0.5, "half": None, "n": 1}
+    json.dumps(found.as_dict(), allow_nan=False)
+
+
+def test_what_all_arms_share_of_a_seed_is_not_in_a_paired_difference():
+    """Seeds far apart, arms a constant apart: the difference is that constant with an interval of 0."""
+    rows = [row(arm=arm, seed=s, gold=10.0 * s + plus) for s in range(4) for arm, plus in (("daa", 0), ("sera", 0.25))]
+    found = entry(compare(rows, ["gold"], baseline="daa"), "sera")
+    assert found.differences["gold"].mean == pytest.approx(0.25)
+    assert found.differences["gold"].half == pytest.approx(0, abs=1e-12)
+    assert found.means["gold"].half > 10
+
+
+def test_differences_are_of_the_seeds_that_both_have_whatever_the_order():
+    values = {"daa": {0: 1.0, 1: 5.0, 2: 2.0}, "sera": {3: 100.0, 2: 2.5, 0: 2.5}}
+    rows = [row(arm=arm, seed=s, gold=v) for arm, by_seed in values.items() for s, v in by_seed.items()]
+    for order in (rows, rows[::-1]):
+        found = entry(compare(order, ["gold"], baseline="daa"), "sera")
+        assert found.differences["gold"] == estimate([1.5, 0.5])
+        assert found.means["gold"].count == 3
+
+
+@pytest.mark.parametrize(
+    "baseline, other", [("daa", "b,noise=1/daa"), ("a", "a,noise=1/sera"), ("a,noise=2/daa", "a,noise=2/daa")]
+)
+def test_a_baseline_is_an_arm_or_a_part_of_a_setting_or_one_entry(baseline, other):
+    rows = [row(f"{name},noise={n}", arm, gold=1.0) for name in "ab" for n in (1, 2) for arm in ("daa", "sera")]
+    found = entry(compare(rows, ["gold"], baseline=baseline), "sera", "b,noise=1")
+    assert "/".join(found.against) == other
+
+
+def test_entries_are_ranked_by_the_first_metric_within_their_panel():
+    rows = [
+        row(f"noise={n}", arm, gold=g + n / 2, length=-g) for n in (0, 1) for arm, g in (("a", 1), ("b", 3), ("c", 2))
+    ]
+
+    def order(**options):
+        return [(e.panel, e.arm) for e in compare(rows, ["gold", "length"], **options).entries]
+
+    assert [arm for _, arm in order()] == list("bbccaa")
+    assert order(panels="noise") == [(f"noise={n}", arm) for n in (0, 1) for arm in "bca"]
+    assert order(panels="noise", smaller_is_better=True) == [(f"noise={n}", arm) for n in (0, 1) for arm in "acb"]
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"metrics": ["goold"]}, "no run has the metric 'goold'; they have gold"),
+        ({"arms": ["seera"]}, "no run has the arm 'seera'; they have daa, sera"),
+        ({"baseline": "dpo"}, "baseline='dpo' is nothing here; choose of daa, sera"),
+        ({"panels": "noise"}, "panels='noise' is not among the fields that differ: none"),
+    ],
+)
+def test_what_no_row_has_is_refused_with_what_they_have(options, words):
+    rows = [row(arm="daa", gold=1.0), row(arm="sera", gold=2.0)]
+    with pytest.raises(ValueError, match=words):
+        compare(rows, **{"metrics": ["gold"], **options})
+
+
+def test_every_figure_of_the_page_has_its_number_of_runs_and_is_bold_where_0_is_left_out(tmp_path):
+    gold = {"daa": [0.1, 0.2, 0.3], "sera": [0.5, 0.61, 0.7], "random": [0.1, 0.5]}
+    rows = [row("noise=0.2", arm, s, gold=g) for arm, golds in gold.items() for s, g in enumerate(golds)]
+    found = compare(rows, ["gold"], baseline="daa", panels="noise")
+    page = markdown(found)
+    assert "| sera | 0.603 ± 0.249 (3) | **0.403 ± 0.014 (3)** |" in page
+    assert "| random | 0.300 ± 2.541 (2) | 0.150 ± 1.906 (2) |" in page
+    assert page.startswith("noise=0.2\n\n| arm | gold | minus daa |\n| --- | --- | --- |\n| sera |")
+    draw(found, tmp_path / "picture.png", {})
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

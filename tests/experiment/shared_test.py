@@ -1,0 +1,53 @@
+"""Runs that share a start: the one that takes it ends as if it had made it."""
+
+import json
+
+import jax
+import pytest
+
+from sera_jax import experiment
+from sera_jax.mesh import make_mesh
+from tests.loops.tiny import tiny_config
+
+LITTLE = {
+    "pretrain__max_steps": 2,
+    "sft__max_steps": 1,
+    "train__max_steps": 1,
+    "sera__rounds": 1,
+    "eval__num_prompts": -1,
+}
+LITTLE |= {"sera__arms": ("daa",), "mesh__data": 1, "mesh__fsdp": 1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """Not all eight: a tiny model spread over them only takes longer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "make_mesh", lambda *sizes: make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+        yield
+
+
+def manifests(root, names):
+    return {name: json.loads((root / "phases" / name / "manifest.json").read_text())["files"] for name in names}
+
+
+def test_a_run_that_takes_its_start_from_another_ends_with_the_same_bytes(tmp_path, capsys):
+    shared, start = str(tmp_path / "shared"), ["world", "init", "pretrain", "sft"]
+    experiment.run(tiny_config(tmp_path / "first", **LITTLE), shared_phases=shared)
+    assert "taken from" not in capsys.readouterr().err
+    taking = experiment.run(tiny_config(tmp_path / "taking", **LITTLE, data__label_noise=0.0), shared_phases=shared)
+    assert f"taken from {shared}: world, init, pretrain, sft" in capsys.readouterr().err
+    alone = experiment.run(tiny_config(tmp_path / "alone", **LITTLE, data__label_noise=0.0))
+    assert taking["params_sha256"] == alone["params_sha256"]
+    assert taking["arms"] == alone["arms"]
+    assert manifests(tmp_path / "taking", start) == manifests(tmp_path / "alone", start)
+
+
+def test_what_lays_rows_out_otherwise_takes_nothing(tmp_path):
+    """`data.row_multiple` is in no phase's inputs, and which rows make a step depends on it."""
+    config = tiny_config(tmp_path, **LITTLE)
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    besides = experiment._besides_inputs(config, mesh)
+    for change in ({"data__row_multiple": 2}, {"data__share_prompt": False}, {"model__param_dtype": "bfloat16"}):
+        assert experiment._besides_inputs(tiny_config(tmp_path, **LITTLE, **change), mesh) != besides
+    assert experiment._besides_inputs(tiny_config(tmp_path, **LITTLE, data__label_noise=0.1), mesh) == besides

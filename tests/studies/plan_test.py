@@ -1,0 +1,147 @@
+"""A study expands into runs: each point of settings x grid x seeds once, each named, each a config that parses."""
+
+import itertools
+import pathlib
+import re
+
+import pytest
+
+from configs.quickstart import get_config
+from sera_jax.checkpoint.code import versions
+from sera_jax.config import to_dict
+from sera_jax.experiment.methods import parse
+from sera_jax.studies.plan import Study, expand, identity, load
+from tests.docs_test import config_of
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+STUDIES = sorted((ROOT / "studies").glob("*.py"))
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def study(**fields):
+    return Study(**{"base": "configs/quickstart.py", **fields})
+
+
+def test_expansion_is_a_bijection_between_points_and_runs():
+    settings = {"published": {}, "ranked": {"sera.ranking": "likelihood"}}
+    grid = {"data.label_noise": (0.0, 0.2), "train.learning_rate": (1e-4, 3e-4), "sft.learning_rate": (1e-4, 6e-4)}
+    runs = expand(study(settings=settings, grid=grid, seeds=(3, 1)))
+    points = [
+        (*settings[name].values(), *values, seed)
+        for name, *values, seed in itertools.product(settings, *grid.values(), (3, 1))
+    ]
+    assert [tuple(run.overrides.values()) for run in runs] == points
+    assert len(points) == 32
+    for distinct in (lambda r: r.name, lambda r: r.folder, lambda r: (r.identity, r.seed)):
+        assert len({distinct(run) for run in runs}) == 32
+    assert not [run.folder for run in runs if re.search("[=, ]", run.folder)], "a mixture of data reads these"
+    assert runs[0].name == "published,label_noise=0.0,train.learning_rate=0.0001,sft.learning_rate=0.0001/seed3"
+
+
+def test_the_command_line_of_a_run_gives_the_config_that_it_was_planned_with():
+    """Every kind of value: tuples of names and of numbers, numbers, truth values, what is unset."""
+    settings = {
+        "a": {"sera.arms": ("daa", "sera"), "sera.selection": "middle", "sera.band": (0.1, 0.9)},
+        "b": {"sera.require_eos": False, "loss.beta": 0.5, "train.learning_rate": 1e-7, "eval.max_pairs": 10},
+        "c": {"loss.name": "ipo", "loss.tau": None},
+    }
+    for run in expand(study(base="configs/quickstart.py:noise40", settings=settings, seeds=(7,))):
+        config = to_dict(config_of("--config=configs/quickstart.py:noise40", *run.flags()))
+        assert identity(config, versions()) == run.identity
+        assert config["seed"] == 7
+        assert config["data"]["label_noise"] == 0.4
+
+
+def test_runs_share_a_start_exactly_where_nothing_before_the_method_differs():
+    def start(**fields):
+        (run,) = expand(study(settings={"": fields}))
+        return run.start
+
+    for field, value in {
+        "data.label_noise": 0.4,
+        "sera.rounds": 2,
+        "train.learning_rate": 1e-5,
+        "loss.name": "ipo",
+    }.items():
+        assert start(**{field: value}) == start()
+    for field, value in {
+        "world.cue": 0.5,
+        "sft.max_steps": 3,
+        "data.row_tokens": 256,
+        "model.num_hidden_layers": 2,
+    }.items():
+        assert start(**{field: value}) != start()
+
+
+def test_the_identity_is_that_of_all_seeds_and_of_the_versions_that_compute():
+    first, second = expand(study(seeds=(0, 1)))
+    assert first.identity == second.identity
+    config = to_dict(parse(get_config()))
+    code = {"numerics": "3", "jax": "0.10.2", "flax": "0.12.8", "optax": "0.2.8", "numpy": "2.1"}
+    assert identity(config, code) == identity(config, {**code, "jax": "0.10.3", "numpy": "2.2"})
+    assert identity(config, code) != identity(config, {**code, "jax": "0.11.0"})
+    assert identity(config, code) != identity(config, {**code, "numerics": "4"})
+    assert identity(config, code) == identity({**config, "workdir": "elsewhere", "seed": 9}, code)
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"grid": {"train.batchsize": (1,)}}, "config.train.batchsize is not a field; did you mean train.batch_size"),
+        ({"grid": {"data.label_noise": (0.2, 2.0)}}, "label_noise=2.0: config.data.label_noise=2.0 is out of range"),
+        (
+            {"grid": {"data.label_noise": (0.2, 0.2)}},
+            "runs of one name: label_noise=0.2/seed0 and label_noise=0.2/seed0",
+        ),
+        ({"settings": {"a": {}, "b": {"data.label_noise": 0.2}}}, "runs of one config: a/seed0 and b/seed0"),
+        ({"settings": {"a": {"seed": 1}}}, "config.seed is set by the study"),
+        ({"settings": {"a": {"sera.rounds": 2}}, "grid": {"sera.rounds": (2, 3)}}, "sera.rounds is in the grid and in"),
+        ({"settings": {"a/b": {}}}, "a setting is named 'a/b'"),
+        ({"seeds": (1, 1)}, r"config.seeds=\(1, 1\); give one at least, and each once"),
+        ({"grid": {"sera.rounds": ()}}, "the study has no run"),
+        ({"base": "configs/absent.py"}, "configs/absent.py: FileNotFoundError"),
+        ({"base": "configs/quickstart.py:loud"}, r"configs/quickstart.py:\d+: ValueError: .*:loud is not a variant"),
+    ],
+)
+def test_what_is_wrong_with_a_study_is_said_before_anything_runs(fields, words):
+    with pytest.raises(ValueError, match=words):
+        expand(study(**fields))
+
+
+def test_a_study_file_that_cannot_be_run_is_a_line_with_its_place(tmp_path):
+    file = tmp_path / "broken.py"
+    file.write_text("\ndef get_config():\n    return Study(1)\n")
+    with pytest.raises(ValueError, match=r"broken.py:3: NameError: name 'Study' is not defined"):
+        load(str(file))
+    file.write_text("def get_config():\n    return 3\n")
+    with pytest.raises(ValueError, match=r"gives a int; it must give a sera_jax.studies"):
+        load(str(file))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
+def test_every_study_of_the_repository_expands_and_says_its_command(path):
+    name = path.relative_to(ROOT)
+    assert expand(load(str(name)))
+    assert f"python -m sera_jax.study --config={name}" in path.read_text()
+
+
+def test_the_quickstart_over_seeds_is_the_table_of_the_docs():
+    runs = expand(load("studies/quickstart_seeds.py"))
+    assert len(runs) == 15
+    assert len({run.start for run in runs}) == 5
+    assert {run.varied["data.label_noise"] for run in runs} == {0.0, 0.2, 0.4}
+
+
+def test_the_study_of_the_docs_expands(tmp_path):
+    (code,) = re.findall(
+        r"^```python\n(.*?)^```$", (ROOT / "docs" / "studies.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    file = tmp_path / "ranking.py"
+    file.write_text(code)
+    study = load(str(file))
+    assert len(expand(study)) == 20
+    assert (study.workdir, study.rows) == ("runs/ranking", "studies/results/ranking.jsonl")
