@@ -104,20 +104,24 @@ def run(
             writer.announce(f"taken from {shared_phases}: {', '.join(workdir.taken)}")
         final, facts = method.run(Experiment(config, runtime, corpus, start, base))
         phases.end()
-        summary = {
-            **facts,
-            "wall_seconds": {name: product.seconds for name, product in workdir.done.items()},
-            "peak_memory_bytes": peak_memory_bytes(),
-            "params_sha256": {arm: params_sha256(policy) for arm, policy in final.items()},
-            "compilations": runtime.compilations(),
-            "held_out_rows": corpus.held_out_rows,
-            "config": config_lib.to_dict(config),
-            "seed": config.seed,
-            "versions": workdir.code[-1],
-            "earlier_versions": workdir.code[:-1],
-        }
+        summary = {**facts, **_of_the_run(config, runtime, final), "held_out_rows": corpus.held_out_rows}
         finish(config, method.report, runtime, final, summary)
     return summary
+
+
+def _of_the_run(config: Config, runtime: Runtime, final: dict[str, Policy]) -> dict[str, Any]:
+    """What the summary of any method holds: what the run took, what it made, and what it was made by."""
+    workdir = runtime.workdir
+    return {
+        "wall_seconds": {name: product.seconds for name, product in workdir.done.items()},
+        "peak_memory_bytes": peak_memory_bytes(),
+        "params_sha256": {arm: params_sha256(policy) for arm, policy in final.items()},
+        "compilations": runtime.compilations(),
+        "config": config_lib.to_dict(config),
+        "seed": config.seed,
+        "versions": workdir.code[-1],
+        "earlier_versions": workdir.code[:-1],
+    }
 
 
 def finish(config: Config, shown: Report, runtime: Runtime, final: dict[str, Policy], summary: dict[str, Any]) -> None:
