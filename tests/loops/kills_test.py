@@ -22,7 +22,7 @@ RECORD = ROOT / ".cache" / "kills.json"
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("method", RUNS)
-def test_runs_killed_at_random_moments_end_as_one_that_was_not(method, devices, tmp_path, capsys):
+def test_runs_killed_at_random_moments_end_as_one_that_was_not(method, devices, tmp_path):
     def start(workdir):
         return RUNS[method](workdir, devices)
 
@@ -37,7 +37,6 @@ def test_runs_killed_at_random_moments_end_as_one_that_was_not(method, devices, 
     name = f"{method}, {devices} device{'s' * (devices > 1)}"
     kills = campaign.campaign(start, lambda torn: assert_same_end(torn, whole), tmp_path, seconds, name, KILLS)
     write_json(RECORD, read_json(RECORD) | {name: [dataclasses.asdict(kill) for kill in kills]})
-    with capsys.disabled():
-        print(f"\n{campaign.table([campaign.row(name, kills)])}")
+    print(f"\n{campaign.table([campaign.row(name, kills)])}")
     assert {kill.outcome for kill in kills} == {campaign.SAME}, json.dumps([kill.outcome for kill in kills])
     assert {kill.signal for kill in kills} == {number.name for number in campaign.SIGNALS}
