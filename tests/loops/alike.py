@@ -57,22 +57,27 @@ def assert_policies_alike(workdir, whole, names):
 
 
 def assert_arm_alike(workdir, whole, arm):
-    """The arm's facts, lines and texts, and those of the phases that all arms share, agree within the tolerance."""
+    """The facts, lines and texts of the arm, and of the phases before it, agree with those of a run of more arms."""
     ours, theirs = summary(workdir), summary(whole)
     for name in ("sft", arm):
         assert differences(ours["arms"][name], theirs["arms"][name], name) == []
     for key in {"rounds", "iterations"} & ours.keys():
         assert differences(*([facts for facts in s[key] if facts["arm"] == arm] for s in (ours, theirs)), key) == []
-    assert (
-        differences(*({str(k): v for k, v in metrics(p).items() if k[1] in ("", arm)} for p in (workdir, whole))) == []
-    )
+    phases = {phase for phase, *_ in metrics(workdir)}
+    assert_lines_alike(workdir, whole, lambda phase, of: phase in phases and of in ("", arm))
     assert differences(*({k: v for k, v in rows(p).items() if arm in k} for p in (workdir, whole))) == []
+
+
+def assert_lines_alike(workdir, whole, which=lambda phase, arm: True):
+    """The lines of the log agree, of those phases and arms."""
+    lines = [{str(at): line for at, line in metrics(p).items() if which(*at[:2])} for p in (workdir, whole)]
+    assert differences(*lines) == []
 
 
 def assert_alike(workdir, whole):
     """Summary, log, texts and policies agree within the tolerance: the same pairs and tokens, the same updates."""
     assert differences(summary(workdir), summary(whole)) == []
-    assert differences(*({str(k): v for k, v in metrics(path).items()} for path in (workdir, whole))) == []
+    assert_lines_alike(workdir, whole)
     assert differences(rows(workdir), rows(whole)) == []
     found = [path.parent.parent for path in (whole / "phases").rglob("params/checksums.json")]
     assert_policies_alike(workdir, whole, [path.relative_to(whole / "phases") for path in found])
