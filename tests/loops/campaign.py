@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable
 
-from tests.loops.kills import DEADLINE_SECONDS, Start
+from tests.loops.kills import Start, finish
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 SAME = "same bytes"
@@ -75,12 +75,8 @@ def torn(start_in: Start, workdir: pathlib.Path, seconds: float, draw: random.Ra
         number, delay = draw.choice(SIGNALS), draw.uniform(0, seconds)
         begun = time.time()
         process = start_in(workdir)
-        try:
-            phase = signalled_after(process, delay, number, workdir, begun) if kills < most else ""
-            _, err = process.communicate(timeout=DEADLINE_SECONDS)
-        finally:
-            process.kill()  # what hangs
-        code = process.returncode
+        phase = signalled_after(process, delay, number, workdir, begun) if kills < most else ""
+        code, err = finish(process)
         if code == 0:  # also where the signal came after the last step that can be stopped
             return
         expected = {-signal.SIGKILL} if number == signal.SIGKILL else {75}

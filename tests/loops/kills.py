@@ -18,7 +18,7 @@ from sera_jax.mesh import make_mesh
 from sera_jax.writer import read_records
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-DEADLINE_SECONDS = 300
+DEADLINE_SECONDS = 600
 
 Start = Callable[[pathlib.Path], subprocess.Popen]
 
@@ -41,7 +41,10 @@ def start(flags: list[str], devices: int = 1) -> subprocess.Popen:
 
 def finish(process):
     """(exit code, standard error)."""
-    _, err = process.communicate(timeout=DEADLINE_SECONDS)
+    try:
+        _, err = process.communicate(timeout=DEADLINE_SECONDS)
+    finally:
+        process.kill()  # where it hangs
     return process.returncode, err
 
 

@@ -6,6 +6,7 @@ tells how each run ends; `.cache/kills.json` has every kill.
 
 import dataclasses
 import json
+import subprocess
 import time
 
 import pytest
@@ -17,6 +18,21 @@ from tests.loops.kills import ROOT, assert_same_end, finish
 KILLS = 25  # of each method on each number of devices
 RUNS = {"SeRA": restart_test.start, "Self-Rewarding PPO": srppo_restart_test.start}
 RECORD = ROOT / ".cache" / "kills.json"
+
+
+@pytest.mark.parametrize("restartable", [True, False])
+def test_the_campaign_tells_whether_kills_change_what_a_run_ends_in(restartable, tmp_path):
+    script = 'echo done {} "$0"; sleep 0.5'.format(">" if restartable else ">>")
+
+    def start(workdir):
+        return subprocess.Popen(["sh", "-c", script, str(workdir)], stderr=subprocess.PIPE, text=True)
+
+    def check(workdir):
+        assert workdir.read_text() == "done\n"
+
+    kills = campaign.campaign(start, check, tmp_path, 1.0, "toy 2656", 4)  # a seed with no signal in the first 0.2 s
+    assert [kill.outcome == campaign.SAME for kill in kills] == [restartable] * 4
+    assert campaign.row("toy", kills)[-1] == f"{4 * restartable} of 4"
 
 
 @pytest.mark.slow
