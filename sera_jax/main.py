@@ -8,6 +8,7 @@ everything saved (the same command goes on from there).
 
 from __future__ import annotations
 
+import atexit
 import errno
 import functools
 import logging
@@ -38,12 +39,20 @@ _OTHER_VERSIONS = flags.DEFINE_bool(
 
 
 class StopOnSignal:
-    """Called, says whether SIGTERM or SIGINT came; a second SIGINT interrupts at once."""
+    """Called, says whether SIGTERM or SIGINT came; a second SIGINT interrupts at once.
+
+    From the interpreter's end on, when the exit code stands, both are ignored.
+    """
 
     def __init__(self) -> None:
         self._asked = False
+        self._listen(self._handle)
+        # Python takes its handlers away before it ends, and a signal would make its own code of that of a finished run.
+        atexit.register(self._listen, signal.SIG_IGN)
+
+    def _listen(self, handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
+            signal.signal(number, handler)
 
     def __call__(self) -> bool:
         return self._asked

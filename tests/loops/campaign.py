@@ -82,8 +82,8 @@ def torn(start_in: Start, workdir: pathlib.Path, seconds: float, draw: random.Ra
         expected = {-signal.SIGKILL} if number == signal.SIGKILL else {75}
         if number == signal.SIGTERM and delay < HEARD_SECONDS:
             expected.add(-signal.SIGTERM)
-        assert phase and code in expected, f"exit code {code} after {number.name}: {err[-1000:]}"
         yield Kill(0, number.name, round(delay, 2), phase, code)
+        assert phase and code in expected, f"exit code {code} after {number.name}: {err[-1000:]}"
 
 
 def signalled_after(
