@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
 
 EXIT_REFUSED = 2
@@ -11,12 +13,20 @@ EXIT_PREEMPTED = 75
 
 
 class StopOnSignal:
-    """Called, says whether SIGTERM or SIGINT came; a second SIGINT interrupts at once."""
+    """Called, says whether SIGTERM or SIGINT came; a second SIGINT interrupts at once.
+
+    From the interpreter's end on, when the exit code stands, both are ignored.
+    """
 
     def __init__(self) -> None:
         self._asked = False
+        self._listen(self._handle)
+        # Python takes its handlers away before it ends, and a signal would make its own code of that of a finished run.
+        atexit.register(self._listen, signal.SIG_IGN)
+
+    def _listen(self, handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
+            signal.signal(number, handler)
 
     def __call__(self) -> bool:
         return self._asked

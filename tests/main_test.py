@@ -73,3 +73,14 @@ def test_a_signal_is_heard_before_the_libraries_are_loaded_and_nothing_is_begun(
     assert process.returncode == 75, err
     assert "stopped before anything was done; the same command starts it" in err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_at_the_interpreters_end_leaves_the_exit_code():
+    script = (
+        "import os, signal, sys; from sera_jax.main import StopOnSignal; stop = StopOnSignal()\n"
+        "class Late:  # its instance goes with the modules, after Python has let go of its handlers\n"
+        "    def __del__(self, kill=os.kill, own=os.getpid(), number=signal.SIGTERM): kill(own, number)\n"
+        "late = Late(); sys.exit(75)"
+    )
+    process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 75, process.stderr

@@ -9,6 +9,18 @@ TOLERANCES: dict[str, dict] = {
         reason="sums over tokens in another order; a response log-prob is a sum of tens of float32",
     ),
     "mesh": dict(rtol=2e-4, atol=2e-4, reason="cross-device sums in another order"),
+    "devices": dict(
+        rtol=2e-4,
+        atol=2e-4,
+        reason="a whole run on 1, 2 or 4 devices, in its summary, log and texts: counts, ids and tokens are equal, "
+        "floats but for the order of sums; DIFFER_ON_DEVICES may differ",
+    ),
+    "devices_moved": dict(
+        rtol=1e-2,
+        atol=0.0,
+        reason="what such a run made of each array, in norm: where a gradient is rounding, so is the direction of "
+        "Adam's first steps, and single elements end a part of a step apart",
+    ),
     "microbatch": dict(rtol=1e-4, atol=1e-6, reason="gradients summed in another order, float32"),
     "huggingface_logits": dict(rtol=1e-4, atol=1e-4, reason="float32 matmuls of another library; the issue's bound"),
     "finite_difference": dict(rtol=1e-6, atol=1e-7, reason="central differences in float64, step 1e-6"),
@@ -24,4 +36,12 @@ TOLERANCES: dict[str, dict] = {
         atol=1e-4,
         reason="probabilities after a finite ascent in float32 against the exact optimum",
     ),
+}
+
+# What depends on the devices in a summary, a line of the log or a row of texts.
+DIFFER_ON_DEVICES = {
+    "params_sha256": "digests of the parameters' bits",
+    "padding_fraction": "the rows of a step are rounded up to a multiple of the devices",
+    "rollout/padding_fraction": "as padding_fraction",
+    "rewards/accuracies": "before a policy's first update its margins are rounding, and so are their signs",
 }

@@ -11,10 +11,7 @@ import pytest
 
 from sera_jax.checkpoint import load_tree
 from sera_jax.experiment.saved import export
-from sera_jax.loops.ppo import Learner
-from sera_jax.loops.ppo_segment import Segment, train_segment
 from sera_jax.loops.runtime import Policy
-from sera_jax.loops.srppo import SRPPO_ARM, iterate
 from sera_jax.loops.srppo_study import SrppoStudy
 from sera_jax.losses.coherent import MISSING_EOS
 from sera_jax.mesh import make_mesh
@@ -235,16 +232,3 @@ def test_an_iteration_is_the_same_in_microbatches_and_on_a_mesh(lab, plain, tmp_
         assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(a), jax.tree_util.keystr(path)
         moved += np.linalg.norm(a) > 0
     assert moved > len(jax.tree.leaves(change)) / 2
-
-
-def test_a_run_goes_on_with_other_devices_and_ends_alike(lab, tmp_path):
-    study = study_of(lab, tmp_path, mesh=make_mesh(1, 2, 1, devices=jax.devices()[:2]))
-    before, theirs = lab.policy("srppo/iteration2"), lab.policy("srppo/iteration4")
-    with jax.set_mesh(study.run.mesh), study.run.writer:
-        ours, _ = train_segment(Learner(study, SRPPO_ARM), iterate, Segment(3, 4, 2), before)
-    start, a, b = (jax.tree.leaves(jax.device_get(study.run.load(p))) for p in (before, ours, theirs))
-    for x, y, z in zip(start, a, b, strict=True):
-        assert np.linalg.norm(y - z) <= TOLERANCES["mesh"]["rtol"] * np.linalg.norm(z - x)
-    for line, same in zip(ppo_lines(tmp_path, "srppo"), lab.lines("srppo")[2:], strict=True):
-        for name in ("objective/kl", "coherent_reward/mean", "loss/value_avg", "grad_norm"):
-            np.testing.assert_allclose(line[name], same[name], rtol=TOLERANCES["mesh"]["rtol"], err_msg=name)

@@ -18,8 +18,8 @@ OVERRIDES = {
 }
 
 
-def start(workdir, **changes):
-    return kills.start(tiny_flags(workdir, **OVERRIDES, **changes))
+def start(workdir, devices=1, **changes):
+    return kills.start(tiny_flags(workdir, **OVERRIDES, **changes), devices)
 
 
 @pytest.fixture(scope="session")

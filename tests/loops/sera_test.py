@@ -34,6 +34,7 @@ from sera_jax.training.optimizer import make_optimizer
 from sera_jax.training.score import make_score, place_rows
 from sera_jax.training.step import abstract_state
 from sera_jax.writer import MetricWriter, read_records
+from tests.loops.alike import assert_arm_alike, assert_policies_alike, run_on
 from tests.loops.tiny import BATCH, PAIRS, tiny_config
 from tests.tolerances import TOLERANCES
 
@@ -458,3 +459,10 @@ def test_a_run_stopped_amid_a_round_goes_on_with_other_devices_and_ends_alike(la
     start, ours, theirs = (jax.tree.leaves(jax.device_get(study.run.load(p))) for p in policies)
     for a, b, c in zip(start, ours, theirs, strict=True):  # in norm, since Adam divides by a gradient's own size
         assert np.linalg.norm(b - c) <= tolerance * np.linalg.norm(c - a)
+
+
+def test_a_whole_run_on_two_devices_ends_alike(lab, tmp_path):
+    sera_only = dataclasses.replace(lab.config.sera, arms=("sera",))
+    run_on(2, dataclasses.replace(lab.config, workdir=str(tmp_path), sera=sera_only))
+    assert_arm_alike(tmp_path, lab.root, "sera")
+    assert_policies_alike(tmp_path, lab.root, ["sft", "round1", "sera/round2", "sera/round3"])

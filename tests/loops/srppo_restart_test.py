@@ -10,7 +10,7 @@ import pytest
 
 from sera_jax.writer import read_records
 from tests.loops import kills
-from tests.loops.kills import Moment, finish, holding, producing, saved, signal_when, writing
+from tests.loops.kills import Moment, assert_same_end, finish, holding, producing, saved, signal_when, writing
 from tests.loops.tiny import TINY_SRPPO, tiny_flags
 
 LAST, EVERY = 6, 3
@@ -28,12 +28,8 @@ OVERRIDES = {
 }
 
 
-def start(workdir, **changes):
-    return kills.start(tiny_flags(workdir, tiny=TINY_SRPPO, **OVERRIDES, **changes))
-
-
-def assert_same_end(workdir, whole):
-    kills.assert_same_end(workdir, whole, ("params_sha256", "arms", "rounds", "iterations", "prompts"))
+def start(workdir, devices=1, **changes):
+    return kills.start(tiny_flags(workdir, tiny=TINY_SRPPO, **OVERRIDES, **changes), devices)
 
 
 def iterations(workdir):

@@ -1,5 +1,6 @@
 """Self-Rewarding PPO on a tiny embedded world: what is rolled out, scored, paid, learnt, and what is logged of it."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -14,6 +15,7 @@ from sera_jax.losses.advantages import follows
 from sera_jax.models.critic import HEAD
 from sera_jax.training.optimizer import schedule
 from sera_jax.writer import RESERVED
+from tests.loops.alike import assert_arm_alike, assert_policies_alike, run_on
 from tests.loops.srppo_lab import (
     ARMS,
     EVERY,
@@ -264,3 +266,18 @@ def test_a_run_in_one_segment_stopped_amid_sampling_ends_with_the_same_bits(lab,
     assert [line | {"round": 0} for line in ours] == [line | {"round": 0} for line in theirs]
     for path in (lab.root / "rollouts" / "srppo").iterdir():
         assert (tmp_path / "rollouts" / "srppo" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_run_stopped_amid_a_segment_goes_on_with_two_devices_and_ends_alike(lab, tmp_path):
+    config = dataclasses.replace(
+        lab.config,
+        workdir=str(tmp_path),
+        ppo=dataclasses.replace(lab.config.ppo, arms=("srppo",)),
+        train=dataclasses.replace(lab.config.train, save_steps=1),
+    )
+    first = tmp_path / "checkpoints" / "srppo" / "iteration2" / "1"
+    with pytest.raises(Preempted, match="stopped in srppo/iteration2 after iteration 1"):
+        run_on(1, config, stop_requested=first.exists)
+    run_on(2, config)
+    assert_arm_alike(tmp_path, lab.root, "srppo")
+    assert_policies_alike(tmp_path, lab.root, ["sft", "srppo/iteration2", "srppo/iteration4"])
