@@ -1,9 +1,9 @@
 """`python -m sera_jax.main --config=configs/NAME.py [--config.group.field=value ...]`: one run, restartable at any
 point.
 
-Exit codes: 0 done; 2 the flags, the config, the data or the work directory are refused, a loss was not finite, or the
-machine failed the run, as a full disk does (the message says why and the way out); 75 stopped by SIGTERM or SIGINT with
-everything saved (the same command goes on from there).
+Exit codes: 0 done (with --verify: all is as it was written); 2 the flags, the config, the data or the work directory
+are refused, a loss was not finite, or the machine failed the run, as a full disk does (the message says why and the way
+out); 75 stopped by SIGTERM or SIGINT with everything saved (the same command goes on from there).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from types import FrameType
 from absl import app, flags
 from ml_collections import config_flags
 
-from sera_jax.config import last_overrides
+from sera_jax.config import Config, last_overrides
 
 EXIT_REFUSED = 2
 EXIT_PREEMPTED = 75
@@ -34,6 +34,11 @@ _OTHER_VERSIONS = flags.DEFINE_bool(
     "allow_other_versions",
     False,
     "Go on with a work directory of another numerics version or minor release of jax, flax or optax; it is recorded.",
+)
+_VERIFY = flags.DEFINE_bool(
+    "verify",
+    False,
+    "Run nothing: read all that the work directory holds, and say what is no longer as it was written.",
 )
 
 
@@ -69,6 +74,9 @@ def main(argv: list[str], *, stop_requested: Callable[[], bool] = lambda: False)
     try:
         if stop_requested():
             raise Preempted("stopped before anything was done; the same command starts it")
+        if _VERIFY.value:
+            verify(parse(_CONFIG.value))
+            return
         experiment.run(parse(_CONFIG.value), stop_requested=stop_requested, allow_other_versions=_OTHER_VERSIONS.value)
     except (ValueError, OSError) as error:
         if _TRACEBACK.value:
@@ -81,6 +89,20 @@ def main(argv: list[str], *, stop_requested: Callable[[], bool] = lambda: False)
     except Preempted as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(EXIT_PREEMPTED)
+
+
+def verify(config: Config) -> None:
+    """Say in a line what is damaged in the work directory; ends the process with 2 where anything is."""
+    from sera_jax.experiment import verifying
+
+    found = 0
+    for line in verifying.damages(config):
+        found += 1
+        print(line, flush=True)
+    if found:
+        print(f"error: {found} of what {config.workdir} holds {'is' if found == 1 else 'are'} damaged", file=sys.stderr)
+        sys.exit(EXIT_REFUSED)
+    print(f"{config.workdir}: all as it was written, {verifying.counted(config)}")
 
 
 def disk_is_full(error: Exception) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from sera_jax import config as config_lib
-from sera_jax.checkpoint import Workdir
+from sera_jax.checkpoint import Workdir, outputs
 from sera_jax.config import Config
 from sera_jax.data.packing import Layout
 from sera_jax.evaluation import report
@@ -22,6 +22,7 @@ from sera_jax.experiment.method import Experiment
 from sera_jax.experiment.methods import METHODS
 from sera_jax.experiment.saved import describe, export
 from sera_jax.experiment.start import params_sha256, starting_policy
+from sera_jax.experiment.verifying import OUTPUTS
 from sera_jax.loops.runtime import Policy, Runtime
 from sera_jax.mesh import make_mesh, row_shards
 from sera_jax.writer import MetricWriter
@@ -88,6 +89,7 @@ def run(
             "earlier_versions": workdir.code[:-1],
         }
         finish(config, method.report, runtime, final, summary)
+    outputs.record(root, OUTPUTS)  # now that metrics and TensorBoard files are closed
     return summary
 
 
