@@ -32,6 +32,7 @@ OUTPUTS = (
     "data",
     "huggingface",
 )
+_WRITTEN_ONCE = (METRICS, "tensorboard", "rollouts")
 
 
 def damages(config: Config) -> Iterator[str]:
@@ -53,7 +54,7 @@ def damages(config: Config) -> Iterator[str]:
     for folder in verify.checkpoints(root):
         yield from verify.damages_of_checkpoint(folder)
     yield from _damaged_lines(root)
-    yield from outputs.damages(root)
+    yield from outputs.damages(root, _WRITTEN_ONCE)
     if not (root / outputs.DIGESTS).exists():  # not finished, or under way again
         yield from _damaged_description(root)
         yield from _unreadable(root)
