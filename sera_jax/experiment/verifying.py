@@ -5,12 +5,11 @@ from __future__ import annotations
 import fcntl
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sera_jax import config as config_lib
 from sera_jax.checkpoint import StaleWorkdir, outputs, verify
-from sera_jax.checkpoint.arrays import CorruptCheckpoint
 from sera_jax.checkpoint.phases import check_config, plain
 from sera_jax.config import Config
 from sera_jax.experiment.saved import load_description
@@ -49,11 +48,14 @@ def damages(config: Config) -> Iterator[str]:
     _refuse_in_use(root)
     check_config(root, plain({name: value for name, value in config_lib.to_dict(config).items() if name != "workdir"}))
     yield from verify.strays(root)
+    phases, checkpoints = [], []  # those that are sound
     for folder in verify.phases(root):
-        yield from verify.damages_of_phase(folder)
+        yield from (found := list(verify.damages_of_phase(folder)))
+        phases += [] if found else [folder]
     for folder in verify.checkpoints(root):
-        yield from verify.damages_of_checkpoint(folder)
-    yield from _damaged_lines(root)
+        yield from (found := list(verify.damages_of_checkpoint(folder)))
+        checkpoints += [] if found else [folder]
+    yield from _damaged_lines(root, phases, checkpoints)
     yield from outputs.damages(root, _WRITTEN_ONCE)
     if not (root / outputs.DIGESTS).exists():  # not finished, or under way again
         yield from _damaged_description(root)
@@ -78,8 +80,10 @@ def _refuse_in_use(root: pathlib.Path) -> None:
         pass  # no lock, or a mounted bucket that knows none
 
 
-def _damaged_lines(root: pathlib.Path) -> Iterator[str]:
-    """Of metrics.jsonl, against the lines that finished phases hold, and the digests that checkpoints hold."""
+def _damaged_lines(
+    root: pathlib.Path, phases: Sequence[pathlib.Path], checkpoints: Sequence[pathlib.Path]
+) -> Iterator[str]:
+    """Of metrics.jsonl, against the lines, or the digests of lines, that sound phases and checkpoints hold."""
     try:
         records, _ = read_records(root / METRICS)
     except ValueError as error:
@@ -88,21 +92,15 @@ def _damaged_lines(root: pathlib.Path) -> Iterator[str]:
     spans: dict[Any, list[dict[str, Any]]] = {}
     for record in records:
         spans.setdefault(key_of(record), []).append(without_clock(record))
-    for folder in verify.phases(root):
-        try:
-            own, _ = read_records(folder / METRICS)
-        except ValueError:  # told by `damages_of_phase`
-            continue
+    for folder in phases:
+        own, _ = read_records(folder / METRICS)
         if own and spans.get(key_of(own[0])) != own:
             yield (
                 f"{root / METRICS} no longer has the lines of {folder.relative_to(root / 'phases')} as they were "
                 f"written; {folder / METRICS}, from which the summary is made, has"
             )
-    for folder in verify.checkpoints(root):
-        try:
-            notes = verify.read_item(folder, "notes")
-        except CorruptCheckpoint:  # told by `damages_of_checkpoint`
-            continue
+    for folder in checkpoints:
+        notes = verify.read_item(folder, "notes")
         before = [line for line in spans.get(tuple(notes["span"]), []) if line["step"] <= int(folder.name)]
         if digest_of_lines(before) != notes["lines"]:
             yield (
