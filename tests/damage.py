@@ -15,7 +15,7 @@ from absl.testing import flagsaver
 from sera_jax import experiment, main
 from sera_jax.config import Config
 from sera_jax.experiment import methods
-from sera_jax.loops.runtime import Preempted
+from sera_jax.loops.runtime import Preempted, Runtime
 from sera_jax.mesh import make_mesh
 
 # The kind of a file, by the first pattern that its path in the work directory matches.
@@ -90,10 +90,23 @@ def one_device(*_: Any) -> Any:
     return make_mesh(1, 1, 1, devices=jax.devices()[:1])
 
 
+_COMPILED: dict[Any, dict[tuple, Any]] = {}
+
+
+def _share_programs(run: Runtime) -> None:
+    """As `Runtime.__post_init__`, but runs of one shape compile nothing again."""
+    _POST_INIT(run)
+    run._compiled = _COMPILED.setdefault((run.cfg, run.chunk_tokens), run._compiled)
+
+
+_POST_INIT = Runtime.__post_init__
+
+
 def command(config: Config, *asked: str) -> int:
     """The command in this process, on one device: its exit code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiment, "make_mesh", one_device)
+        patch.setattr(Runtime, "__post_init__", _share_programs)
         patch.setattr(methods, "parse", lambda raw: config)
         patch.setattr(main, "_CONFIG", types.SimpleNamespace(value=None))
         flags = {name: str(name in asked).lower() for name in ("verify", "traceback", "allow_other_versions")}
