@@ -20,8 +20,8 @@ from sera_jax.mesh import make_mesh
 
 # The kind of a file, by the first pattern that its path in the work directory matches.
 KINDS = {
-    "checkpoint: arrays": r"checkpoints/.*/state/",
-    "checkpoint: checksums, inputs, notes": r"checkpoints/.*/(sums|inputs|notes)/",
+    "checkpoint: arrays": r"checkpoints/.*/state/.*(ocdbt|/d/)",
+    "checkpoint: checksums, inputs, notes": r"checkpoints/.*/(sums|inputs|notes)/metadata",
     "checkpoint: orbax's own": r"checkpoints/",
     "phase: arrays": r"phases/.*/arrays/.*(ocdbt|/d/)",
     "phase: about arrays": r"phases/.*/arrays/",
