@@ -26,7 +26,7 @@ env: $(VENV)/test-$(VERSION).stamp ## make .venv with the run-time and test pack
 test: $(VENV)/test-$(VERSION).stamp ## run the tests
 	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
 
-slow: $(VENV)/test-$(VERSION).stamp ## run the slow tests: kills, whole runs on several devices, fitness of the embedded world
+slow: $(VENV)/test-$(VERSION).stamp ## run the slow tests: kills, several devices, damaged files and rows, wrong configs, the worlds
 	$(VENV)/bin/python -m pytest -m slow $(PYTEST_FLAGS)
 
 parity: $(PARITY)/parity-$(VERSION).stamp ## compare with PyTorch implementations, in an environment of their own

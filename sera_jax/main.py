@@ -1,9 +1,9 @@
 """`python -m sera_jax.main --config=configs/NAME.py [--config.group.field=value ...]`: one run, restartable at any
 point.
 
-Exit codes: 0 done; 2 the flags, the config, the data or the work directory are refused, a loss was not finite, or the
-machine failed the run, as a full disk does (the message says why and the way out); 75 stopped by SIGTERM or SIGINT with
-everything saved (the same command goes on from there).
+Exit codes: 0 done (with --verify: all is as it was written); 2 the flags, the config, the data or the work directory
+are refused, a loss was not finite, or the machine failed the run, as a full disk does (the message says why and the way
+out); 75 stopped by SIGTERM or SIGINT with everything saved (the same command goes on from there).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from absl import app, flags
 from ml_collections import config_flags
 
-from sera_jax.config import last_overrides
+from sera_jax.config import Config, last_overrides
 from sera_jax.stop import EXIT_PREEMPTED, EXIT_REFUSED, StopOnSignal
 
 MAX_WORDS = 800  # letters of what is wrong with a flag
@@ -38,6 +38,11 @@ _SHARED_PHASES = flags.DEFINE_string(
     "",
     "A folder of phases up to the SFT model: what lies there is taken instead of made, what is made is left there.",
 )
+_VERIFY = flags.DEFINE_bool(
+    "verify",
+    False,
+    "Run nothing: read all that the work directory holds, and say what is no longer as it was written.",
+)
 
 
 def main(argv: list[str], *, stop_requested: Callable[[], bool] = lambda: False) -> None:
@@ -53,6 +58,9 @@ def main(argv: list[str], *, stop_requested: Callable[[], bool] = lambda: False)
         if stop_requested():
             raise Preempted("stopped before anything was done; the same command starts it")
         config = parse(_CONFIG.value)
+        if _VERIFY.value:
+            verify(config)
+            return
         with memory.named("the run", memory.WAY_OUT):
             experiment.run(
                 config,
@@ -71,6 +79,20 @@ def main(argv: list[str], *, stop_requested: Callable[[], bool] = lambda: False)
     except Preempted as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(EXIT_PREEMPTED)
+
+
+def verify(config: Config) -> None:
+    """Say in a line what is damaged in the work directory; ends the process with 2 where anything is."""
+    from sera_jax.experiment import verifying
+
+    found = 0
+    for line in verifying.damages(config):
+        found += 1
+        print(line, flush=True)
+    if found:
+        print(f"error: {found} of what {config.workdir} holds {'is' if found == 1 else 'are'} damaged", file=sys.stderr)
+        sys.exit(EXIT_REFUSED)
+    print(f"{config.workdir}: all as it was written, {verifying.counted(config)}")
 
 
 def disk_is_full(error: Exception) -> bool:

@@ -17,19 +17,21 @@ Progress goes to standard error, results (`report`) to standard output.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import numbers
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from sera_jax.board import FIELDS, Board
 from sera_jax.core import Mean
 from sera_jax.progress import Progress
 
+METRICS = "metrics.jsonl"
 RESERVED = FIELDS
 # Metrics that the progress line shows, and what it calls them.
 NOTED = {
@@ -78,9 +80,10 @@ class MetricWriter:
         """
         self._on = is_host0
         self._folder = pathlib.Path(workdir)
-        self._path = self._folder / "metrics.jsonl"
+        self._path = self._folder / METRICS
         self._progress = progress or Progress()
         self._stack: list[tuple[SpanKey, int]] = []  # with the steps before it
+        self._sums: dict[SpanKey, Any] = {}  # running sha256 of the lines of every span, see `digest_of_lines`
         self._last: dict[SpanKey, int] = {}  # last step on disk, for every span of the record
         self._owned: set[SpanKey] = set()  # spans that this process has resumed or written
         if self._on:
@@ -137,7 +140,7 @@ class MetricWriter:
         if key in self._last and (step == 0 or self._last[key] > step):
             self._file.close()
             records, _ = read_records(self._path)
-            kept = [record for record in records if _key_of(record) != key or (step > 0 and record["step"] <= step)]
+            kept = [record for record in records if key_of(record) != key or (step > 0 and record["step"] <= step)]
             _replace(self._path, kept)
             self._index(kept)
             self._file = self._path.open("a", encoding="utf-8")
@@ -182,12 +185,7 @@ class MetricWriter:
         if global_step is None:
             global_step = step + (self._stack[-1][1] if self._stack else 0)
         counted = {"step": int(step), "global_step": int(global_step)}
-        record = {**key._asdict(), **counted, "time": time.time(), **_numbers(metrics)}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
-        self._last[key] = int(step)
-        if self._board:
-            self._board.add(record)
+        self._append({**key._asdict(), **counted, "time": time.time(), **_numbers(metrics)})
         if self._stack and key == self._stack[-1][0]:
             self.advance(step, tokens=tokens, metrics=metrics)
 
@@ -200,7 +198,7 @@ class MetricWriter:
 
     def lines(self, key: SpanKey) -> list[dict[str, Any]]:
         """The lines of a span, in their order; none on hosts other than 0."""
-        return [record for record in read_records(self._path)[0] if _key_of(record) == key] if self._on else []
+        return [record for record in read_records(self._path)[0] if key_of(record) == key] if self._on else []
 
     def announce(self, text: str) -> None:
         """A line of its own on standard error: a heading, a remark."""
@@ -212,6 +210,19 @@ class MetricWriter:
         if self._on:
             self._progress.clear()
             print(text, flush=True)
+
+    def has(self, key: SpanKey) -> bool:
+        """Whether there is a line of the span."""
+        return key in self._last
+
+    def restore(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Appends lines that another record had, of spans that this one has nothing of; they get the present time."""
+        for record in records if self._on else ():
+            self._append({**record, "time": time.time()})
+
+    def digest(self, key: SpanKey) -> str:
+        """`digest_of_lines` of the lines of a span so far."""
+        return self._sums.get(key, hashlib.sha256()).hexdigest()
 
     def sync(self) -> None:
         """Returns when every line written so far is on the disk. To be called before a checkpoint is saved."""
@@ -244,10 +255,20 @@ class MetricWriter:
             int(round) if round is not None else outer.round if outer else 0,
         )
 
+    def _append(self, record: dict[str, Any]) -> None:
+        key = key_of(record)
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+        self._last[key] = record["step"]
+        self._sums.setdefault(key, hashlib.sha256()).update(_sealed_part(record))
+        if self._board:
+            self._board.add(record)
+
     def _index(self, records: list[dict]) -> None:
-        self._last = {}
+        self._last, self._sums = {}, {}
         for record in records:
-            key = _key_of(record)
+            key = key_of(record)
+            self._sums.setdefault(key, hashlib.sha256()).update(_sealed_part(record))
             self._last[key] = max(record["step"], self._last.get(key, 0))
 
 
@@ -278,16 +299,40 @@ def read_records(path: str | os.PathLike) -> tuple[list[dict], bool]:
     return records, unfinished or bool(bad)
 
 
+def without_clock(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A line but for what tells the time, as a run that was stopped and gone on with shares it with one that was
+    not."""
+    return {name: value for name, value in record.items() if name != "time" and not name.startswith("timing_s/")}
+
+
+def lines_of(path: str | os.PathLike, key: SpanKey) -> list[dict]:
+    """The lines of a span in a metrics.jsonl, without the clock."""
+    return [without_clock(record) for record in read_records(path)[0] if key_of(record) == key]
+
+
+def digest_of_lines(records: Iterable[Mapping[str, Any]]) -> str:
+    """sha256 of lines in their order, the clock left out."""
+    total = hashlib.sha256()
+    for record in records:
+        total.update(_sealed_part(record))
+    return total.hexdigest()
+
+
+def _sealed_part(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(without_clock(record)).encode() + b"\n"
+
+
 def _parse(line: bytes) -> dict | None:
     try:
         record = json.loads(line)
-        hash(_key_of(record))
+        hash(key_of(record))
         return record if isinstance(record["step"], int) else None
     except (ValueError, TypeError, KeyError):
         return None
 
 
-def _key_of(record: dict) -> SpanKey:
+def key_of(record: Mapping[str, Any]) -> SpanKey:
+    """The span that a line belongs to."""
     return SpanKey(record["phase"], record["arm"], record["round"])
 
 

@@ -141,7 +141,7 @@ def test_help_is_printed(entry, capsys):
 
 @each_page
 def test_every_field_named_exists(page):
-    named = re.compile(rf"(?<![\w./-])((?:{'|'.join(GROUPS)})\.(?!py\b)\w+)")
+    named = re.compile(rf"(?<![\w./-])((?:{'|'.join(GROUPS)})\.(?!(?:py|json)\b)\w+)")
     for span in spans(page):
         for field in named.findall(span):
             check_field(field)

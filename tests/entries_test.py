@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import shutil
 
 import jax
@@ -339,6 +340,17 @@ def test_what_is_refused_ends_with_2_and_a_message_that_helps(case, workdir, pro
     for part in expected:
         assert part.format(**places) in shown.err
     assert not (tmp_path / "a").is_file()
+
+
+@pytest.mark.parametrize("name", ["model.json", "config.json", "tokenizer/tokenizer.json"])
+def test_a_digit_changed_in_what_describes_a_policy_is_named(name, workdir, tmp_path, capsys):
+    path = shutil.copytree(workdir, tmp_path / "run") / name
+    digit = re.search(r": \d*([0-8])", path.read_text())
+    assert digit is not None
+    text = path.read_text()
+    path.write_text(text[: digit.start(1)] + "9" + text[digit.end(1) :])
+    assert export.main([f"--checkpoint={tmp_path}/run/phases/sft", f"--out={tmp_path}/a"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {path} is not what was written; start the run's command again")
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"model": {"hidden_size": 8}, "source": ""}'])

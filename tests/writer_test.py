@@ -15,7 +15,7 @@ from tensorboardX.proto import event_pb2
 
 from sera_jax.core import Mean
 from sera_jax.progress import Progress
-from sera_jax.writer import MetricWriter, SpanKey, read_records
+from sera_jax.writer import MetricWriter, SpanKey, digest_of_lines, lines_of, read_records
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -42,6 +42,26 @@ def scalars(folder: pathlib.Path) -> list[tuple[str, int, float]]:
             found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
             data = data[16 + length :]
     return found
+
+
+def test_the_digest_of_a_span_is_that_of_its_lines_on_disk_but_for_the_clock(make_writer, tmp_path):
+    key = SpanKey("train", "sera", 1)
+
+    def written(steps, seconds, start=0):
+        with make_writer() as writer:
+            with writer.span(*key[:1], arm=key.arm, round=key.round, total_steps=9, start_step=start):
+                for step in steps:
+                    writer.write(step=step, metrics={"loss": step / 8, "timing_s/rollout": seconds})
+            writer.write(phase="eval", step=max(steps), metrics={"loss": 2.0})
+            assert writer.digest(key) == digest_of_lines(lines_of(tmp_path / "metrics.jsonl", key))
+            return writer.digest(key)
+
+    two, four = written([1, 2], 0.5), written([1, 2, 3, 4], 0.25)
+    assert two != four
+    assert written([3, 4], 0.75, start=2) == four, "lines that were dropped do not count"
+    text = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(text.replace('"loss": 0.25', '"loss": 0.26'))
+    assert make_writer().digest(key) != four
 
 
 def test_a_line_holds_the_phase_the_step_and_the_metrics(make_writer, tmp_path):

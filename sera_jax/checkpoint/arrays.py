@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from sera_jax.checkpoint.phases import StaleWorkdir, first_difference, plain
+from sera_jax.checkpoint.phases import StaleWorkdir, digest_of, first_difference, plain
 
 # what orbax has to say against something it raises as well; its log repeats that, with a traceback for each thread
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
@@ -35,7 +35,7 @@ class CorruptCheckpoint(ValueError):
 
 
 @contextlib.contextmanager
-def _reading(path: pathlib.Path, way_out: str) -> Iterator[None]:
+def reading(path: pathlib.Path, way_out: str) -> Iterator[None]:
     """Raises CorruptCheckpoint for whatever orbax makes of files that it cannot read: its errors have no common kind
     (some are bare Exceptions), and their first line tells enough."""
     try:
@@ -77,10 +77,14 @@ def _one_voice() -> Iterator[None]:
         setattr(sys, name, hook)
 
 
+FROM_THE_ONE_BEFORE = (
+    "delete it and start the same command again: it goes on from the checkpoint before, or from the start of the phase"
+)
 _SHOWN = 160  # characters of an error of orbax
 _LEFT_BEHIND = ("Event loop is closed", "_read_array_index")
 
 
+_PIECE = 1 << 16  # elements of an array that are summed at a time
 _FACTORS = ((0x9E3779B1, 0x85EBCA6B), (0xC2B2AE35, 0x27D4EB2F))  # of the two sums
 
 
@@ -109,6 +113,21 @@ def part_sum(part: np.ndarray, shape: Sequence[int], start: Sequence[int]) -> np
         place = place[..., None] + index.astype(np.uint32)
     bits = np.ascontiguousarray(part).view(f"uint{8 * part.dtype.itemsize}").astype(np.uint32)
     return np.array([np.sum(_mixed(bits, place, *factors), dtype=np.uint32) for factors in _FACTORS], np.uint32)
+
+
+def sum_in_pieces(read: Callable[[int, int], np.ndarray], shape: Sequence[int]) -> np.ndarray:
+    """u32[2]: the checksum of an array that is read in pieces along its first axis.
+
+    Args:
+        read: the rows from a first to before a last; of a single number, whatever it is asked for.
+    """
+    if not shape:
+        return part_sum(read(0, 1), (), ())
+    total, rows = np.zeros(2, np.uint32), max(1, _PIECE // max(1, math.prod(shape[1:])))
+    for start in range(0, shape[0], rows):
+        part = read(start, min(start + rows, shape[0]))
+        total += part_sum(part, shape, (start, *(0 for _ in shape[1:])))
+    return total
 
 
 def _leaf_sum(x: jax.Array) -> jax.Array:
@@ -156,12 +175,17 @@ def tree_digest(tree: Any) -> str:
     return hashlib.sha256(json.dumps(checksums(tree), sort_keys=True).encode()).hexdigest()
 
 
-def _verify(tree: Any, expected: dict[str, str], path: pathlib.Path) -> None:
-    found = checksums(tree)
+def digests_of_papers(inputs: dict[str, Any], notes: dict[str, Any]) -> dict[str, str]:
+    """What stands among a checkpoint's checksums, whose names begin with . or [, for the JSON beside its arrays."""
+    return {"inputs": digest_of(inputs), "notes": digest_of(notes)}
+
+
+def _compare(found: dict[str, str], expected: dict[str, str], path: pathlib.Path) -> None:
+    """Raises CorruptCheckpoint where the checksums of what was read are not those that were written."""
     bad = [name for name in found | expected if found.get(name) != expected.get(name)]
     if bad:
         raise CorruptCheckpoint(
-            f"{path}: {len(bad)} of {len(found)} arrays fail their checksum, first {bad[0]} "
+            f"{path}: {len(bad)} of {len(found | expected)} arrays fail their checksum, first {bad[0]} "
             f"(expected {expected.get(bad[0])}, read {found.get(bad[0])}); delete {_whole(path)} "
             "and start the same command again to recompute it"
         )
@@ -191,10 +215,10 @@ def load_tree(path: pathlib.Path, abstract: Any) -> Any:
     """
     path = path.absolute()
     way_out = f"delete {_whole(path)} and start the same command again to recompute it"
-    with _reading(path, way_out), ocp.StandardCheckpointer() as checkpointer:
+    with reading(path, way_out), ocp.StandardCheckpointer() as checkpointer:
         expected = dict(json.loads((path / "checksums.json").read_text()))
         tree = checkpointer.restore(path / "arrays", abstract)
-    _verify(tree, expected, path)
+    _compare(checksums(tree), expected, path)
     return tree
 
 
@@ -222,7 +246,7 @@ class Checkpoints:
         """
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            sums=ocp.args.JsonSave(checksums(state)),
+            sums=ocp.args.JsonSave(checksums(state) | digests_of_papers(self._inputs or {}, notes or {})),
             inputs=ocp.args.JsonSave(self._inputs or {}),
             notes=ocp.args.JsonSave(notes or {}),
         )
@@ -246,21 +270,17 @@ class Checkpoints:
             return None
         where = self._path / str(step)
         json_item = ocp.args.JsonRestore()
-        way_out = (
-            "delete it and start the same command again: it goes on from the checkpoint before, or from the start of "
-            "the phase"
-        )
-        with _reading(where, way_out):
+        with reading(where, FROM_THE_ONE_BEFORE):
             inputs = self._manager.restore(step, args=ocp.args.Composite(inputs=json_item))["inputs"]
         if self._inputs is not None and inputs != self._inputs:
             raise StaleWorkdir(
                 f"{where} is of a phase with other inputs ({first_difference(inputs, self._inputs)}); "
                 f"choose another --config.workdir, or delete {self._path} to start that phase anew"
             )
-        with _reading(where, way_out):
+        with reading(where, FROM_THE_ONE_BEFORE):
             state = ocp.args.StandardRestore(abstract)
             found = self._manager.restore(step, args=ocp.args.Composite(state=state, sums=json_item, notes=json_item))
-        _verify(found["state"], found["sums"], where)
+        _compare(checksums(found["state"]) | digests_of_papers(inputs, found["notes"]), found["sums"], where)
         self.notes = found["notes"]
         return found["state"]
 

@@ -15,7 +15,7 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from sera_jax import memory
@@ -24,6 +24,8 @@ from sera_jax.config.identity import is_identity
 
 if TYPE_CHECKING:
     from sera_jax.checkpoint.shared import SharedPhases
+
+DIGESTS = "digests.json"  # of the files that a finished run left beside phases and checkpoints
 
 
 class StaleWorkdir(ValueError):
@@ -97,6 +99,24 @@ def load_json(path: pathlib.Path, way_out: str, *names: str) -> dict[str, Any]:
     return found
 
 
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+    """The object with a digest of itself, which tells when it is no longer what was written."""
+    return value | {"digest": digest_of(value)}
+
+
+def is_whole(found: dict[str, Any]) -> bool:
+    """Whether an object is as `sealed` made it."""
+    return found.get("digest") == digest_of({name: value for name, value in found.items() if name != "digest"})
+
+
+def load_sealed(path: pathlib.Path, way_out: str, *names: str) -> dict[str, Any]:
+    """`load_json` of what `sealed` made. Raises ValueError also where it is not what was written."""
+    found = load_json(path, way_out, *names, "digest")
+    if not is_whole(found):
+        raise ValueError(f"{path} is not what was written; {way_out}")
+    return found
+
+
 def write_jsonl(path: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write one JSON object a line so that the file is whole or absent."""
     _write_whole(path, "".join(_line(row) + "\n" for row in rows))
@@ -158,33 +178,13 @@ class Workdir:
         config = plain({k: v for k, v in config.items() if k != "workdir"})
         history = []
         if _has_results(root):
-            self._check_config(config)
+            self.notes += check_config(root, config)
             history = _history(read_json(root / "versions.json").get("history"))
             self._check_versions(history, allow_other_versions)
         self.code = with_present(history, allow_other_versions)
         write_json(root / "config.json", config)
         write_json(root / "versions.json", {"history": self.code})
-
-    def _check_config(self, config: dict[str, Any]) -> None:
-        """Refuse a config of another identity than that of the results; note what else differs."""
-        root, path = self.root, self.root / "config.json"
-        if not path.exists():
-            raise StaleWorkdir(
-                f"{root} holds results but no config.json, so nothing says whose they are; "
-                "choose another --config.workdir, or delete this one"
-            )
-        way_out = "put back what the run was started with, or choose another --config.workdir"
-        differ = _differences(load_json(path, way_out), config)
-        changed = [k for k in differ if is_identity(k)]
-        if changed:
-            shown = "; ".join("{}: {!r} there, {!r} now".format(k, *differ[k]) for k in changed[:5])
-            raise StaleWorkdir(
-                f"{root} was made with another configuration ({len(changed)} fields differ: {shown}); "
-                "choose another --config.workdir, or delete this one"
-            )
-        self.notes += [
-            f"config: {k} was {old!r}, now {new!r} (no part of the run's identity)" for k, (old, new) in differ.items()
-        ]
+        (root / DIGESTS).unlink(missing_ok=True)  # what it lists is about to change
 
     def _check_versions(self, history: list[dict[str, Any]], allowed: bool) -> None:
         """Refuse to go on with the results of code that computes otherwise; note what else differs."""
@@ -217,6 +217,8 @@ class Workdir:
             product = self._open(name, inputs, folder)
             shutil.rmtree(self.checkpoints(name), ignore_errors=True)  # a kill may have come between rename and this
             self.watch(name, True)
+        elif folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(f"{manifest_path} is missing; {to_make_anew(folder)}")
         else:
             torn = folder.with_name(folder.name + ".partial")
             shutil.rmtree(torn, ignore_errors=True)
@@ -237,19 +239,14 @@ class Workdir:
         return product
 
     def _open(self, name: str, inputs: dict[str, Any], folder: pathlib.Path) -> Product:
-        again = f"delete {folder} and start the same command again to make it anew"
-        manifest = load_json(folder / "manifest.json", again, "inputs", "files", "seconds")
+        manifest = load_manifest(folder)
         if manifest["inputs"] != inputs:
             raise StaleWorkdir(
                 f"{folder} was made from other inputs ({first_difference(manifest['inputs'], inputs)}); "
                 f"choose another --config.workdir, or delete {folder}, the phases after it and {self.root}/checkpoints"
             )
-        for file, expected in manifest["files"].items():
-            path = folder / file
-            if not path.exists() or file_digest(path) != expected:
-                raise ValueError(
-                    f"{path} is {'missing' if not path.exists() else 'not what its manifest says'}; {again}"
-                )
+        for damage in damaged_files(folder, manifest):
+            raise ValueError(damage)
         return _product(folder, manifest)
 
 
@@ -261,15 +258,64 @@ def _make(name: str, folder: pathlib.Path, inputs: dict[str, Any], produce: Call
     memory.trim()
     manifest = {
         "inputs": inputs,
-        "files": {
-            str(path.relative_to(folder)): file_digest(path)
-            for path in sorted(folder.rglob("*"))
-            if path.is_file() and "arrays" not in path.relative_to(folder).parts
-        },
+        **_contents(folder),
         "seconds": round(time.monotonic() - start, 3),
         "versions": versions(),
     }
-    write_json(folder / "manifest.json", manifest)
+    write_json(folder / "manifest.json", sealed(manifest))
+
+
+def check_config(root: pathlib.Path, config: dict[str, Any]) -> list[str]:
+    """Refuse a config of another identity than that of the results; lines on what else differs."""
+    path = root / "config.json"
+    if not path.exists():
+        raise StaleWorkdir(
+            f"{root} holds results but no config.json, so nothing says whose they are; "
+            "choose another --config.workdir, or delete this one"
+        )
+    way_out = "put back what the run was started with, or choose another --config.workdir"
+    differ = _differences(load_json(path, way_out), config)
+    changed = [k for k in differ if is_identity(k)]
+    if changed:
+        shown = "; ".join("{}: {!r} there, {!r} now".format(k, *differ[k]) for k in changed[:5])
+        raise StaleWorkdir(
+            f"{root} was made with another configuration ({len(changed)} fields differ: {shown}); "
+            "choose another --config.workdir, or delete this one"
+        )
+    return [f"config: {k} was {old!r}, now {new!r} (no part of the run's identity)" for k, (old, new) in differ.items()]
+
+
+def _contents(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """Of a new product: the digest of every file, and of the raw files of arrays, whose checksums are among those, the
+    size."""
+    found: dict[str, dict[str, Any]] = {"files": {}, "arrays": {}}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_file() and "arrays" in name.parts:
+            found["arrays"][str(name)] = path.stat().st_size
+        elif path.is_file():
+            found["files"][str(name)] = file_digest(path)
+    return found
+
+
+def load_manifest(folder: pathlib.Path) -> dict[str, Any]:
+    """Of a product. Raises ValueError, with the way out, where it is damaged."""
+    return load_sealed(folder / "manifest.json", to_make_anew(folder), "inputs", "files", "arrays", "seconds")
+
+
+def damaged_files(folder: pathlib.Path, manifest: dict[str, Any]) -> Iterator[str]:
+    """A line on every file of a product that is not what its manifest says, by its bytes or, for those of arrays, by
+    its size alone, which costs nothing: what is in them is checked where they are read."""
+    for file, expected in (manifest["files"] | manifest["arrays"]).items():
+        path = folder / file
+        if not path.is_file():
+            yield f"{path} is missing; {to_make_anew(folder)}"
+        elif expected != (path.stat().st_size if file in manifest["arrays"] else file_digest(path)):
+            yield f"{path} is not what its manifest says; {to_make_anew(folder)}"
+
+
+def to_make_anew(folder: pathlib.Path) -> str:
+    return f"delete {folder} and start the same command again to make it anew"
 
 
 def _history(found: Any) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import shutil
 from typing import Any
 
 from sera_jax.checkpoint.code import versions
-from sera_jax.checkpoint.phases import digest_of, file_digest, plain, read_json
+from sera_jax.checkpoint.phases import damaged_files, digest_of, load_manifest, plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +51,10 @@ class SharedPhases:
 
 
 def _is_whole(folder: pathlib.Path) -> bool:
-    files = read_json(folder / "manifest.json").get("files")
-    return isinstance(files, dict) and all(
-        (folder / name).is_file() and file_digest(folder / name) == digest for name, digest in files.items()
-    )
+    try:
+        return folder.exists() and not any(damaged_files(folder, load_manifest(folder)))
+    except ValueError:  # its manifest is damaged
+        return False
 
 
 def _link(source: pathlib.Path, target: pathlib.Path) -> None:

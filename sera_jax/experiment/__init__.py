@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from sera_jax import compiling
 from sera_jax import config as config_lib
-from sera_jax.checkpoint import Workdir
+from sera_jax.checkpoint import Workdir, outputs
 from sera_jax.checkpoint.shared import SharedPhases
 from sera_jax.config import Config
 from sera_jax.data.packing import Layout
@@ -31,6 +31,7 @@ from sera_jax.experiment.phases import Phases
 from sera_jax.experiment.saved import describe, export
 from sera_jax.experiment.start import START_PHASES, params_sha256, starting_policy
 from sera_jax.experiment.start import phases as start_phases
+from sera_jax.experiment.verifying import OUTPUTS
 from sera_jax.loops.runtime import Policy, Runtime
 from sera_jax.mesh import make_mesh, row_shards
 from sera_jax.writer import MetricWriter
@@ -106,6 +107,7 @@ def run(
         phases.end()
         summary = {**facts, **_of_the_run(config, runtime, final), "held_out_rows": corpus.held_out_rows}
         finish(config, method.report, runtime, final, summary)
+    outputs.record(root, OUTPUTS)  # now that metrics and TensorBoard files are closed
     return summary
 
 

@@ -10,16 +10,13 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
-from sera_jax.checkpoint.arrays import part_sum
-from sera_jax.checkpoint.phases import read_json, write_json
+from sera_jax.checkpoint.arrays import sum_in_pieces
+from sera_jax.checkpoint.phases import is_whole, read_json, sealed, write_json
 from sera_jax.config import ModelGroup
 from sera_jax.data.tokenizing import Tokenizer
 from sera_jax.models.folder import open_weights, read_config, weight_files
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-_PIECE = 1 << 16  # elements of a tensor that are read at a time
 _READERS = min(8, os.cpu_count() or 1)
 _WORTH_A_WORD = 10**9  # bytes
 
@@ -39,13 +36,15 @@ def folder_identity(path: str, record: pathlib.Path, say: Callable[[str], None] 
     files = weight_files(folder)
     looks = {file.name: _look(file) for file in files}
     known = read_json(record)
+    known = known if is_whole(known) else {}
     here = os.path.abspath(path)
     if not isinstance(known.get(here), dict) or known[here].get("files") != looks or "tensors" not in known[here]:
         size = sum(file.stat().st_size for file in files)
         if size >= _WORTH_A_WORD:
             say(f"reading {size / 1e9:.1f} GB of weights in {path}, to know them again")
         known[here] = {"files": looks, "tensors": _tensor_sums(folder)}
-        write_json(record, known)
+        known.pop("digest", None)
+        write_json(record, sealed(known))
     return {"tensors": known[here]["tensors"], "config": read_config(folder)}
 
 
@@ -66,12 +65,8 @@ def _tensor_sum(file: Any, name: str) -> str:
     """dtype, shape and checksum of a tensor as it is stored, read in pieces."""
     tensor = file.get_slice(name)
     shape, kind = tuple(tensor.get_shape()), tensor.get_dtype()
-    total = np.zeros(2, np.uint32)
-    if not shape:
-        total += part_sum(file.get_tensor(name), (), ())
-    rows = max(1, _PIECE // max(1, math.prod(shape[1:])))
-    for start in range(0, shape[0] if shape else 0, rows):
-        total += part_sum(tensor[start : min(start + rows, shape[0])], shape, (start, *(0 for _ in shape[1:])))
+    read = (lambda begin, end: tensor[begin:end]) if shape else (lambda *_: file.get_tensor(name))
+    total = sum_in_pieces(read, shape)
     return f"{kind} {list(shape)} {total[0]:08x}{total[1]:08x}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pathlib
 import shutil
@@ -10,7 +11,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from sera_jax.checkpoint.phases import file_digest, load_json, write_json
+from sera_jax.checkpoint.phases import file_digest, load_sealed, sealed, write_json
 from sera_jax.data.tokenizing import Tokenizer
 from sera_jax.experiment.ends import GENERATION, end_ids, generation_config, named_ends
 from sera_jax.experiment.folders import has_tokenizer
@@ -99,12 +100,38 @@ def describe(root: pathlib.Path, cfg: ModelConfig, tokenizer: Tokenizer, source:
         source: the Hugging Face folder that the run starts from.
         sft: that of the SFT model, where it is another.
     """
+    (root / "model.json").unlink(missing_ok=True)  # first and last: it vouches for what is written in between
     shutil.rmtree(root / "tokenizer", ignore_errors=True)
     tokenizer.save(root / "tokenizer")
     generation = generation_config(end_ids(tokenizer, sft, source), sft, source)
     write_json(root / "tokenizer" / GENERATION, generation)
-    source = os.path.abspath(source) if source else ""
-    write_json(root / "model.json", {"model": dataclasses.asdict(cfg), "source": source})
+    described = {
+        "model": dataclasses.asdict(cfg),
+        "source": os.path.abspath(source) if source else "",
+        "files": {str(path.relative_to(root)): file_digest(path) for path in _describing(root)},
+    }
+    write_json(root / "model.json", sealed(described))
+
+
+def load_description(root: pathlib.Path) -> dict[str, Any]:
+    """`model.json`, of a work directory whose tokenizer and config.json are those that it was written with.
+
+    Raises:
+        ValueError: one of them is missing, cannot be read, or is not what was written.
+    """
+    way_out = "start the run's command again, which writes it"
+    described = load_sealed(root / "model.json", way_out, "model", "source", "files")
+    for name, digest in described["files"].items():
+        if not (root / name).is_file():
+            raise ValueError(f"{root / name} is missing; {way_out}")
+        if file_digest(root / name) != digest:
+            raise ValueError(f"{root / name} is not what was written; {way_out}")
+    return described
+
+
+def _describing(root: pathlib.Path) -> list[pathlib.Path]:
+    """The files without which a policy is not what it was when it was trained."""
+    return [path for path in (root / "config.json", *sorted((root / "tokenizer").rglob("*"))) if path.is_file()]
 
 
 def find_policy(path: str | os.PathLike, *, dtype: str = "", param_dtype: str = "float32") -> SavedPolicy:
@@ -123,15 +150,11 @@ def find_policy(path: str | os.PathLike, *, dtype: str = "", param_dtype: str = 
         root = _root_of(folder)
         if root is None:
             raise ValueError(f"no model.json above {folder}; open a policy where its run wrote it")
-        way_out = "start the run's command again, which writes it"
-        saved = load_json(root / "model.json", way_out, "model", "source")
-        try:
-            cfg = _model_config(saved["model"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{root / 'model.json'} describes no model ({error!r}); {way_out}") from error
+        saved = load_description(root)
+        cfg = _model_config(saved["model"])
         cfg = dataclasses.replace(cfg, dtype=dtype) if dtype else cfg
         source = saved["source"] if pathlib.Path(saved["source"]).is_dir() else ""
-        run = load_json(root / "config.json", way_out)
+        run = json.loads((root / "config.json").read_text(encoding="utf-8"))
         return SavedPolicy(cfg, folder, str(root / "tokenizer"), source, run)
     if (folder / "config.json").is_file() and list(folder.glob("*.safetensors")):
         cfg = config_from_hf(read_config(folder), dtype=dtype or "float32", param_dtype=param_dtype)

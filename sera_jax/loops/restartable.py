@@ -4,6 +4,9 @@ A piece of `Work` says how its state starts, what a step does, and what it leave
 else: going on from the newest checkpoint, saving, stopping, and the order in which metrics and checkpoints reach the
 disk (a step's metrics before its checkpoint, so that a restart never lacks a line; those of which no line is due yet
 within the checkpoint, so that a stop adds none).
+
+A checkpoint knows the lines before it by their digest, and the product holds a copy of all its lines, which its
+manifest vouches for: `metrics.jsonl` lies open to everybody, and the summary is not made from it.
 """
 
 from __future__ import annotations
@@ -15,8 +18,10 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import jax
 
 from sera_jax import memory
-from sera_jax.checkpoint import Checkpoints, Product, save_tree
+from sera_jax.checkpoint import Checkpoints, CorruptCheckpoint, Product, save_tree
+from sera_jax.checkpoint.phases import write_jsonl
 from sera_jax.loops.runtime import NonFinite, Preempted, Runtime
+from sera_jax.writer import METRICS, SpanKey, digest_of_lines, key_of, lines_of, read_records
 
 LOWER = (
     "set config.model.remat='full', raise config.train.gradient_accumulation_steps, lower config.data.row_tokens, "
@@ -102,7 +107,16 @@ def run_to_end(run: Runtime, name: str, inputs: dict[str, Any], begin: Callable[
         with memory.named(name, LOWER):
             _produce(run, name, inputs, begin(), folder)
 
-    return run.workdir.phase(name, inputs, produce)
+    product = run.workdir.phase(name, inputs, produce)
+    own, _ = read_records(product.path / METRICS)
+    if own and not run.writer.has(key_of(own[0])):  # the product of another run, see `checkpoint.shared`
+        run.writer.restore(own)
+    elif own and run.writer.digest(key_of(own[0])) != digest_of_lines(own):
+        run.writer.announce(
+            f"warning: {run.workdir.root / METRICS} no longer has the lines of {name} as they were written; "
+            f"{product.path / METRICS}, from which the summary is made, has"
+        )
+    return product
 
 
 def _produce(run: Runtime, name: str, inputs: dict[str, Any], work: Work[State], folder: pathlib.Path) -> None:
@@ -112,7 +126,7 @@ def _produce(run: Runtime, name: str, inputs: dict[str, Any], work: Work[State],
         if state is None:
             state = work.fresh()
         else:
-            work.take(checkpoints.notes)
+            work.take(checkpoints.notes["work"])
         run.release()
         memory.trim(cycles=True)  # reading a state leaves as much again behind
         state = _repeat(run, name, work, state, checkpoints)
@@ -121,12 +135,13 @@ def _produce(run: Runtime, name: str, inputs: dict[str, Any], work: Work[State],
         work.close()
     for part, tree in work.leave(folder, state).items():
         save_tree(folder / part, tree)
+    write_jsonl(folder / METRICS, lines_of(run.workdir.root / METRICS, SpanKey(*work.span[:3])))
 
 
 def _repeat(run: Runtime, name: str, work: Work[State], state: State, checkpoints: Checkpoints) -> State:
     def save(state: State, number: int) -> None:
         if checkpoints.latest_step() != number:
-            notes = work.notes(state, number)
+            notes = {"work": work.notes(state, number), "span": list(key), "lines": run.writer.digest(key)}
             run.writer.sync()
             checkpoints.save(number, state, notes)
 
@@ -135,7 +150,14 @@ def _repeat(run: Runtime, name: str, work: Work[State], state: State, checkpoint
 
     done = work.done(state)
     phase, arm, round_, before = work.span
+    key = SpanKey(phase, arm, round_)
     with run.writer.span(phase, arm=arm, round=round_, total_steps=work.steps, start_step=done, before=before):
+        if checkpoints.notes and run.writer.digest(key) != checkpoints.notes["lines"]:
+            raise CorruptCheckpoint(
+                f"{run.workdir.root / METRICS} no longer has the lines of {name} as they were when its checkpoint of "
+                f"{work.unit} {done} was written; delete {run.workdir.checkpoints(name)} and start the same command "
+                "again, which does that phase anew"
+            )
         for number in range(done + 1, work.steps + 1):
             try:
                 state = work.step(state, number)

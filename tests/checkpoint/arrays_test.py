@@ -231,6 +231,18 @@ def test_background_checkpoints_survive_donation_and_keep_only_the_last(tmp_path
     again.close()
 
 
+def test_notes_beside_a_checkpoint_that_were_changed_are_an_error(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c", 1, {"n": 1})
+    checkpoints.save(3, _tree(), {"loss": 0.25})
+    checkpoints.close()
+    notes = tmp_path / "c" / "3" / "notes" / "metadata"
+    notes.write_text(notes.read_text().replace("0.25", "0.75"))
+    again = Checkpoints(tmp_path / "c", 1, {"n": 1})
+    with pytest.raises(CorruptCheckpoint, match="fail their checksum, first notes"):
+        again.restore(_abstract(_tree()))
+    again.close()
+
+
 def test_a_damaged_checkpoint_is_never_replaced_by_an_older_one_in_silence(tmp_path):
     tree = {"w": jnp.asarray(np.random.default_rng(1).normal(size=(64, 64)), jnp.float32)}
     checkpoints = Checkpoints(tmp_path / "c", keep=2)

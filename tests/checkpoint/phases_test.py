@@ -1,6 +1,7 @@
 """Phases: a product is whole or absent, made once, and never taken for another's."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -75,6 +76,36 @@ def test_a_product_that_was_edited_is_an_error(tmp_path):
     (product.path / "x.txt").write_text("b")
     with pytest.raises(ValueError, match="not what its manifest says"):
         Workdir(tmp_path, {}).phase("one", {}, _write("a"))
+
+
+def test_a_digit_changed_in_a_manifest_is_an_error(tmp_path):
+    manifest = Workdir(tmp_path, {}).phase("one", {"n": 1}, _write("a")).path / "manifest.json"
+    manifest.write_text(re.sub(r'"seconds": \d', '"seconds": 7', manifest.read_text()))
+    with pytest.raises(ValueError, match=rf"one/manifest.json is not what was written; delete {manifest.parent} and"):
+        Workdir(tmp_path, {}).phase("one", {"n": 1}, _write("a"))
+
+
+def test_a_product_that_lost_its_manifest_is_neither_taken_nor_overwritten(tmp_path):
+    product = Workdir(tmp_path, {}).phase("one", {}, _write("a"))
+    (product.path / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=rf"one/manifest.json is missing; delete {product.path} and start"):
+        Workdir(tmp_path, {}).phase("one", {}, _write("b"))
+    assert (product.path / "x.txt").read_text() == "a"
+
+
+@pytest.mark.parametrize("how", ["cut", "removed"])
+def test_arrays_of_another_size_are_an_error_before_anything_is_read(tmp_path, how):
+    def produce(folder):
+        (folder / "params" / "arrays").mkdir(parents=True)
+        (folder / "params" / "arrays" / "d").write_text("numbers")
+
+    file = Workdir(tmp_path, {}).phase("one", {}, produce).path / "params" / "arrays" / "d"
+    file.unlink()
+    if how == "cut":
+        file.write_text("num")
+    says = "is missing" if how == "removed" else "is not what its manifest says"
+    with pytest.raises(ValueError, match=rf"{file} {says}; delete {tmp_path}/phases/one and start"):
+        Workdir(tmp_path, {}).phase("one", {}, produce)
 
 
 def test_the_manifest_tells_inputs_files_and_versions(tmp_path):

@@ -6,7 +6,9 @@ import jax
 import pytest
 
 from sera_jax import experiment
+from sera_jax.experiment import verifying
 from sera_jax.mesh import make_mesh
+from sera_jax.writer import read_records, without_clock
 from tests.loops.tiny import tiny_config
 
 LITTLE = {
@@ -31,6 +33,11 @@ def manifests(root, names):
     return {name: json.loads((root / "phases" / name / "manifest.json").read_text())["files"] for name in names}
 
 
+def lines(root):
+    """Of metrics.jsonl, without the clock."""
+    return [without_clock(record) for record in read_records(root / "metrics.jsonl")[0]]
+
+
 def test_a_run_that_takes_its_start_from_another_ends_with_the_same_bytes(tmp_path, capsys):
     shared, start = str(tmp_path / "shared"), ["world", "init", "pretrain", "sft"]
     experiment.run(tiny_config(tmp_path / "first", **LITTLE), shared_phases=shared)
@@ -41,6 +48,8 @@ def test_a_run_that_takes_its_start_from_another_ends_with_the_same_bytes(tmp_pa
     assert taking["params_sha256"] == alone["params_sha256"]
     assert taking["arms"] == alone["arms"]
     assert manifests(tmp_path / "taking", start) == manifests(tmp_path / "alone", start)
+    assert lines(tmp_path / "taking") == lines(tmp_path / "alone")
+    assert not list(verifying.damages(tiny_config(tmp_path / "taking", **LITTLE, data__label_noise=0.0)))
 
 
 def test_what_lays_rows_out_otherwise_takes_nothing(tmp_path):

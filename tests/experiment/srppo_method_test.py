@@ -1,5 +1,7 @@
 """An experiment with Self-Rewarding PPO: which arms and iterations its summary holds, and what each arm is given."""
 
+import dataclasses
+import fcntl
 import json
 import types
 
@@ -12,6 +14,7 @@ from sera_jax.evaluation.report import check_summary
 from sera_jax.experiment.methods import srppo as srppo_method
 from sera_jax.experiment.methods.srppo import SRPPO, iteration_metrics
 from sera_jax.mesh import make_mesh
+from tests.damage import command, copied
 from tests.loops.tiny import tiny_srppo
 
 ARMS = ("sft_equal_compute", "best_of_n", "srppo", "sft_longer")
@@ -117,21 +120,64 @@ def test_the_first_answers_of_every_policy_and_of_best_of_n_are_kept_as_texts(do
     assert all(names.count(name) == 3 for name in expected)
 
 
-def test_the_same_command_again_changes_nothing_and_makes_no_phase(done):
+def test_a_finished_run_is_sound_and_what_was_changed_in_it_is_a_line_and_exit_code_2(done, tmp_path, capsys):
+    assert command(done.config, "verify") == 0
+    assert capsys.readouterr().out.startswith(f"{done.root}: all as it was written, ")
+    workdir = copied(done.root, tmp_path / "run")
+    metrics, summary = workdir / "metrics.jsonl", workdir / "summary.json"
+    metrics.write_text(metrics.read_text().replace('"objective/kl": 0.', '"objective/kl": 1.', 1))
+    summary.write_text(summary.read_text().replace("0.", "1.", 1))
+    next((workdir / "phases" / "sft" / "params").rglob("d/*")).unlink()
+    assert command(dataclasses.replace(done.config, workdir=str(workdir)), "verify") == 2
+    out, err = capsys.readouterr()
+    assert err == f"error: 4 of what {workdir} holds are damaged\n"
+    phase, lines, of_run, of_summary = out.splitlines()
+    assert phase.endswith(f" is missing; delete {workdir}/phases/sft and start the same command again to make it anew")
+    assert lines.startswith(f"{metrics} no longer has the lines of srppo/iteration1 as they were written; ")
+    assert (
+        of_run == f"{metrics} is not what the run left; no later start writes it anew, and nothing is computed from it"
+    )
+    assert of_summary == f"{summary} is not what the run left; start the same command again, which writes it anew"
+
+
+def test_only_the_resting_work_directory_of_this_config_is_verified(done, tmp_path, capsys, monkeypatch):
+    def busy(*_):
+        raise BlockingIOError
+
+    assert command(dataclasses.replace(done.config, workdir=str(tmp_path)), "verify") == 2
+    assert command(dataclasses.replace(done.config, seed=1), "verify") == 2
+    monkeypatch.setattr(fcntl, "lockf", busy)
+    assert command(done.config, "verify") == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    words = [
+        "holds no config.json of a run, so there is nothing to verify",
+        "seed: 0 there, 1 now",
+        "is in use by another",
+    ]
+    assert [part in line for part, line in zip(words, told, strict=True)] == [True] * 3
+
+
+def test_the_same_command_again_changes_nothing_and_makes_no_phase(done, capsys):
+    log = done.root / "metrics.jsonl"
+    written = log.read_text()
+    log.write_text(written.replace('"objective/kl": 0.', '"objective/kl": 1.', 1))
     before = {path: path.stat().st_mtime_ns for path in (done.root / "phases").rglob("manifest.json")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiment, "make_mesh", lambda *_: make_mesh(1, 1, 1, devices=jax.devices()[:1]))
         again = experiment.run(done.config)
     for key in ("arms", "rounds", "iterations", "prompts", "params_sha256"):
         assert again[key] == done.summary[key], key
+    assert "no longer has the lines of srppo/iteration1 as they were written" in capsys.readouterr().err
+    log.write_text(written)
     assert before == {path: path.stat().st_mtime_ns for path in (done.root / "phases").rglob("manifest.json")}
 
 
-def test_iterations_keep_finite_numbers_and_drop_the_clock(tmp_path):
-    line = {"phase": "ppo", "arm": "srppo", "round": 1, "step": 7, "time": 1.5}
-    metrics = {"loss": 0.5, "grad_norm": None, "nonfinite": {"grad_norm": "nan"}, "timing_s/sample": 3.0}
-    other = {"phase": "sft", "arm": "", "round": 0, "step": 1, "time": 1.0, "loss": 2.0}
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in (other, line | metrics)))
-    assert iteration_metrics(path) == [{"arm": "srppo", "iteration": 7, "loss": 0.5}]
-    assert iteration_metrics(tmp_path / "absent.jsonl") == []
+def test_iterations_keep_finite_numbers(tmp_path):
+    line = {"phase": "ppo", "arm": "srppo", "round": 1, "step": 7}
+    metrics = {"loss": 0.5, "grad_norm": None, "nonfinite": {"grad_norm": "nan"}}
+    other = {"phase": "sft", "arm": "", "round": 0, "step": 1, "loss": 2.0}
+    for name, row in (("sft", other), ("iteration7", line | metrics)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    found = iteration_metrics(tmp_path / name for name in ("sft", "iteration7", "without"))
+    assert found == [{"arm": "srppo", "iteration": 7, "loss": 0.5}]

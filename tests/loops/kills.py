@@ -120,8 +120,12 @@ def killed_again_and_again(start_in: Start, moments: list[Moment], workdir: path
     return kills
 
 
+_OF_THIS_RUN = ("seconds", "arrays", "digest")  # in a manifest
+
+
 def products(workdir):
-    """Every file of every phase but the raw arrays, which their checksums stand for; without what tells the time."""
+    """Every file of every phase but the raw arrays, which their checksums stand for; without what tells the time, and
+    the sizes of the raw arrays."""
     found: dict[str, Any] = {}
     for path in sorted((workdir / "phases").rglob("*")):
         name = path.relative_to(workdir / "phases")
@@ -129,7 +133,7 @@ def products(workdir):
             continue
         found[str(name)] = path.read_bytes()
         if name.name == "manifest.json":
-            found[str(name)] = {k: v for k, v in json.loads(path.read_text()).items() if k != "seconds"}
+            found[str(name)] = {k: v for k, v in json.loads(path.read_text()).items() if k not in _OF_THIS_RUN}
     return found
 
 

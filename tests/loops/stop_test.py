@@ -2,10 +2,12 @@
 
 import dataclasses
 import itertools
+import shutil
 
 import numpy as np
 import pytest
 
+from sera_jax.checkpoint import CorruptCheckpoint
 from sera_jax.config import TrainGroup
 from sera_jax.core import Stream, key_for
 from sera_jax.data.items import Item
@@ -56,3 +58,19 @@ def test_a_checkpoint_holds_the_master_copy_of_rounded_parameters(tmp_path):
     with pytest.raises(Preempted):
         train(tmp_path / "stopped", lambda: next(asked) >= 3, cfg)
     assert train(tmp_path / "stopped", cfg=cfg) == train(tmp_path / "whole", cfg=cfg)
+
+
+def test_lines_that_were_changed_while_it_was_stopped_are_refused_and_the_way_out_ends_alike(tmp_path):
+    whole = train(tmp_path / "whole")
+    asked = itertools.count(1)
+    with pytest.raises(Preempted):
+        train(tmp_path / "stopped", lambda: next(asked) >= 4)
+    log = tmp_path / "stopped" / "metrics.jsonl"
+    log.write_text(log.read_text().replace('"num_tokens": ', '"num_tokens": 1', 1))
+    with pytest.raises(CorruptCheckpoint, match="no longer has the lines of sft as they were") as refused:
+        train(tmp_path / "stopped")
+    folder = tmp_path / "stopped" / "checkpoints" / "sft"
+    assert f"delete {folder} and start the same command again" in str(refused.value)
+    shutil.rmtree(folder)
+    assert train(tmp_path / "stopped") == whole
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from sera_jax.config import Config
@@ -23,7 +23,7 @@ from sera_jax.loops.runtime import Policy
 from sera_jax.loops.srppo import RANDOM_REWARD, REINFORCE, SRPPO_ARM, segments, srppo
 from sera_jax.loops.srppo_study import PpoArm, SrppoStudy
 from sera_jax.sampling import Sample
-from sera_jax.writer import RESERVED, read_records
+from sera_jax.writer import METRICS, RESERVED, read_records
 
 
 @dataclasses.dataclass
@@ -132,7 +132,7 @@ def run(given: Experiment) -> Outcome:
         "arms": {arm: arms.facts[arm] for arm in ordered},
         "rounds": arms.rounds,
         "prompts": prompt_counts(config, corpus),
-        "iterations": iteration_metrics(given.runtime.workdir.root / "metrics.jsonl"),
+        "iterations": iteration_metrics(product.path for product in given.runtime.workdir.done.values()),
     }
 
 
@@ -186,18 +186,15 @@ def prompt_counts(config: Config, corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def iteration_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The PPO lines of a metrics.jsonl: `arm`, `iteration` and every finite metric but the clock's."""
+def iteration_metrics(phases: Iterable[pathlib.Path]) -> list[dict[str, Any]]:
+    """Of the PPO lines that phases hold (they know no clock): `arm`, `iteration` and every finite metric."""
     out = []
-    for record in read_records(path)[0]:
+    for record in (record for folder in phases for record in read_records(folder / METRICS)[0]):
         if record["phase"] == "ppo":
             numbers = {
                 name: value
                 for name, value in record.items()
-                if name not in RESERVED
-                and not name.startswith("timing_s/")
-                and isinstance(value, int | float)
-                and math.isfinite(value)
+                if name not in RESERVED and isinstance(value, int | float) and math.isfinite(value)
             }
             out.append({"arm": record["arm"], "iteration": record["step"], **numbers})
     return out
