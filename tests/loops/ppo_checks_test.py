@@ -48,6 +48,7 @@ def command(monkeypatch, capsys):
         monkeypatch.setattr(main, "_TRACEBACK", types.SimpleNamespace(value=False))
         monkeypatch.setattr(main, "_OTHER_VERSIONS", types.SimpleNamespace(value=False))
         monkeypatch.setattr(main, "_VERIFY", types.SimpleNamespace(value=False))
+        monkeypatch.setattr(main, "_SHARED_PHASES", types.SimpleNamespace(value=""))
         monkeypatch.setattr(experiment, "make_mesh", one_device)
         with pytest.raises(SystemExit) as stopped:
             main.main(["main"])
