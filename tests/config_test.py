@@ -16,6 +16,7 @@ from sera_jax.config import Config, check_field, groups, last_overrides, to_conf
 from sera_jax.experiment.methods import METHODS, parse
 from sera_jax.losses.preference import LOSSES, resolve
 from sera_jax.models.families import FAMILIES
+from sera_jax.world import AUTHORS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -345,8 +346,9 @@ def test_the_command_line_says_a_field_last_and_may_unset_an_optional_one():
         last_overrides(["--config.beta=None"])
 
 
-def test_the_families_of_the_config_are_those_of_the_models():
+def test_the_families_and_worlds_of_the_config_are_those_that_there_are():
     assert CHOICES["model.family"] == tuple(FAMILIES)
+    assert CHOICES["world.name"] == ("", *AUTHORS)
 
 
 def test_the_fields_of_the_loss_are_what_the_losses_read():

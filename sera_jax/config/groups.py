@@ -352,9 +352,12 @@ class LogGroup:
 @dataclasses.dataclass(frozen=True)
 class WorldGroup:
     """The embedded world (sera_jax/world.py); an empty name means real data. Sizes are counts of rows, at most a
-    million each."""
+    million each.
 
-    name: str = one_of("", "habits")
+    name: `habits` (an SFT model's likeliest answer is mostly right) or `wrong_habits` (it is mostly wrong).
+    """
+
+    name: str = one_of("", "habits", "wrong_habits")
     pretrain: int = within(8000, 0, 10**6)
     demonstrations: int = within(200, 0, 10**6)
     preferences: int = within(800, 0, 10**6)
