@@ -211,6 +211,8 @@ def test_a_threshold_belongs_to_the_threshold_rule_and_the_rule_needs_it():
         ({"data__max_prompt_length": 1024}, ["max_prompt_length=1024", "row_tokens=1024", "raise row_tokens"]),
         ({"sampling__max_new_tokens": 257}, ["max_new_tokens=257", "1026 tokens", "row_tokens=1024"]),
         ({"sft__logits_chunk_tokens": 512}, ["config.sft.logits_chunk_tokens=512", "train.logits_chunk_tokens=0"]),
+        ({"eval__temperatures": (0.0, 1.0, 1.0)}, ["config.eval.temperatures=(0.0, 1.0, 1.0)", "each of them once"]),
+        ({"eval__temperatures": (-0.5,)}, ["config.eval.temperatures=(-0.5,)", "none below 0"]),
         ({"data__share_prompt": False}, ["1536 tokens", "row_tokens=1024"]),
     ],
     ids=str,

@@ -215,7 +215,8 @@ def test_without_the_cue_chatter_says_nothing_of_the_label():
 
 
 @pytest.mark.parametrize(
-    "field, value", [("name", "nowhere"), ("demonstrator", "nobody"), ("cue", 1.5), ("preferences", -1), ("heldout_prompts", 5000)]
+    "field, value",
+    [("name", "nowhere"), ("demonstrator", "nobody"), ("cue", 1.5), ("preferences", -1), ("heldout_prompts", 5000)],
 )
 def test_a_bad_field_is_refused_with_its_name_and_value(field, value):
     with pytest.raises(ValueError, match=f"world.{field}.*{value}"):

@@ -133,8 +133,9 @@ class SeraGroup:
         band (two quantiles, in place of a centred keep_fraction) by selection="middle".
     bootstrap_fraction: at most this many sampled pairs, as a share of the offline pairs.
     bootstrap_prompts: prompts sampled for them each round (0: all); num_samples: answers to each.
-    ranking: what orders a prompt's answers: `implicit`, the loss's own reward (the method as published), or
-        `likelihood`, their mean log-prob under the policy.
+    likelihood_weight: w of what orders a prompt's answers, log pi - (1 - w) log pi_ref: 0 is the loss's own reward (the
+        method as published), 1 the likelihood under the policy. ranking_reduction: its `sum` or `mean` over the
+        answer's tokens, or as the `loss` does it.
     min_margin: sampled pairs below this margin (nats) are refused; unset: none is.
     length_alpha: reward per token taken off when candidates are ranked (DICE).
     require_eos: answers that did not end by themselves make no pair.
@@ -152,7 +153,8 @@ class SeraGroup:
     bootstrap_fraction: float = at_least(0.3, 0)
     bootstrap_prompts: int = at_least(0, 0)
     num_samples: int = at_least(4, 2)
-    ranking: str = one_of("implicit", "likelihood")
+    likelihood_weight: float = within(0.0, 0, 1)
+    ranking_reduction: str = one_of("loss", "sum", "mean")
     pairing: str = one_of("best_worst", "all")
     min_margin: float | None = None
     length_alpha: float = 0.0
@@ -165,8 +167,8 @@ class SeraGroup:
 @dataclasses.dataclass(frozen=True)
 class OnlineGroup:
     """Online DAA: after round 1 on the offline pairs, every update is on pairs that the policy has just made. How they
-    are made is `sera`'s: num_samples, ranking, pairing, min_margin, length_alpha, require_eos; an update takes
-    `train.batch_size` prompts.
+    are made is `sera`'s: num_samples, likelihood_weight, ranking_reduction, pairing, min_margin, length_alpha,
+    require_eos; an update takes `train.batch_size` prompts.
 
     arms: what to run from the same SFT model: `online_dpo`, and the control `daa` (as many updates on the offline pairs
         again).
@@ -325,6 +327,10 @@ class EvalGroup:
     """Held-out evaluation after every round. 0 pairs or prompts: all there are; -1 prompts: none is answered.
 
     max_pairs: of held-out pairs, or of held-out demonstrations with method="srppo".
+    temperature: at which held-out prompts are answered; whatever is reported of answers is of these.
+    temperatures: where there is a gold reward, further temperatures at which the SFT model and every arm's last policy
+        answer them, for `gold_by_temperature`; each costs one more answer to every prompt and policy.
+    num_generations: of the answers at `temperature`, how many of every policy stand in generations.jsonl.
     answer_pattern: a regular expression with one group; the report then shows the share of held-out answers in which it
         is found (`wellformed_fraction`) and, where the rows have responses, the share whose last match is theirs
         (`answer_accuracy`).
@@ -333,6 +339,7 @@ class EvalGroup:
     max_pairs: int = at_least(0, 0)
     num_prompts: int = at_least(64, -1)
     temperature: float = at_least(0.0, 0)
+    temperatures: tuple[float, ...] = ()
     max_new_tokens: int = at_least(0, 0)
     num_generations: int = at_least(8, 0)
     answer_pattern: str = ""

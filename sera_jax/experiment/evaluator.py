@@ -57,18 +57,22 @@ class Evaluator:
         return {name: value for name, value in self._facts(policy).items() if not name.endswith("_ci95")}
 
     def of_arm(self, policy: Policy) -> dict[str, Any]:
-        """The same facts with their intervals and the win rate against the SFT model."""
+        """The same facts with their intervals, the win rate against the SFT model and the gold by temperature."""
         facts = self._facts(policy)
-        return facts | self._win_rate(self.answers(policy)) if self.prompts else facts
+        if not self.prompts:
+            return facts
+        return facts | self._win_rate(self.answers(policy)) | self._gold_by_temperature(policy)
 
     def facts_of_answers(self, name: str, answers: Answers) -> dict[str, Any]:
         """The facts of an arm that is no policy but has an answer to each prompt; `name` is the arm's."""
         return self._answer_facts(name, answers) | self._win_rate(answers) if self.prompts else {}
 
-    def answers(self, policy: Policy) -> Answers:
-        """The policy's answers to the held-out prompts, in their order."""
-        name = f"{policy.name}/generations"
-        return [c.samples[0] for c in self.run.sample(name, policy, self.prompts, 1, self.answer_settings(), round_=0)]
+    def answers(self, policy: Policy, temperature: float | None = None) -> Answers:
+        """The policy's answers to the held-out prompts, in their order; None: at `settings.temperature`."""
+        name, how = f"{policy.name}/generations", self.answer_settings()
+        if temperature not in (None, how.temperature):
+            name, how = f"{name}_at_{temperature:g}", dataclasses.replace(how, temperature=temperature)
+        return [c.samples[0] for c in self.run.sample(name, policy, self.prompts, 1, how, round_=0)]
 
     def answer_settings(self) -> SamplingGroup:
         """How held-out prompts are answered."""
@@ -159,6 +163,12 @@ class Evaluator:
         if self.gold is None:
             return {}
         return {"win_rate_vs_sft": gold.win_rate(self._golds(answers), self._golds(self.answers(self.reference)))}
+
+    def _gold_by_temperature(self, policy: Policy) -> dict[str, Any]:
+        if self.gold is None or not self.settings.temperatures:
+            return {}
+        at = {f"{t:g}": float(self._golds(self.answers(policy, t)).mean()) for t in self.settings.temperatures}
+        return {"gold_by_temperature": at}
 
     def _logps(self, name: str, answers: Answers, scorer: str, policy: Policy) -> np.ndarray:
         """Summed log-prob f32[prompts] of the answers of arm `name` under `policy`, whose part is `scorer`."""

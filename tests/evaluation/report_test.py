@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
@@ -108,6 +109,19 @@ def test_the_table_has_a_line_per_arm_and_round_and_is_aligned():
         assert len({len(line) for line in block.splitlines()}) == 1
         assert len(block.splitlines()[0]) <= 120
     assert "60 / 25 / 15" in rounds
+
+
+def test_the_gold_by_temperature_has_a_table_of_its_own():
+    summary = make_summary(arms=("daa",))
+    assert "gold at" not in report.table(summary) + report.legend(summary)
+    for k, arm in enumerate(("sft", "daa")):
+        summary["arms"][arm]["gold_by_temperature"] = {"0": 0.5 + k, "0.5": 0.25 + k}
+    report.check_summary(summary)
+    _, gold, _ = report.table(summary).split("\n\n")
+    head, _, *lines = [re.split("  +", line.strip()) for line in gold.splitlines()]
+    assert head == ["arm", "gold at 0", "gold at 0.5"]
+    assert lines == [["sft", "0.500", "0.250"], ["daa", "1.500", "1.250"]]
+    assert "gold at  of answers at this temperature" in report.legend(summary)
 
 
 def test_the_table_of_real_data_speaks_of_no_gold():

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from sera_jax.config import Config
+from sera_jax.config import Config, SeraGroup
 from sera_jax.evaluation import look, picture
 from sera_jax.evaluation.look import ArmLook
-from sera_jax.evaluation.report import ARM, GOLD, Report, interval, number, percent, plain, shares
+from sera_jax.evaluation.report import ARM, GOLD, GOLD_AT, Report, interval, number, percent, plain, shares
 from sera_jax.experiment.corpus import of_pairs
 from sera_jax.experiment.method import Arm, Experiment, Method, Outcome, looks
-from sera_jax.loops.rewards import RANKINGS
+from sera_jax.loops.rewards import Reward, implicit
 from sera_jax.loops.sera import sera
 from sera_jax.loops.study import Study
 from sera_jax.losses.preference import ResolvedLoss, resolve
@@ -52,7 +52,8 @@ def run(given: Experiment) -> Outcome:
     final = {"sft": given.start}
     for arm in config.sera.arms:
         settings = dataclasses.replace(config.sera, **ARMS[arm].how)
-        final[arm], facts = sera(study, arm, settings)
+        ranked = dataclasses.replace(study, ranking=ranking_of(loss, settings))
+        final[arm], facts = sera(ranked, arm, settings)
         rounds += facts
         arms[arm] = evaluator.of_arm(final[arm])
     return final, {"arms": arms, "rounds": rounds, "loss": loss.as_dict()}
@@ -70,11 +71,16 @@ def study_of(given: Experiment, loss: ResolvedLoss, evaluate: Any) -> Study:
         sampling=config.sampling,
         pool=corpus.train,
         prompts=corpus.prompts,
-        ranking=RANKINGS[config.sera.ranking](loss),
+        ranking=ranking_of(loss, config.sera),
         text=corpus.tokenizer.decode_response,
         evaluate=evaluate,
         gold=corpus.gold,
     )
+
+
+def ranking_of(loss: ResolvedLoss, settings: SeraGroup) -> Reward:
+    """What orders a prompt's candidates by the settings of an arm."""
+    return implicit(loss, likelihood_weight=settings.likelihood_weight, reduction=settings.ranking_reduction)
 
 
 def loss_of(config: Config) -> ResolvedLoss:
@@ -140,6 +146,7 @@ PAIR_ARM_COLUMNS = [
 AGREEMENT = ("agree/not/tie", shares("agreement", ("agree", "disagree", "tie")))
 PAIR_LEGEND = [
     GOLD,
+    GOLD_AT,
     ("heldout_accuracy", "accuracy", "held-out pairs that the implicit reward ranks as labelled"),
     ("length_baseline_accuracy", "by length", "the same for a rule that prefers the longer answer"),
     ("heldout_accuracy_shorter", "on shorter", "accuracy on the pairs whose shorter answer was preferred"),
