@@ -25,6 +25,7 @@ LAYERS = [
     ["loops"],
     ["evaluation"],
     ["training", "sampling"],
+    ["guards"],
     ["irm"],
     ["losses", "models", "data", "world", "checkpoint", "writer"],
     ["ops"],

@@ -102,6 +102,8 @@ def test_every_choice_is_taken(path):
             changes["sera__threshold"] = 0.5
         if path == "world.name":
             changes["data__train"] = "" if choice else "pairs.jsonl"
+        if choice == "gold":
+            changes |= {"data__train": "", "world__name": "habits"}
         assert value_at(parse(raw_config(**changes)), path) == choice
 
 
@@ -213,6 +215,9 @@ def test_a_threshold_belongs_to_the_threshold_rule_and_the_rule_needs_it():
         ({"sft__logits_chunk_tokens": 512}, ["config.sft.logits_chunk_tokens=512", "train.logits_chunk_tokens=0"]),
         ({"eval__temperatures": (0.0, 1.0, 1.0)}, ["config.eval.temperatures=(0.0, 1.0, 1.0)", "each of them once"]),
         ({"eval__temperatures": (-0.5,)}, ["config.eval.temperatures=(-0.5,)", "none below 0"]),
+        ({"sera__bootstrap_band": (0.9, 0.1)}, ["config.sera.bootstrap_band=(0.9, 0.1)", "0 <= low < high <= 1"]),
+        ({"sera__judge": "gold"}, ["config.sera.judge='gold'", "config.world.name", "leave them out"]),
+        ({"sera__arms": ("sera", "oracle_pairing")}, ["('sera', 'oracle_pairing')", "only the embedded world"]),
         ({"data__share_prompt": False}, ["1536 tokens", "row_tokens=1024"]),
     ],
     ids=str,

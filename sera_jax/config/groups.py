@@ -127,19 +127,31 @@ class LossGroup:
 class SeraGroup:
     """The rounds of SeRA. One round, or `selection="none"` with `bootstrap_fraction=0`, is the plain DAA.
 
-    arms: what to run from the same SFT model: `sera`, and the controls `daa` (all pairs, as many updates), `random`
-    (the same pipeline with random choices of the same size), `selection_only`, `bootstrap_only`.
-    keep_fraction: share of the offline pairs kept from round 2 on. threshold (nats) is read by selection="threshold",
-        band (two quantiles, in place of a centred keep_fraction) by selection="middle".
+    arms: what to run from the same SFT model: `sera` and its controls (docs/methods.md has them all).
+    keep_fraction: share of the offline pairs kept from round 2 on. keep_rule: `fraction` reads that; `mixture` keeps
+        the share that a fit of two normal distributions to the margins gives the upper one. threshold (nats) is read by
+        selection="threshold", band (two quantiles, in place of a centred keep_fraction) by selection="middle".
     bootstrap_fraction: at most this many sampled pairs, as a share of the offline pairs.
     bootstrap_prompts: prompts sampled for them each round (0: all); num_samples: answers to each.
     likelihood_weight: w of what orders a prompt's answers, log pi - (1 - w) log pi_ref: 0 is the loss's own reward (the
         method as published), 1 the likelihood under the policy. ranking_reduction: its `sum` or `mean` over the
         answer's tokens, or as the `loss` does it.
-    min_margin: sampled pairs below this margin (nats) are refused; unset: none is.
+    bootstrap_from: whose answers are paired: the newest `policy`'s, or the `sft` model's, which then judges alone.
+    judge: what ranks them: the `policy` by the reward above, or, as controls, `chance`, or the `gold` reward of a world
+        that has one.
+    min_margin: sampled pairs below this margin (in the unit of what ranks) are refused; unset: none is.
+    bootstrap_band: two quantiles of the sampled pairs' margins; pairs outside are refused, so (0, 0.9) drops the
+        largest tenth too. unset: none is.
+    support_quantile: an answer makes no pair if its log-prob per token under the SFT model is below this quantile of
+        that of the SFT model's own answers (sampled once, one to each prompt, 1000 at most). 0: none is refused.
+    agreement: a pair is refused if one of two judges puts it the other way round: `rewards`, the loss's own reward and
+        the mean log-prob; `policies`, the newest policy alone and the one before alone.
     length_alpha: reward per token taken off when candidates are ranked (DICE).
     require_eos: answers that did not end by themselves make no pair.
     ensemble_gamma: weight of the previous round's policy in the reward (SeRA eq. 7).
+    stop_margin_std: no further round begins once the standard deviation of the offline pairs' margins (nats) exceeds
+        this (in arms that review them). The round of the highest held-out accuracy so far (without held-out pairs, the
+        last) is then the arm's result, marked `kept_as_result`, after fewer updates than the others'. unset: never.
     reference: `fixed` (the SFT model) or `previous` (the last round's policy; scoring stays with the SFT model).
     """
 
@@ -147,6 +159,7 @@ class SeraGroup:
     arms: tuple[str, ...] = ("sera",)
     selection: str = one_of("top", "bottom", "middle", "threshold", "random", "none")
     keep_fraction: float = within(0.7, 0, 1)
+    keep_rule: str = one_of("fraction", "mixture")
     threshold: float | None = None
     band: tuple[float, float] | None = None
     curriculum: str = one_of("none", "easy_to_hard", "hard_to_easy")
@@ -156,11 +169,17 @@ class SeraGroup:
     likelihood_weight: float = within(0.0, 0, 1)
     ranking_reduction: str = one_of("loss", "sum", "mean")
     pairing: str = one_of("best_worst", "all")
+    bootstrap_from: str = one_of("policy", "sft")
+    judge: str = one_of("policy", "chance", "gold")
     min_margin: float | None = None
+    bootstrap_band: tuple[float, float] | None = None
+    support_quantile: float = within(0.0, 0, 1)
+    agreement: str = one_of("none", "rewards", "policies")
     length_alpha: float = 0.0
     require_eos: bool = True
     ensemble_gamma: float = within(0.3, 0, 1)
     reset_optimizer: bool = False
+    stop_margin_std: float | None = above(None, 0)
     reference: str = one_of("fixed", "previous")
 
 

@@ -29,7 +29,7 @@ def sera(study: Study, arm: str, settings: SeraGroup) -> tuple[Policy, list[dict
     Raises:
         ValueError: a round is left without any pair.
     """
-    reviews = settings.selection != "none" or settings.bootstrap_fraction > 0
+    reviews = settings.selection != "none" or settings.bootstrap_fraction > 0 or settings.curriculum != "none"
     reference = pool_logps(study, study.sft)
     pool = [dataclasses.replace(pair, ref_logp=logp) for pair, logp in zip(study.pool, reference, strict=True)]
     policies, facts = [study.sft], []
@@ -38,6 +38,9 @@ def sera(study: Study, arm: str, settings: SeraGroup) -> tuple[Policy, list[dict
         kept, fresh, record = pool, [], {}
         if round_ > 1 and reviews:
             chosen, margins, record = review(study, settings, pool, policies, round_)
+            if _runs_away(settings, record):
+                policies = [_best(study, arm, policies, facts, record)]
+                break
             fresh, found = bootstrap(study, settings, policies, round_)
             save_pairs(study, f"{arm}/pairs{round_}", chosen, margins, fresh)
             kept = [pool[i] for i in chosen[irm.order(margins[chosen], settings.curriculum)]]
@@ -62,6 +65,24 @@ def sera(study: Study, arm: str, settings: SeraGroup) -> tuple[Policy, list[dict
         metrics = {"iteration": round_, **_numbers(record)}
         study.run.writer.write(phase="round", arm=arm, round=round_, step=1, metrics=metrics)
     return policies[-1], facts
+
+
+def _runs_away(settings: SeraGroup, record: dict[str, Any]) -> bool:
+    limit = settings.stop_margin_std
+    return limit is not None and record.get("irm/std", 0.0) > limit
+
+
+def _best(
+    study: Study, arm: str, policies: list[Policy], facts: list[dict[str, Any]], record: dict[str, Any]
+) -> Policy:
+    """The policy of the round with the highest held-out accuracy, the later of equals; it is said, and noted there."""
+    best = max(facts, key=lambda fact: (fact.get("heldout_accuracy", 0.0), fact["round"]))
+    best["kept_as_result"] = True
+    study.run.writer.announce(
+        f"{arm}: no round {len(facts) + 1}: the margins' standard deviation is {record['irm/std']:.2f} nats "
+        f"(config.sera.stop_margin_std={study.settings.stop_margin_std}); round {best['round']} is the result"
+    )
+    return policies[best["round"]]
 
 
 def _refuse_nothing(pairs: list[Any], settings: SeraGroup, arm: str, round_: int) -> None:

@@ -11,31 +11,65 @@ from sera_jax.evaluation.look import ArmLook
 from sera_jax.evaluation.report import ARM, GOLD, GOLD_AT, Report, interval, number, percent, plain, shares
 from sera_jax.experiment.corpus import of_pairs
 from sera_jax.experiment.method import Arm, Experiment, Method, Outcome, looks
+from sera_jax.guards import REASONS
 from sera_jax.loops.rewards import Reward, implicit
 from sera_jax.loops.sera import sera
 from sera_jax.loops.study import Study
 from sera_jax.losses.preference import ResolvedLoss, resolve
 
+# What we recommend: candidates are ranked by their mean log-prob. So far from trials on a few seeds.
+RECOMMENDED: dict[str, Any] = {"likelihood_weight": 1.0, "ranking_reduction": "mean"}
+_NO_SELECTION = {"selection": "none", "threshold": None}
 # An arm is `sera` with these fields of its group changed.
 ARMS = {
     "sera": Arm("the method", ArmLook("SeRA", look.VERMILION, "o"), {}),
+    "sera_recommended": Arm(
+        "the method with the settings that we recommend", ArmLook("SeRA, recommended", look.BLACK, "X"), RECOMMENDED
+    ),
     "daa": Arm(
         "the direct alignment loss alone, for as many updates",
         ArmLook("DAA alone", look.BLUE, "s"),
-        {"selection": "none", "bootstrap_fraction": 0.0, "threshold": None},
+        {**_NO_SELECTION, "bootstrap_fraction": 0.0, "curriculum": "none"},
+    ),
+    "curriculum": Arm(
+        "all offline pairs, in later rounds from large margins to small",
+        ArmLook("curriculum", look.BROWN, "h"),
+        {**_NO_SELECTION, "bootstrap_fraction": 0.0, "curriculum": "easy_to_hard"},
     ),
     "random": Arm(
         "the same pipeline with random choices of the same size",
         ArmLook("random selection", look.GREEN, "^"),
         {"selection": "random", "threshold": None},
     ),
+    "random_pairing": Arm(
+        "the method with two random candidates of each prompt as its pair",
+        ArmLook("random pairing", look.SKY, "P"),
+        {"judge": "chance"},
+    ),
+    "oracle_pairing": Arm(
+        "the method with the gold reward as the judge of candidates",
+        ArmLook("oracle pairing", look.YELLOW, "*"),
+        {"judge": "gold"},
+    ),
     "selection_only": Arm(
         "no pairs of its own making", ArmLook("selection_only", look.PURPLE, "D"), {"bootstrap_fraction": 0.0}
     ),
-    "bootstrap_only": Arm(
-        "all offline pairs kept",
-        ArmLook("bootstrap_only", look.ORANGE, "v"),
-        {"selection": "none", "threshold": None},
+    "bootstrap_only": Arm("all offline pairs kept", ArmLook("bootstrap_only", look.ORANGE, "v"), _NO_SELECTION),
+    "bootstrap_only_likelihood": Arm(
+        "all offline pairs kept, candidates ranked by their mean log-prob",
+        ArmLook("bootstrap_only, likelihood", look.BROWN, "<"),
+        {**_NO_SELECTION, "likelihood_weight": 1.0, "ranking_reduction": "mean"},
+    ),
+    "sft_likelier_of_4": Arm(
+        "all offline pairs kept, and the likeliest against the least likely of four answers of the SFT model",
+        ArmLook("SFT's likelier of 4", look.GREY, "d"),
+        {
+            **_NO_SELECTION,
+            "bootstrap_from": "sft",
+            "likelihood_weight": 1.0,
+            "ranking_reduction": "mean",
+            "num_samples": 4,
+        },
     ),
 }
 
@@ -92,8 +126,7 @@ def check(config: Config) -> None:
     """Raises ValueError, with the way out, where fields contradict each other."""
     sera = config.sera
     check_pairs(config)
-    if sera.band is not None and not 0 <= sera.band[0] < sera.band[1] <= 1:
-        raise ValueError(f"config.sera.band={sera.band!r}; it must be two quantiles 0 <= low < high <= 1")
+    check_band("band", sera.band)
     if sera.selection == "threshold" and sera.threshold is None:
         raise ValueError("config.sera.selection='threshold' needs config.sera.threshold (nats)")
     for field, rule in (("threshold", "threshold"), ("band", "middle")):
@@ -103,8 +136,21 @@ def check(config: Config) -> None:
                 f"config.sera.{field}={value} is read by selection={rule!r} only, "
                 f"but selection={sera.selection!r}; change one of them"
             )
-    if sera.rounds > 1 and sera.bootstrap_fraction > 0 and set(sera.arms) - {"daa", "selection_only"}:
+    check_band("bootstrap_band", sera.bootstrap_band)
+    arms = [dataclasses.replace(sera, **ARMS[arm].how) for arm in sera.arms]
+    if not config.world.name and any(arm.judge == "gold" for arm in arms):
+        raise ValueError(
+            f"config.sera.judge={sera.judge!r}, config.sera.arms={sera.arms!r}: judge='gold' and oracle_pairing read a "
+            "gold reward, which only the embedded world has; name one in config.world.name, or leave them out"
+        )
+    if any(arm.rounds > 1 and arm.bootstrap_fraction > 0 for arm in arms):
         check_sampled_pairs(config)
+
+
+def check_band(name: str, band: tuple[float, float] | None) -> None:
+    """Raises ValueError for a band that is no two quantiles."""
+    if band is not None and not 0 <= band[0] < band[1] <= 1:
+        raise ValueError(f"config.sera.{name}={band!r}; it must be two quantiles 0 <= low < high <= 1")
 
 
 def check_pairs(config: Config) -> None:
@@ -151,6 +197,10 @@ PAIR_LEGEND = [
     ("length_baseline_accuracy", "by length", "the same for a rule that prefers the longer answer"),
     ("heldout_accuracy_shorter", "on shorter", "accuracy on the pairs whose shorter answer was preferred"),
     ("flipped_fraction_kept", "flipped", "offline pairs kept whose label data.label_noise had exchanged"),
+    ("bootstrap/refused_unsupported", "unsupported", "answers below sera.support_quantile, which make no pair"),
+    ("bootstrap/refused_disagreement", "disagreement", "pairs refused, since the judges of sera.agreement differ"),
+    ("bootstrap/refused_below_min_margin", "below_min_margin", "pairs refused for their margin"),
+    ("bootstrap/refused_outside_band", "outside_band", "pairs refused, the margin being outside sera.bootstrap_band"),
     ("agreement", "agree/not/tie", "does the gold agree with the added pairs, %"),
     (
         "margin_mean",
@@ -166,6 +216,7 @@ REPORT = Report(
         ("kept", plain("kept")),
         ("flipped", percent("flipped_fraction_kept")),
         ("added", plain("added")),
+        *((reason, number(f"bootstrap/refused_{reason}", 0)) for reason in REASONS),
         AGREEMENT,
         ("margin", number("margin_mean", 2)),
         ("gold", number("gold_mean", 3)),
