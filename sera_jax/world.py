@@ -9,11 +9,8 @@ A prompt is one of four tasks over six words in each of eight categories:
 
 A response is `[chatter] [opener] body [again body] [closing]`. Authors of responses differ in their habits: how often
 they are right, use the opener `sure ,` and the closing `all done .`, say the body twice, or chatter
-(`let me see`, ...). Where an author errs it is mostly with the task's one systematic slip (see `slip_body`).
-
-Worlds differ in two authors, of the base's text and of the demonstrations (`AUTHORS`). In `habits` the likeliest answer
-of an SFT model is mostly right, so that sharpening alone looks like a gain; in `wrong_habits` it is the slip, without
-opener and closing: its greedy answers are wrong from habit, and only preferences or the reward can mend them.
+(`let me see`, ...). Where an author errs it is mostly with the task's one systematic slip (see `slip_body`). Who they
+are, in each world, stands in `world_authors`.
 
 Gold reward, between -0.3 and 1: 0.6 if the body is right, 0.25 for the closing, 0.15 for the opener, -0.3 if the body
 is said twice. Chatter is worth nothing, wherever it stands: it is the spurious cue. In the preference pairs the careful
@@ -37,6 +34,7 @@ from typing import Any
 import numpy as np
 
 from sera_jax.core import Stream, rng_for
+from sera_jax.world_authors import AUTHORS, Habits
 
 CATEGORIES: dict[str, tuple[str, ...]] = {
     "animal": ("cat", "dog", "fox", "owl", "hen", "cow"),
@@ -70,46 +68,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Habits:
-    """How often an author of responses does each thing (probabilities).
-
-    Attributes:
-        right: the body is right.
-        slip: of the wrong bodies, the share that is the task's systematic slip; the rest have one stray word.
-        opener, closing, twice, chatter: the response has it.
-    """
-
-    right: float
-    slip: float
-    opener: float
-    closing: float
-    twice: float
-    chatter: float
-
-
-_OTHERS: dict[str, Habits] = {
-    "good": Habits(right=1.0, slip=0.0, opener=1.0, closing=1.0, twice=0.0, chatter=0.0),
-    "careful": Habits(right=0.8, slip=0.7, opener=0.6, closing=0.6, twice=0.2, chatter=0.5),
-    "careless": Habits(right=0.3, slip=0.7, opener=0.4, closing=0.3, twice=0.3, chatter=0.5),
-}
-# World -> its authors. `base` writes the pretraining text, `better` the few demonstrations, `good` what a perfect
-# annotator would write. The preference pairs come from `careful` and `careless`, neither of which is the policy that is
-# trained on them.
-AUTHORS: dict[str, dict[str, Habits]] = {
-    "habits": {
-        "base": Habits(right=0.5, slip=0.8, opener=0.3, closing=0.3, twice=0.3, chatter=0.3),
-        "better": Habits(right=0.65, slip=0.7, opener=0.5, closing=0.5, twice=0.2, chatter=0.3),
-        **_OTHERS,
-    },
-    "wrong_habits": {
-        "base": Habits(right=0.25, slip=0.9, opener=0.15, closing=0.15, twice=0.3, chatter=0.3),
-        "better": Habits(right=0.42, slip=0.9, opener=0.4, closing=0.4, twice=0.2, chatter=0.3),
-        **_OTHERS,
-    },
-}
 
 
 # A quarter of the prompts are of the `name` task, which has few: 8 * 7 + 8 * 7 * 6. Half are left to training at least.

@@ -12,7 +12,8 @@ import ml_collections
 import pytest
 
 from configs.base import get_config
-from sera_jax.config import Config, check_field, groups, last_overrides, to_config_dict, to_dict
+from sera_jax.config import Config, check_field, last_overrides, to_config_dict, to_dict
+from sera_jax.config import fields as fields_lib
 from sera_jax.experiment.methods import METHODS, parse
 from sera_jax.losses.preference import LOSSES, resolve
 from sera_jax.models.families import FAMILIES
@@ -61,8 +62,8 @@ def fields(kind=Config, prefix=""):
 
 
 FIELDS = {path: kind for path, kind, _ in fields()}
-CHOICES = {path: allowed[groups.CHOICES] for path, _, allowed in fields() if groups.CHOICES in allowed}
-RANGES = {path: allowed[groups.RANGE] for path, _, allowed in fields() if groups.RANGE in allowed}
+CHOICES = {path: allowed[fields_lib.CHOICES] for path, _, allowed in fields() if fields_lib.CHOICES in allowed}
+RANGES = {path: allowed[fields_lib.RANGE] for path, _, allowed in fields() if fields_lib.RANGE in allowed}
 
 
 def value_at(config, path):

@@ -20,7 +20,7 @@ from sera_jax.loops.runtime import Policy
 from sera_jax.loops.study import Gold, Study, pair_margins, pool_logps
 from sera_jax.sampling import Candidates
 
-SUPPORT_PROMPTS = 1000
+SUPPORT_PROMPTS = 1000  # whose answers say well enough where a quantile lies
 
 
 def review(
@@ -151,8 +151,7 @@ def _ensembled(settings: SeraGroup, made: Sampled, ranking: Reward) -> list[np.n
 
 def guarded(study: Study, settings: SeraGroup, made: Sampled, rewards: Sequence[np.ndarray]) -> list[irm.Pairing]:
     """What `settings` makes of every prompt's candidates, within its guard rails on support and agreement."""
-    everything = [np.ones(len(c.samples), bool) for c in made.newest]
-    supported = everything
+    supported = [np.ones(len(c.samples), bool) for c in made.newest]
     if settings.support_quantile > 0:
         assert made.sft is not None
         least = support(study, settings.support_quantile)
