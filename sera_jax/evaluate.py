@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from sera_jax import world
+from sera_jax import compiling, memory, world
 from sera_jax.checkpoint import Workdir
 from sera_jax.checkpoint.phases import file_digest, write_json
 from sera_jax.config import EvalGroup, SamplingGroup
@@ -28,6 +28,7 @@ from sera_jax.data.tokenizing import ADD_BOS, Tokenizer
 from sera_jax.experiment.assembly import with_vocabulary, world_gold
 from sera_jax.experiment.ends import ends_in_words
 from sera_jax.experiment.evaluator import Evaluator
+from sera_jax.experiment.phases import in_words
 from sera_jax.experiment.saved import MAX_NEW_TOKENS, MAX_PROMPT_LENGTH, SavedPolicy, find_policy
 from sera_jax.loops.runtime import Policy, Runtime
 from sera_jax.losses.preference import ResolvedLoss, resolve
@@ -42,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line, evaluate, print the facts as JSON; 2 where something is refused."""
     args = _parser().parse_args(argv)
     try:
-        facts = _run(args)
+        with memory.named(f"evaluating --checkpoint={args.checkpoint}", memory.WAY_OUT):
+            facts = _run(args)
     except (ValueError, OSError) as error:
         words = str(error).replace("--config.workdir", "--out").replace("config.workdir", "--out")
         print(f"error: {words}", file=sys.stderr)
@@ -65,7 +67,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     )
     mesh = make_mesh(1, -1, args.tensor)
     root = pathlib.Path(args.out)
-    with MetricWriter(root, tensorboard=False) as writer, jax.set_mesh(mesh):
+    with MetricWriter(root, tensorboard=False) as writer, compiling.said(writer.announce), jax.set_mesh(mesh):
         asked = {name: value for name, value in vars(args).items() if name not in ("out", "allow_other_versions")}
         resolved = {"loss": str(loss), "max_new_tokens": new, "max_prompt_length": most, "row_tokens": row_tokens}
         workdir = Workdir(root, asked | resolved, allow_other_versions=args.allow_other_versions)
@@ -84,6 +86,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
             chunk_tokens=0,
             stop_ids=ends,
         )
+        workdir.watch = lambda name, finished: None if finished else writer.announce(in_words(name))
         policies = {name: _policy(run, name, found) for name, found in (("policy", saved), ("reference", reference))}
         evaluator = Evaluator(
             run=run,

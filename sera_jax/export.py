@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import jax
 
+from sera_jax import memory
 from sera_jax.experiment.saved import export, find_policy
 from sera_jax.mesh import make_mesh
 from sera_jax.models.folder import DTYPES
@@ -25,17 +26,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         saved = find_policy(args.checkpoint)
-        params = saved.params(make_mesh(1, 1, 1, devices=jax.devices()[:1]))
-        out = export(
-            params,
-            saved.cfg,
-            args.out,
-            dtype=args.dtype,
-            source=args.source or saved.source,
-            tokenizer_dir=args.tokenizer or saved.tokenizer_dir,
-            max_shard_bytes=args.max_shard_bytes,
-            overwrite=args.overwrite,
-        )
+        with memory.named(
+            f"exporting --checkpoint={args.checkpoint}", "one device holds the whole model: take a larger"
+        ):
+            params = saved.params(make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+            out = export(
+                params,
+                saved.cfg,
+                args.out,
+                dtype=args.dtype,
+                source=args.source or saved.source,
+                tokenizer_dir=args.tokenizer or saved.tokenizer_dir,
+                max_shard_bytes=args.max_shard_bytes,
+                overwrite=args.overwrite,
+            )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from sera_jax import compiling, memory
 from sera_jax.checkpoint.code import versions
 from sera_jax.checkpoint.phases import file_digest, write_json, write_jsonl
 from sera_jax.data.asked import read_asked
@@ -35,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line and answer every prompt; 2 where something is refused."""
     args = _parser().parse_args(argv)
     try:
-        _run(args)
+        with memory.named(f"answering --prompts={args.prompts}", memory.WAY_OUT):
+            _run(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -101,17 +103,22 @@ def _answer(
         progress.update(done, tokens=tokens - before)
         before = tokens
 
-    progress.start("answers", len(items) * args.num_samples)
+    progress.say(f"reading the parameters of {args.checkpoint}")
+    params = saved.params(mesh)
+    count = len(items) * args.num_samples
+    progress.say(f"{count} answers of at most {sampling.max_new_tokens} tokens, {min(args.slots, count)} at a time")
+    progress.start("answers", count)
     try:
-        return generate(
-            saved.cfg,
-            saved.params(mesh),
-            Draws.of_items(items, args.num_samples, seed=args.seed, round=0),
-            sampling,
-            slots=args.slots,
-            mesh=mesh,
-            on_progress=update,
-        )
+        with compiling.said(progress.say):
+            return generate(
+                saved.cfg,
+                params,
+                Draws.of_items(items, args.num_samples, seed=args.seed, round=0),
+                sampling,
+                slots=args.slots,
+                mesh=mesh,
+                on_progress=update,
+            )
     finally:
         progress.finish()
 

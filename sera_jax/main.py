@@ -25,6 +25,7 @@ from sera_jax.config import last_overrides
 
 EXIT_REFUSED = 2
 EXIT_PREEMPTED = 75
+MAX_WORDS = 800  # letters of what is wrong with a flag
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="A file of configs/; override its fields with --config.a.b=value."
@@ -57,8 +58,6 @@ class StopOnSignal:
 
 def main(argv: list[str], *, stop_requested: Callable[[], bool] = lambda: False) -> None:
     """Run what the flags ask for; ends the process with the exit codes above where it is not done."""
-    if len(argv) > 1:
-        raise app.UsageError(f"{argv[1]!r} is not understood; overrides look like --config.train.learning_rate=1e-6")
     # Seconds of imports, so not before signals are heard.
     from sera_jax import experiment, memory
     from sera_jax.experiment.methods import parse
@@ -69,7 +68,9 @@ def main(argv: list[str], *, stop_requested: Callable[[], bool] = lambda: False)
     try:
         if stop_requested():
             raise Preempted("stopped before anything was done; the same command starts it")
-        experiment.run(parse(_CONFIG.value), stop_requested=stop_requested, allow_other_versions=_OTHER_VERSIONS.value)
+        config = parse(_CONFIG.value)
+        with memory.named("the run", memory.WAY_OUT):
+            experiment.run(config, stop_requested=stop_requested, allow_other_versions=_OTHER_VERSIONS.value)
     except (ValueError, OSError) as error:
         if _TRACEBACK.value:
             raise
@@ -100,6 +101,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     try:
         arguments, unset = last_overrides(argv)
         rest = flags.FLAGS(arguments)
+        if len(rest) > 1:
+            raise ValueError(f"{rest[1]!r} is not understood; overrides look like --config.train.learning_rate=1e-6")
         getattr(_CONFIG.value, "workdir", "")  # raises where the file could not be loaded
         _CONFIG.value.update_from_flattened_dict(dict.fromkeys(unset))
         return rest
@@ -114,11 +117,17 @@ def parse_flags(argv: list[str]) -> list[str]:
 def _of_config_file(error: Exception) -> str:
     """One line: where in the config file it was raised, if there, and its own words."""
     words = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()  # a traceback as text ends in them
-    if isinstance(error, SyntaxError):
-        return f"{error.filename}:{error.lineno}: {error.msg}"
+    if len(words) > MAX_WORDS:  # of which a value may be most
+        words = f"{words[: MAX_WORDS // 2]} ... {words[-MAX_WORDS // 2 :]}"
     given = [argument.split("=", 1)[1] for argument in sys.argv if argument.startswith("--config=")]
+    if isinstance(error, SyntaxError):
+        return f"{error.filename or (given or ['--config'])[-1]}:{error.lineno or 1}: {error.msg}"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in given]
-    return f"{frames[-1].filename}:{frames[-1].lineno}: {type(error).__name__}: {words}" if frames else words
+    if frames:
+        return f"{frames[-1].filename}:{frames[-1].lineno}: {type(error).__name__}: {words}"
+    if given and isinstance(error, LookupError):  # of an override, in what get_config returned
+        return f"{given[-1]}: get_config() gives no config that has every field ({words})"
+    return words
 
 
 if __name__ == "__main__":

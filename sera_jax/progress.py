@@ -6,13 +6,19 @@ import collections
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import TextIO
 
+NOTICED = 1.0  # seconds; what took less is not said to be done
+
 
 class Progress:
-    """How far a phase is: one line that is redrawn on a terminal, a plain line now and then elsewhere."""
+    """How far a phase is: one line that is redrawn on a terminal, a plain line now and then elsewhere.
+
+    `say` may be called from any thread.
+    """
 
     def __init__(
         self,
@@ -33,6 +39,7 @@ class Progress:
         self._clock = clock
         self._phases: list[_Phase] = []
         self._drawn = False
+        self._lock = threading.RLock()
 
     def start(self, label: str, total_steps: int, start_step: int = 0) -> None:
         """Opens a phase within the open one, if any."""
@@ -53,34 +60,40 @@ class Progress:
             self._show(now)
 
     def finish(self) -> None:
-        """Closes the open phase and says what it took."""
+        """Closes the open phase and, where that is worth a line, says what it took."""
         phase = self._phases.pop()
         seconds = self._clock() - phase.began
+        if seconds < NOTICED:
+            self.clear()
+            return
         took = f"{phase.label}: step {phase.step} after {_duration(seconds)}"
         self.say(f"{took}, {_thousands(phase.tokens / max(seconds, 1e-9))} tokens/s" if phase.tokens else took)
 
     def say(self, text: str) -> None:
         """Prints a line of its own."""
-        self.clear()
-        print(text, file=self._stream, flush=True)
+        with self._lock:
+            self.clear()
+            print(text, file=self._stream, flush=True)
 
     def clear(self) -> None:
         """Takes the redrawn line off the terminal, so that something else can be printed."""
-        if self._drawn:
-            self._stream.write("\r\x1b[K")
-            self._stream.flush()
-            self._drawn = False
+        with self._lock:
+            if self._drawn:
+                self._stream.write("\r\x1b[K")
+                self._stream.flush()
+                self._drawn = False
 
     def _show(self, now: float) -> None:
         phase = self._phases[-1]
         phase.shown = now
-        if not self._terminal:
-            print(phase.line(), file=self._stream, flush=True)
-            return
-        width = shutil.get_terminal_size().columns - 1
-        self._stream.write("\r" + phase.line(bar=20)[:width] + "\x1b[K")
-        self._stream.flush()
-        self._drawn = True
+        with self._lock:
+            if not self._terminal:
+                print(phase.line(), file=self._stream, flush=True)
+                return
+            width = shutil.get_terminal_size().columns - 1
+            self._stream.write("\r" + phase.line(bar=20)[:width] + "\x1b[K")
+            self._stream.flush()
+            self._drawn = True
 
 
 class _Phase:

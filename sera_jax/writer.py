@@ -6,7 +6,8 @@ or the first write to it, drops what an earlier process wrote beyond. For that t
 `sync`, and only then lets a checkpoint of step s become visible. A step is the number of updates done, so the first
 update of a span is step 1.
 
-One line holds `phase`, `arm`, `round`, `step`, `time` (seconds since 1970) and the metrics. JSON has no word for nan
+One line holds `phase`, `arm`, `round`, `step`, `global_step` (the same, with the updates of the arm's earlier rounds),
+`time` (seconds since 1970) and the metrics. JSON has no word for nan
 and the infinities: such a value is null, so that its column stays numeric, and its name and value ("nan", "inf",
 "-inf") stand in the line's `nonfinite`.
 
@@ -21,18 +22,23 @@ import math
 import numbers
 import os
 import pathlib
-import re
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from tensorboardX import SummaryWriter
-
+from sera_jax.board import FIELDS, Board
 from sera_jax.core import Mean
 from sera_jax.progress import Progress
 
-RESERVED = ("phase", "arm", "round", "step", "time", "nonfinite")
+RESERVED = FIELDS
+# Metrics that the progress line shows, and what it calls them.
+NOTED = {
+    "loss": "loss",
+    "rewards/margins": "margin",
+    "objective/scores": "reward",
+    "objective/kl": "KL",
+    "objective/entropy": "entropy",
+}
 
 
 class SpanKey(NamedTuple):
@@ -49,12 +55,6 @@ class SpanKey(NamedTuple):
         parts = [self.arm, self.phase, f"round {self.round}" if self.round else ""]
         return " / ".join(part for part in parts if part)
 
-    @property
-    def folder(self) -> str:
-        """As the name of a TensorBoard run: "sera.train.round2"."""
-        parts = [self.arm, self.phase, f"round{self.round}" if self.round else ""]
-        return ".".join(re.sub(r"[^\w=-]", "_", part) for part in parts if part)
-
 
 class MetricWriter:
     """Writes each step of each span once, and shows how far the run is. On hosts other than 0 it does nothing."""
@@ -65,9 +65,13 @@ class MetricWriter:
         *,
         is_host0: bool = True,
         tensorboard: bool = True,
+        config_text: str = "",
         progress: Progress | None = None,
     ):
         """Opens the record under `workdir` and mends a line that a kill tore.
+
+        Args:
+            config_text: shown by TensorBoard.
 
         Raises:
             ValueError: the record is damaged before its last lines.
@@ -75,10 +79,8 @@ class MetricWriter:
         self._on = is_host0
         self._folder = pathlib.Path(workdir)
         self._path = self._folder / "metrics.jsonl"
-        self._tensorboard = tensorboard
         self._progress = progress or Progress()
-        self._stack: list[SpanKey] = []
-        self._events: dict[SpanKey, SummaryWriter] = {}
+        self._stack: list[tuple[SpanKey, int]] = []  # with the steps before it
         self._last: dict[SpanKey, int] = {}  # last step on disk, for every span of the record
         self._owned: set[SpanKey] = set()  # spans that this process has resumed or written
         if self._on:
@@ -88,10 +90,19 @@ class MetricWriter:
                 _replace(self._path, records)
             self._index(records)
             self._file = self._path.open("a", encoding="utf-8")
+        read = lambda: read_records(self._path)[0]  # noqa: E731
+        self._board = Board(self._folder / "tensorboard", read, config_text) if self._on and tensorboard else None
 
     @contextlib.contextmanager
     def span(
-        self, name: str, *, arm: str | None = None, round: int | None = None, total_steps: int, start_step: int = 0
+        self,
+        name: str,
+        *,
+        arm: str | None = None,
+        round: int | None = None,
+        total_steps: int,
+        start_step: int = 0,
+        before: int = 0,
     ) -> Iterator[MetricWriter]:
         """The span that `write` and `advance` belong to while the context is open; spans may be nested.
 
@@ -102,10 +113,11 @@ class MetricWriter:
             arm, round: those of the enclosing span where not given.
             total_steps: the step at which the span is complete; 0 where that is not known.
             start_step: steps that an earlier process has done, from its checkpoint.
+            before: updates of the arm before the span's first.
         """
         key = self._key(name, arm, round)
         self.resume(key, start_step)
-        self._stack.append(key)
+        self._stack.append((key, before))
         if self._on:
             self._progress.start(key.label, total_steps, start_step)
         try:
@@ -114,8 +126,8 @@ class MetricWriter:
             self._stack.pop()
             if self._on:
                 self._progress.finish()
-                if key in self._events:
-                    self._events.pop(key).close()
+            if self._board:
+                self._board.flush()
 
     def resume(self, key: SpanKey, step: int) -> None:
         """Drops the lines of `key` with a later step (at 0, with any), in one atomic replacement of the record."""
@@ -129,8 +141,8 @@ class MetricWriter:
             _replace(self._path, kept)
             self._index(kept)
             self._file = self._path.open("a", encoding="utf-8")
-            if self._tensorboard:
-                self._open_events(key)
+            if self._board:
+                self._board.remake(key._asdict())
 
     def write(
         self,
@@ -141,6 +153,7 @@ class MetricWriter:
         arm: str | None = None,
         round: int | None = None,
         tokens: int = 0,
+        global_step: int | None = None,
     ) -> None:
         """Appends one line, handed to the operating system before this returns.
 
@@ -149,6 +162,7 @@ class MetricWriter:
             metrics: name to number (Python, numpy, or a jax scalar) or `core.Mean`.
             phase, arm, round: another span than the open one, e.g. phase="eval" within training.
             tokens: processed since the previous `write` or `advance`, for the tokens/s shown.
+            global_step: where not what the open span makes of `step`.
 
         Raises:
             ValueError: a metric takes the name of one of the line's own fields.
@@ -165,22 +179,28 @@ class MetricWriter:
         last = self._last.get(key)
         assert last is None or step > last, f"{key.label}: step {step} is written after step {last}"
 
-        record = {**key._asdict(), "step": int(step), "time": time.time(), **_numbers(metrics)}
+        if global_step is None:
+            global_step = step + (self._stack[-1][1] if self._stack else 0)
+        counted = {"step": int(step), "global_step": int(global_step)}
+        record = {**key._asdict(), **counted, "time": time.time(), **_numbers(metrics)}
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
         self._last[key] = int(step)
-        if self._tensorboard and key in self._events:
-            _add_scalars(self._events[key], record)
-        elif self._tensorboard:
-            self._open_events(key)
-        if self._stack and key == self._stack[-1]:
+        if self._board:
+            self._board.add(record)
+        if self._stack and key == self._stack[-1][0]:
             self.advance(step, tokens=tokens, metrics=metrics)
 
     def advance(self, step: int, *, tokens: int = 0, metrics: Mapping[str, Any] | None = None) -> None:
         """Moves the progress shown to `step` of the open span, without writing a line."""
         if self._on and self._stack:
-            loss = None if metrics is None or "loss" not in metrics else _number(metrics["loss"])
-            self._progress.update(step, tokens=tokens, note="" if loss is None else f"loss {loss:.4g}")
+            shown = {word: _number(metrics[name]) for name, word in NOTED.items() if metrics and name in metrics}
+            note = "  ".join(f"{word} {value:.4g}" for word, value in shown.items())
+            self._progress.update(step, tokens=tokens, note=note)
+
+    def lines(self, key: SpanKey) -> list[dict[str, Any]]:
+        """The lines of a span, in their order; none on hosts other than 0."""
+        return [record for record in read_records(self._path)[0] if _key_of(record) == key] if self._on else []
 
     def announce(self, text: str) -> None:
         """A line of its own on standard error: a heading, a remark."""
@@ -197,17 +217,16 @@ class MetricWriter:
         """Returns when every line written so far is on the disk. To be called before a checkpoint is saved."""
         if self._on:
             os.fsync(self._file.fileno())
-            for events in self._events.values():
-                events.flush()
+            if self._board:
+                self._board.flush()
 
     def close(self) -> None:
         """Syncs and closes; the writer is not used afterwards."""
         if self._on:
             self.sync()
             self._file.close()
-            for events in self._events.values():
-                events.close()
-            self._events.clear()
+            if self._board:
+                self._board.close()
 
     def __enter__(self) -> MetricWriter:
         return self
@@ -216,7 +235,7 @@ class MetricWriter:
         self.close()
 
     def _key(self, phase: str | None, arm: str | None, round: int | None) -> SpanKey:
-        outer = self._stack[-1] if self._stack else None
+        outer = self._stack[-1][0] if self._stack else None
         if phase is None and outer is None:
             raise ValueError("no span is open: give write a phase, or write within `with writer.span(...)`")
         return SpanKey(
@@ -230,18 +249,6 @@ class MetricWriter:
         for record in records:
             key = _key_of(record)
             self._last[key] = max(record["step"], self._last.get(key, 0))
-
-    def _open_events(self, key: SpanKey) -> None:
-        """Makes the span's TensorBoard run anew from the record and leaves it open."""
-        if key in self._events:
-            self._events.pop(key).close()
-        folder = self._folder / "tensorboard" / key.folder
-        shutil.rmtree(folder, ignore_errors=True)
-        # purge_step tells a TensorBoard that watched the earlier files to forget them.
-        self._events[key] = SummaryWriter(str(folder), purge_step=0)
-        for record in read_records(self._path)[0]:
-            if _key_of(record) == key:
-                _add_scalars(self._events[key], record)
 
 
 def read_records(path: str | os.PathLike) -> tuple[list[dict], bool]:
@@ -306,10 +313,3 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
     odd = {name: str(value) for name, value in values.items() if not math.isfinite(value)}
     fields: dict[str, Any] = {name: None if name in odd else value for name, value in values.items()}
     return {**fields, "nonfinite": odd} if odd else fields
-
-
-def _add_scalars(events: SummaryWriter, record: dict) -> None:
-    for name, value in record.items():
-        if name not in RESERVED:
-            number = float(record["nonfinite"][name]) if value is None else value
-            events.add_scalar(name, number, record["step"], walltime=record["time"])

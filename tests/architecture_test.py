@@ -30,7 +30,7 @@ LAYERS = [
     ["losses", "models", "data", "world", "checkpoint", "writer"],
     ["ops"],
     ["mesh"],
-    ["core", "config", "progress", "memory", "world_authors"],
+    ["core", "config", "progress", "memory", "compiling", "board", "world_authors"],
 ]
 SIBLINGS = {
     ("world", "data"),  # the embedded world makes the same records that real data becomes

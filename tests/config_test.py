@@ -151,6 +151,12 @@ def test_what_is_not_a_finite_number_is_refused(path):
         assert f"config.{path}={value!r} is not a finite number" in refused(**{path.replace(".", "__"): value})
 
 
+def test_an_integer_beyond_32_bits_is_refused_whatever_its_field():
+    for path in (path for path, kind in FIELDS.items() if kind is int):
+        value = 2**31
+        assert f"config.{path}={value} is" in refused(**{path.replace(".", "__"): value})
+
+
 def test_an_integer_serves_as_a_float_but_not_the_other_way_round_and_true_is_no_number():
     raw = raw_config()
     with raw.ignore_type():

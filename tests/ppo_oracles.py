@@ -66,8 +66,13 @@ def policy_loss(ratio, advantage, cliprange):
     return loss, 0.0 if pushed_too_far and advantage != 0 else -advantage * ratio
 
 
-def value_loss(value, old_value, returns, cliprange):
-    """Half the larger squared error, and its derivative by the value."""
+def value_loss(value, old_value, returns, cliprange, scale=1.0):
+    """Half the larger squared error in units of the scale, and its derivative by the value; None never cuts."""
+    if scale != 1.0:
+        loss, slope = value_loss(value / scale, old_value / scale, returns / scale, cliprange)
+        return loss, slope / scale
+    if cliprange is None:
+        return 0.5 * (value - returns) ** 2, value - returns
     near = old_value + max(-cliprange, min(cliprange, value - old_value))
     plain, clipped = (value - returns) ** 2, (near - returns) ** 2
     # A value that is not cut is its own near value, so a larger clipped error comes from one that is: slope 0.
@@ -111,13 +116,15 @@ def kl_estimate(logp, ref_logp, estimator):
     return {"k1": d, "k2": d * d / 2, "k3": math.exp(-d) - 1 + d}[estimator]
 
 
-def experience(responses, reward, ppo, *, kl_coef, earlier=(), baseline="critic", random_reward=False):
+def experience(
+    responses, reward, ppo, *, kl_coef, earlier=(), earlier_returns=(), baseline="critic", random_reward=False
+):
     """What an iteration makes of its responses, whatever their layout.
 
     Args:
         responses: each a dict of `logp`, `sft`, `base`, `sampled`, `value` (numbers per token), `finished`, `noise`.
         reward, ppo: settings, with the names of the groups of the config.
-        kl_coef: of this iteration; earlier: scores of the iterations before it.
+        kl_coef: of this iteration; earlier, earlier_returns: scores and tokens' returns of the iterations before it.
 
     Returns:
         For each response its `score`, `paid`, `advantage`, `value` and `returns`; the metrics; the next kl_coef.
@@ -165,6 +172,10 @@ def experience(responses, reward, ppo, *, kl_coef, earlier=(), baseline="critic"
     if baseline == "critic":
         returns, values = (np.concatenate([x[name] for x in out]) for name in ("returns", "value"))
         metrics["critic/vf_explained_var"] = 1 - np.var(returns - values) / np.var(returns)
+        all_returns = np.concatenate([[*earlier_returns], returns])
+        metrics["critic/value_scale"] = math.sqrt(np.mean(all_returns**2)) if ppo.value_scale == "returns" else 1.0
+    if not random_reward:
+        metrics["objective/finished_scores"] = np.mean([s for s, x in zip(scores, responses) if x["finished"]])
     metrics["ppo/kl_coef"] = kl_coef
     error = max(-0.2, min(0.2, metrics["objective/kl"] / ppo.kl_target - 1)) if ppo.kl_controller == "adaptive" else 0.0
     return out, metrics, kl_coef * (1 + error * len(responses) / ppo.kl_horizon)

@@ -45,7 +45,7 @@ def scalars(folder: pathlib.Path) -> list[tuple[str, int, float]]:
 
 
 def test_a_line_holds_the_phase_the_step_and_the_metrics(make_writer, tmp_path):
-    with make_writer() as writer, writer.span("train", arm="sera", round=2, total_steps=1):
+    with make_writer() as writer, writer.span("train", arm="sera", round=2, total_steps=1, before=40):
         writer.write(
             step=1,
             metrics={
@@ -57,7 +57,8 @@ def test_a_line_holds_the_phase_the_step_and_the_metrics(make_writer, tmp_path):
     (record,), _ = read_records(tmp_path / "metrics.jsonl")
     assert record.pop("time") > 1.7e9
     assert record == {
-        "phase": "train", "arm": "sera", "round": 2, "step": 1, "loss": 0.5, "num_tokens": 7, "rewards/margins": 1.5
+        "phase": "train", "arm": "sera", "round": 2, "step": 1, "global_step": 41,
+        "loss": 0.5, "num_tokens": 7, "rewards/margins": 1.5,
     }  # fmt: skip
 
 
@@ -159,18 +160,6 @@ def test_values_that_are_not_finite_are_null_and_named(make_writer, tmp_path):
     assert shown["b"] == np.inf and shown["c"] == -np.inf and np.isnan(shown["a"])
 
 
-def test_tensorboard_holds_each_phase_as_a_run_of_its_own_and_each_step_once(make_writer, tmp_path):
-    for start in (0, 1):
-        with make_writer() as writer:
-            for round in (1, 2):
-                with writer.span("train", arm="sera", round=round, total_steps=3, start_step=start):
-                    for step in range(start + 1, 4):
-                        writer.write(step=step, metrics={"loss": float(step * round)})
-    folders = tmp_path / "tensorboard"
-    assert sorted(path.name for path in folders.iterdir()) == ["sera.train.round1", "sera.train.round2"]
-    assert scalars(folders / "sera.train.round2") == [("loss", 1, 2.0), ("loss", 2, 4.0), ("loss", 3, 6.0)]
-
-
 def test_a_finished_phase_that_is_opened_again_keeps_its_lines_and_its_run(make_writer, tmp_path):
     for start in (0, 2):
         with make_writer() as writer, writer.span("train", total_steps=2, start_step=start):
@@ -260,6 +249,22 @@ def test_elsewhere_plain_lines_come_every_quarter_minute_and_at_the_end(seconds_
     *lines, end = text.splitlines()
     assert len(lines) == expected
     assert end.startswith("sera / train / round 2: step 100 after")
+
+
+def test_what_took_less_than_a_second_is_not_said_to_be_done():
+    assert show(io.StringIO(), seconds_per_step=0.001, total=100) == ""
+
+
+def test_the_progress_of_ppo_shows_reward_kl_and_entropy(tmp_path):
+    stream = io.StringIO()
+    metrics = {"objective/scores": 1.075, "objective/kl": 0.25, "objective/entropy": 14.93, "val/ratio": 1.0}
+    progress = Progress(stream, interval_seconds=0)
+    with (
+        MetricWriter(tmp_path, tensorboard=False, progress=progress) as writer,
+        writer.span("ppo", arm="srppo", round=1, total_steps=2),
+    ):
+        writer.write(step=1, metrics=metrics)
+    assert "srppo / ppo / round 1  1/2  reward 1.075  KL 0.25  entropy 14.93" in stream.getvalue()
 
 
 def test_a_line_whose_span_is_no_name_is_damage_not_a_crash(tmp_path):

@@ -129,6 +129,7 @@ class Workdir:
     Attributes:
         notes: lines for the user: fields and versions that changed since the run was started and that may.
         code: the versions that were at work in it, the present ones last.
+        watch: called with the name of every phase that is asked for, and whether its product lies there already.
     """
 
     def __init__(self, root: pathlib.Path, config: dict[str, Any], *, allow_other_versions: bool = False):
@@ -147,6 +148,7 @@ class Workdir:
         self.done: dict[str, Product] = {}
         self.fresh: list[str] = []
         self.notes: list[str] = []
+        self.watch: Callable[[str, bool], None] = lambda name, finished: None
         config = plain({k: v for k, v in config.items() if k != "workdir"})
         history = []
         if _has_results(root):
@@ -208,12 +210,15 @@ class Workdir:
         if manifest_path.exists():
             product = self._open(name, inputs, folder)
             shutil.rmtree(self.checkpoints(name), ignore_errors=True)  # a kill may have come between rename and this
+            self.watch(name, True)
         else:
+            self.watch(name, False)
             torn = folder.with_name(folder.name + ".partial")
             shutil.rmtree(torn, ignore_errors=True)
             torn.mkdir(parents=True)
             start = time.monotonic()
-            produce(torn)
+            with memory.named(f"phase {name}", memory.WAY_OUT):
+                produce(torn)
             memory.trim()
             manifest = {
                 "inputs": inputs,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 from sera_jax.config.fields import above, at_least, one_of, within
+from sera_jax.config.world import WorldGroup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +19,7 @@ class ModelGroup:
     `model_name_or_path` is empty. `vocab_size` is then the number of BPE pieces trained from the data, unless
     `tokenizer_name_or_path` brings a tokenizer (0: the tokenizer's own size).
 
+    dtype: of the matmuls. param_dtype: of the parameters as they are kept; see master_weights of `train` for bfloat16.
     remat: what the backward pass computes again instead of keeping it: `none`, `dots` (all but the matmuls), `full`
         (all but the input of each layer), or `auto`, the least of these that keeps at most 1 GiB of a row.
     """
@@ -219,8 +221,10 @@ class PpoGroup:
         rollouts.
     prompt_overlap: share of each iteration's prompts taken from the SFT demonstrations; the rest are those of
         `data.prompts` that no demonstration has.
-    gamma, lam: of GAE. cliprange, cliprange_value: of PPO's losses. whiten_advantages: over an iteration's real
-        tokens.
+    gamma, lam: of GAE. cliprange: of the policy loss. whiten_advantages: over an iteration's real tokens.
+    value_scale: the unit of the value loss and its clip: `returns` (the root mean square of all tokens' returns so far,
+        the iteration's own included) or `none` (that of the reward). cliprange_value: how far a value may move in an
+        iteration before its gradient is cut, in that unit; unset: it is never cut.
     kl_coef: weight of the KL to the SFT model; kl_in: `reward` (per token) or `loss`; kl_estimator: k1, k2 or k3;
         kl_controller: `fixed`, or `adaptive` towards kl_target nats per response over kl_horizon responses (read
         then).
@@ -246,7 +250,8 @@ class PpoGroup:
     gamma: float = within(1.0, 0, 1)
     lam: float = within(0.95, 0, 1)
     cliprange: float = above(0.2, 0, 1)
-    cliprange_value: float = above(0.2, 0)
+    value_scale: str = one_of("returns", "none")
+    cliprange_value: float | None = above(None, 0)
     whiten_advantages: bool = True
     entropy_coef: float = at_least(0.0, 0)
     kl_coef: float = at_least(0.05, 0)
@@ -290,6 +295,9 @@ class TrainGroup:
         of at most 1 GiB on each device, or of one row where a row has more.
     logits_chunk_tokens: tokens whose logits are alive at a time on each device, that of `train` in every phase; 0: as
         many as 64 MiB of float32 logits, at most 2048.
+    master_weights: with model.param_dtype="bfloat16" the optimiser state holds what is trained in float32 as well; the
+        updates go there, and the parameters are its rounded values. Without it most updates of a small rate round to
+        nothing. Parameters in float32 have no second copy.
     """
 
     batch_size: int = at_least(64, 1)
@@ -305,6 +313,7 @@ class TrainGroup:
     adam_beta2: float = within(0.999, 0, 1)
     adam_epsilon: float = above(1e-8, 0, 1)
     max_grad_norm: float = above(1.0, 0)
+    master_weights: bool = True
     logits_chunk_tokens: int = at_least(0, 0)
     save_steps: int = at_least(200, 0)
     save_total_limit: int = at_least(1, 1)
@@ -354,26 +363,6 @@ class LogGroup:
 
 
 @dataclasses.dataclass(frozen=True)
-class WorldGroup:
-    """The embedded world (sera_jax/world.py); an empty name means real data. Sizes are counts of rows, at most a
-    million each.
-
-    name: `habits` (an SFT model's likeliest answer is mostly right) or `wrong_habits` (it is mostly wrong).
-    """
-
-    name: str = one_of("", "habits", "wrong_habits")
-    pretrain: int = within(8000, 0, 10**6)
-    demonstrations: int = within(200, 0, 10**6)
-    preferences: int = within(800, 0, 10**6)
-    heldout_preferences: int = within(400, 0, 10**6)
-    heldout_prompts: int = within(200, 0, 10**6)
-    heldout_demonstrations: int = within(200, 0, 10**6)
-    prompts: int = within(0, 0, 10**6)
-    demonstrator: str = "better"
-    cue: float = within(0.6, 0, 1)
-
-
-@dataclasses.dataclass(frozen=True)
 class Config:
     """A run. method: a name in `experiment.methods.METHODS`, which says the groups that only it reads."""
 
@@ -394,4 +383,4 @@ class Config:
     mesh: MeshGroup = MeshGroup()
     eval: EvalGroup = EvalGroup()
     log: LogGroup = LogGroup()
-    world: WorldGroup = WorldGroup()
+    world: WorldGroup = dataclasses.field(default_factory=WorldGroup)

@@ -17,6 +17,7 @@ from sera_jax.config.fields import CHOICES, RANGE
 from sera_jax.config.groups import Config
 from sera_jax.config.rules import check_together
 
+MAX_INT = 2**31 - 1  # devices count steps, positions and rows in 32 bits
 UNSET = ("None", "unset")  # words for an optional field's value on the command line
 
 
@@ -141,6 +142,8 @@ def _check_value(name: str, value: Any, allowed: Mapping[str, Any]) -> None:
         if not (low <= value <= high) or (value == low and not closed):
             sign = "<=" if closed else "<"
             raise ValueError(f"config.{name}={value!r} is out of range; it must be {low} {sign} {name} <= {high}")
+    if type(value) is int and abs(value) > MAX_INT:
+        raise ValueError(f"config.{name}={value} is more than devices count to; it must be at most {MAX_INT}")
 
 
 def _parse_value(kind: Any, value: Any, name: str) -> Any:

@@ -218,7 +218,7 @@ def choose_sizes(needed: Sequence[int], *, multiple: int, most: int, known: Sequ
     known = sorted({k for k in known if k % multiple == 0 and k > 0})
     rounded = Counter(max(-(-n // multiple), 1) * multiple for n in needed)
     top = max(rounded, default=multiple)
-    fresh = max(most - len(known), 0)
+    fresh = min(max(most - len(known), 0), len(rounded))
     if not fresh and (not known or known[-1] < top):
         fresh = 1
     sizes = sorted({*rounded, *known})  # a useful size is one that some step needs exactly, or a known one

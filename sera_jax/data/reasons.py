@@ -13,6 +13,8 @@ BAD_REASONS: dict[str, str] = {
     "invalid_json": "not JSON",
     "not_an_object": "JSON, but not an object with named fields",
     "enormous_row": "a row larger than any that can be trained on",
+    "deep_row": "lists or objects nested too deeply",
+    "duplicate_field": "a field stands twice, so that one of its values would be lost",
     # of the fields
     "missing_field": "a field is missing or null",
     "wrong_type": "a field is not a string or list of messages",

@@ -222,7 +222,7 @@ def _given_prompt(value: Mapping[str, Any], notes: set[str]) -> tuple[Prompt, bo
     """The row's own prompt, and whether it was a transcript."""
     raw = value["prompt"]
     if value.get(PREPARED) == "messages":
-        raw = json.loads(raw)
+        raw = _stored(value, "prompt", list)
     if not isinstance(raw, str):
         return _as_prompt(_messages(raw, "prompt", notes), notes), False
     text = _text(raw, "prompt", notes)
@@ -332,7 +332,7 @@ def _by_label(value: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _refuse_equal_scores(value: Mapping[str, Any]) -> None:
-    scores = json.loads(value["extra"]) if PREPARED in value else value
+    scores = _extra(value)
     for fields in _SCORES:
         first, second = (scores.get(field) for field in fields)
         if isinstance(first, int | float) and first == second:
@@ -347,8 +347,19 @@ def _require(value: Mapping[str, Any], *fields: str) -> None:
 
 def _extra(value: Mapping[str, Any], *used: str) -> dict[str, Any]:
     if PREPARED in value:
-        return json.loads(value["extra"])
+        return _stored(value, "extra", dict)
     return {key: part for key, part in value.items() if key not in used}
+
+
+def _stored(value: Mapping[str, Any], field: str, kind: type) -> Any:
+    """What a prepared row holds as JSON."""
+    try:
+        found = json.loads(value.get(field, ""))
+    except (TypeError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, kind):
+        raise BadRow("wrong_type", f"{field} is not the JSON of a {kind.__name__}, which {PREPARED} says it is")
+    return found
 
 
 def _identity(value: Mapping[str, Any], prompt: Prompt, *texts: str) -> str:

@@ -46,7 +46,8 @@ class LoadReport:
 
     def add(self, kind: str, reason: str, where: str, detail: str = "") -> None:
         """Count one more `reason` under `kind` (bad, dropped or noted)."""
-        detail = detail.encode("utf-8", "backslashreplace").decode()  # a row's own words may be no text
+        # a row's own words may be no text, or move the terminal's cursor
+        detail = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in detail)
         entry = getattr(self, kind).setdefault(reason, Count(0, where, detail))
         entry.count += 1
 

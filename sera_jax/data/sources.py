@@ -12,6 +12,7 @@ source's `failure`. The spec of a source is one of
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import gzip
 import hashlib
@@ -30,6 +31,7 @@ LFS_PREFIX = b"version https://git-lfs.github.com/spec/"
 GZIP_MAGIC = b"\x1f\x8b"
 PARQUET_MAGIC = b"PAR1"
 MAX_ROW_BYTES = 4 << 20  # about a million tokens: a mistake in the file, not a row to train on
+MAX_DEPTH = 100  # lists and objects within one another; Python's own recursion ends at some 900
 MAX_WEIGHT = 100.0
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 _READ_AT_ONCE = 1024
@@ -130,11 +132,17 @@ class JsonlSource(Source):
         if not text.strip():
             return RawRow(self.path, line, None, "blank_line")
         try:
-            value = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            value = json.loads(text, object_pairs_hook=_each_once)
+        except _Twice as error:
+            return RawRow(self.path, line, None, "duplicate_field", f"{str(error)[:60]!r}")
+        except RecursionError:
+            return RawRow(self.path, line, None, "deep_row", f"{text[:60]!r}")
+        except ValueError as error:
             return RawRow(self.path, line, None, "invalid_json", f"{error} in {text[:60]!r}")
         if not isinstance(value, dict):
             return RawRow(self.path, line, None, "not_an_object", f"a JSON {type(value).__name__}: {text[:60]!r}")
+        if text.count("[") + text.count("{") > MAX_DEPTH and _is_deep(value):
+            return RawRow(self.path, line, None, "deep_row", f"{text[:60]!r}")
         return RawRow(self.path, line, value)
 
 
@@ -158,7 +166,7 @@ class ParquetSource(Source):
             try:
                 self._file = pyarrow.parquet.ParquetFile(path)
                 groups = [self._file.metadata.row_group(g).num_rows for g in range(self._file.num_row_groups)]
-            except (pyarrow.ArrowInvalid, OSError) as error:
+            except (pyarrow.ArrowException, OSError) as error:
                 self.failure = RawRow(path, 1, None, "corrupt_parquet", str(error))
         self._stops = np.cumsum(groups, dtype=np.int64)
         if self.failure is None and not len(self):
@@ -172,10 +180,26 @@ class ParquetSource(Source):
     def rows(self, indices: Sequence[int] | np.ndarray) -> Iterator[RawRow]:
         for index in indices:
             group = int(np.searchsorted(self._stops, index, side="right"))
-            if group != self._group:
-                self._table, self._group = self._file.read_row_group(group), group
             first = int(self._stops[group - 1]) if group else 0
-            yield _row_of(self.path, index + 1, self._table.slice(index - first, 1).to_pylist()[0])
+            if group != self._group:
+                self._table, self._group = self._read(group), group
+            try:
+                if isinstance(self._table, Exception):
+                    raise self._table
+                (value,) = self._table.slice(index - first, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                yield _not_text(self.path, index + 1, error)
+            except (ValueError, OSError, NotImplementedError) as error:  # as pyarrow names damage
+                yield RawRow(self.path, index + 1, None, "corrupt_parquet", str(error))
+            else:
+                yield _row_of(self.path, index + 1, value)
+
+    def _read(self, group: int) -> Any:
+        """The group's table, or why it cannot be read: asked once, not for each of its rows."""
+        try:
+            return self._file.read_row_group(group)
+        except (ValueError, OSError, NotImplementedError) as error:
+            return error
 
 
 class TfdsSource(Source):
@@ -318,6 +342,28 @@ def _open_tfds(spec: str, field: str) -> TfdsSource:
     return TfdsSource(builder, split, spec)
 
 
+class _Twice(ValueError):
+    """A field stands twice in an object: which of its values is meant?"""
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = collections.Counter(name for name, _ in pairs)
+        raise _Twice(next(name for name, count in counts.items() if count > 1))
+    return found
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [part for v in level for part in (v.values() if isinstance(v, dict) else v)]
+        level = [part for part in level if isinstance(part, dict | list)]
+        if not level:
+            return False
+    return True
+
+
 def _lfs_failure(path: str) -> RawRow:
     return RawRow(path, 1, None, "git_lfs_pointer", "a git-LFS pointer, not the data; run git lfs pull")
 
@@ -326,7 +372,11 @@ def _row_of(path: str, line: int, value: dict[str, Any]) -> RawRow:
     try:
         return RawRow(path, line, _plain(value))
     except UnicodeDecodeError as error:
-        return RawRow(path, line, None, "non_utf8", f"byte {error.object[error.start]:#04x} of a text field")
+        return _not_text(path, line, error)
+
+
+def _not_text(path: str, line: int, error: UnicodeDecodeError) -> RawRow:
+    return RawRow(path, line, None, "non_utf8", f"byte {error.object[error.start]:#04x} of a text field")
 
 
 def _plain(value: Any) -> Any:

@@ -193,6 +193,25 @@ def plain(name: str) -> Cell:
     return lambda facts: str(facts[name])
 
 
+_IN_A_LINE: Sequence[Column] = (
+    ("accuracy", percent("heldout_accuracy")),
+    ("gold", number("gold_mean", 3)),
+    ("wins vs sft", percent("win_rate_vs_sft")),
+    ("right", percent("answer_accuracy")),
+    ("coherent", number("coherent_reward_mean", 2)),
+    ("KL", number("kl_to_sft", 2)),
+    ("NLL", number("heldout_nll", 3)),
+    ("tokens", number("response_tokens_mean", 1)),
+)
+
+
+def in_a_line(facts: Mapping[str, Any]) -> str:
+    """The main facts of a policy, those that there are: "accuracy 77.7 %, gold 0.648, tokens 8.2"."""
+    told = {name: value for name, value in facts.items() if _applies(value)}
+    cells = [(heading, _cell(say, told)) for heading, say in _IN_A_LINE]
+    return ", ".join(f"{heading} {cell}" for heading, cell in cells if cell)
+
+
 # Columns and meanings that more than one method has, by what they show.
 GOLD = ("gold_mean", "gold", "mean reward of answers to held-out prompts, by the world's rule; 95 % over prompts")
 GOLD_AT = (
@@ -208,19 +227,20 @@ def _gold_at(temperature: str) -> Cell:
 
 
 def _aligned(rows: Sequence[dict[str, Any]], columns: Sequence[Column]) -> str:
-    def cell(say: Cell, facts: dict[str, Any]) -> str:
-        try:
-            return say(facts)
-        except KeyError:
-            return ""
-
-    filled = [(heading, [cell(say, facts) for facts in rows]) for heading, say in columns]
+    filled = [(heading, [_cell(say, facts) for facts in rows]) for heading, say in columns]
     filled = [(heading, cells) for heading, cells in filled if any(cells)]
     widths = [max(len(heading), *map(len, cells)) for heading, cells in filled]
     lines = ["  ".join(f"{heading:>{w}}" for (heading, _), w in zip(filled, widths))]
     lines.append("  ".join("-" * w for w in widths))
     lines += ["  ".join(f"{cells[i] or '-':>{w}}" for (_, cells), w in zip(filled, widths)) for i in range(len(rows))]
     return "\n".join(lines)
+
+
+def _cell(say: Cell, facts: dict[str, Any]) -> str:
+    try:
+        return say(facts)
+    except KeyError:
+        return ""
 
 
 def _applies(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import resource
 import sys
@@ -10,18 +11,22 @@ from typing import Any
 
 import jax
 
+from sera_jax import compiling
 from sera_jax import config as config_lib
 from sera_jax.checkpoint import Workdir
 from sera_jax.config import Config
 from sera_jax.data.packing import Layout
 from sera_jax.evaluation import report
 from sera_jax.evaluation.report import Report
-from sera_jax.experiment.assembly import base_model, check_positions, read_corpus
+from sera_jax.experiment.assembly import base_model, check_positions, check_sources, read_corpus
 from sera_jax.experiment.ends import end_ids, ends_in_words
 from sera_jax.experiment.method import Experiment
 from sera_jax.experiment.methods import METHODS
+from sera_jax.experiment.needs import batches_in_words, check_memory
+from sera_jax.experiment.phases import Phases
 from sera_jax.experiment.saved import describe, export
 from sera_jax.experiment.start import params_sha256, starting_policy
+from sera_jax.experiment.start import phases as start_phases
 from sera_jax.loops.runtime import Policy, Runtime
 from sera_jax.mesh import make_mesh, row_shards
 from sera_jax.writer import MetricWriter
@@ -44,7 +49,14 @@ def run(
     root = pathlib.Path(config.workdir)
     workdir = Workdir(root, config_lib.to_dict(config), allow_other_versions=allow_other_versions)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    with MetricWriter(root, tensorboard=config.log.tensorboard) as writer, jax.set_mesh(mesh):
+    check_sources(config.data, config.model)
+    check_memory(config, mesh)
+    text = json.dumps(config_lib.to_dict(config), indent=1, default=str)
+    with (
+        MetricWriter(root, tensorboard=config.log.tensorboard, config_text=text) as writer,
+        compiling.said(writer.announce),
+        jax.set_mesh(mesh),
+    ):
         for note in workdir.notes:
             writer.announce(note)
         writer.announce(method.announce(config))
@@ -54,6 +66,8 @@ def run(
         base_folder, sft_folder = config.model.model_name_or_path, config.model.sft_model_path
         ends = end_ids(corpus.tokenizer, sft_folder, base_folder)
         writer.announce(ends_in_words(corpus.tokenizer, ends))
+        for line in batches_in_words(config, corpus):
+            writer.announce(line)
         runtime = Runtime(
             cfg=cfg,
             mesh=mesh,
@@ -73,8 +87,10 @@ def run(
             stop_requested=stop_requested,
         )
         describe(root, cfg, corpus.tokenizer, base_folder, sft_folder)
+        workdir.watch = phases = Phases([*start_phases(config), *method.phases(config, corpus)], writer.announce)
         base, start = starting_policy(config, runtime, corpus, make_base)
         final, facts = method.run(Experiment(config, runtime, corpus, start, base))
+        phases.end()
         summary = {
             **facts,
             "wall_seconds": {name: product.seconds for name, product in workdir.done.items()},

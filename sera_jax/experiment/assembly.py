@@ -36,7 +36,6 @@ def read_corpus(config: Config, workdir: Workdir, say: Callable[[str], None]) ->
         ValueError: a missing file, too many bad rows, or a tokenizer that cannot be used; with the way out.
     """
     method = METHODS[config.method]
-    check_sources(config.data, config.model)
     if method.needs_base:
         check_two_models(config.model, say)
     data, model, heldout_prompts = config.data, config.model, ""

@@ -18,12 +18,49 @@ from sera_jax.data.items import Item, PairItem
 from sera_jax.data.tokenizing import Tokenizer
 from sera_jax.evaluation import gold, heldout
 from sera_jax.evaluation.answers import coherent_facts, kl_facts, likelihood_facts, pattern_facts
+from sera_jax.evaluation.report import in_a_line
+from sera_jax.experiment.corpus import Corpus
+from sera_jax.experiment.phases import policy_in_words
 from sera_jax.loops.runtime import Policy, Runtime
 from sera_jax.loops.study import Gold
 from sera_jax.losses.preference import ResolvedLoss
 from sera_jax.sampling import Sample
 
 Answers = Sequence[Sample]  # one for each prompt
+
+
+def phases(
+    policy: str,
+    corpus: Corpus,
+    settings: EvalGroup,
+    *,
+    pairs: bool = False,
+    base: bool = False,
+    trained: bool = True,
+    last: bool = False,
+) -> list[str]:
+    """What it takes to evaluate a policy, or, not `trained`, the answers of an arm that is none.
+
+    Args:
+        pairs: there is a loss whose reward ranks pairs. base: there is a base model that scores answers.
+        last: it is the SFT model or an arm's last policy.
+    """
+    names = [f"{policy}/heldout", "sft/heldout"] if pairs and corpus.heldout and trained else []
+    if corpus.heldout_demonstrations and trained:
+        names.append(f"{policy}/heldout_demonstrations")
+    if corpus.eval_prompts:
+        names += [f"{policy}/generations"] if trained else []
+        if trained and last and corpus.gold is not None:
+            names += [f"{policy}/{answers_phase(settings, t)}" for t in settings.temperatures]
+        drawn = trained and settings.temperature == 1.0 and policy != "sft"
+        scorers = ["sft", "base", *(["itself"] if drawn else [])] if base else []
+        names += [f"{policy}/generations_by_{scorer}" for scorer in scorers]
+    return names
+
+
+def answers_phase(settings: EvalGroup, temperature: float | None = None) -> str:
+    """The phase of a policy that answers held-out prompts; None: at `settings.temperature`."""
+    return "generations" if temperature in (None, settings.temperature) else f"generations_at_{temperature:g}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,18 +87,30 @@ class Evaluator:
     base: Policy | None = None
     demonstrations: Sequence[Item] = ()
     _generations: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict, init=False)
+    _said: set[str] = dataclasses.field(default_factory=set, init=False)
 
     def look_at(self, policy: Policy, round_: int) -> dict[str, Any]:
-        """The policy's facts after a round, without intervals; its first answers go to generations.jsonl."""
+        """The policy's facts after a round, without intervals, said in a line; its first answers go to
+        generations.jsonl."""
         self.show(policy)
-        return {name: value for name, value in self._facts(policy).items() if not name.endswith("_ci95")}
+        facts = {name: value for name, value in self._measured(policy).items() if not name.endswith("_ci95")}
+        self.say(policy.name, facts)
+        return facts
+
+    def say(self, name: str, facts: dict[str, Any]) -> None:
+        """The main facts of a policy, in a line for the user; once, as arms share the first round."""
+        if facts and name not in self._said:
+            self.run.writer.announce(f"held out, {policy_in_words(name)}: {in_a_line(facts)}")
+        self._said.add(name)
 
     def of_arm(self, policy: Policy) -> dict[str, Any]:
-        """The same facts with their intervals, the win rate against the SFT model and the gold by temperature."""
+        """The same facts with their intervals, and the gold by temperature."""
+        return self._measured(policy) | self._gold_by_temperature(policy)
+
+    def _measured(self, policy: Policy) -> dict[str, Any]:
+        """All facts but those, with intervals and the win rate against the SFT model."""
         facts = self._facts(policy)
-        if not self.prompts:
-            return facts
-        return facts | self._win_rate(self.answers(policy)) | self._gold_by_temperature(policy)
+        return facts | self._win_rate(self.answers(policy)) if self.prompts else facts
 
     def facts_of_answers(self, name: str, answers: Answers) -> dict[str, Any]:
         """The facts of an arm that is no policy but has an answer to each prompt; `name` is the arm's."""
@@ -69,9 +118,10 @@ class Evaluator:
 
     def answers(self, policy: Policy, temperature: float | None = None) -> Answers:
         """The policy's answers to the held-out prompts, in their order; None: at `settings.temperature`."""
-        name, how = f"{policy.name}/generations", self.answer_settings()
-        if temperature not in (None, how.temperature):
-            name, how = f"{name}_at_{temperature:g}", dataclasses.replace(how, temperature=temperature)
+        how = self.answer_settings()
+        if temperature is not None:
+            how = dataclasses.replace(how, temperature=temperature)
+        name = f"{policy.name}/{answers_phase(self.settings, temperature)}"
         return [c.samples[0] for c in self.run.sample(name, policy, self.prompts, 1, how, round_=0)]
 
     def answer_settings(self) -> SamplingGroup:
@@ -165,7 +215,7 @@ class Evaluator:
         return {"win_rate_vs_sft": gold.win_rate(self._golds(answers), self._golds(self.answers(self.reference)))}
 
     def _gold_by_temperature(self, policy: Policy) -> dict[str, Any]:
-        if self.gold is None or not self.settings.temperatures:
+        if self.gold is None or not self.prompts or not self.settings.temperatures:
             return {}
         at = {f"{t:g}": float(self._golds(self.answers(policy, t)).mean()) for t in self.settings.temperatures}
         return {"gold_by_temperature": at}

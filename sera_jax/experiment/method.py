@@ -79,6 +79,7 @@ class Method:
         texts: the kind of rows, and the fields of `data`, that a tokenizer is trained on.
         read: its corpus.
         needs_base: it scores with the base beside the SFT model: both are kept, and must not be the same.
+        phases: names of all phases of `run`.
         run: all arms of the config.
         report: how its summary is checked and shown.
     """
@@ -94,6 +95,7 @@ class Method:
     texts: tuple[str, Sequence[str]]
     read: Callable[[Config, DataGroup, str, Reader], Corpus]
     needs_base: bool
+    phases: Callable[[Config, Corpus], list[str]]
     run: Callable[[Experiment], Outcome]
     report: Report
 

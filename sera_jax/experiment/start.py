@@ -45,6 +45,13 @@ def starting_policy(
     return base, start
 
 
+def phases(config: Config) -> list[str]:
+    """The phases of `starting_policy`."""
+    model = config.model
+    of_base = ["base"] if model.model_name_or_path else ["init", "pretrain"]
+    return [*(of_base if METHODS[config.method].needs_base or not model.sft_model_path else []), "sft"]
+
+
 def params_sha256(policy: Policy) -> str:
     """Digest of a policy's parameters, from the checksums stored beside them."""
     return file_digest(policy.path / "params" / "checksums.json")

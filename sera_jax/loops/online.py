@@ -27,11 +27,12 @@ from sera_jax.data.items import PairItem, items_digest
 from sera_jax.data.packing import rounded_window
 from sera_jax.data.planning import Shapes
 from sera_jax.data.rollouts import PromptSchedule, coarse_sizes
+from sera_jax.loops.log import warn_of_still_margins, write_round
 from sera_jax.loops.optimise import Training, Updates, optimise
 from sera_jax.loops.restartable import Span
 from sera_jax.loops.review import agreement, pair_items, pair_up
 from sera_jax.loops.runtime import Policy
-from sera_jax.loops.study import Round, Study, pair_target, pairs_digest, pool_logps, train_round
+from sera_jax.loops.study import Round, Study, pair_target, pairs_digest, pool_logps, train_round, updates_per_round
 from sera_jax.models.decoder import Params
 from sera_jax.sampling import Candidates, grouped
 from sera_jax.training.step import TrainState
@@ -61,10 +62,10 @@ def online(study: Study, settings: OnlineGroup, arm: str, source: Source) -> tup
         ValueError: no pair could be made.
     """
     policy = train_round(study, dataclasses.replace(study.settings, rounds=1), study.sft, study.pool, Round(arm, 1))
+    offline_updates = updates_per_round(study)
     facts = [{"arm": arm, "round": 1, "update": 0, **study.evaluate(policy, 1)}]
-    every = settings.eval_updates or settings.updates
-    for round_, before in enumerate(range(0, settings.updates, every), 2):
-        last = min(before + every, settings.updates)
+    write_round(study.run, facts[-1], offline_updates)
+    for round_, (before, last) in enumerate(segments(settings), 2):
         training = Training(
             name=f"{arm}/update{last}",
             start=policy,
@@ -74,12 +75,20 @@ def online(study: Study, settings: OnlineGroup, arm: str, source: Source) -> tup
             target=pair_target(study.run, study.loss, source.window),
             group=study.train,
             updates=Updates(last - before, planned=settings.updates, before=before),
-            span=Span("train", arm, round_),
+            span=Span("train", arm, round_, offline_updates + before),
             continue_from=policy if before else None,
         )
         policy = optimise(study.run, training)
+        warn_of_still_margins(study.run, training.span, study.loss, study.train.learning_rate)
         facts.append({"arm": arm, "round": round_, "update": last, **study.evaluate(policy, round_)})
+        write_round(study.run, facts[-1], offline_updates + last)
     return policy, facts
+
+
+def segments(settings: OnlineGroup) -> list[tuple[int, int]]:
+    """(Updates before, updates after) of what lies between two evaluations."""
+    every = settings.eval_updates or settings.updates
+    return [(before, min(before + every, settings.updates)) for before in range(0, settings.updates, every)]
 
 
 def self_made(study: Study) -> Source:

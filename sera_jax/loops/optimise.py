@@ -120,7 +120,7 @@ class _Optimisation:
         self.run, self.training = run, training
         group, target, planned = training.group, training.target, training.updates.planned
         self.optimizer = make_optimizer(group, planned)
-        self.abstract = abstract_state(run.cfg, self.optimizer, run.mesh)
+        self.abstract = abstract_state(run.cfg, self.optimizer, run.mesh, master_weights=group.master_weights)
         self.update = run.compiled(
             ("update", target.computes, target.window, group, planned),
             lambda: make_step(target.make(), self.optimizer, self.abstract, run.mesh),
@@ -134,7 +134,7 @@ class _Optimisation:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         params = run.take(self.training.start)
         if before is None:
-            init = functools.partial(init_optimizer, self.optimizer)
+            init = functools.partial(init_optimizer, self.optimizer, master_weights=self.training.group.master_weights)
             opt_state = jax.jit(init, out_shardings=shardings.opt_state)(params)
         else:
             opt_state = load_tree(before.path / "optimizer", self.abstract.opt_state)

@@ -1,4 +1,4 @@
-"""What stops PPO: a reward that says nothing, numbers that are not finite, a policy that ran away."""
+"""What stops PPO (a reward that says nothing, numbers not finite, a policy that ran away), and what it is warned of."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import jax
 
-from sera_jax.config import PpoGroup
+from sera_jax.config import PpoGroup, RewardGroup
 from sera_jax.loops.runtime import NonFinite
 from sera_jax.training.ppo_steps import PpoState
 
@@ -57,6 +57,58 @@ def check_updates(state: PpoState, where: str, learning_rate: float) -> None:
     ):
         if part is not None and not bool(jax.device_get(part.ok)):
             raise NonFinite(
-                f"{where}: the loss or gradient of the {name} is not finite; nothing of this iteration was saved. "
-                f"Lower {rates}, and start with a new --config.workdir"
+                f"{where}: the loss or gradient of the {name} is not finite. Lower {rates}, and start with a new "
+                "--config.workdir"
             )
+
+
+# val/clipfrac_avg above which the clip is what holds the critic back. An iteration's first minibatch is never cut, nor
+# is a value on its way back: a critic that is held back shows 0.2 to 0.4 (tests/benchmarks/value_clip.py).
+CLIPPED = 0.2
+BELOW_ZERO, STALLED = 10, 3  # iterations in a row, after which a warning is due
+
+
+class Watch:
+    """What is amiss in a segment's iterations but stops nothing.
+
+    `counts` is all that it remembers, as JSON can hold it: iterations in a row with a KL below 0 (`below`) or a critic
+    that is held back (`clipped`), and all those in which running on paid (`running_on`).
+    """
+
+    def __init__(self, ppo: PpoGroup, reward: RewardGroup) -> None:
+        self.ppo, self.reward = ppo, reward
+        self.counts = {"below": 0, "clipped": 0, "running_on": 0}
+
+    def warnings(self, metrics: Mapping[str, float], iteration: int) -> list[str]:
+        """What is to be said after this iteration."""
+        counts, ppo = self.counts, self.ppo
+        warm = iteration > ppo.critic_warmup_iterations
+        clipped, finished = metrics.get("val/clipfrac_avg", 0.0), metrics.get("objective/finished_scores", 0.0)
+        pays = self.reward.missing_eos == "penalty" and finished < -self.reward.missing_eos_penalty
+        counts["below"] = counts["below"] + 1 if metrics["objective/kl"] < 0 else 0
+        counts["clipped"] = counts["clipped"] + 1 if warm and clipped > CLIPPED else 0
+        counts["running_on"] += pays
+        said = []
+        if counts["below"] == BELOW_ZERO:
+            said.append(
+                f"objective/kl has been below 0 for {BELOW_ZERO} iterations, as no KL is: rollouts are not of the "
+                "policy that is scored, or k1 is too noisy for so few responses (see objective/kl_k3)"
+            )
+        if counts["clipped"] == STALLED:
+            said.append(
+                f"val/clipfrac_avg has been above {CLIPPED} for {STALLED} iterations: config.ppo.cliprange_value="
+                f"{ppo.cliprange_value} (config.ppo.value_scale={ppo.value_scale}) holds the critic back from its "
+                "returns; raise it, or unset it (--config.ppo.cliprange_value=None)"
+            )
+        if pays and counts["running_on"] == 1:
+            said.append(
+                f"iteration {iteration}: answers that ended score {finished:.4g} on average, less than the "
+                f"{-self.reward.missing_eos_penalty:g} of those that were cut, so PPO is paid for running on; set "
+                "config.reward.missing_eos=subtract, or raise config.reward.missing_eos_penalty"
+            )
+        return [f"warning: {text}" for text in said]
+
+    def last_words(self, iterations: int) -> list[str]:
+        """What is to be said when the segment of so many iterations is done."""
+        times = self.counts["running_on"]
+        return [f"warning: PPO was paid for running on in {times} of {iterations} iterations"] if times > 1 else []

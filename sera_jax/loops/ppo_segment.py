@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from sera_jax.checkpoint import load_tree
 from sera_jax.checkpoint.phases import write_json
 from sera_jax.data.items import items_digest
 from sera_jax.loops.ppo import Learner
+from sera_jax.loops.ppo_checks import Watch
 from sera_jax.loops.restartable import Span, run_to_end
-from sera_jax.loops.runtime import Policy
+from sera_jax.loops.runtime import NonFinite, Policy
 from sera_jax.models.critic import HEAD, without_value_head
 from sera_jax.models.parts import merge, split
 from sera_jax.training.ppo_steps import PpoState
@@ -69,8 +72,9 @@ class _Iterations:
         group = learner.study.train
         self.abstract = learner.programs.abstract
         self.steps, self.save_steps, self.keep = segment.last, group.save_steps, group.save_total_limit
+        self.spared = _device_bytes(self.abstract) <= SPARE_BYTES
         self.span = Span("ppo", learner.arm.name, segment.round)
-        self.below = 0  # iterations in a row with a negative estimate of the KL
+        self.watch = Watch(learner.study.ppo, learner.study.reward)
 
     def fresh(self) -> PpoState:
         learner, previous = self.learner, self.previous
@@ -83,13 +87,15 @@ class _Iterations:
 
     def step(self, state: PpoState, number: int) -> PpoState:
         writer = self.learner.study.run.writer
-        state, metrics = self.iterate(self.learner, state, number)
-        self.below = self.below + 1 if metrics["objective/kl"] < 0 else 0
-        if self.below == _BELOW_ZERO:
-            writer.announce(
-                f"warning: objective/kl has been below 0 for {self.below} iterations, as no KL is: rollouts are not of "
-                "the policy that is scored, or k1 is too noisy for so few responses (see objective/kl_k3)"
-            )
+        spare = jax.tree.map(jnp.copy, state) if self.spared else None  # the updates donate the state
+        try:
+            state, metrics = self.iterate(self.learner, state, number)
+        except NonFinite as error:
+            if spare is None:
+                raise
+            raise NonFinite(f"{error}. The state before the iteration is saved", (spare, number - 1)) from None
+        for text in self.watch.warnings(metrics, number):
+            writer.announce(text)
         tokens = int(metrics["rollout/tokens"])
         writer.write(step=number, metrics=metrics | self.learner.timings(), tokens=tokens)
         return state
@@ -98,13 +104,15 @@ class _Iterations:
         """Every iteration is written when it is done."""
 
     def notes(self, state: PpoState, number: int) -> dict[str, Any]:
-        """Nothing waits, but how long the KL has been below 0."""
-        return {"below": self.below}
+        """Nothing waits, but what was counted for the warnings."""
+        return dict(self.watch.counts)
 
     def take(self, notes: dict[str, Any]) -> None:
-        self.below = notes["below"]
+        self.watch.counts = notes
 
     def leave(self, folder: pathlib.Path, state: PpoState) -> dict[str, Any]:
+        for text in self.watch.last_words(self.segment.last - self.segment.first + 1):
+            self.learner.study.run.writer.announce(text)
         spent = float(jax.device_get(state.control.passes_tokens))
         write_json(folder / "spent.json", {"passes_tokens": spent})
         return {"params": without_value_head(state.policy.params), "state": _rest(state)}
@@ -113,7 +121,13 @@ class _Iterations:
         self.learner.release()
 
 
-_BELOW_ZERO = 10  # iterations in a row with a negative estimate of the KL, after which a warning is due
+# A copy of the state before an iteration is kept where it takes at most this much on a device.
+SPARE_BYTES = 2**30
+
+
+def _device_bytes(state: PpoState) -> int:
+    """What a state of this abstract one takes on a device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 
 def _rest(state: PpoState) -> PpoState:

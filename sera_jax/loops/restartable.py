@@ -18,15 +18,20 @@ from sera_jax import memory
 from sera_jax.checkpoint import Checkpoints, Product, save_tree
 from sera_jax.loops.runtime import NonFinite, Preempted, Runtime
 
+LOWER = (
+    "set config.model.remat='full', raise config.train.gradient_accumulation_steps, lower config.data.row_tokens, "
+    "config.train.batch_size or the model's size, or take more devices (config.mesh)"
+)
 State = TypeVar("State")
 
 
 class Span(NamedTuple):
-    """What the log counts the steps in: (phase, arm, round) of `MetricWriter.span`."""
+    """What the log counts the steps in: (phase, arm, round, before) of `MetricWriter.span`."""
 
     phase: str
     arm: str = ""
     round: int = 0
+    before: int = 0
 
 
 class Work(Protocol[State]):
@@ -92,7 +97,12 @@ def run_to_end(run: Runtime, name: str, inputs: dict[str, Any], begin: Callable[
         Preempted: when asked to stop; everything is saved.
         NonFinite, ValueError: as the work's steps; the last whole state is saved.
     """
-    return run.workdir.phase(name, inputs, lambda folder: _produce(run, name, inputs, begin(), folder))
+
+    def produce(folder: pathlib.Path) -> None:
+        with memory.named(name, LOWER):
+            _produce(run, name, inputs, begin(), folder)
+
+    return run.workdir.phase(name, inputs, produce)
 
 
 def _produce(run: Runtime, name: str, inputs: dict[str, Any], work: Work[State], folder: pathlib.Path) -> None:
@@ -124,8 +134,8 @@ def _repeat(run: Runtime, name: str, work: Work[State], state: State, checkpoint
         return Preempted(f"stopped in {name} after {work.unit} {number}; the same command goes on from there")
 
     done = work.done(state)
-    phase, arm, round_ = work.span
-    with run.writer.span(phase, arm=arm, round=round_, total_steps=work.steps, start_step=done):
+    phase, arm, round_, before = work.span
+    with run.writer.span(phase, arm=arm, round=round_, total_steps=work.steps, start_step=done, before=before):
         for number in range(done + 1, work.steps + 1):
             try:
                 state = work.step(state, number)
@@ -134,6 +144,10 @@ def _repeat(run: Runtime, name: str, work: Work[State], state: State, checkpoint
                     save(*error.good)
                 elif _is_whole(state):
                     save(state, number - 1)
+                else:
+                    last = checkpoints.latest_step()
+                    newest = "none" if last is None else f"{work.unit} {last}"
+                    raise NonFinite(f"{error}. Newest checkpoint of {name}: {newest}") from None
                 raise
             except (Preempted, ValueError) as error:
                 if _is_whole(state):  # the step came to nothing before it took the state apart

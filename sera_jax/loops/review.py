@@ -112,7 +112,7 @@ def sampled(study: Study, settings: SeraGroup, policies: Sequence[Policy], round
     """Candidates of the newest policy, or, with `bootstrap_from="sft"`, of the SFT model, which then judges alone."""
     run, prompts = study.run, study.prompts
     now, last = (study.sft, study.sft) if settings.bootstrap_from == "sft" else (policies[-1], policies[-2])
-    name = f"{now.name}/candidates" + (str(round_) if settings.bootstrap_from == "sft" else "")
+    name = candidates_phase(settings, now.name, round_)
     if 0 < settings.bootstrap_prompts < len(prompts):
         picked = rng_for(run.seed, Stream.SELECT, round_, 2).permutation(len(prompts))[: settings.bootstrap_prompts]
         prompts = [prompts[i] for i in sorted(picked)]
@@ -129,7 +129,7 @@ def sampled(study: Study, settings: SeraGroup, policies: Sequence[Policy], round
 
 
 def _logps(study: Study, candidates: Sequence[Candidates], name: str, scorer: Policy) -> list[np.ndarray]:
-    return study.run.score_candidates(f"{name}_by_{scorer.name.replace('/', '-')}", scorer, candidates)
+    return study.run.score_candidates(scored_phase(name, scorer.name), scorer, candidates)
 
 
 def judged(study: Study, settings: SeraGroup, made: Sampled, round_: int) -> list[np.ndarray]:
@@ -204,6 +204,26 @@ def _summary(
         **guards.candidate_summary(rewards, tokens, refs if len(refs) == len(candidates) else None),
         **guards.margin_spread(pairings),
     }
+
+
+def bootstrap_phases(settings: SeraGroup, policies: Sequence[str], round_: int, *, uses_reference: bool) -> list[str]:
+    """The phases of `bootstrap` after rounds that made `policies`."""
+    both = ("sft", "sft") if settings.bootstrap_from == "sft" else tuple(policies[-2:])
+    supported = settings.support_quantile > 0
+    name = candidates_phase(settings, both[-1], round_)
+    scorers = [*both, *(["sft"] if uses_reference or supported else [])]
+    support = ["sft/support", scored_phase("sft/support", "sft")] if supported else []
+    return [name, *(scored_phase(name, scorer) for scorer in scorers), *support]
+
+
+def candidates_phase(settings: SeraGroup, sampled_by: str, round_: int) -> str:
+    """The phase that samples candidates: the SFT model's own are drawn anew in every round."""
+    return f"{sampled_by}/candidates" + (str(round_) if settings.bootstrap_from == "sft" else "")
+
+
+def scored_phase(candidates: str, scorer: str) -> str:
+    """The phase that scores the candidates of a phase by a policy."""
+    return f"{candidates}_by_{scorer.replace('/', '-')}"
 
 
 def pair_up(

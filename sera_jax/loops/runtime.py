@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from sera_jax import memory
 from sera_jax.checkpoint import Workdir, save_tree
 from sera_jax.config import SamplingGroup, TrainGroup
 from sera_jax.data.batches import PairLoader, ScoreBatches, score_batches
@@ -171,7 +172,12 @@ class Runtime:
         """Summed log-prob of every response of every item under `policy`: f32[len(responses)] each."""
         rows = [self.layout.row_tokens, self.layout.share_prompt]
         inputs = {"policy": policy.digest, "items": items_digest(items), "rows": rows}
-        product = self.workdir.phase(name, inputs, lambda folder: self._score(folder, name, policy, items))
+
+        def produce(folder: pathlib.Path) -> None:
+            with memory.named(name, "lower config.data.row_tokens or take more devices (config.mesh)"):
+                self._score(folder, name, policy, items)
+
+        product = self.workdir.phase(name, inputs, produce)
         flat = np.load(product.path / "logps.npy")
         ends = np.cumsum([len(item.responses) for item in items])
         return np.split(flat, ends[:-1]) if len(items) else []

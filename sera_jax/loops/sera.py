@@ -18,7 +18,8 @@ import numpy as np
 
 from sera_jax import irm
 from sera_jax.config import SeraGroup
-from sera_jax.loops.review import bootstrap, review
+from sera_jax.loops.log import write_round
+from sera_jax.loops.review import bootstrap, bootstrap_phases, review
 from sera_jax.loops.runtime import Policy
 from sera_jax.loops.study import Round, Study, pool_logps, save_pairs, train_round, updates_per_round, with_reference
 
@@ -29,7 +30,7 @@ def sera(study: Study, arm: str, settings: SeraGroup) -> tuple[Policy, list[dict
     Raises:
         ValueError: a round is left without any pair.
     """
-    reviews = settings.selection != "none" or settings.bootstrap_fraction > 0 or settings.curriculum != "none"
+    reviews = _reviews(settings)
     reference = pool_logps(study, study.sft)
     pool = [dataclasses.replace(pair, ref_logp=logp) for pair, logp in zip(study.pool, reference, strict=True)]
     policies, facts = [study.sft], []
@@ -45,7 +46,7 @@ def sera(study: Study, arm: str, settings: SeraGroup) -> tuple[Policy, list[dict
             save_pairs(study, f"{arm}/pairs{round_}", chosen, margins, fresh)
             kept = [pool[i] for i in chosen[irm.order(margins[chosen], settings.curriculum)]]
             record |= found
-        pairs = with_reference(study, settings, policies, [*kept, *fresh], round_)
+        pairs = with_reference(study, settings, policies, [*kept, *fresh], Round(arm, round_))
         _refuse_nothing(pairs, settings, arm, round_)
 
         ordered = kept is not pool and settings.curriculum != "none"
@@ -62,9 +63,12 @@ def sera(study: Study, arm: str, settings: SeraGroup) -> tuple[Policy, list[dict
         if kept and any(pair.flipped for pair in pool):  # without label noise, nobody knows which labels are wrong
             record["flipped_fraction_kept"] = float(np.mean([pair.flipped for pair in kept]))
         facts.append(record)
-        metrics = {"iteration": round_, **_numbers(record)}
-        study.run.writer.write(phase="round", arm=arm, round=round_, step=1, metrics=metrics)
+        write_round(study.run, {"iteration": round_, **record}, round_ * updates_per_round(study))
     return policies[-1], facts
+
+
+def _reviews(settings: SeraGroup) -> bool:
+    return settings.selection != "none" or settings.bootstrap_fraction > 0 or settings.curriculum != "none"
 
 
 def _runs_away(settings: SeraGroup, record: dict[str, Any]) -> bool:
@@ -85,6 +89,27 @@ def _best(
     return policies[best["round"]]
 
 
+def phases(arm: str, settings: SeraGroup, *, bootstraps: bool, uses_reference: bool) -> tuple[list[str], list[str]]:
+    """The phases of an arm without those of evaluation, and the policies that are evaluated.
+
+    Args:
+        bootstraps: pairs are to be added and there are prompts for them. uses_reference: the loss does.
+    """
+    names, policies = ["sft/pool"], ["sft"]
+    for round_ in (Round(arm, number) for number in range(1, settings.rounds + 1)):
+        later = round_.number > 1
+        if later and _reviews(settings):
+            names += [f"{policy}/pool" for policy in policies[-2:]]
+            if bootstraps:
+                names += bootstrap_phases(settings, policies, round_.number, uses_reference=uses_reference)
+            names.append(f"{arm}/pairs{round_.number}")
+        if later and settings.reference == "previous" and uses_reference:
+            names.append(round_.reference_phase)
+        names.append(round_.name)
+        policies.append(round_.name)
+    return names, policies[1:]
+
+
 def _refuse_nothing(pairs: list[Any], settings: SeraGroup, arm: str, round_: int) -> None:
     if not pairs:
         raise ValueError(
@@ -92,7 +117,3 @@ def _refuse_nothing(pairs: list[Any], settings: SeraGroup, arm: str, round_: int
             f"threshold={settings.threshold}, keep_fraction={settings.keep_fraction}, "
             f"min_margin={settings.min_margin}); keep more in config.sera, under another --config.workdir"
         )
-
-
-def _numbers(record: dict[str, Any]) -> dict[str, float]:
-    return {k: v for k, v in record.items() if isinstance(v, int | float) and k not in ("arm", "round")}

@@ -17,9 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from sera_jax.config import PpoGroup
 from sera_jax.core import Stream, rng_for
+from sera_jax.loops.log import warn_of_still_kl, write_round
 from sera_jax.loops.ppo import Learner
 from sera_jax.loops.ppo_segment import Segment, train_segment
+from sera_jax.loops.restartable import Span
 from sera_jax.loops.runtime import Policy
 from sera_jax.loops.srppo_study import PpoArm, SrppoStudy
 from sera_jax.sampling import Candidates
@@ -49,15 +52,23 @@ def srppo(study: SrppoStudy, arm: PpoArm) -> tuple[Policy, list[dict[str, Any]]]
         NonFinite: a loss, gradient or reward was not finite.
         Preempted: when asked to stop; a checkpoint was saved.
     """
-    every = study.ppo.eval_iterations or study.ppo.iterations
+    run, rate = study.run, study.train.learning_rate
     learner = Learner(study, arm)
     policy, facts = study.sft, []
-    for round_, first in enumerate(range(1, study.ppo.iterations + 1, every), 1):
-        segment = Segment(first, min(first + every - 1, study.ppo.iterations), round_)
+    for segment in segments(study.ppo):
         policy, spent = train_segment(learner, iterate, segment, policy)
-        found = study.evaluate(policy, round_)
-        facts.append({"arm": arm.name, "round": round_, "iteration": segment.last, **found, **spent})
+        warn_of_still_kl(run, Span("ppo", arm.name, segment.round), rate, study.ppo.critic_warmup_iterations)
+        found = study.evaluate(policy, segment.round)
+        facts.append({"arm": arm.name, "round": segment.round, "iteration": segment.last, **found, **spent})
+        write_round(run, facts[-1], segment.last)
     return policy, facts
+
+
+def segments(ppo: PpoGroup) -> list[Segment]:
+    """The iterations from one evaluation to the next."""
+    every = ppo.eval_iterations or ppo.iterations
+    firsts = enumerate(range(1, ppo.iterations + 1, every), 1)
+    return [Segment(first, min(first + every - 1, ppo.iterations), round_) for round_, first in firsts]
 
 
 def _standard_normal(study: SrppoStudy, rollouts: Sequence[Candidates], iteration: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from sera_jax.config import SamplingGroup, SeraGroup, TrainGroup
 from sera_jax.core import Stream
 from sera_jax.data.batches import PairLoader
 from sera_jax.data.items import Item, PairItem, items_digest
+from sera_jax.loops.log import warn_of_still_margins
 from sera_jax.loops.optimise import Target, Training, Updates, optimise
 from sera_jax.loops.restartable import Span
 from sera_jax.loops.rewards import Reward
@@ -86,8 +87,12 @@ class Round:
         return "round1" if self.number == 1 else f"{self.arm}/round{self.number}"
 
     @property
-    def span(self) -> Span:
-        return Span("train", "" if self.number == 1 else self.arm, self.number)
+    def reference_phase(self) -> str:
+        return f"{self.arm}/reference{self.number}"
+
+    def span(self, updates: int) -> Span:
+        """Of so many updates a round."""
+        return Span("train", "" if self.number == 1 else self.arm, self.number, updates * (self.number - 1))
 
 
 def train_round(
@@ -127,9 +132,13 @@ def train_round(
             before=updates * (round_.number - 1) if continues else 0,
         ),
         continue_from=before if continues else None,
-        span=round_.span,
+        span=round_.span(updates),
     )
-    return optimise(run, training)
+    looked_at = training.name in run.workdir.done  # by another arm, whose round 1 is the same
+    policy = optimise(run, training)
+    if not looked_at:
+        warn_of_still_margins(run, training.span, study.loss, group.learning_rate)
+    return policy
 
 
 def pair_target(run: Runtime, loss: ResolvedLoss, window: int) -> Target:
@@ -143,15 +152,14 @@ def pair_target(run: Runtime, loss: ResolvedLoss, window: int) -> Target:
 
 
 def with_reference(
-    study: Study, settings: SeraGroup, policies: Sequence[Policy], pairs: Sequence[PairItem], round_: int
+    study: Study, settings: SeraGroup, policies: Sequence[Policy], pairs: Sequence[PairItem], round_: Round
 ) -> list[PairItem]:
     """The pairs with the reference log-probs that training uses: of the SFT model (they carry those already), or, with
     reference="previous", of the last round's policy."""
-    if settings.reference == "fixed" or not study.loss.uses_reference or round_ == 1:
+    if settings.reference == "fixed" or not study.loss.uses_reference or round_.number == 1:
         return list(pairs)
     items = [pair.item for pair in pairs]
-    name = f"{policies[-1].name}/pairs_{pairs_digest(pairs)[:12]}"
-    logps = study.run.score(name, policies[-1], items)
+    logps = study.run.score(round_.reference_phase, policies[-1], items)
     return [dataclasses.replace(pair, ref_logp=logp) for pair, logp in zip(pairs, logps, strict=True)]
 
 

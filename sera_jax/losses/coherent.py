@@ -25,6 +25,8 @@ MISSING_EOS = {"penalty": (False, True), "subtract": (True, True), "keep": (True
 
 PLACEMENTS = ("eos", "token")
 
+TINY_RMS = 1e-6  # numbers below this are taken for 0: nothing is divided by them
+
 
 def token_logratios(*, sft_logp: Array, base_logp: Array) -> jax.Array:
     """log pi_sft - log pi_base of each token, nats, f32[..., M]."""
@@ -111,10 +113,10 @@ def scores(
 
 @struct.dataclass
 class Moments:
-    """Running moments of the scores of all responses so far.
+    """Running moments of all numbers so far: the scores of responses, or the returns of tokens.
 
     Attributes:
-        count: f32[] responses seen.
+        count: f32[] numbers seen.
         mean: f32[] their mean; 0 before the first.
         m2: f32[] the sum of their squared distances to the mean.
     """
@@ -128,14 +130,19 @@ class Moments:
         variance = jnp.float32(self.m2) / jnp.maximum(self.count, 1.0)
         return jnp.where(variance > 0.0, jnp.sqrt(variance), 1.0)  # fewer than two have a variance of exactly 0
 
+    def rms(self) -> jax.Array:
+        """Root mean square, the deviation from 0, f32[]; 1 where it is below TINY_RMS, as it is before the first."""
+        rms = jnp.sqrt(jnp.float32(self.m2) / jnp.maximum(self.count, 1.0) + jnp.square(self.mean))
+        return jnp.where(rms >= TINY_RMS, rms, 1.0)
+
 
 def no_moments() -> Moments:
-    """Moments before the first response."""
+    """Moments before the first number."""
     return Moments(count=jnp.zeros((), jnp.float32), mean=jnp.zeros((), jnp.float32), m2=jnp.zeros((), jnp.float32))
 
 
 def update_moments(moments: Moments, scores: Array, mask: Array) -> Moments:
-    """Moments with more responses: `scores` f32[...] where `mask` bool[...]; other entries may be nan.
+    """Moments with more numbers: `scores` f32[...] where `mask` bool[...]; other entries may be nan.
 
     Source: Chan et al. 1979, the pairwise update.
     """

@@ -49,30 +49,40 @@ def policy_clipped(*, logp: Array, old_logp: Array, advantage: Array, cliprange:
 
 
 def _value_branches(
-    value: Array, old_value: Array, returns: Array, cliprange_value: float
+    value: Array, old_value: Array, returns: Array, cliprange_value: float | None, scale: Array | float
 ) -> tuple[jax.Array, jax.Array]:
-    """The squared error of the value as it is, and of the value cut to old_value +- cliprange_value."""
-    value, old_value, returns = jnp.float32(value), jnp.float32(old_value), jnp.float32(returns)
+    """The squared error of the value as it is, and of the value cut to old_value +- cliprange_value, all / scale."""
+    value, old_value, returns = (jnp.float32(x) / scale for x in (value, old_value, returns))
+    plain = jnp.square(value - returns)
+    if cliprange_value is None:
+        return plain, plain
     near = jnp.clip(value, old_value - cliprange_value, old_value + cliprange_value)
-    return jnp.square(value - returns), jnp.square(near - returns)
+    return plain, jnp.square(near - returns)
 
 
-def value_loss(*, value: Array, old_value: Array, returns: Array, cliprange_value: float) -> jax.Array:
+def value_loss(
+    *, value: Array, old_value: Array, returns: Array, cliprange_value: float | None, scale: Array | float = 1.0
+) -> jax.Array:
     """Half the larger squared error of the value and of the value cut to its old one +- cliprange_value, f32[...].
 
     Args:
         value, old_value: f32[...] of the critic now and at the rollout.
         returns: f32[...] what the critic regresses on.
-        cliprange_value: in units of the returns.
+        cliprange_value: in units of the scale; None: the value is not cut.
+        scale: f32[...] or a number, positive: the unit that value, old value and returns are measured in. All four
+            times c leave the loss as it is.
 
     Source: the value clipping of OpenAI's PPO, which the paper does not state; described by Engstrom et al. 2020.
     """
-    return 0.5 * jnp.maximum(*_value_branches(value, old_value, returns, cliprange_value))
+    plain, clipped = _value_branches(value, old_value, returns, cliprange_value, scale)
+    return 0.5 * (plain if cliprange_value is None else jnp.maximum(plain, clipped))
 
 
-def value_clipped(*, value: Array, old_value: Array, returns: Array, cliprange_value: float) -> jax.Array:
+def value_clipped(
+    *, value: Array, old_value: Array, returns: Array, cliprange_value: float | None, scale: Array | float = 1.0
+) -> jax.Array:
     """Where the clip decides `value_loss`, bool[...]: the token's gradient is 0 there."""
-    plain, clipped = _value_branches(value, old_value, returns, cliprange_value)
+    plain, clipped = _value_branches(value, old_value, returns, cliprange_value, scale)
     return clipped > plain
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from sera_jax import memory
 from sera_jax.core import Stream, key_for
 from sera_jax.mesh import host_to_global, replicated
 from sera_jax.models.config import ModelConfig
@@ -21,6 +22,7 @@ from sera_jax.sampling.params import Draws, Sample, SamplingParams
 
 PREFILL_TOKENS = 2048  # tokens of one prefill call at most, unless one prompt is longer
 COLUMN_STEP = 64  # prompt and cache lengths are rounded up to this, so that few shapes are compiled
+ANSWER_BYTES = 400  # what the host holds of an answer at least: a place in the queue, two arrays, their headers
 STEPS_PER_CALL = 64  # decode steps between two looks of the host, at most
 
 
@@ -73,7 +75,14 @@ def generate(
     if not len(draws.prompts) or not draws.num_samples:
         return []
     stats = Stats() if stats is None else stats
-    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+    longest = max(max_prompt_tokens or 0, max(map(len, draws.prompts)))
+    check_room(cfg, sampling, slots=slots, longest=longest, devices=mesh.devices.flat if mesh else jax.devices()[:1])
+    count = len(draws.prompts)
+    check_answers(count * draws.num_samples, f"num_samples={draws.num_samples} to each of {count} prompts")
+    with (
+        memory.named("sampling", f"lower slots={slots} or max_new_tokens={sampling.max_new_tokens}"),
+        jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext(),
+    ):
         engine = _Engine(
             cfg,
             params,
@@ -81,7 +90,7 @@ def generate(
             sampling,
             slots=slots,
             mesh=mesh,
-            longest=max(max_prompt_tokens or 0, max(map(len, draws.prompts))),
+            longest=longest,
             stats=stats,
         )
         total = len(draws.prompts) * draws.num_samples
@@ -114,7 +123,7 @@ class _Engine:
         self.prompt_ids = [divmod(prompt_id, 2**32) for prompt_id in draws.ids]  # fold_in takes 32 bits
         self.base_key = self.put(_base_key(draws.seed, draws.round))
         self.prompt_columns = _round_up(max(longest - 1, 1), COLUMN_STEP)
-        columns = max(self.prompt_columns, _round_up(longest - 1 + sampling.max_new_tokens, COLUMN_STEP))
+        columns = cache_columns(longest, sampling.max_new_tokens)
         self.programs: SamplerPrograms = programs(cfg, sampling, mesh, slots)
         self.prepared = self.programs.prepare(params)
         self.slots = self.programs.empty(slots, columns)
@@ -186,6 +195,50 @@ class _Engine:
                 logps=report.logps[slot, :count].copy(),
                 finished=bool(report.finished[slot]),
             )
+
+
+def cache_columns(longest: int, max_new_tokens: int) -> int:
+    """Token positions in a slot's cache, for prompts of at most `longest` tokens."""
+    return _round_up(max(longest - 1 + max_new_tokens, 1), COLUMN_STEP)
+
+
+def check_room(
+    cfg: ModelConfig,
+    sampling: SamplingParams,
+    *,
+    slots: int,
+    longest: int,
+    devices: Iterable[Any],
+    prefix: str = "",
+) -> None:
+    """Raises OutOfMemory where the cache alone is larger than all devices' memory.
+
+    Args:
+        longest: tokens of the longest prompt.
+        prefix: of the fields' names in the message.
+    """
+    columns = cache_columns(longest, sampling.max_new_tokens)
+    of_column = 2 * cfg.num_hidden_layers * cfg.num_key_value_heads * cfg.head_dim * np.dtype(cfg.dtype).itemsize
+    memory.refuse_beyond(
+        memory.device_bytes(list(devices)),
+        slots * (columns * of_column + 8 * sampling.max_new_tokens),
+        f"{prefix}slots={slots} and {prefix}max_new_tokens={sampling.max_new_tokens}",
+        "a decode cache of",
+        where="the devices",
+        way_out="lower them",
+    )
+
+
+def check_answers(count: int, fields: str) -> None:
+    """Raises OutOfMemory where the host cannot hold so many answers at a time; `fields` say whence they come."""
+    memory.refuse_beyond(
+        memory.host_bytes(),
+        count * ANSWER_BYTES,
+        fields,
+        f"{count} answers at a time, at least",
+        where="the host",
+        way_out="ask for fewer",
+    )
 
 
 def _base_key(seed: int, round: int) -> np.ndarray:

@@ -19,19 +19,21 @@ from sera_jax.training.rewards import Scored, TokenReward, by_response, response
 @struct.dataclass
 class Control:
     """What iterations hand on besides parameters: i32[] iterations done, i32[3] the shape of their minibatches
-    (`data.rollouts.Shape`), the KL coefficient, the moments of the scores so far, and what training cost: f32[] tokens
-    times passes through a model (a backward pass counts as two)."""
+    (`data.rollouts.Shape`), the KL coefficient, the moments of the scores and of the tokens' returns so far, and what
+    training cost: f32[] tokens times passes through a model (a backward pass counts as two)."""
 
     iteration: jax.Array
     shape: jax.Array
     kl_coef: jax.Array
     moments: coherent.Moments
+    returns: coherent.Moments
     passes_tokens: jax.Array
 
 
 def initial_control(settings: PpoGroup) -> Control:
     shape = jnp.zeros(3, jnp.int32)
-    return Control(jnp.int32(0), shape, jnp.float32(settings.kl_coef), coherent.no_moments(), jnp.float32(0))
+    none = coherent.no_moments()
+    return Control(jnp.int32(0), shape, jnp.float32(settings.kl_coef), none, none, jnp.float32(0))
 
 
 Experienced = tuple[list[Experience], Control, dict[str, jax.Array]]
@@ -66,6 +68,7 @@ def make_experience(
         shape = batch.slots()
         used = batch.rows.slot < batch.rows.num_slots
         follows = advantages.follows(**shape)
+        returns_so_far, scale = control.returns, jnp.float32(1.0)
         if baseline == "critic":
             assert batch.value is not None
             value = batch.value
@@ -75,6 +78,9 @@ def make_experience(
             returns = advantage + value
             explained = advantages.explained_variance(values=value, returns=returns, mask=used)
             metrics["critic/vf_explained_var"] = explained
+            returns_so_far = coherent.update_moments(returns_so_far, returns, used)
+            scale = returns_so_far.rms() if settings.value_scale == "returns" else scale
+            metrics["critic/value_scale"] = scale
         else:
             returns = advantages.rewards_to_go(rewards=rewards - penalty, follows=follows, gamma=settings.gamma)
             advantage = jnp.where(used, returns - advantages.batch_baseline(returns=returns, **shape), 0.0)
@@ -89,6 +95,7 @@ def make_experience(
             old_value=value,
             returns=returns,
             kl_coef=jnp.broadcast_to(control.kl_coef, used.shape[:2]),
+            value_scale=jnp.broadcast_to(scale, used.shape[:2]),
         )
         metrics["ppo/kl_coef"] = control.kl_coef
         warming = control.iteration < settings.critic_warmup_iterations
@@ -98,7 +105,8 @@ def make_experience(
         metrics["rollout/padding_fraction"] = 1 - tokens / filled.size
         sizes = (batch.rows.tokens.shape[1], batch.rows.source.shape[2], batch.rows.num_slots)
         spent = control.passes_tokens + jnp.where(warming, warmup_passes, passes) * tokens
-        after = Control(control.iteration + 1, jnp.array(sizes, jnp.int32), kl_coef, moments, spent)
+        sizes = jnp.array(sizes, jnp.int32)
+        after = Control(control.iteration + 1, sizes, kl_coef, moments, returns_so_far, spent)
         split = microbatches(*batch.rows.tokens.shape[1:])
         return [_split(experience, i, split) for i in range(len(parts))], after, metrics
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -23,8 +25,9 @@ class Experience:
         rows: the rollouts.
         old_logp, sft_logp: f32[R, M] token log-probs under the policy that sampled, and under the SFT model.
         advantage, old_value, returns: f32[R, M].
-        kl_coef: f32[R] weight of the KL in the loss, the same in every row; an array so that it may change without a
-            compilation, with a row axis so that it splits into microbatches as the rest does.
+        kl_coef, value_scale: f32[R] weight of the KL in the loss, and the unit of the value loss; the same in every
+            row. Arrays so that they may change without a compilation, with a row axis so that they split into
+            microbatches as the rest does.
     """
 
     rows: Rows
@@ -34,6 +37,7 @@ class Experience:
     old_value: Array
     returns: Array
     kl_coef: Array
+    value_scale: Array
 
 
 def policy_objective(
@@ -63,7 +67,7 @@ def policy_objective(
     return objective
 
 
-def value_objective(cfg: ModelConfig, *, window: int, cliprange_value: float) -> Objective:
+def value_objective(cfg: ModelConfig, *, window: int, cliprange_value: float | None) -> Objective:
     """The clipped value loss of a critic of its own (`cfg`: models.critic.critic_config), averaged over real tokens."""
 
     def objective(params: Params, batch: Experience) -> tuple[jax.Array, jax.Array, Metrics]:
@@ -82,7 +86,7 @@ def joint_objective(
     chunk_tokens: int,
     shards: int,
     cliprange: float,
-    cliprange_value: float,
+    cliprange_value: float | None,
     vf_coef: float,
     entropy_coef: float,
     kl_estimator: str | None,
@@ -101,7 +105,7 @@ def joint_objective(
     return objective
 
 
-def head_objective(cfg: ModelConfig, *, window: int, cliprange_value: float) -> Objective:
+def head_objective(cfg: ModelConfig, *, window: int, cliprange_value: float | None) -> Objective:
     """The value loss of a head on the policy, with a gradient for the head alone: the critic's warm-up."""
 
     def objective(params: Params, batch: Experience) -> tuple[jax.Array, jax.Array, Metrics]:
@@ -145,8 +149,13 @@ def _policy_metrics(
     return {name: Mean.of(values, used) for name, values in per_token.items()}
 
 
-def _value_metrics(values: jax.Array, batch: Experience, cliprange_value: float) -> Metrics:
-    ranges = dict(old_value=batch.old_value, returns=batch.returns, cliprange_value=cliprange_value)
+def _value_metrics(values: jax.Array, batch: Experience, cliprange_value: float | None) -> Metrics:
+    ranges: dict[str, Any] = dict(
+        old_value=batch.old_value,
+        returns=batch.returns,
+        cliprange_value=cliprange_value,
+        scale=batch.value_scale[:, None],
+    )
     used = (batch.rows.slot < batch.rows.num_slots).astype(jnp.float32)
     return {
         "loss/value_avg": Mean.of(ppo.value_loss(value=values, **ranges), used),

@@ -107,12 +107,13 @@ def make_programs(
     )
     value_how: dict[str, Any] = dict(window=window, cliprange_value=ppo.cliprange_value)
 
-    policy = abstract_state(cfg, optimizer, mesh, with_value_head if head else lambda params: params)
+    master = dict(master_weights=train.master_weights)
+    policy = abstract_state(cfg, optimizer, mesh, with_value_head if head else lambda params: params, **master)
     critic = critic_step = critic_optimizer = None
     if separate:
         rate = ppo.critic_learning_rate or train.learning_rate
         critic_optimizer = make_optimizer(dataclasses.replace(train, learning_rate=rate), critic_updates)
-        critic = abstract_state(critic_cfg, critic_optimizer, mesh, critic_params)
+        critic = abstract_state(critic_cfg, critic_optimizer, mesh, critic_params, **master)
         critic_step = make_step(value_objective(critic_cfg, **value_how), critic_optimizer, critic, mesh)
     elif head:
         critic_step = make_step(head_objective(cfg, **value_how), optimizer, policy, mesh)
@@ -140,7 +141,7 @@ def make_programs(
         critic_step=critic_step,
         window=window,
         updates=updates,
-        start=_make_start(abstract, ppo, optimizer, critic_optimizer, head),
+        start=_make_start(abstract, ppo, optimizer, critic_optimizer, head, **master),
         abstract=abstract,
     )
     return made if like is None else _sharing(made, like)
@@ -162,14 +163,15 @@ def _make_start(
     optimizer: optax.GradientTransformation,
     critic_optimizer: optax.GradientTransformation | None,
     head: bool,
+    *,
+    master_weights: bool,
 ) -> Callable[[Params], PpoState]:
+    def begin(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+        return init_state(params, init_optimizer(optimizer, params, master_weights=master_weights))
+
     def start(params: Params) -> PpoState:
-        policy = with_value_head(params) if head else params
-        critic = None
-        if critic_optimizer is not None:
-            of_critic = critic_params(params)
-            critic = init_state(of_critic, init_optimizer(critic_optimizer, of_critic))
-        return PpoState(init_state(policy, init_optimizer(optimizer, policy)), critic, initial_control(ppo))
+        critic = None if critic_optimizer is None else begin(critic_params(params), critic_optimizer)
+        return PpoState(begin(with_value_head(params) if head else params, optimizer), critic, initial_control(ppo))
 
     return jax.jit(start, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))
 

@@ -64,7 +64,7 @@ def noise(settings: RewardGroup) -> TokenReward:
         spread = jnp.sqrt(advantages.masked_variance(own, real))
         return own, jnp.where(real, advantages.masked_mean(own, real) + spread * batch.given, 0.0)
 
-    return _token_reward(settings, "eos", scores)
+    return _token_reward(settings, "eos", scores, ends_count=False)
 
 
 def given(settings: RewardGroup) -> TokenReward:
@@ -82,10 +82,14 @@ def given(settings: RewardGroup) -> TokenReward:
 
 
 def _token_reward(
-    settings: RewardGroup, placement: str, scores: Callable[[Scored, jax.Array], tuple[jax.Array, jax.Array]]
+    settings: RewardGroup,
+    placement: str,
+    scores: Callable[[Scored, jax.Array], tuple[jax.Array, jax.Array]],
+    ends_count: bool = True,
 ) -> TokenReward:
     """A reward by what responses score: `scores` goes from (rollouts, coherent rewards f32[n, R, K]) to the numbers
-    whose running moments whiten, and those that are paid."""
+    whose running moments whiten, and those that are paid. `ends_count`: a response that was cut is paid otherwise than
+    one that ended."""
     names = ("count_eos", "length_normalize", "missing_eos", "missing_eos_penalty")
     how = {name: getattr(settings, name) for name in names}
 
@@ -103,7 +107,11 @@ def _token_reward(
             clip=settings.clip,
             **batch.slots(),
         )
-        return rewards, moments, _coherent_metrics(batch, logratios)
+        metrics = _coherent_metrics(batch, logratios)
+        if ends_count:
+            ended = batch.finished & (response_lengths(batch) > 0)
+            metrics["objective/finished_scores"] = advantages.masked_mean(paid, ended)
+        return rewards, moments, metrics
 
     return reward
 

@@ -17,7 +17,7 @@ from sera_jax.models.activations import ACTIVATION_BYTES, activation_bytes
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import Params, abstract_params
 from sera_jax.models.parts import merge
-from sera_jax.training.optimizer import init_optimizer
+from sera_jax.training.optimizer import apply_gradients, init_optimizer
 
 Metrics = dict[str, Any]
 # (params, microbatch) -> (loss summed over examples, weight of those examples, metrics as Means)
@@ -49,16 +49,19 @@ def abstract_state(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     of_params: Callable[[Params], Params] = lambda params: params,
+    *,
+    master_weights: bool = True,
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state; nothing is allocated.
 
     Args:
         of_params: from a decoder's parameters to those that are trained, such as `models.critic.critic_params`.
+        master_weights: as in `init_optimizer`.
     """
 
     def make(decoder: Params) -> TrainState:
         params = of_params(decoder)
-        return init_state(params, init_optimizer(optimizer, params))
+        return init_state(params, init_optimizer(optimizer, params, master_weights=master_weights))
 
     shapes = jax.eval_shape(make, abstract_params(cfg))
     return jax.tree.map(
@@ -113,8 +116,7 @@ def make_step(
         grads, (weight, metrics) = accumulated(state.params, frozen, batch)
         grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-30), grads)
         norm = optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params, opt_state = apply_gradients(optimizer, grads, state.opt_state, state.params)
         ok = state.ok & jnp.isfinite(norm) & jnp.isfinite(metrics["loss"].total)
 
         taken = ok if accept is None else ok & accept(metrics)

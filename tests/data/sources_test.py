@@ -1,6 +1,7 @@
 """Sources: what is read, in which order, and what is said about what cannot be read."""
 
 import builtins
+import collections
 import gzip
 import json
 import subprocess
@@ -9,7 +10,15 @@ import types
 
 import pytest
 
-from sera_jax.data.sources import MAX_ROW_BYTES, TfdsSource, content_hash, open_source, parse_mixture, read_rows
+from sera_jax.data.sources import (
+    MAX_DEPTH,
+    MAX_ROW_BYTES,
+    TfdsSource,
+    content_hash,
+    open_source,
+    parse_mixture,
+    read_rows,
+)
 
 ROWS = [{"prompt": f"p{i}", "chosen": "é" * i, "rejected": "no\u2028line"} for i in range(7)]
 
@@ -69,7 +78,7 @@ def test_every_unreadable_line_is_a_row_with_its_reason(tmp_path):
     lines = [b'{"a": 1}', b'{"a": "\xff"}', b'{"a": ', b"", b"[1, 2]", b'"text"', b'{"a": %s}' % (b"9" * 5000)]
     path.write_bytes(b"\n".join([*lines, b"[" * 100_000, b'{"a": 2}']))
     expected = ["non_utf8", "invalid_json", "blank_line", "not_an_object", "not_an_object"]
-    assert errors(str(path)) == list(enumerate([*expected, "invalid_json", "invalid_json"], start=2))
+    assert errors(str(path)) == list(enumerate([*expected, "invalid_json", "deep_row"], start=2))
     assert open_source(str(path))[8].value == {"a": 2}
 
 
@@ -177,3 +186,24 @@ def test_reading_starts_no_device_and_imports_no_other_framework():
         "assert not {'tensorflow', 'torch'} & set(sys.modules), 'another framework was imported'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_field_that_stands_twice_and_nesting_without_end_are_refused_under_reasons_of_their_own(tmp_path):
+    path = tmp_path / "a.jsonl"
+    twice = ['{"a": 1, "a": 1}', '{"a": [{"b": 1, "\\u0062": 2}]}']
+    deep = ['{"a": ' + "[" * n + "]" * n + "}" for n in (MAX_DEPTH - 1, MAX_DEPTH, 900, 100_000)]
+    path.write_text("\n".join([*twice, *deep, '{"a": "%s"}' % ("[" * 500)]))
+    expected = ["duplicate_field", "duplicate_field", None, "deep_row", "deep_row", "deep_row", None]
+    assert [row.error for row in read_rows(str(path))] == expected
+
+
+def test_a_flipped_bit_of_a_parquet_file_is_a_row_with_its_reason(tmp_path):
+    good, path = tmp_path / "good.parquet", tmp_path / "a.parquet"
+    write_parquet(good, [{"a": f"text {n}", "b": n} for n in range(100)], compression="NONE", use_dictionary=False)
+    found = collections.Counter()
+    for place in range(0, len(good.read_bytes()), 7):
+        damaged = bytearray(good.read_bytes())
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        found.update({error for _, error in errors(str(path))})
+    assert found.keys() == {"corrupt_parquet", "non_utf8"}

@@ -9,7 +9,7 @@ import pytest
 from sera_jax import world
 from sera_jax.checkpoint import Workdir
 from sera_jax.data.items import Item
-from sera_jax.experiment.assembly import read_corpus
+from sera_jax.experiment.assembly import check_sources, read_corpus
 from sera_jax.experiment.corpus import as_text, new_prompts
 from tests.loops.tiny import tiny_config, tiny_srppo
 
@@ -289,7 +289,7 @@ def test_a_tokenizer_that_cannot_end_a_response_is_refused(read, tokenizer_dir, 
 def test_a_source_that_is_not_there_is_refused_before_any_is_read(tmp_path):
     config = tiny_srppo(tmp_path, world__name="", data__demonstrations="absent.jsonl")
     with pytest.raises(ValueError, match=r"config\.data\.demonstrations='absent\.jsonl'.*does not exist"):
-        read_corpus(config, Workdir(tmp_path, {}), lambda text: None)
+        check_sources(config.data, config.model)
 
 
 def test_a_text_is_its_first_token_and_the_rest():

@@ -31,6 +31,8 @@ class FakeRuntime:
     def __init__(self, root, tokenizer):
         self.workdir = types.SimpleNamespace(root=root)
         self.tokenizer = tokenizer
+        self.said: list[str] = []
+        self.writer = types.SimpleNamespace(announce=self.said.append)
         self.scored: list[str] = []
         self.settings: list[SamplingGroup] = []
         self.sampled: dict[str, float] = {}
@@ -97,10 +99,10 @@ def test_the_facts_of_a_policy_of_self_rewarding_ppo(make):
     assert not {"wellformed_fraction", "heldout_accuracy"} & set(facts)
 
 
-def test_a_round_has_the_same_facts_without_the_intervals_and_the_win_rate(make):
+def test_a_round_has_the_same_facts_without_the_intervals(make):
     evaluator = make()
     whole = evaluator.of_arm(OTHER)
-    kept = {k: v for k, v in whole.items() if not k.endswith("_ci95") and k != "win_rate_vs_sft"}
+    kept = {k: v for k, v in whole.items() if not k.endswith("_ci95")}
     assert evaluator.look_at(OTHER, 3) == kept
 
 
@@ -115,6 +117,16 @@ def test_the_gold_of_an_arm_is_known_at_every_temperature_asked_for(make):
     assert rest == make().of_arm(OTHER)
     assert "gold_by_temperature" not in evaluator.look_at(OTHER, 3)
     assert "gold_by_temperature" not in make(temperatures=(0.0,), gold=None).of_arm(OTHER)
+
+
+def test_the_main_facts_of_a_policy_are_said_in_a_line_and_once(make):
+    evaluator = make()
+    evaluator.look_at(OTHER, 1)
+    facts = evaluator.look_at(OTHER, 1)  # as another arm, which shares the round, does
+    assert evaluator.run.said == [
+        f"held out, other iteration 3: gold {facts['gold_mean']:.3f}, wins vs sft 50.0 %, coherent "
+        f"{facts['coherent_reward_mean']:.2f}, KL {facts['kl_to_sft']:.2f}, NLL 1.000, tokens 5.0"
+    ]
 
 
 def test_the_sft_model_is_at_no_distance_from_itself_and_scored_once(make):

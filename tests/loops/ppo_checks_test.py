@@ -1,5 +1,6 @@
 """What stops Self-Rewarding PPO, and what is counted: a refusal names the value, the limit and the way out."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -11,16 +12,17 @@ import pytest
 
 from sera_jax import experiment, main
 from sera_jax.checkpoint import Workdir
-from sera_jax.config import to_config_dict, to_dict
+from sera_jax.config import PpoGroup, RewardGroup, to_config_dict, to_dict
+from sera_jax.core import Stream, rng_for
 from sera_jax.experiment.assembly import read_corpus
 from sera_jax.experiment.methods import parse
-from sera_jax.loops import ppo_segment
+from sera_jax.loops import ppo_checks, ppo_segment
 from sera_jax.loops.ppo import Learner
-from sera_jax.loops.ppo_checks import check_rewards
+from sera_jax.loops.ppo_checks import CLIPPED, STALLED, Watch, check_rewards
 from sera_jax.loops.runtime import NonFinite
 from sera_jax.loops.srppo import SRPPO_ARM, iterate
 from sera_jax.writer import read_records
-from tests.loops.srppo_lab import one_device, ppo_lines, run_arm, study_of
+from tests.loops.srppo_lab import EVERY, MINI_BATCHES, checksums, one_device, ppo_lines, run_arm, study_of
 from tests.loops.tiny import tiny_srppo
 
 FINE = {
@@ -170,7 +172,7 @@ def test_at_its_limit_a_run_goes_on_and_beyond_it_stops(lab, name, field):
 
 
 def test_a_kl_estimate_that_stays_below_0_is_warned_of_once(lab, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ppo_segment, "_BELOW_ZERO", 2)
+    monkeypatch.setattr(ppo_checks, "BELOW_ZERO", 2)
     study = study_of(lab, tmp_path)
 
     def odd(learner, state, iteration):
@@ -181,3 +183,80 @@ def test_a_kl_estimate_that_stays_below_0_is_warned_of_once(lab, tmp_path, monke
         learner = Learner(study, SRPPO_ARM)
         ppo_segment.train_segment(learner, odd, ppo_segment.Segment(1, 3, 1), study.sft)
     assert capsys.readouterr().err.count("warning: objective/kl has been below 0 for 2 iterations") == 1
+
+
+def said(watch, **metrics):
+    """What a watch says after iterations with these numbers of one metric, the others being fine."""
+    (name,) = metrics
+    name, numbers = name.replace("__", "/"), metrics[name]
+    return [watch.warnings(FINE | {name: number}, i) for i, number in enumerate(numbers, 1)]
+
+
+def test_a_critic_that_is_held_back_is_warned_of_after_its_warm_up():
+    watch = Watch(PpoGroup(cliprange_value=0.2, value_scale="none", critic_warmup_iterations=2), RewardGroup())
+    over = CLIPPED + 0.1
+    *quiet, (warning,), after = said(watch, val__clipfrac_avg=[over] * (2 + STALLED + 1))
+    assert not any(quiet) and not after
+    for word in ("val/clipfrac_avg", "config.ppo.cliprange_value=0.2", "value_scale=none", "cliprange_value=None"):
+        assert word in warning
+    watch = Watch(PpoGroup(), RewardGroup())
+    assert not any(said(watch, val__clipfrac_avg=[over, over, CLIPPED] * 4)), "not in a row, or not above"
+
+
+def test_answers_that_score_less_than_the_penalty_of_a_cut_one_are_warned_of_and_counted():
+    watch = Watch(PpoGroup(), RewardGroup(missing_eos_penalty=3.0))
+    first, (warning,), *more = said(watch, objective__finished_scores=[-3.0, -3.5, -2.0, -4.0])
+    assert not first and not any(more), "once"
+    for word in ("iteration 2", "score -3.5 on average", "less than the -3 ", "missing_eos=subtract", "_penalty"):
+        assert word in warning
+    assert watch.last_words(20) == ["warning: PPO was paid for running on in 2 of 20 iterations"]
+    resumed = Watch(PpoGroup(), RewardGroup(missing_eos_penalty=3.0))
+    resumed.counts = json.loads(json.dumps(watch.counts))
+    assert not any(said(resumed, objective__finished_scores=[-9.0])) and "in 3 of 20" in resumed.last_words(20)[0]
+    for rule in ("subtract", "keep"):
+        watch = Watch(PpoGroup(), RewardGroup(missing_eos=rule))
+        assert not any(said(watch, objective__finished_scores=[-9.0] * 3)) and not watch.last_words(3)
+
+
+def poison_the_last_update(patch, iteration):
+    """From now on the advantages of the last minibatch of this iteration are nan; the updates before are made."""
+    reward = Learner.reward
+
+    def poisoned(self, state, rollouts, scored, number):
+        state, experience, metrics = reward(self, state, rollouts, scored, number)
+        if number == iteration:
+            rng = rng_for(self.study.run.seed, Stream.SHUFFLE, int(Stream.PROMPTS), iteration, 0)
+            last = rng.permutation(len(experience))[-1]
+            experience[last] = dataclasses.replace(experience[last], advantage=experience[last].advantage * math.nan)
+        return state, experience, metrics
+
+    patch.setattr(Learner, "reward", poisoned)
+
+
+def test_an_iteration_that_is_not_finite_leaves_the_state_before_it(lab, tmp_path):
+    """A fault that does not come again: the same command goes on as if nothing had been."""
+    assert MINI_BATCHES > 1 and lab.study.train.save_steps > EVERY
+    with pytest.MonkeyPatch.context() as patch:
+        poison_the_last_update(patch, EVERY)
+        for _ in range(2):  # the same command again says the same
+            with pytest.raises(
+                NonFinite,
+                match=rf"srppo, iteration {EVERY}: .* of the policy is not finite.* before the iteration is s",
+            ):
+                run_arm(study_of(lab, tmp_path), ends=(EVERY,))
+            folder = tmp_path / "checkpoints" / "srppo" / f"iteration{EVERY}"
+            assert [path.name for path in folder.iterdir() if path.name.isdigit()] == [f"{EVERY - 1}"]
+    policy, undisturbed = run_arm(study_of(lab, tmp_path), ends=(EVERY,)), lab.policy(f"srppo/iteration{EVERY}")
+    assert checksums(policy) == checksums(undisturbed)
+    # the critic, the optimisers, the moments of scores and returns
+    states = [json.loads((p.path / "state" / "checksums.json").read_text()) for p in (policy, undisturbed)]
+    assert states[0] == states[1] and any("returns" in name for name in states[0])
+
+
+def test_a_state_too_large_to_be_kept_twice_is_not_and_the_message_says_what_there_is(lab, tmp_path, monkeypatch):
+    monkeypatch.setattr(ppo_segment, "SPARE_BYTES", 0)
+    poison_the_last_update(monkeypatch, EVERY)
+    for save_steps, newest in ((0, "none"), (1, f"iteration {EVERY - 1}")):
+        study = study_of(lab, tmp_path / newest, train__save_steps=save_steps)
+        with pytest.raises(NonFinite, match=rf"Newest checkpoint of srppo/iteration{EVERY}: {newest}$"):
+            run_arm(study, ends=(EVERY,))

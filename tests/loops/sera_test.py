@@ -223,6 +223,16 @@ def test_the_kept_pairs_have_the_largest_ensembled_margins(lab, round_):
     assert all(abs(margins[i] - cut) <= 2 * atol for i in kept ^ expected)  # but for ties within rounding the same set
 
 
+def test_only_a_rate_that_teaches_nothing_is_pointed_at(lab, tmp_path, capsys):
+    rate = lab.config.train.learning_rate
+    for train in ({}, {"learning_rate": rate / 1e6}):
+        capsys.readouterr()
+        _run(_study(lab, tmp_path / str(len(train)), rounds=1, train=train), arm="daa")
+        warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+        said = f"warning: {UPDATES} updates at {rate / 1e6:g}: the margins stayed at 0"
+        assert [line.startswith(said) for line in warnings] == [True] * len(train)
+
+
 def test_random_keeps_as_many_but_others(lab):
     kept = {arm: {row["id"] for row in lab.offline(arm, 2) if row["kept"]} for arm in ("sera", "random")}
     assert len(kept["random"]) == len(kept["sera"])

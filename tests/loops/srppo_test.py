@@ -34,7 +34,9 @@ from tests.loops.srppo_lab import (
 from tests.loops.tiny import BATCH
 from tests.tolerances import TOLERANCES
 
-CRITIC = {"loss/value_avg", "val/clipfrac_avg", "critic/vf_explained_var", "critic/grad_norm"}
+CRITIC = {"loss/value_avg", "val/clipfrac_avg"} | {
+    f"critic/{name}" for name in ("vf_explained_var", "value_scale", "grad_norm")
+}
 # The spelling of TRL's PPO and GRPO trainers, which users' dashboards are made for, and what no other tool has.
 METRICS = CRITIC | {
     *(f"objective/{name}" for name in ("kl", "entropy", "non_score_reward", "rlhf_reward", "scores")),

@@ -1,5 +1,6 @@
 """A training that is stopped and gone on with leaves the log of one that was not."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -28,10 +29,10 @@ def items():
     return [Item(f"r{i}", np.array([1, 4], np.int32), (answer,)) for i, answer in enumerate(answers)]
 
 
-def train(workdir, stop_requested=lambda: False):
+def train(workdir, stop_requested=lambda: False, cfg=CFG):
     """The digest of the trained policy; lines are due every third update and at the end."""
-    with one_device_runtime(workdir, CFG, logging_steps=3, stop_requested=stop_requested) as run:
-        base = run.store("base", {}, lambda: init_params(CFG, key_for(0, Stream.INIT)))
+    with one_device_runtime(workdir, cfg, logging_steps=3, stop_requested=stop_requested) as run:
+        base = run.store("base", {}, lambda: init_params(cfg, key_for(0, Stream.INIT)))
         group = TrainGroup(batch_size=4, max_steps=UPDATES, learning_rate=1e-2)
         return sft(run, "sft", base, items(), group).digest
 
@@ -46,3 +47,12 @@ def test_a_stop_between_two_lines_changes_no_line(tmp_path):
     lines = metrics(tmp_path / "whole")
     assert [step for _, _, _, step in lines] == [3, 6, UPDATES]
     assert metrics(tmp_path / "stopped") == lines
+
+
+def test_a_checkpoint_holds_the_master_copy_of_rounded_parameters(tmp_path):
+    """Gone on with from the rounded ones, the masters would lose what no rounding shows yet, and the digest tells."""
+    cfg = dataclasses.replace(CFG, param_dtype="bfloat16")
+    asked = itertools.count(1)
+    with pytest.raises(Preempted):
+        train(tmp_path / "stopped", lambda: next(asked) >= 3, cfg)
+    assert train(tmp_path / "stopped", cfg=cfg) == train(tmp_path / "whole", cfg=cfg)

@@ -206,6 +206,18 @@ def test_the_std_is_1_until_two_scores_differ():
     assert after(1.0, 5.0) == 2.0
 
 
+def test_the_rms_is_the_size_of_the_numbers_and_1_where_they_are_0():
+    """Numbers that are large and alike have a size, though no standard deviation."""
+
+    def after(*numbers):
+        numbers = np.array(numbers, np.float32)
+        return coherent.update_moments(coherent.no_moments(), numbers, np.ones(len(numbers), bool)).rms()
+
+    assert coherent.no_moments().rms() == after(0.0) == after(0.0, 0.0) == after(1e-9, -1e-9) == 1.0
+    assert after(-7.0) == after(7.0, 7.0) == after(7.0, -7.0) == 7.0
+    assert_close(after(5.0, 1.0, -2.0), np.sqrt(10.0))
+
+
 @pytest.mark.parametrize(
     ("name", "wrong"), [("missing_eos", "ignore"), ("placement", "last")], ids=["missing_eos", "placement"]
 )

@@ -86,6 +86,32 @@ def test_a_value_near_its_old_one_is_plainly_regressed():
     np.testing.assert_array_equal(slope, value - returns)
 
 
+@pytest.mark.parametrize("cliprange_value", [0.1, None])
+def test_the_scale_is_the_unit_of_the_value_loss_and_of_its_clip(cliprange_value):
+    cases = list(itertools.product([-2.0, -0.31, 0.0, 0.45, 3.0], [-0.5, 0.1], [-1.0, 0.33, 2.0], [0.5, 4.0]))
+    value, old_value, returns, scale = f32(cases).T
+    args = dict(old_value=old_value, returns=returns, cliprange_value=cliprange_value, scale=scale)
+    loss, slope = slopes(lambda x: ppo.value_loss(value=x, **args), value)
+    want = [ppo_oracles.value_loss(*x, cliprange_value, s) for *x, s in cases]
+    assert_close(loss, [x for x, _ in want])
+    assert_close(slope, [x for _, x in want])
+    clipped = np.array(ppo.value_clipped(value=value, **args))
+    assert not np.array(slope)[clipped].any() and clipped.any() == (cliprange_value is not None)
+
+
+def test_a_clip_in_the_rewards_unit_stalls_a_critic_of_large_returns_and_one_in_theirs_does_not():
+    """A critic that said 0, for a return of 5.2: a clip of 0.2 cuts its gradient once it says 0.21."""
+
+    def slope(value, **how):
+        args = dict(old_value=f32(0), returns=f32(5.2), **how)
+        return jax.grad(lambda x: ppo.value_loss(value=x, **args))(jnp.float32(value))
+
+    assert_close([slope(0.19, cliprange_value=0.2), slope(0.21, cliprange_value=0.2)], [-5.01, 0.0])
+    assert_close(slope(0.21, cliprange_value=0.2, scale=5.2), -4.99 / 5.2**2)
+    assert slope(1.05, cliprange_value=0.2, scale=5.2) == 0  # a fifth of the way
+    assert_close(slope(1.05, cliprange_value=None, scale=5.2), -4.15 / 5.2**2)
+
+
 def categorical(seed, size=7):
     """Log-probs f64[size] of a random distribution."""
     logits = 1.5 * np.random.default_rng(seed).standard_normal(size)

@@ -15,6 +15,7 @@ from sera_jax.core import Stream, key_for
 from sera_jax.data.items import Item
 from sera_jax.data.packing import Layout
 from sera_jax.data.rollouts import lay_response_values, lay_rollouts, lay_token_values
+from sera_jax.losses.ppo import value_clipped, value_loss
 from sera_jax.mesh import host_to_global, make_mesh, replicated, row_shards, rows_sharding
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import init_params
@@ -44,6 +45,7 @@ SETTINGS = {
             whiten_advantages=False,
             kl_controller="adaptive",
             critic_warmup_iterations=1,
+            value_scale="none",
         ),
     ),
     "batch_mean": (RewardGroup(length_normalize=True), PpoGroup(kl_estimator="k2", whiten_advantages=False)),
@@ -153,25 +155,26 @@ def make(name, mesh, said=SAID, control=None, microbatches=1, **layout):
     return read, jax.device_get(after), metrics, experience
 
 
-def oracle(name, said=SAID, kl_coef=None, earlier=()):
+def oracle(name, said=SAID, kl_coef=None, **earlier):
     reward, ppo = SETTINGS[name]
     options = {"batch_mean": dict(baseline="batch_mean"), "random": dict(random_reward=True)}.get(name, {})
-    return ppo_oracles.experience(
-        said, reward, ppo, kl_coef=ppo.kl_coef if kl_coef is None else kl_coef, earlier=earlier, **options
-    )
+    kl_coef = ppo.kl_coef if kl_coef is None else kl_coef
+    return ppo_oracles.experience(said, reward, ppo, kl_coef=kl_coef, **earlier, **options)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_two_iterations_are_the_oracles(one, name):
     """Over minibatches whose prompts are shared; the second goes on with the first's moments and coefficient."""
-    kl_coef, control, earlier, passes_tokens = SETTINGS[name][1].kl_coef, None, [], 0
+    kl_coef, control, passes_tokens = SETTINGS[name][1].kl_coef, None, 0
+    earlier, returns = [], []
     for seed in (0, 1):
         said = SAID if seed == 0 else [x | dict(base=[b + 0.2 * i for i, b in enumerate(x["base"])]) for x in SAID]
-        got, control, metrics, _ = make(name, one, said, control)
-        want, want_metrics, next_kl_coef = oracle(name, said, kl_coef, earlier)
+        got, control, metrics, experience = make(name, one, said, control)
+        want, want_metrics, next_kl_coef = oracle(name, said, kl_coef, earlier=earlier, earlier_returns=returns)
         warming = seed < SETTINGS[name][1].critic_warmup_iterations
         kl_coef = kl_coef if warming else next_kl_coef  # the controller waits for the policy to move
         earlier += [x["score"] for x in want]
+        returns += [r for x in want for r in x["returns"]]
         for field in NUMBERS:
             for i, (left, right) in enumerate(zip(got[field], want, strict=True)):
                 close(left, right[field], "decoder_oracle", err_msg=f"{field} of response {i} in iteration {seed + 1}")
@@ -181,6 +184,11 @@ def test_two_iterations_are_the_oracles(one, name):
         close(control.kl_coef, kl_coef)
         close(control.moments.mean, np.mean(earlier))
         close(control.moments.std(), np.std(earlier))
+        if name != "batch_mean":  # without a critic there is no value to scale
+            assert control.returns.count == len(returns)
+            close(control.returns.rms(), np.sqrt(np.mean(np.square(returns))), "decoder_oracle")
+        for part in experience:
+            close(part.value_scale, np.full(part.value_scale.shape, want_metrics.get("critic/value_scale", 1.0)))
         assert int(control.iteration) == seed + 1
         prompts = sum(len(item.prompt) for item in ITEMS)
         passes_tokens += (5 if warming else 8) * (prompts + want_metrics["rollout/tokens"])
@@ -263,6 +271,7 @@ def test_another_arrangement_of_parts_rows_microbatches_and_devices_changes_noth
     for leaf, host in zip(rows, jax.tree.leaves(packed[0].rows), strict=True):  # rows stay in their order
         np.testing.assert_array_equal(np.asarray(leaf).reshape(host.shape), host)
     assert float(other.moments.count) == float(control.moments.count) == PROMPTS * SAMPLES
+    close(other.returns.rms(), control.returns.rms(), "decoder_oracle")
 
 
 def test_random_rewards_have_the_scores_mean_and_variance_and_follow_from_the_noise(one):
@@ -323,3 +332,38 @@ def test_no_response_that_ended_and_a_reward_that_does_not_vary_give_numbers_all
     assert metrics["coherent_reward/length_corr"] == metrics["completions/mean_terminated_length"] == 0.0
     assert metrics["completions/clipped_ratio"] == 1.0 and metrics["val/num_eos_tokens"] == 0.0
     assert control.moments.std() == 1.0
+    assert metrics["objective/finished_scores"] == 0.0
+
+
+@pytest.mark.parametrize("settings", ["plain", "token"])
+def test_c_times_every_reward_and_value_is_c_times_every_return_at_the_same_value_loss(one, settings):
+    """The unit of the reward, which is arbitrary, has no say in the critic's loss, its clip, or its share of a joint
+    loss."""
+    reward_of, ppo = SETTINGS[settings]
+    c, inner = 64.0, coherent_reward(reward_of)
+
+    def times_c(batch, moments):
+        paid, *rest = inner(batch, moments)
+        return c * paid, *rest
+
+    _, scored = lay(one, SAID)
+    plain = make_experience(inner, ppo, one)(scored, initial_control(ppo))
+    scored = [dataclasses.replace(part, value=c * part.value) for part in scored]
+    control = dataclasses.replace(initial_control(ppo), kl_coef=c * jnp.float32(ppo.kl_coef))
+    larger = make_experience(times_c, ppo, one)(scored, control)
+    assert float(larger[2]["critic/value_scale"]) == c * float(plain[2]["critic/value_scale"])
+
+    def critic(x, value):
+        """Where its clip decides, its loss, and the loss's slope."""
+        how = dict(old_value=x.old_value, returns=x.returns, scale=x.value_scale[..., None], cliprange_value=0.2)
+        loss, pull = jax.vjp(lambda v: value_loss(value=v, **how), value)
+        return value_clipped(value=value, **how), loss, pull(jnp.ones_like(loss))[0]
+
+    for a, b in zip(plain[0], larger[0], strict=True):
+        np.testing.assert_array_equal(b.returns, c * a.returns)  # to the bit: c is a power of 2
+        value = a.old_value + jnp.sin(jnp.arange(a.old_value.shape[-1]))
+        (clipped, loss, slope), (clipped_c, loss_c, slope_c) = critic(a, value), critic(b, c * value)
+        np.testing.assert_array_equal(clipped_c, clipped)
+        np.testing.assert_array_equal(loss_c, loss)
+        np.testing.assert_array_equal(c * slope_c, slope)
+        assert 0 < clipped.mean() < 1

@@ -22,6 +22,7 @@ from sera_jax.models.config import ModelConfig
 from sera_jax.models.critic import HEAD, critic_config, critic_params, row_values, with_value_head, without_value_head
 from sera_jax.models.decoder import init_params
 from sera_jax.training.objectives import row_token_logps
+from sera_jax.training.optimizer import MasterWeights
 from sera_jax.training.ppo import (
     Experience,
     head_objective,
@@ -48,7 +49,7 @@ CFG = ModelConfig(
 )
 UNTIED = dataclasses.replace(CFG, tie_word_embeddings=False)
 R, T, SPEC = 16, 32, RowSpec(32, 24, 8)
-CLIP, VF, ENTROPY = 0.2, 0.3, 0.05
+CLIP, VF, ENTROPY, SCALE = 0.2, 0.3, 0.05, 2.0
 FIELDS = ("old_logp", "sft_logp", "advantage", "old_value", "returns")
 HOW = dict(window=T, chunk_tokens=1024, cliprange=CLIP)
 OBJECTIVES = {
@@ -166,7 +167,12 @@ def drawn():
 def experience(packed, kl_coef=0.0, **fields):
     """The drawn experience in this layout, with some fields replaced by laid ones f32[R, M]."""
     laid = {name: lay_token_values(packed, values) for name, values in drawn().items()}
-    return Experience(rows=packed.rows, **laid | fields, kl_coef=np.full(R, kl_coef, np.float32))
+    return Experience(
+        rows=packed.rows,
+        **laid | fields,
+        kl_coef=np.full(R, kl_coef, np.float32),
+        value_scale=np.full(R, SCALE, np.float32),
+    )
 
 
 @functools.cache
@@ -264,8 +270,8 @@ def test_the_critic_is_plainly_regressed_on_the_returns_where_nothing_is_cut():
     batch = experience(packed, old_value=value)
     error = np.where(used(packed), value.astype(np.float64) - batch.returns, 0.0)
     got, metrics = update("value", batch)
-    close(got, reference("value", packed, error / TOKENS), "microbatch")
-    np.testing.assert_allclose(metrics["loss/value_avg"].value(), np.sum(error**2) / 2 / TOKENS, rtol=1e-5)
+    close(got, reference("value", packed, error / SCALE**2 / TOKENS), "microbatch")
+    np.testing.assert_allclose(metrics["loss/value_avg"].value(), np.sum((error / SCALE) ** 2) / 2 / TOKENS, rtol=1e-5)
     assert metrics["val/clipfrac_avg"].total == 0
     assert metrics["loss"].total == metrics["loss/value_avg"].total and metrics["loss"].weight == TOKENS
 
@@ -273,7 +279,7 @@ def test_the_critic_is_plainly_regressed_on_the_returns_where_nothing_is_cut():
 def test_a_value_that_is_cut_has_no_slope():
     packed = lay()
     batch = experience(packed)
-    cases = np.vectorize(lambda *x: ppo_oracles.value_loss(*x, CLIP))(
+    cases = np.vectorize(lambda *x: ppo_oracles.value_loss(*x, CLIP, SCALE))(
         told(packed, "value"), batch.old_value, batch.returns
     )
     loss, slope = (np.where(used(packed), x, 0.0) for x in cases)
@@ -296,7 +302,7 @@ def test_the_joint_gradient_is_the_policys_and_vf_coef_times_the_values_on_the_s
     got, metrics = update("joint", batch)
     of_entropy, alone = update("joint", only_entropy())
     of_policy = reference("logp", packed, -batch.advantage / TOKENS)
-    of_value = reference("value", packed, np.where(used(packed), value - batch.returns, 0.0) / TOKENS)
+    of_value = reference("value", packed, np.where(used(packed), value - batch.returns, 0.0) / SCALE**2 / TOKENS)
     close(got, added((1.0, of_policy), (VF, of_value), (1.0, of_entropy)), "microbatch")
     trunk = without_value_head(of_value)
     assert all(np.abs(x).max() > 1e-3 for x in jax.tree.leaves(trunk))  # the value reaches all of the trunk
@@ -321,7 +327,7 @@ def test_the_warm_up_of_a_head_moves_nothing_else():
     value = told(packed, "value")
     batch = experience(packed, old_value=value)
     got, metrics = update("head", batch)
-    of_value = reference("value", packed, np.where(used(packed), value - batch.returns, 0.0) / TOKENS)
+    of_value = reference("value", packed, np.where(used(packed), value - batch.returns, 0.0) / SCALE**2 / TOKENS)
     np.testing.assert_allclose(got[HEAD], of_value[HEAD], rtol=1e-4, atol=1e-6)
     assert got[HEAD].all()
     assert not any(x.any() for x in jax.tree.leaves(without_value_head(got)))
@@ -476,6 +482,25 @@ def test_the_state_that_iterations_start_from_has_the_abstract_shapes_and_shardi
     assert (made.values is None) == (made.critic_step is None) == (baseline != "critic")
     split = state.policy.opt_state[1][0].mu["layers"]["block"]["q"]["kernel"]
     assert split.sharding.shard_shape(split.shape)[1:] == (split.shape[1] // 2, split.shape[2] // 2)
+
+
+@pytest.mark.parametrize("critic", ["model", "head"])
+def test_policy_and_critic_in_bfloat16_start_with_master_copies_of_both_unless_told_otherwise(critic):
+    cfg, params = (
+        dataclasses.replace(CFG, param_dtype="bfloat16"),
+        jax.tree.map(lambda p: p.astype(jnp.bfloat16), base()),
+    )
+    for wanted in (True, False):
+        groups = GROUPS | {"train": dataclasses.replace(GROUPS["train"], master_weights=wanted)}
+        made = make_programs(cfg, one(), ppo=PPO[critic], **groups)
+        with jax.set_mesh(one()):
+            state = jax.device_get(made.start(on_mesh(one(), params)))
+        assert jax.tree.structure(state) == jax.tree.structure(made.abstract)
+        for part in filter(None, (state.policy, state.critic)):
+            assert isinstance(part.opt_state, MasterWeights) == wanted
+            if wanted:
+                master = jax.tree.map(lambda p: p.astype(np.float32), part.params)
+                jax.tree.map(np.testing.assert_array_equal, part.opt_state.master, master)
 
 
 def test_the_first_state_has_buffers_of_its_own():

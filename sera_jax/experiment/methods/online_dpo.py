@@ -8,7 +8,8 @@ from sera_jax.config import Config
 from sera_jax.evaluation import look, picture
 from sera_jax.evaluation.look import ArmLook
 from sera_jax.evaluation.report import ARM, Report, number, percent, plain
-from sera_jax.experiment.corpus import of_pairs
+from sera_jax.experiment.corpus import Corpus, of_pairs
+from sera_jax.experiment.evaluator import phases as evaluated
 from sera_jax.experiment.method import Arm, Experiment, Method, Outcome, looks
 from sera_jax.experiment.methods.sera import (
     PAIR_ARM_COLUMNS,
@@ -19,7 +20,7 @@ from sera_jax.experiment.methods.sera import (
     loss_of,
     study_of,
 )
-from sera_jax.loops.online import offline, online, self_made, with_reference
+from sera_jax.loops.online import offline, online, segments, self_made, with_reference
 
 # An arm is where the pairs of its updates come from.
 ARMS = {
@@ -44,6 +45,17 @@ def run(given: Experiment) -> Outcome:
     return final, {"arms": arms, "rounds": rounds, "loss": loss.as_dict()}
 
 
+def phases(config: Config, corpus: Corpus) -> list[str]:
+    """Of every arm, and of the evaluation of its policies and of the SFT model."""
+    ends = [last for _, last in segments(config.online)]
+    arms = [f"{arm}/update{last}" for arm in config.online.arms for last in ends]
+    final = {"sft", *(f"{arm}/update{ends[-1]}" for arm in config.online.arms)}
+    looks_at = []
+    for policy in ("sft", "round1", *arms):
+        looks_at += evaluated(policy, corpus, config.eval, pairs=True, last=policy in final)
+    return ["sft/pool", "round1", *arms, *looks_at]
+
+
 def check(config: Config) -> None:
     """Raises ValueError, with the way out, where fields contradict each other."""
     check_pairs(config)
@@ -63,6 +75,7 @@ ONLINE_DPO = Method(
     texts=("preference", ("train",)),
     read=of_pairs,
     needs_base=False,
+    phases=phases,
     run=run,
     report=Report(
         arm_columns=PAIR_ARM_COLUMNS,

@@ -9,13 +9,16 @@ from sera_jax.config import Config, SeraGroup
 from sera_jax.evaluation import look, picture
 from sera_jax.evaluation.look import ArmLook
 from sera_jax.evaluation.report import ARM, GOLD, GOLD_AT, Report, interval, number, percent, plain, shares
-from sera_jax.experiment.corpus import of_pairs
+from sera_jax.experiment.corpus import Corpus, of_pairs
+from sera_jax.experiment.evaluator import phases as evaluated
 from sera_jax.experiment.method import Arm, Experiment, Method, Outcome, looks
 from sera_jax.guards import REASONS
 from sera_jax.loops.rewards import Reward, implicit
+from sera_jax.loops.sera import phases as sera_phases
 from sera_jax.loops.sera import sera
 from sera_jax.loops.study import Study
 from sera_jax.losses.preference import ResolvedLoss, resolve
+from sera_jax.sampling.engine import check_answers
 
 # What we recommend: candidates are ranked by their mean log-prob. So far from trials on a few seeds.
 RECOMMENDED: dict[str, Any] = {"likelihood_weight": 1.0, "ranking_reduction": "mean"}
@@ -93,6 +96,22 @@ def run(given: Experiment) -> Outcome:
     return final, {"arms": arms, "rounds": rounds, "loss": loss.as_dict()}
 
 
+def phases(config: Config, corpus: Corpus) -> list[str]:
+    """Of every arm, and of the evaluation of its policies and of the SFT model."""
+    names, policies, last = [], ["sft"], ["sft"]
+    for arm in config.sera.arms:
+        settings = dataclasses.replace(config.sera, **ARMS[arm].how)
+        bootstraps = round(settings.bootstrap_fraction * len(corpus.train)) > 0 and bool(corpus.prompts)
+        uses_reference = loss_of(config).uses_reference
+        of_arm, trained = sera_phases(arm, settings, bootstraps=bootstraps, uses_reference=uses_reference)
+        names += of_arm
+        policies += trained
+        last += trained[-1:]
+    for policy in policies:
+        names += evaluated(policy, corpus, config.eval, pairs=True, last=policy in last)
+    return names
+
+
 def study_of(given: Experiment, loss: ResolvedLoss, evaluate: Any) -> Study:
     """What the rounds of every arm share."""
     config, corpus = given.config, given.corpus
@@ -167,8 +186,9 @@ def check_pairs(config: Config) -> None:
 
 
 def check_sampled_pairs(config: Config) -> None:
-    """Of every method that pairs its own samples: a pair fits a row."""
+    """Of every method that pairs its own samples: the host holds the samples of a prompt, and a pair fits a row."""
     data, sampling = config.data, config.sampling
+    check_answers(config.sera.num_samples, f"config.sera.num_samples={config.sera.num_samples}")
     prompts = 1 if data.share_prompt else 2
     longest = prompts * data.max_prompt_length + 2 * sampling.max_new_tokens
     if longest > data.row_tokens:
@@ -247,6 +267,7 @@ SERA = Method(
     texts=("preference", ("train",)),
     read=of_pairs,
     needs_base=False,
+    phases=phases,
     run=run,
     report=REPORT,
 )

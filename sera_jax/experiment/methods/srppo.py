@@ -15,11 +15,12 @@ from sera_jax.evaluation.look import ArmLook
 from sera_jax.evaluation.report import ARM, GOLD, GOLD_AT, Report, interval, number, percent, plain
 from sera_jax.experiment.corpus import Corpus, of_demonstrations
 from sera_jax.experiment.evaluator import Evaluator
+from sera_jax.experiment.evaluator import phases as evaluated
 from sera_jax.experiment.method import Arm, Experiment, Method, Outcome, looks
 from sera_jax.experiment.methods.srppo_rules import check
 from sera_jax.loops.controls import best_of_n, sft_equal_compute, sft_longer
 from sera_jax.loops.runtime import Policy
-from sera_jax.loops.srppo import RANDOM_REWARD, REINFORCE, SRPPO_ARM, srppo
+from sera_jax.loops.srppo import RANDOM_REWARD, REINFORCE, SRPPO_ARM, segments, srppo
 from sera_jax.loops.srppo_study import PpoArm, SrppoStudy
 from sera_jax.sampling import Sample
 from sera_jax.writer import RESERVED, read_records
@@ -39,12 +40,12 @@ class Arms:
 
     def trained(self, arm: str, policy: Policy) -> None:
         self.final[arm] = policy
-        self.evaluator.show(policy)
         self.facts[arm] = self.evaluator.of_arm(policy)
 
     def answered(self, arm: str, answers: list[Sample]) -> None:
         self.evaluator.show_answers(arm, answers)
         self.facts[arm] = self.evaluator.facts_of_answers(arm, answers)
+        self.evaluator.say(arm, self.facts[arm])
 
 
 def ppo(how: PpoArm) -> Callable[[Arms], None]:
@@ -61,11 +62,15 @@ def ppo(how: PpoArm) -> Callable[[Arms], None]:
 
 
 def more_sft(arms: Arms) -> None:
-    arms.trained("sft_longer", sft_longer(arms.study, arms.given.config.sft))
+    policy = sft_longer(arms.study, arms.given.config.sft)
+    arms.evaluator.look_at(policy, 1)
+    arms.trained("sft_longer", policy)
 
 
 def as_much_sft(arms: Arms) -> None:
-    arms.trained("sft_equal_compute", sft_equal_compute(arms.study, arms.given.config.sft, arms.passes_tokens))
+    policy = sft_equal_compute(arms.study, arms.given.config.sft, arms.passes_tokens)
+    arms.evaluator.look_at(policy, 1)
+    arms.trained("sft_equal_compute", policy)
 
 
 def re_ranked(arms: Arms) -> None:
@@ -129,6 +134,25 @@ def run(given: Experiment) -> Outcome:
         "prompts": prompt_counts(config, corpus),
         "iterations": iteration_metrics(given.runtime.workdir.root / "metrics.jsonl"),
     }
+
+
+def phases(config: Config, corpus: Corpus) -> list[str]:
+    """Of every arm, and of the evaluation of its policies and of the SFT model."""
+
+    def evaluation(name: str, trained: bool = True, last: bool = False) -> list[str]:
+        return evaluated(name, corpus, config.eval, base=True, trained=trained, last=last)
+
+    names = evaluation("sft", last=True)
+    for arm in config.ppo.arms:
+        if ARMS[arm].how is re_ranked:
+            candidates = [f"{arm}/candidates{by}" for by in ("", "_by_sft", "_by_base")]
+            names += [*candidates, *evaluation(arm, trained=False)]
+            continue
+        by_sft = ARMS[arm].how in (more_sft, as_much_sft)
+        policies = [arm] if by_sft else [f"{arm}/iteration{segment.last}" for segment in segments(config.ppo)]
+        for policy in policies:
+            names += [policy, *evaluation(policy, last=policy == policies[-1])]
+    return names
 
 
 def study_of(given: Experiment, evaluator: Evaluator) -> SrppoStudy:
@@ -246,6 +270,7 @@ SRPPO = Method(
     texts=("demonstration", ("demonstrations", "pretrain")),
     read=of_demonstrations,
     needs_base=True,
+    phases=phases,
     run=run,
     report=REPORT,
 )

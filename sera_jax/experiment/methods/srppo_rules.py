@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sera_jax.config import Config
+from sera_jax.sampling.engine import check_answers
 
 
 def check(config: Config) -> None:
@@ -64,6 +65,9 @@ def _check_rollouts(config: Config) -> None:
             f"min_new_tokens={sampling.min_new_tokens}: PPO's rollouts must be drawn from the distribution that is "
             "scored; set temperature=1, top_p=1, top_k=0, min_new_tokens=0 (eval.temperature is free)"
         )
+    check_answers(train.batch_size, f"config.train.batch_size={train.batch_size}")
+    if "best_of_n" in ppo.arms:
+        check_answers(ppo.best_of, f"config.ppo.best_of={ppo.best_of}")
     part = ppo.num_samples * ppo.num_mini_batches
     if train.batch_size % part:
         raise ValueError(

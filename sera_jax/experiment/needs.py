@@ -1,0 +1,125 @@
+"""What a config surely needs of memory, from its numbers alone: refused before anything is read where it cannot fit.
+
+Every need is a lower bound, so that nothing is refused that could run; where a machine does not say what it has,
+nothing is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from sera_jax import memory
+from sera_jax.config import Config
+from sera_jax.experiment.assembly import precision_of
+from sera_jax.experiment.corpus import Corpus
+from sera_jax.mesh import row_shards
+from sera_jax.models.config import ModelConfig
+from sera_jax.models.families import config_from_hf
+from sera_jax.models.folder import read_config
+from sera_jax.sampling import SamplingParams
+from sera_jax.sampling.engine import check_room
+
+PIECE_BYTES = 48  # what the trainer of a BPE sets aside for each piece: a place in its table and one in its list
+MOMENTS = {"adamw": 2, "lion": 1, "adafactor": 0}  # float32 copies of the parameters in the optimiser's state
+
+
+def check_memory(config: Config, mesh: Mesh) -> None:
+    """Raises OutOfMemory, with the fields to lower, for what the devices or the host surely cannot hold."""
+    cfg = _least_model(config)
+    devices = list(mesh.devices.flat)
+    _check_model(config, cfg, memory.device_bytes(devices), mesh.shape["data"])
+    sampling = SamplingParams(max_new_tokens=config.sampling.max_new_tokens, stop_ids=(0,))
+    check_room(cfg, sampling, slots=config.sampling.slots, longest=1, devices=devices, prefix="config.sampling.")
+    _check_rows(config, cfg, memory.device_bytes(devices), row_shards(mesh))
+    if not (config.model.tokenizer_name_or_path or _folder(config)):
+        pieces = config.model.vocab_size
+        memory.refuse_beyond(
+            memory.host_bytes(),
+            pieces * PIECE_BYTES,
+            f"config.model.vocab_size={pieces}",
+            "a table of pieces of",
+            where="the host",
+            way_out="lower it",
+        )
+
+
+def batches_in_words(config: Config, corpus: Corpus) -> list[str]:
+    """A line for every training whose batch is larger than its data."""
+    groups = {
+        "pretrain": (corpus.pretrain, "texts"),
+        "sft": (corpus.demonstrations, "demonstrations"),
+        "train": (corpus.train, "pairs"),
+    }
+    sizes = {name: getattr(config, name).batch_size for name in groups}
+    return [
+        f"config.{name}.batch_size={sizes[name]} is more than the {len(rows)} {what} there are: "
+        "every update takes all of them"
+        for name, (rows, what) in groups.items()
+        if rows and sizes[name] > len(rows)
+    ]
+
+
+def parameter_count(cfg: ModelConfig) -> int:
+    """Of a decoder of this shape, without tracing it."""
+    hidden, heads = cfg.hidden_size, 2 * cfg.num_attention_heads + 2 * cfg.num_key_value_heads
+    layer = hidden * (heads * cfg.head_dim + 3 * cfg.intermediate_size + 2)
+    tables = 1 if cfg.tie_word_embeddings else 2
+    return tables * cfg.vocab_size * hidden + cfg.num_hidden_layers * layer + hidden
+
+
+def _folder(config: Config) -> str:
+    return config.model.model_name_or_path or config.model.sft_model_path
+
+
+def _least_model(config: Config) -> ModelConfig:
+    """The model's shape; from scratch with a vocabulary of one, since its size follows from the data."""
+    model = config.model
+    if _folder(config):
+        return config_from_hf(read_config(pathlib.Path(_folder(config))), **precision_of(model))
+    fields = {field.name for field in dataclasses.fields(ModelConfig)} & set(dataclasses.asdict(model))
+    return ModelConfig(**{name: getattr(model, name) for name in fields} | {"vocab_size": 1})
+
+
+def _check_model(config: Config, cfg: ModelConfig, have: int | None, copies: int) -> None:
+    """Parameters, and for SFT, where it is run, gradients and optimiser; one copy on each part of `mesh.data`."""
+    each, what = jnp.dtype(cfg.param_dtype).itemsize, ""
+    if not config.model.sft_model_path:
+        each = 2 * each + 4 * MOMENTS[config.sft.optim]
+        what = f" with gradients and the state of {config.sft.optim}"
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
+    shape = ", ".join(f"{name}={getattr(cfg, name)}" for name in names)
+    memory.refuse_beyond(
+        have,
+        copies * parameter_count(cfg) * each,
+        f"config.model.model_name_or_path={_folder(config)!r}" if _folder(config) else f"config.model: {shape}",
+        f"{parameter_count(cfg):,} parameters{what}, at least",
+        where="the devices",
+        way_out="train a smaller model, lower config.mesh.data (a copy on each), or take more devices",
+    )
+
+
+def _check_rows(config: Config, cfg: ModelConfig, have: int | None, shards: int) -> None:
+    """The inputs of the layers of one row on each part of the mesh; and the rows of an update on the host."""
+    tokens, size = config.data.row_tokens, jnp.dtype(cfg.dtype).itemsize
+    memory.refuse_beyond(
+        have,
+        shards * tokens * cfg.hidden_size * cfg.num_hidden_layers * size,
+        f"config.data.row_tokens={tokens}",
+        "activations of a single row of",
+        where="the devices",
+        way_out="lower it",
+    )
+    parts, multiple = max(1, config.train.gradient_accumulation_steps), config.data.row_multiple
+    memory.refuse_beyond(
+        memory.host_bytes(),
+        parts * multiple * tokens * 8,
+        f"config.train.gradient_accumulation_steps={parts}, config.data.row_multiple={multiple} and "
+        f"config.data.row_tokens={tokens}",
+        f"an update of {parts * multiple} rows or more, at least",
+        where="the host",
+        way_out="lower one of them",
+    )

@@ -1,0 +1,51 @@
+"""What the loops say of a round: its facts as a line of the log, and, where it came to nothing, a warning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sera_jax.loops.restartable import Span
+from sera_jax.loops.runtime import Runtime
+from sera_jax.losses.preference import ResolvedLoss
+from sera_jax.writer import SpanKey
+
+# Below these in every line, a policy stayed where it was: margins in nats (a token, for a loss that averages).
+STILL_MARGIN = {"sum": 1e-2, "mean": 1e-3}
+STILL_KL = 1e-3  # nats per response
+# Lines are of the policy before an update, which the first may leave as it is (the rate warms up from 0).
+LEAST_UPDATES = 3
+LEAST_ITERATIONS = 3  # with a policy that PPO has updated
+
+
+def write_round(run: Runtime, facts: Mapping[str, Any], global_step: int) -> None:
+    """The numbers among the facts of a round, as the line of its arm after `global_step` updates."""
+    arm, round_ = facts["arm"], facts["round"]
+    numbers = {k: v for k, v in facts.items() if isinstance(v, int | float) and k not in ("arm", "round")}
+    run.writer.write(phase="round", arm=arm, round=round_, step=1, metrics=numbers, global_step=global_step)
+
+
+def warn_of_still_margins(run: Runtime, span: Span, loss: ResolvedLoss, learning_rate: float) -> None:
+    """Says so where training left the policy at its reference: no line of the span has a margin."""
+    lines = run.writer.lines(SpanKey(*span[:3])) if loss.uses_reference else []
+    margins = [abs(line["rewards/margins"] or 0) / loss.scale for line in lines]
+    updates = max((line["step"] for line in lines), default=0)
+    if updates >= LEAST_UPDATES and max(margins) < STILL_MARGIN[loss.logp]:
+        run.writer.announce(
+            f"warning: {updates} updates at {learning_rate:g}: the margins stayed at 0 (the mean was "
+            f"never above {max(margins):.1g} nats), so nothing was learnt; raise config.train.learning_rate or "
+            "config.train.max_steps"
+        )
+
+
+def warn_of_still_kl(run: Runtime, span: Span, learning_rate: float, warmup: int) -> None:
+    """Says so where PPO left the policy at the SFT model. An iteration's KL is of the policy before its updates, and
+    the first `warmup` iterations make none."""
+    lines = [line for line in run.writer.lines(SpanKey(*span[:3])) if line["step"] > warmup + 1]
+    kls = [abs(line["objective/kl_k3"] or 0) for line in lines]
+    if len(kls) >= LEAST_ITERATIONS and max(kls) < STILL_KL:
+        run.writer.announce(
+            f"warning: iteration {lines[-1]['step']}, at {learning_rate:g}: the KL to the SFT model stayed at 0 (never "
+            f"above {max(kls):.1g} nats per response), so nothing was learnt; raise config.train.learning_rate or "
+            "config.ppo.iterations"
+        )
