@@ -74,6 +74,7 @@ def get_config() -> ConfigDict:
 
     c.eval.num_prompts = 400  # all of the world's
     c.eval.temperature = 1.0
+    c.eval.temperatures = (0.0, 0.5, 1.0)  # a gain at 1 alone may be mere sharpening
 
     c.log.logging_steps = 5
     return c

@@ -140,8 +140,8 @@ def _read(
 ) -> tuple[list[PairItem], list[Item]]:
     pairs_from, prompts = args.pairs, []
     if args.world:
-        sizes = {name: value for name, value in saved.of_run("world", {}).items() if name != "name"}
-        spec = world.WorldSpec(seed=saved.of_run("seed", args.seed), **sizes)
+        given = saved.of_run("world", {}) | {"name": args.world, "seed": saved.of_run("seed", args.seed)}
+        spec = world.WorldSpec(**given)
 
         def write(folder: pathlib.Path) -> None:
             world.write_world(spec, folder / "files")
@@ -165,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--checkpoint", required=True, help="WORKDIR/phases/NAME, or a Hugging Face folder")
     add("--reference", required=True, help="the SFT model, in either form")
     add("--pairs", default="", help="held-out preference rows; with --world, default: the world's")
-    add("--world", default="", choices=("", "habits"), help="gold reward in the embedded world")
+    add("--world", default="", choices=("", *world.AUTHORS), help="gold reward in this embedded world")
     add("--out", required=True, help="folder for the results; an interrupted evaluation goes on from there")
     add("--loss", default="", help="whose implicit reward to use; default: that of the policy's run, else dpo")
     add("--tokenizer", default="", help="tokenizer folder (default: the checkpoint's)")

@@ -9,7 +9,8 @@ A prompt is one of four tasks over six words in each of eight categories:
 
 A response is `[chatter] [opener] body [again body] [closing]`. Authors of responses differ in their habits: how often
 they are right, use the opener `sure ,` and the closing `all done .`, say the body twice, or chatter
-(`let me see`, ...). Where an author errs it is mostly with the task's one systematic slip (see `slip_body`).
+(`let me see`, ...). Where an author errs it is mostly with the task's one systematic slip (see `slip_body`). Who they
+are, in each world, stands in `world_authors`.
 
 Gold reward, between -0.3 and 1: 0.6 if the body is right, 0.25 for the closing, 0.15 for the opener, -0.3 if the body
 is said twice. Chatter is worth nothing, wherever it stands: it is the spurious cue. In the preference pairs the careful
@@ -33,6 +34,7 @@ from typing import Any
 import numpy as np
 
 from sera_jax.core import Stream, rng_for
+from sera_jax.world_authors import AUTHORS, Habits
 
 CATEGORIES: dict[str, tuple[str, ...]] = {
     "animal": ("cat", "dog", "fox", "owl", "hen", "cow"),
@@ -68,35 +70,6 @@ CHAT_TEMPLATE = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Habits:
-    """How often an author of responses does each thing (probabilities).
-
-    Attributes:
-        right: the body is right.
-        slip: of the wrong bodies, the share that is the task's systematic slip; the rest have one stray word.
-        opener, closing, twice, chatter: the response has it.
-    """
-
-    right: float
-    slip: float
-    opener: float
-    closing: float
-    twice: float
-    chatter: float
-
-
-# `base` writes the pretraining text, `better` the few demonstrations, `good` what a perfect annotator would write.
-# The preference pairs come from `careful` and `careless`, neither of which is the policy that is trained on them.
-AUTHORS: dict[str, Habits] = {
-    "base": Habits(right=0.5, slip=0.8, opener=0.3, closing=0.3, twice=0.3, chatter=0.3),
-    "better": Habits(right=0.65, slip=0.7, opener=0.5, closing=0.5, twice=0.2, chatter=0.3),
-    "good": Habits(right=1.0, slip=0.0, opener=1.0, closing=1.0, twice=0.0, chatter=0.0),
-    "careful": Habits(right=0.8, slip=0.7, opener=0.6, closing=0.6, twice=0.2, chatter=0.5),
-    "careless": Habits(right=0.3, slip=0.7, opener=0.4, closing=0.3, twice=0.3, chatter=0.5),
-}
-
-
 # A quarter of the prompts are of the `name` task, which has few: 8 * 7 + 8 * 7 * 6. Half are left to training at least.
 NAME_PROMPTS = 392
 MAX_HELDOUT = 700
@@ -107,16 +80,18 @@ class WorldSpec:
     """What `make_world` makes.
 
     Attributes:
+        name: which world, a name in `AUTHORS`; prompts and preference pairs are those of any other.
         seed: of every draw of the world; another seed is another sample of the same language.
         pretrain, demonstrations, preferences: rows for training.
         heldout_preferences, heldout_prompts: rows for evaluation; their prompts occur in no training row.
         heldout_demonstrations: answers of the demonstrator to the held-out prompts in turn (none if there are none).
         prompts: further training prompts without a response (for methods that sample their own).
-        demonstrator: author of the demonstrations, a name in `AUTHORS`.
+        demonstrator: author of the demonstrations, a name in `AUTHORS[name]`.
         cue: how strongly chatter goes with the careful author of preference pairs, 0 to 1: the careful author
             chatters with probability 0.5 + cue / 2, the careless one with 0.5 - cue / 2.
     """
 
+    name: str = "habits"
     seed: int = 0
     pretrain: int = 8000
     demonstrations: int = 200
@@ -129,8 +104,11 @@ class WorldSpec:
     cue: float = 0.6
 
     def __post_init__(self) -> None:
-        if self.demonstrator not in AUTHORS:
-            raise ValueError(f"world.demonstrator={self.demonstrator!r} is unknown; choose one of {', '.join(AUTHORS)}")
+        if self.name not in AUTHORS:
+            raise ValueError(f"world.name={self.name!r} is unknown; choose one of {', '.join(AUTHORS)}")
+        authors = AUTHORS[self.name]
+        if self.demonstrator not in authors:
+            raise ValueError(f"world.demonstrator={self.demonstrator!r} is unknown; choose one of {', '.join(authors)}")
         if not 0.0 <= self.cue <= 1.0:
             raise ValueError(f"world.cue={self.cue} is outside 0 .. 1; 0 makes chatter carry no sign of the label")
         for field in dataclasses.fields(self):
@@ -280,8 +258,9 @@ def make_world(spec: WorldSpec) -> dict[str, list[dict[str, Any]]]:
         labels and no ties; `heldout_prompts` and `prompts` {id, prompt}. Prompts of `heldout_prompts` and
         `heldout_preferences` are all different and occur in no list for training.
     """
-    careful = dataclasses.replace(AUTHORS["careful"], chatter=0.5 + spec.cue / 2)
-    careless = dataclasses.replace(AUTHORS["careless"], chatter=0.5 - spec.cue / 2)
+    authors = AUTHORS[spec.name]
+    careful = dataclasses.replace(authors["careful"], chatter=0.5 + spec.cue / 2)
+    careless = dataclasses.replace(authors["careless"], chatter=0.5 - spec.cue / 2)
     heldout: set[str] = set()
 
     def draws(name: str) -> Iterator[tuple[np.random.Generator, str]]:
@@ -317,7 +296,7 @@ def make_world(spec: WorldSpec) -> dict[str, list[dict[str, Any]]]:
         }
 
     def answer(author: str) -> Any:
-        return lambda rng, prompt: {"response": write_response(prompt, AUTHORS[author], rng)}
+        return lambda rng, prompt: {"response": write_response(prompt, authors[author], rng)}
 
     imitated = answer(spec.demonstrator)
     fills = {"heldout_preferences": pair, "pretrain": answer("base"), "demonstrations": imitated, "preferences": pair}

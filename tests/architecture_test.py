@@ -26,11 +26,12 @@ LAYERS = [
     ["loops"],
     ["evaluation"],
     ["training", "sampling"],
+    ["guards"],
     ["irm"],
     ["losses", "models", "data", "world", "checkpoint", "writer"],
     ["ops"],
     ["mesh"],
-    ["core", "config", "progress", "memory", "compiling", "board", "stop"],
+    ["core", "config", "progress", "memory", "compiling", "board", "stop", "world_authors"],
 ]
 SIBLINGS = {
     ("world", "data"),  # the embedded world makes the same records that real data becomes

@@ -12,10 +12,12 @@ import ml_collections
 import pytest
 
 from configs.base import get_config
-from sera_jax.config import Config, check_field, groups, last_overrides, to_config_dict, to_dict
+from sera_jax.config import Config, check_field, last_overrides, to_config_dict, to_dict
+from sera_jax.config import fields as fields_lib
 from sera_jax.experiment.methods import METHODS, parse
 from sera_jax.losses.preference import LOSSES, resolve
 from sera_jax.models.families import FAMILIES
+from sera_jax.world import AUTHORS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -60,8 +62,8 @@ def fields(kind=Config, prefix=""):
 
 
 FIELDS = {path: kind for path, kind, _ in fields()}
-CHOICES = {path: allowed[groups.CHOICES] for path, _, allowed in fields() if groups.CHOICES in allowed}
-RANGES = {path: allowed[groups.RANGE] for path, _, allowed in fields() if groups.RANGE in allowed}
+CHOICES = {path: allowed[fields_lib.CHOICES] for path, _, allowed in fields() if fields_lib.CHOICES in allowed}
+RANGES = {path: allowed[fields_lib.RANGE] for path, _, allowed in fields() if fields_lib.RANGE in allowed}
 
 
 def value_at(config, path):
@@ -101,6 +103,8 @@ def test_every_choice_is_taken(path):
             changes["sera__threshold"] = 0.5
         if path == "world.name":
             changes["data__train"] = "" if choice else "pairs.jsonl"
+        if choice == "gold":
+            changes |= {"data__train": "", "world__name": "habits"}
         assert value_at(parse(raw_config(**changes)), path) == choice
 
 
@@ -216,6 +220,11 @@ def test_a_threshold_belongs_to_the_threshold_rule_and_the_rule_needs_it():
         ({"data__max_prompt_length": 1024}, ["max_prompt_length=1024", "row_tokens=1024", "raise row_tokens"]),
         ({"sampling__max_new_tokens": 257}, ["max_new_tokens=257", "1026 tokens", "row_tokens=1024"]),
         ({"sft__logits_chunk_tokens": 512}, ["config.sft.logits_chunk_tokens=512", "train.logits_chunk_tokens=0"]),
+        ({"eval__temperatures": (0.0, 1.0, 1.0)}, ["config.eval.temperatures=(0.0, 1.0, 1.0)", "each of them once"]),
+        ({"eval__temperatures": (-0.5,)}, ["config.eval.temperatures=(-0.5,)", "none below 0"]),
+        ({"sera__bootstrap_band": (0.9, 0.1)}, ["config.sera.bootstrap_band=(0.9, 0.1)", "0 <= low < high <= 1"]),
+        ({"sera__judge": "gold"}, ["config.sera.judge='gold'", "config.world.name", "leave them out"]),
+        ({"sera__arms": ("sera", "oracle_pairing")}, ["('sera', 'oracle_pairing')", "only the embedded world"]),
         ({"data__share_prompt": False}, ["1536 tokens", "row_tokens=1024"]),
     ],
     ids=str,
@@ -351,8 +360,9 @@ def test_the_command_line_says_a_field_last_and_may_unset_an_optional_one():
         last_overrides(["--config.beta=None"])
 
 
-def test_the_families_of_the_config_are_those_of_the_models():
+def test_the_families_and_worlds_of_the_config_are_those_that_there_are():
     assert CHOICES["model.family"] == tuple(FAMILIES)
+    assert CHOICES["world.name"] == ("", *AUTHORS)
 
 
 def test_the_fields_of_the_loss_are_what_the_losses_read():

@@ -47,10 +47,11 @@ def quickstart():
     return module.get_config("clean")
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    """Base and SFT model of the quickstart on clean labels, and how to sample and to score them."""
+@pytest.fixture(scope="module", params=world.AUTHORS)
+def lab(request, tmp_path_factory):
+    """Base and SFT model of the quickstart on clean labels in each world, and how to sample and to score them."""
     raw = quickstart()
+    raw.world.name = request.param
     raw.workdir, raw.seed, raw.log.tensorboard = str(tmp_path_factory.mktemp("lab")), SEED, False
     config = parse(raw)
     root = pathlib.Path(config.workdir)
@@ -104,7 +105,8 @@ def test_the_base_gives_right_answers_a_clear_share_of_its_mass(lab):
         for i, g in zip(lab.corpus.eval_prompts, lab.sample(lab.base))
     ]
     right = [world.marks(prompt, lab.corpus.tokenizer.decode(tokens)).right for prompt, tokens in texts]
-    assert np.mean(right) > 0.25  # its text has 0.5; a random list of words is right far below 0.05
+    # half of what its text has; a random list of words is right far below 0.05
+    assert np.mean(right) > world.AUTHORS[lab.config.world.name]["base"].right / 2
 
 
 def test_sft_on_plenty_of_good_demonstrations_reaches_a_gold_near_one(lab):
@@ -119,7 +121,9 @@ def test_the_best_of_eight_answers_by_gold_is_far_above_their_mean(lab):
     assert golds.max(axis=1).mean() > golds.mean() + 0.25
 
 
-def test_a_daa_on_clean_labels_improves_clearly_over_sft(lab):
+@pytest.fixture(scope="module")
+def daa(lab):
+    """The direct alignment loss alone, on clean labels."""
     study = SeraStudy(
         run=lab.run,
         sft=lab.start,
@@ -134,10 +138,22 @@ def test_a_daa_on_clean_labels_improves_clearly_over_sft(lab):
         evaluate=lambda policy, round_: {},
         gold=lab.corpus.gold,
     )
-    policy, _ = sera(study, "daa", dataclasses.replace(study.settings, **ARMS["daa"].how))
-    gain = (lab.golds(policy, count=4) - lab.golds(lab.start, count=4)).mean(axis=1)  # paired by prompt
+    return sera(study, "daa", dataclasses.replace(study.settings, **ARMS["daa"].how))[0]
+
+
+def test_a_daa_on_clean_labels_improves_clearly_over_sft(lab, daa):
+    gain = (lab.golds(daa, count=4) - lab.golds(lab.start, count=4)).mean(axis=1)  # paired by prompt
     assert gain.mean() > 0.08
     assert gold.ci95(gain)[0] > 0
+
+
+def test_where_habits_are_wrong_sharpening_is_no_gain_and_preferences_are(lab, daa):
+    if lab.config.world.name != "wrong_habits":
+        pytest.skip("a law of the world whose habits are wrong")
+    start, aligned = (lab.golds(policy, temperature=0.0)[:, 0] for policy in (lab.start, daa))
+    assert start.mean() <= 0.6
+    assert aligned.mean() >= start.mean() + 0.1
+    assert gold.ci95(aligned - start)[0] > 0
 
 
 def test_the_coherent_reward_of_the_sft_model_ranks_good_above_bad_over_chance(lab):

@@ -90,9 +90,10 @@ def test_the_bodies_of_the_authors_are_what_they_are_called():
         assert not task.is_right(world.stray_body(task, rng))
 
 
-@pytest.mark.parametrize("author", world.AUTHORS)
-def test_an_author_has_the_habits_that_the_table_gives(author):
-    habits = world.AUTHORS[author]
+@pytest.mark.parametrize("name", world.AUTHORS)
+@pytest.mark.parametrize("author", world.AUTHORS["habits"])
+def test_an_author_has_the_habits_that_the_table_gives(name, author):
+    habits = world.AUTHORS[name][author]
     count = 1500
     found = []
     for i in range(count):
@@ -108,7 +109,7 @@ def test_an_author_has_the_habits_that_the_table_gives(author):
 def test_the_perfect_author_always_earns_all_and_half_of_the_base_is_right():
     rows = world.make_world(world.WorldSpec(demonstrations=50, demonstrator="good", pretrain=0, preferences=0))
     assert all(close(world.gold(row["prompt"], row["response"]), 1.0) for row in rows["demonstrations"])
-    assert world.AUTHORS["base"].right == 0.5
+    assert world.AUTHORS["habits"]["base"].right == 0.5
 
 
 def test_prompts_and_responses_are_short_and_in_the_vocabulary():
@@ -151,6 +152,24 @@ def test_the_same_spec_makes_the_same_world_and_another_seed_another():
     assert world.make_world(SMALL) == world.make_world(SMALL)
     other = world.make_world(world.WorldSpec(**{**vars(SMALL), "seed": 1}))
     assert other["preferences"] != world.make_world(SMALL)["preferences"]
+
+
+def test_worlds_differ_in_what_the_base_and_the_demonstrator_write_and_in_nothing_else():
+    ours, others = (world.make_world(world.WorldSpec(**{**vars(SMALL), "name": name})) for name in world.AUTHORS)
+    assert ours == world.make_world(SMALL)
+    answers = {"pretrain", "demonstrations", "heldout_demonstrations"}
+    assert {name for name in ours if ours[name] != others[name]} == answers
+    for name in answers:
+        assert [row["prompt"] for row in ours[name]] == [row["prompt"] for row in others[name]]
+
+
+def test_where_habits_are_wrong_the_likeliest_answer_is_the_slip_and_elsewhere_it_is_right():
+    """A slip is one body; right ones of `name` are several, which only makes the slip likelier."""
+    for name, wrong in (("habits", False), ("wrong_habits", True)):
+        for author in ("base", "better"):
+            habits = world.AUTHORS[name][author]
+            assert ((1 - habits.right) * habits.slip > habits.right) == wrong
+            assert not wrong or max(habits.opener, habits.closing) < 0.5
 
 
 @pytest.mark.parametrize("name", ["pretrain", "heldout_demonstrations"])
@@ -196,7 +215,8 @@ def test_without_the_cue_chatter_says_nothing_of_the_label():
 
 
 @pytest.mark.parametrize(
-    "field, value", [("demonstrator", "nobody"), ("cue", 1.5), ("preferences", -1), ("heldout_prompts", 5000)]
+    "field, value",
+    [("name", "nowhere"), ("demonstrator", "nobody"), ("cue", 1.5), ("preferences", -1), ("heldout_prompts", 5000)],
 )
 def test_a_bad_field_is_refused_with_its_name_and_value(field, value):
     with pytest.raises(ValueError, match=f"world.{field}.*{value}"):

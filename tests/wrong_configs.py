@@ -6,7 +6,8 @@ import pathlib
 import typing
 from typing import Any
 
-from sera_jax.config import Config, groups
+from sera_jax.config import Config
+from sera_jax.config import fields as fields_lib
 
 WRONG_TYPES = {int: ("x", "1.5", "", "1e3"), float: ("x", "nan", "inf", ""), bool: ("maybe", "2", "")}
 
@@ -26,10 +27,10 @@ def of_metadata() -> list[str]:
     """For each field: a value beyond each end of its range, a word that is no choice, a value of another type."""
     wrong = []
     for number, (path, kind, allowed) in enumerate(fields()):
-        if groups.CHOICES in allowed:
+        if fields_lib.CHOICES in allowed:
             wrong.append(f"--config.{path}=nonsense")
-        if groups.RANGE in allowed:
-            low, high, closed = allowed[groups.RANGE]
+        if fields_lib.RANGE in allowed:
+            low, high, closed = allowed[fields_lib.RANGE]
             wrong.append(f"--config.{path}={low - 1 if closed else low}")
             if not math.isinf(high):
                 wrong.append(f"--config.{path}={high + 1}")

@@ -18,9 +18,9 @@ from sera_jax.config.groups import (
     SamplingGroup,
     SeraGroup,
     TrainGroup,
-    WorldGroup,
 )
 from sera_jax.config.parsing import check_field, last_overrides, parse_fields, to_config_dict, to_dict
+from sera_jax.config.world import WorldGroup
 
 __all__ = [
     "Config",

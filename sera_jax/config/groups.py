@@ -6,30 +6,9 @@ What joins fields stands in `rules`, and, for the fields of one method, with tha
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Any
 
-RANGE, CHOICES = "range", "choices"  # of a field's metadata
-
-
-def at_least(default: Any, low: float) -> Any:
-    """A number of at least `low`."""
-    return dataclasses.field(default=default, metadata={RANGE: (low, math.inf, True)})
-
-
-def within(default: Any, low: float, high: float) -> Any:
-    """A number from `low` to `high`, both allowed."""
-    return dataclasses.field(default=default, metadata={RANGE: (low, high, True)})
-
-
-def above(default: Any, low: float, high: float = math.inf) -> Any:
-    """A number above `low`, and at most `high`."""
-    return dataclasses.field(default=default, metadata={RANGE: (low, high, False)})
-
-
-def one_of(default: str, *others: str) -> Any:
-    """One of these names."""
-    return dataclasses.field(default=default, metadata={CHOICES: (default, *others)})
+from sera_jax.config.fields import above, at_least, one_of, within
+from sera_jax.config.world import WorldGroup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,18 +107,31 @@ class LossGroup:
 class SeraGroup:
     """The rounds of SeRA. One round, or `selection="none"` with `bootstrap_fraction=0`, is the plain DAA.
 
-    arms: what to run from the same SFT model: `sera`, and the controls `daa` (all pairs, as many updates), `random`
-    (the same pipeline with random choices of the same size), `selection_only`, `bootstrap_only`.
-    keep_fraction: share of the offline pairs kept from round 2 on. threshold (nats) is read by selection="threshold",
-        band (two quantiles, in place of a centred keep_fraction) by selection="middle".
+    arms: what to run from the same SFT model: `sera` and its controls (docs/methods.md has them all).
+    keep_fraction: share of the offline pairs kept from round 2 on. keep_rule: `fraction` reads that; `mixture` keeps
+        the share that a fit of two normal distributions to the margins gives the upper one. threshold (nats) is read by
+        selection="threshold", band (two quantiles, in place of a centred keep_fraction) by selection="middle".
     bootstrap_fraction: at most this many sampled pairs, as a share of the offline pairs.
     bootstrap_prompts: prompts sampled for them each round (0: all); num_samples: answers to each.
-    ranking: what orders a prompt's answers: `implicit`, the loss's own reward (the method as published), or
-        `likelihood`, their mean log-prob under the policy.
-    min_margin: sampled pairs below this margin (nats) are refused; unset: none is.
+    likelihood_weight: w of what orders a prompt's answers, log pi - (1 - w) log pi_ref: 0 is the loss's own reward (the
+        method as published), 1 the likelihood under the policy. ranking_reduction: its `sum` or `mean` over the
+        answer's tokens, or as the `loss` does it.
+    bootstrap_from: whose answers are paired: the newest `policy`'s, or the `sft` model's, which then judges alone.
+    judge: what ranks them: the `policy` by the reward above, or, as controls, `chance`, or the `gold` reward of a world
+        that has one.
+    min_margin: sampled pairs below this margin (in the unit of what ranks) are refused; unset: none is.
+    bootstrap_band: two quantiles of the sampled pairs' margins; pairs outside are refused, so (0, 0.9) drops the
+        largest tenth too. unset: none is.
+    support_quantile: an answer makes no pair if its log-prob per token under the SFT model is below this quantile of
+        that of the SFT model's own answers (sampled once, one to each prompt, 1000 at most). 0: none is refused.
+    agreement: a pair is refused if one of two judges puts it the other way round: `rewards`, the loss's own reward and
+        the mean log-prob; `policies`, the newest policy alone and the one before alone.
     length_alpha: reward per token taken off when candidates are ranked (DICE).
     require_eos: answers that did not end by themselves make no pair.
     ensemble_gamma: weight of the previous round's policy in the reward (SeRA eq. 7).
+    stop_margin_std: no further round begins once the standard deviation of the offline pairs' margins (nats) exceeds
+        this (in arms that review them). The round of the highest held-out accuracy so far (without held-out pairs, the
+        last) is then the arm's result, marked `kept_as_result`, after fewer updates than the others'. unset: never.
     reference: `fixed` (the SFT model) or `previous` (the last round's policy; scoring stays with the SFT model).
     """
 
@@ -147,27 +139,35 @@ class SeraGroup:
     arms: tuple[str, ...] = ("sera",)
     selection: str = one_of("top", "bottom", "middle", "threshold", "random", "none")
     keep_fraction: float = within(0.7, 0, 1)
+    keep_rule: str = one_of("fraction", "mixture")
     threshold: float | None = None
     band: tuple[float, float] | None = None
     curriculum: str = one_of("none", "easy_to_hard", "hard_to_easy")
     bootstrap_fraction: float = at_least(0.3, 0)
     bootstrap_prompts: int = at_least(0, 0)
     num_samples: int = at_least(4, 2)
-    ranking: str = one_of("implicit", "likelihood")
+    likelihood_weight: float = within(0.0, 0, 1)
+    ranking_reduction: str = one_of("loss", "sum", "mean")
     pairing: str = one_of("best_worst", "all")
+    bootstrap_from: str = one_of("policy", "sft")
+    judge: str = one_of("policy", "chance", "gold")
     min_margin: float | None = None
+    bootstrap_band: tuple[float, float] | None = None
+    support_quantile: float = within(0.0, 0, 1)
+    agreement: str = one_of("none", "rewards", "policies")
     length_alpha: float = 0.0
     require_eos: bool = True
     ensemble_gamma: float = within(0.3, 0, 1)
     reset_optimizer: bool = False
+    stop_margin_std: float | None = above(None, 0)
     reference: str = one_of("fixed", "previous")
 
 
 @dataclasses.dataclass(frozen=True)
 class OnlineGroup:
     """Online DAA: after round 1 on the offline pairs, every update is on pairs that the policy has just made. How they
-    are made is `sera`'s: num_samples, ranking, pairing, min_margin, length_alpha, require_eos; an update takes
-    `train.batch_size` prompts.
+    are made is `sera`'s: num_samples, likelihood_weight, ranking_reduction, pairing, min_margin, length_alpha,
+    require_eos; an update takes `train.batch_size` prompts.
 
     arms: what to run from the same SFT model: `online_dpo`, and the control `daa` (as many updates on the offline pairs
         again).
@@ -333,6 +333,10 @@ class EvalGroup:
     """Held-out evaluation after every round. 0 pairs or prompts: all there are; -1 prompts: none is answered.
 
     max_pairs: of held-out pairs, or of held-out demonstrations with method="srppo".
+    temperature: at which held-out prompts are answered; whatever is reported of answers is of these.
+    temperatures: where there is a gold reward, further temperatures at which the SFT model and every arm's last policy
+        answer them, for `gold_by_temperature`; each costs one more answer to every prompt and policy.
+    num_generations: of the answers at `temperature`, how many of every policy stand in generations.jsonl.
     answer_pattern: a regular expression with one group; the report then shows the share of held-out answers in which it
         is found (`wellformed_fraction`) and, where the rows have responses, the share whose last match is theirs
         (`answer_accuracy`).
@@ -341,6 +345,7 @@ class EvalGroup:
     max_pairs: int = at_least(0, 0)
     num_prompts: int = at_least(64, -1)
     temperature: float = at_least(0.0, 0)
+    temperatures: tuple[float, ...] = ()
     max_new_tokens: int = at_least(0, 0)
     num_generations: int = at_least(8, 0)
     answer_pattern: str = ""
@@ -355,23 +360,6 @@ class LogGroup:
     tensorboard: bool = True
     report: bool = True
     hf_export: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class WorldGroup:
-    """The embedded world (sera_jax/world.py); an empty name means real data. Sizes are counts of rows, at most a
-    million each."""
-
-    name: str = one_of("", "habits")
-    pretrain: int = within(8000, 0, 10**6)
-    demonstrations: int = within(200, 0, 10**6)
-    preferences: int = within(800, 0, 10**6)
-    heldout_preferences: int = within(400, 0, 10**6)
-    heldout_prompts: int = within(200, 0, 10**6)
-    heldout_demonstrations: int = within(200, 0, 10**6)
-    prompts: int = within(0, 0, 10**6)
-    demonstrator: str = "better"
-    cue: float = within(0.6, 0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -395,4 +383,4 @@ class Config:
     mesh: MeshGroup = MeshGroup()
     eval: EvalGroup = EvalGroup()
     log: LogGroup = LogGroup()
-    world: WorldGroup = WorldGroup()
+    world: WorldGroup = dataclasses.field(default_factory=WorldGroup)

@@ -14,7 +14,8 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from sera_jax.config.groups import CHOICES, RANGE, Config
+from sera_jax.config.fields import CHOICES, RANGE
+from sera_jax.config.groups import Config
 from sera_jax.config.rules import check_together
 
 MAX_INT = 2**31 - 1  # devices count steps, positions and rows in 32 bits

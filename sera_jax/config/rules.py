@@ -16,6 +16,7 @@ def check_together(config: Config) -> None:
     _check_lengths(config)
     _check_chunks(config)
     _check_pattern(config.eval.answer_pattern)
+    _check_temperatures(config.eval.temperatures)
 
 
 def _check_lengths(config: Config) -> None:
@@ -40,6 +41,11 @@ def _check_chunks(config: Config) -> None:
                 f"config.{name}.logits_chunk_tokens={value} is not read: every phase takes that of train, "
                 f"config.train.logits_chunk_tokens={asked}; set that one"
             )
+
+
+def _check_temperatures(asked: tuple[float, ...]) -> None:
+    if min(asked, default=0.0) < 0 or len({f"{t:g}" for t in asked}) != len(asked):
+        raise ValueError(f"config.eval.temperatures={asked!r}; give each of them once, and none below 0")
 
 
 def _check_pattern(pattern: str) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 # Okabe and Ito's palette, told apart by every common kind of colour vision; markers differ as well.
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
-OTHERS = [(SKY, "P"), ("#000000", "X"), ("#F0E442", "*")]
+BLACK, YELLOW, BROWN = "#000000", "#F0E442", "#7A5230"
+OTHERS = [(SKY, "P"), (BLACK, "X"), (YELLOW, "*")]
 GREY = "#6E6E6E"
 INK = "#222222"
 PANEL_INCHES = (4.3, 3.5)  # width, height

@@ -131,10 +131,14 @@ def write_summary(path: str | os.PathLike[str], summary: Summary, report: Report
 
 
 def table(summary: Summary, report: Report) -> str:
-    """Two short tables, of the arms and of their rounds; a column that has no value at all is left out."""
+    """Short tables: of the arms, of their gold by temperature where that is known, of their rounds. A column without
+    any value is left out."""
     summary = _applicable(summary, report)
     arms = [{"arm": arm, **facts} for arm, facts in summary["arms"].items()]
     parts = [aligned(arms, report.arm_columns)]
+    if known := [facts for facts in arms if "gold_by_temperature" in facts]:
+        temperatures = known[0]["gold_by_temperature"]
+        parts.append(aligned(known, [ARM, *((f"gold at {t}", _gold_at(t)) for t in temperatures)]))
     if summary["rounds"]:
         parts.append(aligned(summary["rounds"], report.round_columns))
     return "\n\n".join(parts)
@@ -210,7 +214,16 @@ def in_a_line(facts: Mapping[str, Any]) -> str:
 
 # Columns and meanings that more than one method has, by what they show.
 GOLD = ("gold_mean", "gold", "mean reward of answers to held-out prompts, by the world's rule; 95 % over prompts")
+GOLD_AT = (
+    "gold_by_temperature",
+    "gold at",
+    "of answers at this temperature; 0 is greedy, where mere sharpening is no gain",
+)
 ARM: Column = ("arm", plain("arm"))
+
+
+def _gold_at(temperature: str) -> Cell:
+    return lambda facts: f"{facts['gold_by_temperature'][temperature]:.3f}"
 
 
 def aligned(rows: Sequence[Any], columns: Sequence[Column]) -> str:

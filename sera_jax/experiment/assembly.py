@@ -62,9 +62,7 @@ def read_corpus(config: Config, workdir: Workdir, say: Callable[[str], None]) ->
 
 def make_world_files(config: Config, method: Method, workdir: Workdir) -> tuple[DataGroup, ModelGroup, str]:
     """Write the embedded world's files; data and model groups that point to them, and the held-out prompts' file."""
-    group = dataclasses.asdict(config.world)
-    group.pop("name")
-    spec = world.WorldSpec(seed=config.seed, **group)
+    spec = world.WorldSpec(seed=config.seed, **dataclasses.asdict(config.world))
     product = workdir.phase("world", dataclasses.asdict(spec), lambda folder: _write_world(spec, folder))
     folder = product.path / "files"
     files = {field: str(folder / file) for field, file in method.sources.items()}

@@ -30,22 +30,37 @@ Answers = Sequence[Sample]  # one for each prompt
 
 
 def phases(
-    policy: str, corpus: Corpus, settings: EvalGroup, *, pairs: bool = False, base: bool = False, trained: bool = True
+    policy: str,
+    corpus: Corpus,
+    settings: EvalGroup,
+    *,
+    pairs: bool = False,
+    base: bool = False,
+    trained: bool = True,
+    last: bool = False,
 ) -> list[str]:
     """What it takes to evaluate a policy, or, not `trained`, the answers of an arm that is none.
 
     Args:
         pairs: there is a loss whose reward ranks pairs. base: there is a base model that scores answers.
+        last: it is the SFT model or an arm's last policy.
     """
     names = [f"{policy}/heldout", "sft/heldout"] if pairs and corpus.heldout and trained else []
     if corpus.heldout_demonstrations and trained:
         names.append(f"{policy}/heldout_demonstrations")
     if corpus.eval_prompts:
         names += [f"{policy}/generations"] if trained else []
+        if trained and last and corpus.gold is not None:
+            names += [f"{policy}/{answers_phase(settings, t)}" for t in settings.temperatures]
         drawn = trained and settings.temperature == 1.0 and policy != "sft"
         scorers = ["sft", "base", *(["itself"] if drawn else [])] if base else []
         names += [f"{policy}/generations_by_{scorer}" for scorer in scorers]
     return names
+
+
+def answers_phase(settings: EvalGroup, temperature: float | None = None) -> str:
+    """The phase of a policy that answers held-out prompts; None: at `settings.temperature`."""
+    return "generations" if temperature in (None, settings.temperature) else f"generations_at_{temperature:g}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +93,7 @@ class Evaluator:
         """The policy's facts after a round, without intervals, said in a line; its first answers go to
         generations.jsonl."""
         self.show(policy)
-        facts = {name: value for name, value in self.of_arm(policy).items() if not name.endswith("_ci95")}
+        facts = {name: value for name, value in self._measured(policy).items() if not name.endswith("_ci95")}
         self.say(policy.name, facts)
         return facts
 
@@ -89,7 +104,11 @@ class Evaluator:
         self._said.add(name)
 
     def of_arm(self, policy: Policy) -> dict[str, Any]:
-        """The same facts with their intervals and the win rate against the SFT model."""
+        """The same facts with their intervals, and the gold by temperature."""
+        return self._measured(policy) | self._gold_by_temperature(policy)
+
+    def _measured(self, policy: Policy) -> dict[str, Any]:
+        """All facts but those, with intervals and the win rate against the SFT model."""
         facts = self._facts(policy)
         return facts | self._win_rate(self.answers(policy)) if self.prompts else facts
 
@@ -97,10 +116,13 @@ class Evaluator:
         """The facts of an arm that is no policy but has an answer to each prompt; `name` is the arm's."""
         return self._answer_facts(name, answers) | self._win_rate(answers) if self.prompts else {}
 
-    def answers(self, policy: Policy) -> Answers:
-        """The policy's answers to the held-out prompts, in their order."""
-        name = f"{policy.name}/generations"
-        return [c.samples[0] for c in self.run.sample(name, policy, self.prompts, 1, self.answer_settings(), round_=0)]
+    def answers(self, policy: Policy, temperature: float | None = None) -> Answers:
+        """The policy's answers to the held-out prompts, in their order; None: at `settings.temperature`."""
+        how = self.answer_settings()
+        if temperature is not None:
+            how = dataclasses.replace(how, temperature=temperature)
+        name = f"{policy.name}/{answers_phase(self.settings, temperature)}"
+        return [c.samples[0] for c in self.run.sample(name, policy, self.prompts, 1, how, round_=0)]
 
     def answer_settings(self) -> SamplingGroup:
         """How held-out prompts are answered."""
@@ -191,6 +213,12 @@ class Evaluator:
         if self.gold is None:
             return {}
         return {"win_rate_vs_sft": gold.win_rate(self._golds(answers), self._golds(self.answers(self.reference)))}
+
+    def _gold_by_temperature(self, policy: Policy) -> dict[str, Any]:
+        if self.gold is None or not self.prompts or not self.settings.temperatures:
+            return {}
+        at = {f"{t:g}": float(self._golds(self.answers(policy, t)).mean()) for t in self.settings.temperatures}
+        return {"gold_by_temperature": at}
 
     def _logps(self, name: str, answers: Answers, scorer: str, policy: Policy) -> np.ndarray:
         """Summed log-prob f32[prompts] of the answers of arm `name` under `policy`, whose part is `scorer`."""

@@ -20,8 +20,11 @@ _DOES = {
     r"heldout_demonstrations": "scoring the held-out demonstrations",
     r"generations": "answering the held-out prompts",
     r"generations_by_(.*)": r"scoring these answers by \1",
-    r"candidates": "sampling candidates",
-    r"candidates_by_(.*)": r"scoring the candidates by \1",
+    r"generations_at_(.*)": r"answering them at temperature \1",
+    r"candidates\d*": "sampling candidates",
+    r"candidates\d*_by_(.*)": r"scoring the candidates by \1",
+    r"support": "sampling its own answers, for what it supports",
+    r"support_by_(.*)": r"scoring these answers by \1",
     r"pairs\d+": "choosing the pairs",
     r"reference\d+": "scoring the pairs by the last round's policy",
 }

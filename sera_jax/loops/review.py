@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from sera_jax import irm
+from sera_jax import guards, irm
 from sera_jax.config import SeraGroup
 from sera_jax.core import Stream, rng_for
 from sera_jax.data.items import Item, PairItem
 from sera_jax.data.packing import Layout, laid_tokens
 from sera_jax.evaluation import gold
+from sera_jax.loops.rewards import Reward, implicit
 from sera_jax.loops.runtime import Policy
 from sera_jax.loops.sera_study import Gold, SeraStudy, pair_margins, pool_logps
 from sera_jax.sampling import Candidates
+
+SUPPORT_PROMPTS = 1000  # whose answers say well enough where a quantile lies
 
 
 def review(
@@ -42,7 +46,7 @@ def review(
             round_index=round_,
         )
 
-    fraction = settings.keep_fraction
+    fraction = guards.clean_share(margins) if settings.keep_rule == "mixture" else settings.keep_fraction
     if settings.selection == "random" and len(pool):  # the control keeps as many as the rule it stands for would
         fraction = len(select(study.settings, fraction)) / len(pool)
     chosen = select(settings, fraction)
@@ -65,57 +69,161 @@ def bootstrap(
     count = round(settings.bootstrap_fraction * len(study.pool))
     if count == 0:
         return [], {}
-    run, now = study.run, policies[-1]
-    prompts = study.prompts
-    if 0 < settings.bootstrap_prompts < len(prompts):
-        picked = rng_for(run.seed, Stream.SELECT, round_, 2).permutation(len(prompts))[: settings.bootstrap_prompts]
-        prompts = [prompts[i] for i in sorted(picked)]
-    candidates = run.sample(f"{now.name}/candidates", now, prompts, settings.num_samples, study.sampling, round_=round_)
-    newest, before = (scored(study, candidates, now, policy) for policy in policies[-1:-3:-1])
-    rewards = [
-        irm.ensemble(study.ranking(new), study.ranking(old), settings.ensemble_gamma)
-        for new, old in zip(newest, before, strict=True)
-    ]
-    pairings = pair_up(study, candidates, rewards, settings)
+    made = sampled(study, settings, policies, round_)
+    rewards = judged(study, settings, made, round_)
+    pairings = guarded(study, settings, made, rewards)
     flat = [(i, pair) for i, pairing in enumerate(pairings) for pair in pairing.pairs]
-    kept = irm.filter_bootstrapped(
-        np.array([pair.margin for _, pair in flat], np.float32),
-        count=count,
-        threshold=settings.min_margin,
-        rule="random" if settings.selection == "random" else "top",
-        seed=run.seed,
-        round_index=round_,
-    )
+    margins = np.array([pair.margin for _, pair in flat], np.float32)
+    inside, refused = guards.admitted(margins, settings.min_margin, settings.bootstrap_band)
+    kept = np.flatnonzero(inside)[irm.filter_bootstrapped(margins[inside], count=count)]
+    if settings.selection == "random":  # the control keeps as many, with no regard to margins
+        how: dict[str, Any] = dict(rule="random", seed=study.run.seed, round_index=round_)
+        kept, refused = irm.filter_bootstrapped(margins, count=len(kept), **how), Counter[str]()
     chosen: dict[int, list[irm.CandidatePair]] = {}
     for index in kept:
         i, pair = flat[index]
         chosen.setdefault(i, []).append(pair)
     fresh = [
-        item for i, pairs in chosen.items() for item in pair_items(newest[i], pairs, f"#round{round_}", run.layout)
+        item
+        for i, pairs in chosen.items()
+        for item in pair_items(made.newest[i], pairs, f"#round{round_}", study.run.layout)
     ]
-    lengths, ended = [c.lengths for c in candidates], [c.finished for c in candidates]
-    record: dict[str, Any] = irm.bootstrap_summary(pairings, lengths, ended)
+    record: dict[str, Any] = _summary(made.newest, rewards, pairings)
+    record |= {f"bootstrap/refused_{reason}": float(number) for reason, number in refused.items()}
     if study.gold is not None and fresh:
         record["agreement"] = agreement(study.gold, fresh)
     return fresh, record
 
 
-def scored(study: SeraStudy, candidates: Sequence[Candidates], sampled_by: Policy, policy: Policy) -> list[Candidates]:
-    """The candidates with their log-probs under `policy` and, where the loss has one, under the reference."""
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """A round's candidates by prompt, scored under the newest policy and under the one before.
 
-    def logps(scorer: Policy) -> list[np.ndarray]:
-        return study.run.score_candidates(scored_phase(sampled_by.name, scorer.name), scorer, candidates)
+    Attributes:
+        sft: their summed log-probs under the SFT model, f32[N]; None where nothing asks for them.
+    """
 
-    reference = logps(study.sft) if study.loss.uses_reference else [None] * len(candidates)
-    return [
-        dataclasses.replace(c, logp=logp, ref_logp=ref)
-        for c, logp, ref in zip(candidates, logps(policy), reference, strict=True)
-    ]
+    newest: list[Candidates]
+    before: list[Candidates]
+    sft: Sequence[np.ndarray] | None
 
 
-def scored_phase(sampled_by: str, scorer: str) -> str:
-    """The phase that scores the candidates of one policy by another."""
-    return f"{sampled_by}/candidates_by_{scorer.replace('/', '-')}"
+def sampled(study: SeraStudy, settings: SeraGroup, policies: Sequence[Policy], round_: int) -> Sampled:
+    """Candidates of the newest policy, or, with `bootstrap_from="sft"`, of the SFT model, which then judges alone."""
+    run, prompts = study.run, study.prompts
+    now, last = (study.sft, study.sft) if settings.bootstrap_from == "sft" else (policies[-1], policies[-2])
+    name = candidates_phase(settings, now.name, round_)
+    if 0 < settings.bootstrap_prompts < len(prompts):
+        picked = rng_for(run.seed, Stream.SELECT, round_, 2).permutation(len(prompts))[: settings.bootstrap_prompts]
+        prompts = [prompts[i] for i in sorted(picked)]
+    candidates = run.sample(name, now, prompts, settings.num_samples, study.sampling, round_=round_)
+    asked = study.loss.uses_reference or settings.support_quantile > 0
+    sft = _logps(study, candidates, name, study.sft) if asked else None
+    reference = sft if study.loss.uses_reference and sft is not None else [None] * len(candidates)
+
+    def scored(policy: Policy) -> list[Candidates]:
+        logps = zip(candidates, _logps(study, candidates, name, policy), reference, strict=True)
+        return [dataclasses.replace(c, logp=logp, ref_logp=ref) for c, logp, ref in logps]
+
+    return Sampled(scored(now), scored(last), sft)
+
+
+def _logps(study: SeraStudy, candidates: Sequence[Candidates], name: str, scorer: Policy) -> list[np.ndarray]:
+    return study.run.score_candidates(scored_phase(name, scorer.name), scorer, candidates)
+
+
+def judged(study: SeraStudy, settings: SeraGroup, made: Sampled, round_: int) -> list[np.ndarray]:
+    """The rewards f32[N] that rank each prompt's candidates: the policies' by equation 7, or those of a control."""
+    if settings.judge == "chance":
+        draws = (rng_for(study.run.seed, Stream.SELECT, round_, 3, i) for i in range(len(made.newest)))
+        return [rng.random(len(c.samples)).astype(np.float32) for rng, c in zip(draws, made.newest)]
+    if settings.judge == "gold":
+        rule = study.gold
+        assert rule is not None, "refused where there is no gold reward"
+        return [np.array([rule(c.prompt, said) for said in c.tokens], np.float32) for c in made.newest]
+    return _ensembled(settings, made, study.ranking)
+
+
+def _ensembled(settings: SeraGroup, made: Sampled, ranking: Reward) -> list[np.ndarray]:
+    both = zip(made.newest, made.before, strict=True)
+    return [irm.ensemble(ranking(new), ranking(old), settings.ensemble_gamma) for new, old in both]
+
+
+def guarded(study: SeraStudy, settings: SeraGroup, made: Sampled, rewards: Sequence[np.ndarray]) -> list[irm.Pairing]:
+    """What `settings` makes of every prompt's candidates, within its guard rails on support and agreement."""
+    supported = [np.ones(len(c.samples), bool) for c in made.newest]
+    if settings.support_quantile > 0:
+        assert made.sft is not None
+        least = support(study, settings.support_quantile)
+        supported = [_per_token(logp, c) >= least for logp, c in zip(made.sft, made.newest, strict=True)]
+
+    def pair(i: int) -> irm.Pairing:
+        def of(places: np.ndarray) -> irm.Pairing:
+            few = made.newest[i].only(places)
+            return pair_up(study, [few], [rewards[i][places]], settings)[0]
+
+        return guards.among_supported(supported[i], of)
+
+    pairings = [pair(i) for i in range(len(made.newest))]
+    judges = _judges(study, settings, made)
+    return [guards.agreed(pairing, [judge[i] for judge in judges]) for i, pairing in enumerate(pairings)]
+
+
+def _judges(study: SeraStudy, settings: SeraGroup, made: Sampled) -> list[list[np.ndarray]]:
+    """Each judge's rewards of every prompt's candidates, by `settings.agreement`."""
+    if settings.agreement == "rewards":
+        both = (implicit(study.loss), implicit(study.loss, likelihood_weight=1.0, reduction="mean"))
+        return [_ensembled(settings, made, reward) for reward in both]
+    if settings.agreement == "policies":
+        return [[study.ranking(c) for c in group] for group in (made.newest, made.before)]
+    return []
+
+
+def support(study: SeraStudy, quantile: float) -> float:
+    """The log-prob per token below which this share of the SFT model's own answers lies: one to each prompt, to at most
+    `SUPPORT_PROMPTS` of them, sampled as candidates are."""
+    run, sft = study.run, study.sft
+    name = f"{sft.name}/support"
+    own = run.sample(name, sft, study.prompts[:SUPPORT_PROMPTS], 1, study.sampling, round_=0)
+    rates = [_per_token(logp, c) for logp, c in zip(_logps(study, own, name, sft), own, strict=True)]
+    return float(np.quantile(np.concatenate(rates), quantile))
+
+
+def _per_token(logp: np.ndarray, candidates: Candidates) -> np.ndarray:
+    return logp / np.maximum(candidates.lengths, 1)
+
+
+def _summary(
+    candidates: Sequence[Candidates], rewards: Sequence[np.ndarray], pairings: Sequence[irm.Pairing]
+) -> dict[str, float]:
+    """`bootstrap/*` of a round before the filter on margins."""
+    refs = [c.ref_logp for c in candidates if c.ref_logp is not None]
+    tokens, lengths, ended = ([getattr(c, name) for c in candidates] for name in ("tokens", "lengths", "finished"))
+    return {
+        **irm.bootstrap_summary(pairings, lengths, ended),
+        **guards.candidate_summary(rewards, tokens, refs if len(refs) == len(candidates) else None),
+        **guards.margin_spread(pairings),
+    }
+
+
+def bootstrap_phases(settings: SeraGroup, policies: Sequence[str], round_: int, *, uses_reference: bool) -> list[str]:
+    """The phases of `bootstrap` after rounds that made `policies`."""
+    both = ("sft", "sft") if settings.bootstrap_from == "sft" else tuple(policies[-2:])
+    supported = settings.support_quantile > 0
+    name = candidates_phase(settings, both[-1], round_)
+    scorers = [*both, *(["sft"] if uses_reference or supported else [])]
+    support = ["sft/support", scored_phase("sft/support", "sft")] if supported else []
+    return [name, *(scored_phase(name, scorer) for scorer in scorers), *support]
+
+
+def candidates_phase(settings: SeraGroup, sampled_by: str, round_: int) -> str:
+    """The phase that samples candidates: the SFT model's own are drawn anew in every round."""
+    return f"{sampled_by}/candidates" + (str(round_) if settings.bootstrap_from == "sft" else "")
+
+
+def scored_phase(candidates: str, scorer: str) -> str:
+    """The phase that scores the candidates of a phase by a policy."""
+    return f"{candidates}_by_{scorer.replace('/', '-')}"
 
 
 def pair_up(

@@ -1,7 +1,7 @@
 """What ranks candidates: a reward is a function from one prompt's Candidates to a number for each, larger is better.
 
-Handed to the loops, not built into them. The rankings that a config names are in `RANKINGS`; any other function of
-that kind will do, for instance `of_texts` of a rule of one's own or of a reward model.
+Handed to the loops, not built into them. Configs name `implicit` and its arguments; any other function of that kind
+will do, for instance `of_texts` of a rule of one's own or of a reward model.
 """
 
 from __future__ import annotations
@@ -17,22 +17,23 @@ from sera_jax.sampling import Candidates
 Reward = Callable[[Candidates], np.ndarray]  # f32[N]
 
 
-def implicit(loss: ResolvedLoss) -> Reward:
-    """The loss's own implicit reward, without its scale: for DPO, log pi - log pi_ref. What SeRA ranks by."""
+def implicit(loss: ResolvedLoss, *, likelihood_weight: float = 0.0, reduction: str = "loss") -> Reward:
+    """log pi - (1 - w) log pi_ref, nats or nats a token; w is the likelihood weight.
+
+    w = 0 is the loss's own implicit reward without its scale, which SeRA ranks by; w = 1 is the likelihood under the
+    policy (ours, as is all between). A loss without reference ranks by log pi at any weight.
+
+    Args:
+        reduction: over an answer's tokens: `sum`, `mean`, or `loss`, that of the loss.
+    """
+    mean = (loss.logp if reduction == "loss" else reduction) == "mean"
 
     def reward(candidates: Candidates) -> np.ndarray:
         assert candidates.logp is not None, "scored before it is ranked"
-        return loss.score(candidates.logp, candidates.lengths, candidates.ref_logp)
-
-    return reward
-
-
-def likelihood(loss: ResolvedLoss) -> Reward:
-    """The mean log-prob of an answer's tokens under the policy itself, whatever the loss."""
-
-    def reward(candidates: Candidates) -> np.ndarray:
-        assert candidates.logp is not None, "scored before it is ranked"
-        return np.float32(candidates.logp) / np.maximum(candidates.lengths, 1).astype(np.float32)
+        value = np.float32(candidates.logp)
+        if loss.uses_reference:
+            value = value - np.float32(1.0 - likelihood_weight) * np.float32(candidates.ref_logp)
+        return value / np.maximum(candidates.lengths, 1).astype(np.float32) if mean else value
 
     return reward
 
@@ -51,6 +52,3 @@ def of_texts(judge: Callable[[str, str], float], texts: Callable[[Item, np.ndarr
         texts: from (prompt item, response tokens) to both as text.
     """
     return lambda candidates: np.array([judge(*texts(candidates.prompt, t)) for t in candidates.tokens], np.float32)
-
-
-RANKINGS: dict[str, Callable[[ResolvedLoss], Reward]] = {"implicit": implicit, "likelihood": likelihood}

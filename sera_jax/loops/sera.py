@@ -19,7 +19,7 @@ import numpy as np
 from sera_jax import irm
 from sera_jax.config import SeraGroup
 from sera_jax.loops.log import write_round
-from sera_jax.loops.review import bootstrap, review, scored_phase
+from sera_jax.loops.review import bootstrap, bootstrap_phases, review
 from sera_jax.loops.runtime import Policy
 from sera_jax.loops.sera_study import (
     Round,
@@ -38,7 +38,7 @@ def sera(study: SeraStudy, arm: str, settings: SeraGroup) -> tuple[Policy, list[
     Raises:
         ValueError: a round is left without any pair.
     """
-    reviews = settings.selection != "none" or settings.bootstrap_fraction > 0
+    reviews = _reviews(settings)
     reference = pool_logps(study, study.sft)
     pool = [dataclasses.replace(pair, ref_logp=logp) for pair, logp in zip(study.pool, reference, strict=True)]
     policies, facts = [study.sft], []
@@ -47,6 +47,9 @@ def sera(study: SeraStudy, arm: str, settings: SeraGroup) -> tuple[Policy, list[
         kept, fresh, record = pool, [], {}
         if round_ > 1 and reviews:
             chosen, margins, record = review(study, settings, pool, policies, round_)
+            if _runs_away(settings, record):
+                policies = [_best(study, arm, policies, facts, record)]
+                break
             fresh, found = bootstrap(study, settings, policies, round_)
             save_pairs(study, f"{arm}/pairs{round_}", chosen, margins, fresh)
             kept = [pool[i] for i in chosen[irm.order(margins[chosen], settings.curriculum)]]
@@ -72,6 +75,28 @@ def sera(study: SeraStudy, arm: str, settings: SeraGroup) -> tuple[Policy, list[
     return policies[-1], facts
 
 
+def _reviews(settings: SeraGroup) -> bool:
+    return settings.selection != "none" or settings.bootstrap_fraction > 0 or settings.curriculum != "none"
+
+
+def _runs_away(settings: SeraGroup, record: dict[str, Any]) -> bool:
+    limit = settings.stop_margin_std
+    return limit is not None and record.get("irm/std", 0.0) > limit
+
+
+def _best(
+    study: SeraStudy, arm: str, policies: list[Policy], facts: list[dict[str, Any]], record: dict[str, Any]
+) -> Policy:
+    """The policy of the round with the highest held-out accuracy, the later of equals; it is said, and noted there."""
+    best = max(facts, key=lambda fact: (fact.get("heldout_accuracy", 0.0), fact["round"]))
+    best["kept_as_result"] = True
+    study.run.writer.announce(
+        f"{arm}: no round {len(facts) + 1}: the margins' standard deviation is {record['irm/std']:.2f} nats "
+        f"(config.sera.stop_margin_std={study.settings.stop_margin_std}); round {best['round']} is the result"
+    )
+    return policies[best["round"]]
+
+
 def phases(arm: str, settings: SeraGroup, *, bootstraps: bool, uses_reference: bool) -> tuple[list[str], list[str]]:
     """The phases of an arm without those of evaluation, and the policies that are evaluated.
 
@@ -80,12 +105,11 @@ def phases(arm: str, settings: SeraGroup, *, bootstraps: bool, uses_reference: b
     """
     names, policies = ["sft/pool"], ["sft"]
     for round_ in (Round(arm, number) for number in range(1, settings.rounds + 1)):
-        now, later = policies[-1], round_.number > 1
-        if later and (settings.selection != "none" or settings.bootstrap_fraction > 0):
+        later = round_.number > 1
+        if later and _reviews(settings):
             names += [f"{policy}/pool" for policy in policies[-2:]]
             if bootstraps:
-                scorers = [*policies[-2:], *(["sft"] if uses_reference else [])]
-                names += [f"{now}/candidates", *(scored_phase(now, scorer) for scorer in scorers)]
+                names += bootstrap_phases(settings, policies, round_.number, uses_reference=uses_reference)
             names.append(f"{arm}/pairs{round_.number}")
         if later and settings.reference == "previous" and uses_reference:
             names.append(round_.reference_phase)

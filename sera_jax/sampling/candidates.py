@@ -42,6 +42,11 @@ class Candidates:
         """bool[N]: the answer ended by itself."""
         return np.array([sample.finished for sample in self.samples], bool)
 
+    def only(self, places: Sequence[int] | np.ndarray) -> Candidates:
+        """Those of the answers, in this order."""
+        logps = [None if values is None else values[places] for values in (self.logp, self.ref_logp)]
+        return Candidates(self.prompt, tuple(self.samples[k] for k in places), *logps)
+
     @property
     def item(self) -> Item:
         """The prompt with the answers as its responses: what the packer packs."""

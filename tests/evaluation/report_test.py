@@ -2,10 +2,12 @@
 
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
 
+from sera_jax import guards
 from sera_jax.evaluation import picture
 from tests.evaluation import shown as report
 from tests.evaluation import srppo_summary
@@ -108,6 +110,29 @@ def test_the_table_has_a_line_per_arm_and_round_and_is_aligned():
         assert len({len(line) for line in block.splitlines()}) == 1
         assert len(block.splitlines()[0]) <= 120
     assert "60 / 25 / 15" in rounds
+
+
+def test_the_gold_by_temperature_has_a_table_of_its_own():
+    summary = make_summary(arms=("daa",))
+    assert "gold at" not in report.table(summary) + report.legend(summary)
+    for k, arm in enumerate(("sft", "daa")):
+        summary["arms"][arm]["gold_by_temperature"] = {"0": 0.5 + k, "0.5": 0.25 + k}
+    report.check_summary(summary)
+    _, gold, _ = report.table(summary).split("\n\n")
+    head, _, *lines = [re.split("  +", line.strip()) for line in gold.splitlines()]
+    assert head == ["arm", "gold at 0", "gold at 0.5"]
+    assert lines == [["sft", "0.500", "0.250"], ["daa", "1.500", "1.250"]]
+    assert "gold at  of answers at this temperature" in report.legend(summary)
+
+
+def test_what_guard_rails_refuse_has_a_column_for_each_reason_that_occurs():
+    summary = make_summary(arms=("sera",))
+    assert not set(guards.REASONS) & set((report.table(summary) + report.legend(summary)).split())
+    summary["rounds"][1] |= {"bootstrap/refused_unsupported": 12.0, "bootstrap/refused_outside_band": 3.0}
+    head, _, *lines = report.table(summary).split("\n\n")[1].splitlines()
+    assert set(guards.REASONS) & set(head.split()) == {"unsupported", "outside_band"}
+    assert lines[1].split()[:7] == ["sera", "2", "56", "8.0", "%", "24", "12"] and " 3 " in lines[1]
+    assert "unsupported  answers below" in report.legend(summary)
 
 
 def test_the_table_of_real_data_speaks_of_no_gold():

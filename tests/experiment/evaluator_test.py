@@ -21,6 +21,7 @@ BASE, SFT, OTHER = (Policy(name, pathlib.Path(), name) for name in ("base", "sft
 # log-prob of a token under each: the SFT model is surer than the base, the trained policy surer still
 PER_TOKEN = {"base": -2.0, "sft": -1.5, "other/iteration3": -1.0}
 QUESTIONS = ["repeat : saw red", "first of : oak tin elm"]
+GREEDY = ["sure , saw red all done .", "oak"]
 REPLIES = {"sft": ["saw red", "oak"], "other/iteration3": ["sure , saw red all done .", "elm"]}
 
 
@@ -34,6 +35,7 @@ class FakeRuntime:
         self.writer = types.SimpleNamespace(announce=self.said.append)
         self.scored: list[str] = []
         self.settings: list[SamplingGroup] = []
+        self.sampled: dict[str, float] = {}
 
     def score(self, name, policy, items):
         self.scored.append(name)
@@ -42,7 +44,8 @@ class FakeRuntime:
 
     def sample(self, name, policy, prompts, num_samples, settings, *, round_):
         self.settings.append(settings)
-        replies = zip(QUESTIONS, REPLIES[policy.name])
+        self.sampled[name] = settings.temperature
+        replies = zip(QUESTIONS, REPLIES[policy.name] if settings.temperature else GREEDY)
         answers = [self.tokenizer.encode_response(question, reply) for question, reply in replies]
         samples = [Sample(i, 0, tokens, np.zeros(0, np.float32), True) for i, tokens in enumerate(answers)]
         return grouped(prompts, samples)
@@ -58,8 +61,10 @@ def make(tmp_path):
         for item, question, reply in zip(prompts, QUESTIONS, replies)
     ]
 
-    def evaluator(temperature=1.0, pattern="", **fields):
-        settings = EvalGroup(temperature=temperature, num_generations=1, answer_pattern=pattern)
+    def evaluator(temperature=1.0, pattern="", temperatures=(), **fields):
+        settings = EvalGroup(
+            temperature=temperature, temperatures=temperatures, num_generations=1, answer_pattern=pattern
+        )
         given = {
             "run": FakeRuntime(tmp_path, tokenizer),
             "loss": None,
@@ -99,6 +104,19 @@ def test_a_round_has_the_same_facts_without_the_intervals(make):
     whole = evaluator.of_arm(OTHER)
     kept = {k: v for k, v in whole.items() if not k.endswith("_ci95")}
     assert evaluator.look_at(OTHER, 3) == kept
+
+
+def test_the_gold_of_an_arm_is_known_at_every_temperature_asked_for(make):
+    evaluator = make(temperatures=(0.0, 0.5, 1.0))
+    facts = evaluator.of_arm(OTHER)
+    assert facts["gold_by_temperature"] == pytest.approx({"0": (1.0 + 0.6) / 2, "0.5": 0.5, "1": facts["gold_mean"]})
+    name = f"{OTHER.name}/generations"
+    asked = {at: t for at, t in evaluator.run.sampled.items() if at.startswith(name)}
+    assert asked == {name: 1.0, f"{name}_at_0": 0.0, f"{name}_at_0.5": 0.5}, "what is known is not drawn again"
+    rest = {key: value for key, value in facts.items() if key != "gold_by_temperature"}
+    assert rest == make().of_arm(OTHER)
+    assert "gold_by_temperature" not in evaluator.look_at(OTHER, 3)
+    assert "gold_by_temperature" not in make(temperatures=(0.0,), gold=None).of_arm(OTHER)
 
 
 def test_the_main_facts_of_a_policy_are_said_in_a_line_and_once(make):

@@ -15,7 +15,7 @@ from sera_jax.config import Config
 from sera_jax.experiment.methods import METHODS, online_dpo
 from sera_jax.experiment.methods.online_dpo import ARMS
 from sera_jax.loops.online import online, self_made
-from sera_jax.loops.rewards import RANKINGS
+from sera_jax.loops.rewards import implicit
 from sera_jax.loops.runtime import Policy, Preempted
 from sera_jax.loops.sera_study import SeraStudy
 from sera_jax.mesh import make_mesh
@@ -120,9 +120,12 @@ def test_what_is_said_of_the_pairs_adds_up(lab):
     assert not [name for line in lab.lines("daa") for name in line if name.startswith("bootstrap/")]
 
 
+RANKINGS = {"implicit": {}, "likelihood": {"likelihood_weight": 1.0, "reduction": "mean"}}
+
+
 @pytest.mark.parametrize("ranking", RANKINGS)
 def test_an_update_learns_from_its_own_policys_best_and_worst_answers_by_the_ranking(lab, tmp_path, ranking):
-    study = study_in(lab, tmp_path, ranking=RANKINGS[ranking](lab.study.loss))
+    study = study_in(lab, tmp_path, ranking=implicit(lab.study.loss, **RANKINGS[ranking]))
     policy, seen = lab.policy("round1"), []
     run_generate = study.run.generate
     study.run.generate = lambda *args, **how: seen.append(run_generate(*args, **how)) or seen[-1]
@@ -148,8 +151,8 @@ def likelihood_of(samples):
 
 def test_the_two_rankings_make_other_pairs_of_the_same_answers(lab, tmp_path):
     chosen = []
-    for name, ranking in RANKINGS.items():
-        study = study_in(lab, tmp_path / name, ranking=ranking(lab.study.loss))
+    for name, how in RANKINGS.items():
+        study = study_in(lab, tmp_path / name, ranking=implicit(lab.study.loss, **how))
         chosen.append({tuple(tokens.tolist()) for tokens, _ in pairs_of(first_batch(study, lab.policy("round1")))})
     assert chosen[0] != chosen[1]
 

@@ -7,7 +7,7 @@ import pytest
 
 from sera_jax import irm
 from sera_jax.data.items import Item
-from sera_jax.loops.rewards import RANKINGS, coherent, of_texts
+from sera_jax.loops.rewards import coherent, implicit, of_texts
 from sera_jax.loops.srppo_study import PpoArm
 from sera_jax.losses.preference import LOSSES, resolve
 from sera_jax.sampling import Candidates, Sample, grouped
@@ -27,25 +27,34 @@ def candidates():
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_published_ranking_is_the_losses_own_reward_without_its_scale(name):
+def test_the_published_ranking_is_the_losses_own_score_to_the_bit(name):
     loss = resolve(name)
-    rewards = RANKINGS["implicit"](loss)(candidates())
     reference = REF_LOGP if loss.uses_reference else None
-    np.testing.assert_allclose(rewards * loss.scale, loss.reward(LOGP, np.array(LENGTHS), reference), rtol=1e-6)
+    score = loss.score(LOGP, np.array(LENGTHS), reference)
+    for how in (
+        {},
+        {"likelihood_weight": 0.0, "reduction": "loss"},
+        {"likelihood_weight": 0.0, "reduction": loss.logp},
+    ):
+        np.testing.assert_array_equal(implicit(loss, **how)(candidates()), score)
 
 
-@pytest.mark.parametrize("name", ["dpo", "simpo"])
-def test_ranking_by_likelihood_is_the_mean_log_prob_whatever_the_loss(name):
-    rewards = RANKINGS["likelihood"](resolve(name))(candidates())
-    np.testing.assert_allclose(rewards, LOGP / np.array(LENGTHS), rtol=1e-6)
+@pytest.mark.parametrize("name", ["dpo", "ipo", "simpo", "slic_hf"])
+def test_the_likelihood_weight_goes_from_the_ratio_to_the_likelihood(name):
+    loss, lengths = resolve(name), np.array(LENGTHS)
+    for weight in (0.0, 0.25, 1.0):
+        total = LOGP - (1 - weight) * REF_LOGP if loss.uses_reference else LOGP
+        for reduction, expected in (("sum", total), ("mean", total / lengths)):
+            rewards = implicit(loss, likelihood_weight=weight, reduction=reduction)(candidates())
+            np.testing.assert_allclose(rewards, expected, rtol=1e-6)
 
 
-def test_the_ensemble_of_equation_7_is_the_same_for_any_ranking():
-    now, before = candidates(), dataclasses.replace(candidates(), logp=LOGP - 1)
-    for ranking in RANKINGS.values():
-        reward = ranking(resolve("dpo"))
-        mixed = irm.ensemble(reward(now), reward(before), 0.3)
-        np.testing.assert_allclose(mixed, 0.7 * reward(now) + 0.3 * reward(before), rtol=1e-6)
+def test_the_ensemble_of_equation_7_mixes_the_policies_and_leaves_the_reference_its_weight():
+    now, before = candidates(), dataclasses.replace(candidates(), logp=LOGP - np.array([1, 3, 2], np.float32))
+    both = dataclasses.replace(now, logp=np.float32(0.7) * now.logp + np.float32(0.3) * before.logp)
+    for weight in (0.0, 0.5, 1.0):
+        reward = implicit(resolve("dpo"), likelihood_weight=weight, reduction="mean")
+        np.testing.assert_allclose(irm.ensemble(reward(now), reward(before), 0.3), reward(both), rtol=1e-5, atol=1e-6)
 
 
 def test_the_coherent_reward_is_the_log_ratio_of_the_two_models():

@@ -13,18 +13,18 @@ import jax
 import numpy as np
 import pytest
 
-from sera_jax import experiment
+from sera_jax import experiment, guards
 from sera_jax.checkpoint import Checkpoints, Workdir, save_tree
 from sera_jax.config import Config
+from sera_jax.core import Stream, rng_for
 from sera_jax.data.batches import PairLoader
 from sera_jax.data.items import Item
 from sera_jax.data.packing import RowSpec, build_rows
 from sera_jax.evaluation.report import check_summary
 from sera_jax.experiment.methods import sera as sera_method
 from sera_jax.experiment.methods.sera import ARMS as SERA_ARMS
-from sera_jax.experiment.methods.sera import SERA
+from sera_jax.experiment.methods.sera import SERA, ranking_of
 from sera_jax.loops import sera_study as study_module
-from sera_jax.loops.rewards import implicit
 from sera_jax.loops.runtime import NonFinite, PairShapes, Policy, Preempted
 from sera_jax.loops.sera import sera
 from sera_jax.loops.sera_study import SeraStudy
@@ -108,7 +108,6 @@ def _study(lab, folder, *, loss=None, train=None, sft=None, config=None, **setti
         run=run,
         sft=sft or lab.study.sft,
         loss=loss or lab.study.loss,
-        ranking=implicit(loss or lab.study.loss),
         settings=dataclasses.replace(lab.study.settings, **settings),
         train=dataclasses.replace(lab.study.train, **(train or {})),
         evaluate=lambda policy, round_: {},
@@ -116,8 +115,9 @@ def _study(lab, folder, *, loss=None, train=None, sft=None, config=None, **setti
 
 
 def _run(study, arm="sera"):
+    settings = dataclasses.replace(study.settings, **SERA_ARMS[arm].how)
     with jax.set_mesh(study.run.mesh), study.run.writer:
-        return sera(study, arm, dataclasses.replace(study.settings, **SERA_ARMS[arm].how))
+        return sera(dataclasses.replace(study, ranking=ranking_of(study.loss, settings)), arm, settings)
 
 
 def _checksums(policy):
@@ -287,6 +287,138 @@ def test_bootstrapped_pairs_are_the_best_against_the_worst_candidate(lab):
     assert min(best[name] for name in used) >= max(others) - slack
 
 
+def _candidates(lab, folder, name):
+    """The items of a run's candidates, by prompt, with all their answers."""
+    samples = _jsonl(folder / "phases" / name / "samples.jsonl")
+    return [
+        Item(p.id, p.prompt, tuple(np.array(s["tokens"], np.int32) for s in samples if s["prompt"] == i))
+        for i, p in enumerate(lab.study.prompts)
+    ]
+
+
+def _check_pairs(folder, arm, items, scores):
+    """Every pair of round 2 is its prompt's best against its worst by `scores`, f[prompts, N]."""
+    place = {item.id: i for i, item in enumerate(items)}
+    pairs = _jsonl(folder / "phases" / arm / "pairs2" / "sampled.jsonl")
+    assert 0 < len(pairs) <= ADDED
+    for pair in pairs:
+        i = place[pair["id"].removesuffix("#round2")]
+        said = [r.tolist() for r in items[i].responses]
+        for side, value in (("chosen", scores[i].max()), ("rejected", scores[i].min())):
+            assert scores[i][said.index(pair[side])] == pytest.approx(value, abs=TOLERANCES["packing"]["atol"])
+
+
+@pytest.mark.parametrize("arm", ["sera_recommended", "bootstrap_only_likelihood"])
+def test_ranking_by_likelihood_pairs_by_the_mean_log_prob_of_the_ensemble(lab, tmp_path, arm):
+    _, facts = _run(_study(lab, tmp_path, train=SHORT, rounds=2), arm)
+    assert facts[1]["kept"] == (KEPT if arm == "sera_recommended" else PAIRS)
+    items = _candidates(lab, tmp_path, "round1/candidates")
+    now, before = (
+        _alone(lab, policy, items) for policy in (Policy("", tmp_path / "phases/round1", "r"), lab.study.sft)
+    )
+    lengths = np.array([[len(r) for r in item.responses] for item in items])
+    gamma = lab.config.sera.ensemble_gamma
+    _check_pairs(tmp_path, arm, items, ((1 - gamma) * now + gamma * before) / lengths)
+
+
+def test_the_likelier_answers_of_the_sft_model_are_its_own_and_judged_by_it_alone(lab, tmp_path):
+    _, facts = _run(_study(lab, tmp_path, train=SHORT, rounds=2, num_samples=3), "sft_likelier_of_4")
+    assert facts[1]["kept"] == PAIRS
+    items = _candidates(lab, tmp_path, "sft/candidates2")
+    assert {len(item.responses) for item in items} == {4}
+    lengths = np.array([[len(r) for r in item.responses] for item in items])
+    _check_pairs(tmp_path, "sft_likelier_of_4", items, _alone(lab, lab.study.sft, items) / lengths)
+    assert not (tmp_path / "phases" / "round1" / "candidates").exists()
+
+
+def test_the_oracle_pairs_by_gold_and_chance_by_nothing(lab, tmp_path):
+    facts = {arm: _run(_study(lab, tmp_path / arm, train=SHORT, rounds=2), arm)[1][1] for arm in CONTROLS}
+    assert facts["oracle_pairing"]["agreement"] == {"agree": 1.0, "disagree": 0.0, "tie": 0.0}
+    assert facts["random_pairing"]["agreement"]["agree"] < 1
+    assert {f["kept"] for f in facts.values()} == {KEPT}, "the review is that of the method"
+    items = _candidates(lab, tmp_path / "random_pairing", "round1/candidates")
+    assert _candidates(lab, tmp_path / "oracle_pairing", "round1/candidates")[0].responses[0].tolist() == (
+        items[0].responses[0].tolist()
+    )
+    rngs = [rng_for(lab.config.seed, Stream.SELECT, 2, 3, i) for i in range(len(items))]
+    draws = np.array([rng.random(len(item.responses)) for rng, item in zip(rngs, items)], np.float32)
+    _check_pairs(tmp_path / "random_pairing", "random_pairing", items, draws)
+
+
+CONTROLS = ("oracle_pairing", "random_pairing")
+
+
+def test_a_curriculum_alone_trains_on_all_pairs_in_order(lab, tmp_path):
+    _, facts = _run(_study(lab, tmp_path, train=SHORT, rounds=2), "curriculum")
+    assert (facts[1]["kept"], facts[1]["added"], facts[1]["updates"]) == (PAIRS, 0, 2)
+    plain, _ = _run(_study(lab, tmp_path / "daa", train=SHORT, rounds=2, curriculum="easy_to_hard"), "daa")
+    assert not (tmp_path / "daa" / "phases" / "daa" / "pairs2").exists(), "daa has no curriculum"
+    assert _checksums(plain) != _checksums(Policy("", tmp_path / "phases" / "curriculum" / "round2", ""))
+
+
+def test_answers_that_the_sft_model_would_not_say_make_no_pair(lab, tmp_path):
+    study = _study(lab, tmp_path, train=SHORT, rounds=2, support_quantile=0.5)
+    _, facts = _run(study)
+    own = _candidates(lab, tmp_path, "sft/support")
+    mean = lambda items: _alone(lab, lab.study.sft, items) / [[len(r) for r in i.responses] for i in items]  # noqa: E731
+    least = np.quantile(mean(own), 0.5)
+    items = _candidates(lab, tmp_path, "round1/candidates")
+    rates, slack = mean(items), TOLERANCES["packing"]["atol"]
+    assert abs(facts[1]["bootstrap/refused_unsupported"] - np.sum(rates < least)) <= np.sum(abs(rates - least) < slack)
+    assert 0 < np.sum(rates < least) < rates.size
+    said = {
+        (item.id, tuple(r.tolist())): rate for item, row in zip(items, rates) for r, rate in zip(item.responses, row)
+    }
+    for pair in _jsonl(tmp_path / "phases" / "sera" / "pairs2" / "sampled.jsonl"):
+        for side in ("chosen", "rejected"):
+            assert said[pair["id"].removesuffix("#round2"), tuple(pair[side])] >= least - slack
+
+
+def test_the_share_to_keep_may_be_read_off_the_margins(lab, tmp_path):
+    _, facts = _run(_study(lab, tmp_path, train=SHORT, rounds=2, keep_rule="mixture", bootstrap_fraction=0.0))
+    rows = _jsonl(tmp_path / "phases" / "sera" / "pairs2" / "offline.jsonl")
+    share = guards.clean_share(np.array([row["margin"] for row in rows], np.float32))
+    assert facts[1]["kept"] == round(share * PAIRS) == sum(row["kept"] for row in rows)
+
+
+@pytest.mark.parametrize(("accuracy", "result"), [({1: 0.6, 2: 0.7}, 2), ({1: 0.8, 2: 0.7}, 1), ({}, 2)])
+def test_rounds_that_run_away_are_ended_and_the_best_so_far_is_the_result(lab, tmp_path, capsys, accuracy, result):
+    spread = lab.rounds("sera")[3]["irm/std"]
+    assert spread > lab.rounds("sera")[2]["irm/std"]
+    study = _study(lab, tmp_path, stop_margin_std=0.999 * spread)
+    look = lambda policy, round_: {"heldout_accuracy": accuracy[round_]} if accuracy else {}  # noqa: E731
+    policy, facts = _run(dataclasses.replace(study, evaluate=look))
+    assert policy.name == ("round1", "sera/round2")[result - 1]
+    assert [f["round"] for f in facts if "kept_as_result" in f] == [result] and len(facts) == 2
+    assert f"sera: no round 3: the margins' standard deviation is {spread:.2f}" in capsys.readouterr().err
+    _, facts = _run(_study(lab, tmp_path / "not", rounds=2, train=SHORT, stop_margin_std=100.0))
+    assert len(facts) == 2 and not any("kept_as_result" in f for f in facts)
+
+
+def test_what_a_round_refuses_for_its_margins_is_counted(lab, tmp_path):
+    how = {"min_margin": 0.01, "bootstrap_band": (0.0, 0.9), "bootstrap_fraction": 1.0}
+    _, facts = _run(_study(lab, tmp_path, train=SHORT, rounds=2, **how))
+    found = facts[1]
+    refused = found.get("bootstrap/refused_below_min_margin", 0) + found["bootstrap/refused_outside_band"]
+    assert found["bootstrap/pairs"] == found["added"] + refused
+    assert found["bootstrap/refused_outside_band"] == found["bootstrap/pairs"] - round(0.9 * found["bootstrap/pairs"])
+
+
+def test_a_round_warns_without_a_gold_reward(lab):
+    found = lab.rounds("sera")[2]
+    items = _candidates(lab, lab.root, "round1/candidates")
+    reference, now = (_alone(lab, lab.policy(name), items) for name in ("sft", "round1"))
+    lengths = np.array([[len(r) for r in item.responses] for item in items])
+    reward = now - reference  # equation 7 scales it, since the SFT model's own is 0
+    within = lambda a: (a - a.mean(axis=1, keepdims=True)).ravel()  # noqa: E731
+    for name, other in (("bootstrap/reward_ref_corr", reference), ("bootstrap/reward_length_corr", lengths)):
+        assert found[name] == pytest.approx(np.corrcoef(within(reward), within(other))[0, 1], abs=1e-2)
+    assert 0 <= found["bootstrap/repeated_ngrams"] < 1
+    assert found["bootstrap/margin_std"] > 0
+    (line,) = [r for r in lab.lines if (r["phase"], r["arm"], r["round"]) == ("round", "sera", 2)]
+    assert line["bootstrap/reward_ref_corr"] == found["bootstrap/reward_ref_corr"]
+
+
 def test_plain_daa_is_sera_without_selection_and_bootstrapping(lab, tmp_path):
     policy, facts = _run(_study(lab, tmp_path, selection="none", bootstrap_fraction=0.0))
     assert _checksums(policy) == _checksums(lab.policy("daa/round3"))
@@ -320,6 +452,8 @@ SHORT = {"max_steps": 2}
         ({"bootstrap_prompts": 10}, KEPT),
         ({"length_alpha": 0.1}, KEPT),
         ({"pairing": "all"}, KEPT),
+        ({"agreement": "rewards"}, KEPT),
+        ({"agreement": "policies", "bootstrap_band": (0.0, 0.8)}, KEPT),
     ],
     ids=str,
 )

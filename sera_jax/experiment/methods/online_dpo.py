@@ -47,9 +47,12 @@ def run(given: Experiment) -> Outcome:
 
 def phases(config: Config, corpus: Corpus) -> list[str]:
     """Of every arm, and of the evaluation of its policies and of the SFT model."""
-    arms = [f"{arm}/update{last}" for arm in config.online.arms for _, last in segments(config.online)]
-    policies = ["sft", "round1", *arms]
-    looks_at = [name for policy in policies for name in evaluated(policy, corpus, config.eval, pairs=True)]
+    ends = [last for _, last in segments(config.online)]
+    arms = [f"{arm}/update{last}" for arm in config.online.arms for last in ends]
+    final = {"sft", *(f"{arm}/update{ends[-1]}" for arm in config.online.arms)}
+    looks_at = []
+    for policy in ("sft", "round1", *arms):
+        looks_at += evaluated(policy, corpus, config.eval, pairs=True, last=policy in final)
     return ["sft/pool", "round1", *arms, *looks_at]
 
 

@@ -5,40 +5,74 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from sera_jax.config import Config
+from sera_jax.config import Config, SeraGroup
 from sera_jax.evaluation import look, picture
 from sera_jax.evaluation.look import ArmLook
-from sera_jax.evaluation.report import ARM, GOLD, Report, interval, number, percent, plain, shares
+from sera_jax.evaluation.report import ARM, GOLD, GOLD_AT, Report, interval, number, percent, plain, shares
 from sera_jax.experiment.corpus import Corpus, of_pairs
 from sera_jax.experiment.evaluator import phases as evaluated
 from sera_jax.experiment.method import Arm, Experiment, Method, Outcome, looks
-from sera_jax.loops.rewards import RANKINGS
+from sera_jax.guards import REASONS
+from sera_jax.loops.rewards import Reward, implicit
 from sera_jax.loops.sera import phases as sera_phases
 from sera_jax.loops.sera import sera
 from sera_jax.loops.sera_study import SeraStudy
 from sera_jax.losses.preference import ResolvedLoss, resolve
 from sera_jax.sampling.engine import check_answers
 
+# What we recommend: candidates are ranked by their mean log-prob. So far from trials on a few seeds.
+RECOMMENDED: dict[str, Any] = {"likelihood_weight": 1.0, "ranking_reduction": "mean"}
+_NO_SELECTION = {"selection": "none", "threshold": None}
 # An arm is `sera` with these fields of its group changed.
 ARMS = {
     "sera": Arm("the method", ArmLook("SeRA", look.VERMILION, "o"), {}),
+    "sera_recommended": Arm(
+        "the method with the settings that we recommend", ArmLook("SeRA, recommended", look.BLACK, "X"), RECOMMENDED
+    ),
     "daa": Arm(
         "the direct alignment loss alone, for as many updates",
         ArmLook("DAA alone", look.BLUE, "s"),
-        {"selection": "none", "bootstrap_fraction": 0.0, "threshold": None},
+        {**_NO_SELECTION, "bootstrap_fraction": 0.0, "curriculum": "none"},
+    ),
+    "curriculum": Arm(
+        "all offline pairs, in later rounds from large margins to small",
+        ArmLook("curriculum", look.BROWN, "h"),
+        {**_NO_SELECTION, "bootstrap_fraction": 0.0, "curriculum": "easy_to_hard"},
     ),
     "random": Arm(
         "the same pipeline with random choices of the same size",
         ArmLook("random selection", look.GREEN, "^"),
         {"selection": "random", "threshold": None},
     ),
+    "random_pairing": Arm(
+        "the method with two random candidates of each prompt as its pair",
+        ArmLook("random pairing", look.SKY, "P"),
+        {"judge": "chance"},
+    ),
+    "oracle_pairing": Arm(
+        "the method with the gold reward as the judge of candidates",
+        ArmLook("oracle pairing", look.YELLOW, "*"),
+        {"judge": "gold"},
+    ),
     "selection_only": Arm(
         "no pairs of its own making", ArmLook("selection_only", look.PURPLE, "D"), {"bootstrap_fraction": 0.0}
     ),
-    "bootstrap_only": Arm(
-        "all offline pairs kept",
-        ArmLook("bootstrap_only", look.ORANGE, "v"),
-        {"selection": "none", "threshold": None},
+    "bootstrap_only": Arm("all offline pairs kept", ArmLook("bootstrap_only", look.ORANGE, "v"), _NO_SELECTION),
+    "bootstrap_only_likelihood": Arm(
+        "all offline pairs kept, candidates ranked by their mean log-prob",
+        ArmLook("bootstrap_only, likelihood", look.BROWN, "<"),
+        {**_NO_SELECTION, "likelihood_weight": 1.0, "ranking_reduction": "mean"},
+    ),
+    "sft_likelier_of_4": Arm(
+        "all offline pairs kept, and the likeliest against the least likely of four answers of the SFT model",
+        ArmLook("SFT's likelier of 4", look.GREY, "d"),
+        {
+            **_NO_SELECTION,
+            "bootstrap_from": "sft",
+            "likelihood_weight": 1.0,
+            "ranking_reduction": "mean",
+            "num_samples": 4,
+        },
     ),
 }
 
@@ -55,7 +89,8 @@ def run(given: Experiment) -> Outcome:
     final = {"sft": given.start}
     for arm in config.sera.arms:
         settings = dataclasses.replace(config.sera, **ARMS[arm].how)
-        final[arm], facts = sera(study, arm, settings)
+        ranked = dataclasses.replace(study, ranking=ranking_of(loss, settings))
+        final[arm], facts = sera(ranked, arm, settings)
         rounds += facts
         arms[arm] = evaluator.of_arm(final[arm])
     return final, {"arms": arms, "rounds": rounds, "loss": loss.as_dict()}
@@ -63,7 +98,7 @@ def run(given: Experiment) -> Outcome:
 
 def phases(config: Config, corpus: Corpus) -> list[str]:
     """Of every arm, and of the evaluation of its policies and of the SFT model."""
-    names, policies = [], ["sft"]
+    names, policies, last = [], ["sft"], ["sft"]
     for arm in config.sera.arms:
         settings = dataclasses.replace(config.sera, **ARMS[arm].how)
         bootstraps = round(settings.bootstrap_fraction * len(corpus.train)) > 0 and bool(corpus.prompts)
@@ -71,7 +106,10 @@ def phases(config: Config, corpus: Corpus) -> list[str]:
         of_arm, trained = sera_phases(arm, settings, bootstraps=bootstraps, uses_reference=uses_reference)
         names += of_arm
         policies += trained
-    return [*names, *(name for policy in policies for name in evaluated(policy, corpus, config.eval, pairs=True))]
+        last += trained[-1:]
+    for policy in policies:
+        names += evaluated(policy, corpus, config.eval, pairs=True, last=policy in last)
+    return names
 
 
 def study_of(given: Experiment, loss: ResolvedLoss, evaluate: Any) -> SeraStudy:
@@ -86,11 +124,16 @@ def study_of(given: Experiment, loss: ResolvedLoss, evaluate: Any) -> SeraStudy:
         sampling=config.sampling,
         pool=corpus.train,
         prompts=corpus.prompts,
-        ranking=RANKINGS[config.sera.ranking](loss),
+        ranking=ranking_of(loss, config.sera),
         text=corpus.tokenizer.decode_response,
         evaluate=evaluate,
         gold=corpus.gold,
     )
+
+
+def ranking_of(loss: ResolvedLoss, settings: SeraGroup) -> Reward:
+    """What orders a prompt's candidates by the settings of an arm."""
+    return implicit(loss, likelihood_weight=settings.likelihood_weight, reduction=settings.ranking_reduction)
 
 
 def loss_of(config: Config) -> ResolvedLoss:
@@ -102,8 +145,7 @@ def check(config: Config) -> None:
     """Raises ValueError, with the way out, where fields contradict each other."""
     sera = config.sera
     check_pairs(config)
-    if sera.band is not None and not 0 <= sera.band[0] < sera.band[1] <= 1:
-        raise ValueError(f"config.sera.band={sera.band!r}; it must be two quantiles 0 <= low < high <= 1")
+    check_band("band", sera.band)
     if sera.selection == "threshold" and sera.threshold is None:
         raise ValueError("config.sera.selection='threshold' needs config.sera.threshold (nats)")
     for field, rule in (("threshold", "threshold"), ("band", "middle")):
@@ -113,8 +155,21 @@ def check(config: Config) -> None:
                 f"config.sera.{field}={value} is read by selection={rule!r} only, "
                 f"but selection={sera.selection!r}; change one of them"
             )
-    if sera.rounds > 1 and sera.bootstrap_fraction > 0 and set(sera.arms) - {"daa", "selection_only"}:
+    check_band("bootstrap_band", sera.bootstrap_band)
+    arms = [dataclasses.replace(sera, **ARMS[arm].how) for arm in sera.arms]
+    if not config.world.name and any(arm.judge == "gold" for arm in arms):
+        raise ValueError(
+            f"config.sera.judge={sera.judge!r}, config.sera.arms={sera.arms!r}: judge='gold' and oracle_pairing read a "
+            "gold reward, which only the embedded world has; name one in config.world.name, or leave them out"
+        )
+    if any(arm.rounds > 1 and arm.bootstrap_fraction > 0 for arm in arms):
         check_sampled_pairs(config)
+
+
+def check_band(name: str, band: tuple[float, float] | None) -> None:
+    """Raises ValueError for a band that is no two quantiles."""
+    if band is not None and not 0 <= band[0] < band[1] <= 1:
+        raise ValueError(f"config.sera.{name}={band!r}; it must be two quantiles 0 <= low < high <= 1")
 
 
 def check_pairs(config: Config) -> None:
@@ -157,10 +212,15 @@ PAIR_ARM_COLUMNS = [
 AGREEMENT = ("agree/not/tie", shares("agreement", ("agree", "disagree", "tie")))
 PAIR_LEGEND = [
     GOLD,
+    GOLD_AT,
     ("heldout_accuracy", "accuracy", "held-out pairs that the implicit reward ranks as labelled"),
     ("length_baseline_accuracy", "by length", "the same for a rule that prefers the longer answer"),
     ("heldout_accuracy_shorter", "on shorter", "accuracy on the pairs whose shorter answer was preferred"),
     ("flipped_fraction_kept", "flipped", "offline pairs kept whose label data.label_noise had exchanged"),
+    ("bootstrap/refused_unsupported", "unsupported", "answers below sera.support_quantile, which make no pair"),
+    ("bootstrap/refused_disagreement", "disagreement", "pairs refused, since the judges of sera.agreement differ"),
+    ("bootstrap/refused_below_min_margin", "below_min_margin", "pairs refused for their margin"),
+    ("bootstrap/refused_outside_band", "outside_band", "pairs refused, the margin being outside sera.bootstrap_band"),
     ("agreement", "agree/not/tie", "does the gold agree with the added pairs, %"),
     (
         "margin_mean",
@@ -176,6 +236,7 @@ REPORT = Report(
         ("kept", plain("kept")),
         ("flipped", percent("flipped_fraction_kept")),
         ("added", plain("added")),
+        *((reason, number(f"bootstrap/refused_{reason}", 0)) for reason in REASONS),
         AGREEMENT,
         ("margin", number("margin_mean", 2)),
         ("gold", number("gold_mean", 3)),

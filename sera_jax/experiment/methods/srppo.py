@@ -12,7 +12,7 @@ from sera_jax.config import Config
 from sera_jax.data.items import unique_prompts
 from sera_jax.evaluation import iterations, look
 from sera_jax.evaluation.look import ArmLook
-from sera_jax.evaluation.report import ARM, GOLD, Report, interval, number, percent, plain
+from sera_jax.evaluation.report import ARM, GOLD, GOLD_AT, Report, interval, number, percent, plain
 from sera_jax.experiment.corpus import Corpus, of_demonstrations
 from sera_jax.experiment.evaluator import Evaluator
 from sera_jax.experiment.evaluator import phases as evaluated
@@ -139,10 +139,10 @@ def run(given: Experiment) -> Outcome:
 def phases(config: Config, corpus: Corpus) -> list[str]:
     """Of every arm, and of the evaluation of its policies and of the SFT model."""
 
-    def evaluation(name: str, trained: bool = True) -> list[str]:
-        return evaluated(name, corpus, config.eval, base=True, trained=trained)
+    def evaluation(name: str, trained: bool = True, last: bool = False) -> list[str]:
+        return evaluated(name, corpus, config.eval, base=True, trained=trained, last=last)
 
-    names = evaluation("sft")
+    names = evaluation("sft", last=True)
     for arm in config.ppo.arms:
         if ARMS[arm].how is re_ranked:
             candidates = [f"{arm}/candidates{by}" for by in ("", "_by_sft", "_by_base")]
@@ -150,7 +150,8 @@ def phases(config: Config, corpus: Corpus) -> list[str]:
             continue
         by_sft = ARMS[arm].how in (more_sft, as_much_sft)
         policies = [arm] if by_sft else [f"{arm}/iteration{segment.last}" for segment in segments(config.ppo)]
-        names += [name for policy in policies for name in (policy, *evaluation(policy))]
+        for policy in policies:
+            names += [policy, *evaluation(policy, last=policy == policies[-1])]
     return names
 
 
@@ -229,6 +230,7 @@ REPORT = Report(
     ],
     legend=[
         GOLD,
+        GOLD_AT,
         ("answer_accuracy", "right", "answers whose last match of eval.answer_pattern is the reference's"),
         ("wellformed_fraction", "well-formed", "answers in which eval.answer_pattern is found"),
         (

@@ -1,0 +1,27 @@
+"""The fields of the embedded world, in a file of its own to keep `groups` short."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from sera_jax.config.fields import one_of, within
+
+
+@dataclasses.dataclass(frozen=True)
+class WorldGroup:
+    """The embedded world (sera_jax/world.py); an empty name means real data. Sizes are counts of rows, at most a
+    million each.
+
+    name: `habits` (an SFT model's likeliest answer is mostly right) or `wrong_habits` (it is mostly wrong).
+    """
+
+    name: str = one_of("", "habits", "wrong_habits")
+    pretrain: int = within(8000, 0, 10**6)
+    demonstrations: int = within(200, 0, 10**6)
+    preferences: int = within(800, 0, 10**6)
+    heldout_preferences: int = within(400, 0, 10**6)
+    heldout_prompts: int = within(200, 0, 10**6)
+    heldout_demonstrations: int = within(200, 0, 10**6)
+    prompts: int = within(0, 0, 10**6)
+    demonstrator: str = "better"
+    cue: float = within(0.6, 0, 1)

@@ -1,0 +1,89 @@
+"""Guard rails on self-made pairs and warnings without a gold reward, against plain numpy."""
+
+import numpy as np
+import pytest
+
+from sera_jax import guards, irm
+
+PAIR = irm.CandidatePair
+
+
+def best_worst(rewards):
+    """The pairing of some of four candidates by their rewards."""
+    tokens = [np.array([k]) for k in range(len(rewards))]
+    return lambda places: irm.pair_candidates(np.asarray(rewards, np.float32)[places], [tokens[k] for k in places])
+
+
+@pytest.mark.parametrize(
+    ("supported", "pairs", "refused"),
+    [
+        ([1, 1, 1, 1], (PAIR(1, 3, 9.0),), {}),
+        ([1, 0, 1, 1], (PAIR(2, 3, 7.0),), {"unsupported": 1}),
+        ([1, 0, 1, 0], (PAIR(2, 0, 1.0),), {"unsupported": 2}),
+        ([0, 0, 1, 0], (), {"unsupported": 3, "too_few": 1}),
+    ],
+)
+def test_the_best_and_the_worst_are_sought_among_what_is_supported(supported, pairs, refused):
+    got = guards.among_supported(np.array(supported, bool), best_worst([2, 5, 3, -4]))
+    assert (got.pairs, dict(got.refused)) == (pairs, refused)
+
+
+def test_a_pair_that_a_judge_puts_the_other_way_round_is_refused_and_a_tie_is_not():
+    made = irm.pair_candidates(np.float32([3, 2, 1]), [np.array([k]) for k in range(3)], mode="all")
+    assert guards.agreed(made, []) == made
+    got = guards.agreed(made, [np.array([1, 1, 0]), np.array([5, 6, 6])])
+    assert [(p.chosen, p.rejected) for p in got.pairs] == [(1, 2)]
+    assert dict(got.refused) == {"disagreement": 2}
+    same = guards.agreed(made, [np.array([30.0, 20.0, 10.0])])
+    assert (same.pairs, dict(same.refused)) == (made.pairs, {})
+
+
+def test_margins_are_let_through_by_size_and_by_rank_and_each_refusal_has_one_reason():
+    margins = np.float32([0.5, 9.0, 1.0, 3.0, 2.0, 4.0, 8.0, 6.0, 7.0, 5.0])
+    for least, band, inside, reasons in (
+        (None, None, margins > 0, {}),
+        (2.0, None, margins >= 2, {"below_min_margin": 2}),
+        (None, (0.0, 0.8), margins <= 7, {"outside_band": 2}),
+        (2.0, (0.1, 0.8), (margins >= 2) & (margins <= 7), {"below_min_margin": 2, "outside_band": 2}),
+        (100.0, (0.0, 0.8), margins > 100, {"below_min_margin": 10}),
+    ):
+        got, refused = guards.admitted(margins, least, band)
+        np.testing.assert_array_equal(got, inside)
+        assert dict(refused) == reasons
+        assert got.sum() + sum(refused.values()) == len(margins)
+    assert guards.admitted(np.zeros(0, np.float32), 1.0, (0.0, 0.5))[0].shape == (0,)
+
+
+@pytest.mark.parametrize("clean", [0.9, 0.7, 0.5])
+def test_the_share_of_clean_labels_is_the_weight_of_the_upper_part_of_the_margins(clean):
+    rng = np.random.default_rng(3)
+    upper = rng.random(4000) < clean
+    margins = np.where(upper, rng.normal(3, 1.5, 4000), rng.normal(-3, 1, 4000)).astype(np.float32)
+    assert guards.clean_share(margins) == pytest.approx(clean, abs=0.02)
+    assert guards.clean_share(10 * margins + 5) == pytest.approx(guards.clean_share(margins), abs=1e-4)
+    assert guards.clean_share(rng.permutation(margins)) == pytest.approx(guards.clean_share(margins), abs=1e-6)
+
+
+def test_margins_of_one_kind_show_no_noise():
+    rng = np.random.default_rng(4)
+    for margins in (rng.normal(1, 2, 2000), np.ones(50), rng.normal(size=9), np.zeros(0)):
+        assert guards.clean_share(margins.astype(np.float32)) == 1.0
+
+
+def test_a_correlation_within_prompts_does_not_see_what_differs_between_them():
+    rng = np.random.default_rng(0)
+    level = 100 * rng.normal(size=(50, 1))  # of the prompt, common to both
+    a, b = rng.normal(size=(2, 50, 4))
+    unrelated = guards.within_correlation(list(level + a), list(level + b))
+    assert unrelated is not None and abs(unrelated) < 0.2 < np.corrcoef((level + a).ravel(), (level + b).ravel())[0, 1]
+    assert guards.within_correlation(list(level + a), list(7 * level - 2 * a)) == pytest.approx(-1)
+    assert guards.within_correlation([np.ones(4)], [a[0]]) is None
+    assert guards.within_correlation([], []) is None
+
+
+def test_the_repeated_share_counts_n_grams_that_the_same_answer_had():
+    again = np.array([1, 2, 3, 1, 2, 3])  # 123 231 312 123
+    assert guards.repeated_share([again]) == pytest.approx(1 / 4)
+    assert guards.repeated_share([again, np.array([1, 2, 3])]) == pytest.approx(1 / 5), "another answer's do not count"
+    assert guards.repeated_share([np.full(12, 7)]) == pytest.approx(9 / 10)
+    assert guards.repeated_share([np.array([1, 2])]) is None
