@@ -27,7 +27,7 @@ def study(**fields):
 
 
 def test_expansion_is_a_bijection_between_points_and_runs():
-    settings = {"published": {}, "ranked": {"sera.ranking": "likelihood"}}
+    settings = {"published": {}, "ranked": {"sera.likelihood_weight": 1.0, "sera.ranking_reduction": "mean"}}
     grid = {"data.label_noise": (0.0, 0.2), "train.learning_rate": (1e-4, 3e-4), "sft.learning_rate": (1e-4, 6e-4)}
     runs = expand(study(settings=settings, grid=grid, seeds=(3, 1)))
     points = [
