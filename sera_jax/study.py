@@ -56,6 +56,8 @@ def _run(study: Study, stop_requested: Callable[[], bool]) -> int:
             _say(f"{run.name}: stopped, and saved")
             return
         try:
+            if code == EXIT_PREEMPTED:
+                raise ValueError("it was stopped, but not by this command")
             if code:
                 raise ValueError(last_line(job.workdir))
             kept = put_rows(file, run.key, rows_of_run(run, job.workdir), list(wanted))
@@ -115,7 +117,7 @@ def _compare(study: Study, rows: list[Row]) -> bool:
                 out=pathlib.Path(study.workdir),
             )
     except (ValueError, OSError) as error:
-        _say(f"no comparison yet: {error}; the rows are kept: mend this, and give the same command")
+        _say(f"no comparison yet: {error} (the rows are kept)")
         return False
     return True
 
@@ -124,7 +126,7 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _truth(text: str) -> bool:
+def true_or_false(text: str) -> bool:
     return bool(("false", "true").index(text.lower()))
 
 
@@ -143,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     add("seeds", several(int), "instead of the file's: 0,1,2")
     add("arms", several(str), "those compared")
     add("metrics", several(str), "facts of an arm that are compared; the first ranks")
-    add("smaller_is_better", _truth, "of the first metric: true or false")
+    add("smaller_is_better", true_or_false, "of the first metric: true or false")
     add("baseline", str, "an arm, a part of a setting's name, or SETTING/ARM")
     add("panels", str, "a field of the grid whose values are compared apart")
     add("workdir", str, "folder of the runs")

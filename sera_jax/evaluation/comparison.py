@@ -57,7 +57,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Entries by panel, best first; `varied`: setting -> the fields that tell it from the others; `notes`: sentences."""
+    """Entries by panel, best first; `varied`: setting -> the fields that tell it apart; `notes`: sentences."""
 
     metrics: tuple[str, ...]
     baseline: str
@@ -126,8 +126,8 @@ def compare(
     """What the rows (`studies.rows`) say of each arm of each setting.
 
     Args:
-        metrics: the first one ranks. In differences `MINE:OTHER` takes the baseline's OTHER from the entry's MINE. `FACT/*`
-            is that part of a fact which has the best mean over the seeds, of each entry for itself.
+        metrics: the first one ranks. `MINE:OTHER` compares an entry's MINE with the baseline's OTHER. `FACT/*` is that
+            part of a fact which has the best mean over the seeds, of each entry for itself.
         arms: those shown; empty: all. The baseline may be another.
         baseline: as `studies.plan.Study` says. panels: a field of `varied`.
 
@@ -201,8 +201,8 @@ def check(
     if lacking := [setting for setting, fields in varied.items() if panels and panels not in fields]:
         every = set.intersection(*(set(fields) for fields in varied.values()))
         raise ValueError(
-            f"panels={panels!r} is no field of the setting {lacking[0]!r}; fields that differ and that every setting has: "
-            f"{_listed(sorted(every))}"
+            f"panels={panels!r} is no field of the setting {lacking[0]!r}; choose of those that differ and that every "
+            f"setting has: {_listed(sorted(every))}"
         )
     if both := [metric for metric in metrics if ":" in metric and not baseline]:
         raise ValueError(f"metric {both[0]!r} is a difference to a baseline; name one, or leave out what follows the :")

@@ -140,7 +140,7 @@ def expand(study: Study) -> list[Run]:
         if twice:
             same = [run.name for run in runs if of(run) == twice[0]]
             raise ValueError(f"runs of one {what}: {' and '.join(same)}; change or remove one of their settings")
-    there = [(run.setting, arm) for run in runs for arm in run.arms]
+    there = dict.fromkeys((run.setting, arm) for run in runs for arm in run.arms)
     varied = {run.setting: run.varied for run in runs}
     check(there, varied, study.metrics, arms=study.arms, baseline=study.baseline, panels=study.panels)
     return runs

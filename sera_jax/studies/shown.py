@@ -33,7 +33,7 @@ def show(
     found = compare(rows, metrics, arms=arms, baseline=baseline, panels=panels, smaller_is_better=smaller_is_better)
     made_by = {", ".join(f"{name} {row['versions'].get(name)}" for name in COMPUTES) for row in rows}
     if len(made_by) > 1:
-        words = f"of several versions, which may compute other numbers: {'; '.join(sorted(made_by))}"
+        words = f"runs of several versions, which may compute other numbers: {'; '.join(sorted(made_by))}"
         found = dataclasses.replace(found, notes=(words, *found.notes))
     print(table(found))
     if out is None:
