@@ -144,12 +144,15 @@ def test_the_picture_has_every_entry_at_its_mean_with_its_interval(monkeypatch):
 
 
 def test_arms_without_a_look_get_none_that_another_has():
-    taken = {f"arm{i}": ArmLook("", *other) for i, other in enumerate(OTHERS[:3])}
-    found = looks_of([*taken, "mine", "yours"], taken)
+    """Nor a colour, while there are others; what is taken by an arm that is not there is free."""
+    taken = {"same": ArmLook("", *OTHERS[0]), "alike": ArmLook("", OTHERS[1][0], "o")}
+    found = looks_of([*taken, *"abcde"], taken)
     assert all(found[arm] is its for arm, its in taken.items())
-    assert len({(its.colour, its.marker) for its in found.values()}) == 5
-    assert len({its.colour for its in found.values()}) == 5
-    assert looks_of(["mine"], taken)["mine"].colour == OTHERS[0][0], "taken only by arms that are there"
+    assert len({its.colour for its in found.values()}) == len(found) == len(OTHERS)
+    every = taken | {colour: ArmLook("", colour, "o") for colour, _ in OTHERS[2:]}
+    found = looks_of([*every, "a"], every)
+    assert len({(its.colour, its.marker) for its in found.values()}) == len(found)
+    assert looks_of(["a"], taken)["a"].colour == OTHERS[0][0]
 
 
 def test_every_figure_of_the_page_has_its_number_of_runs_and_is_bold_where_0_is_left_out(tmp_path):
