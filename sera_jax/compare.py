@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         show(
             rows_of(args.runs),
-            args.metrics.split(","),
+            [metric for metric in args.metrics.split(",") if metric],
             arms=[arm for arm in args.arms.split(",") if arm],
             baseline=args.baseline,
             panels=args.panels,
@@ -41,7 +41,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUNS", help="work directories of finished runs, or files of rows (JSONL)")
-    add("--metrics", default="gold_mean", help="facts of an arm, comma-separated; the first one ranks")
+    add(
+        "--metrics",
+        default="gold_mean",
+        help="facts of an arm, comma-separated, or MINE:BASELINES; the first one ranks",
+    )
     add("--arms", default="", help="those shown, comma-separated; default: all")
     add("--baseline", default="", help="differences to an arm, a part of a setting's name, or SETTING/ARM")
     add("--panels", default="", help="a field, by whose values tables are made")

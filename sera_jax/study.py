@@ -1,7 +1,7 @@
 """`python -m sera_jax.study --config=studies/NAME.py`: many runs, and what comes out of them (docs/studies.md).
 
-Each finished run leaves its rows; the same command does what is missing. Exit codes: 0 done; 1 some runs failed, and
-are named; 2 the study is refused; 75 stopped, with its runs saved.
+Each finished run leaves its rows; the same command does what is missing. Exit codes: 0 done; 1 some runs, which
+are named, or the comparison failed; 2 the study is refused; 75 stopped, with its runs saved.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ import argparse
 import pathlib
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from sera_jax.checkpoint.phases import write_jsonl
 from sera_jax.stop import EXIT_PREEMPTED, EXIT_REFUSED, StopOnSignal
 from sera_jax.studies.plan import Run, Study, expand, load
 from sera_jax.studies.pool import OUTPUT, Job, last_line, slots, work
-from sera_jax.studies.rows import Row, read_rows, rows_of_run
+from sera_jax.studies.rows import Key, Row, key_of, put_rows, read_rows, rows_of_run
 from sera_jax.studies.shown import show
 
 EXIT_FAILED = 1
@@ -34,45 +33,61 @@ def main(argv: Sequence[str] | None = None, *, stop_requested: Callable[[], bool
 
 def _run(study: Study, stop_requested: Callable[[], bool]) -> int:
     runs, kept, file = expand(study), read_rows(pathlib.Path(study.rows)), pathlib.Path(study.rows)
-    wanted = {(run.setting, run.seed): run for run in runs}
-    stale = {_key(row) for row in kept if _key(row) in wanted and row["identity"] != wanted[_key(row)].identity}
-    done = {_key(row) for row in kept} & wanted.keys() - stale
+    wanted = {run.key: run for run in runs}
+    done = _done(kept, wanted)
     missing = [run for key, run in wanted.items() if key not in done]
     places = slots(study.processes, study.threads)
     _say(f"{len(runs)} runs: {len(done)} in {file}, {len(missing)} to do, {len(places)} at a time")
-    if stale:
-        names = ", ".join(run.name for key, run in wanted.items() if key in stale)
-        _say(f"rows of another config or of other versions are made anew: {names}")
+    partly = {key_of(row) for row in kept} & wanted.keys() - done
+    stale = {key for row in kept if (key := key_of(row)) in partly and row["identity"] != wanted[key].identity}
+    for words, keys in (
+        ("rows of another config or of other versions are made anew", stale),
+        ("runs of which an arm has no row are made anew", partly - stale),
+    ):
+        if keys:
+            _say(f"{words}: {', '.join(run.name for key, run in wanted.items() if key in keys)}")
 
     by_name, failed = {run.name: run for run in missing}, {}
 
     def ended(job: Job, code: int, seconds: float) -> None:
-        nonlocal kept
+        nonlocal kept, done
         run = by_name[job.name]
-        if code == EXIT_PREEMPTED:
+        if code == EXIT_PREEMPTED and stop_requested():
             _say(f"{run.name}: stopped, and saved")
             return
         try:
+            if code == EXIT_PREEMPTED:
+                raise ValueError("it was stopped, but not by this command")
             if code:
                 raise ValueError(last_line(job.workdir))
-            fresh = rows_of_run(run, job.workdir)
+            kept = put_rows(file, run.key, rows_of_run(run, job.workdir), list(wanted))
         except ValueError as error:
             failed[run.name] = f"{error} (exit code {code}; all of it: {job.workdir / OUTPUT})"
             _say(f"{run.name}: failed: {failed[run.name]}")
             return
-        kept = _in_order([*(row for row in kept if _key(row) != (run.setting, run.seed)), *fresh], list(wanted))
-        write_jsonl(file, kept)
-        done.add((run.setting, run.seed))
+        done = _done(kept, wanted)
         _say(f"{run.name}: done after {seconds:.0f} s; {len(done)} of {len(runs)}")
 
     work([_job(study, run) for run in missing], places, stop_requested, ended)
-    _compare(study, [row for row in kept if _key(row) in done], complete=len(done) == len(runs))
+    compared = _compare(study, [row for row in kept if key_of(row) in done])
     for name, words in failed.items():
         _say(f"failed: {name}: {words}")
     if stop_requested() and len(done) < len(runs):
         _say(f"stopped after {len(done)} of {len(runs)} runs; the same command goes on")
         return EXIT_PREEMPTED
-    return EXIT_FAILED if len(done) < len(runs) else 0
+    return 0 if compared and len(done) == len(runs) else EXIT_FAILED
+
+
+def _done(rows: Sequence[Row], wanted: Mapping[Key, Run]) -> set[Key]:
+    """The runs that have a row for each of their arms, and none of another config or of other versions."""
+    arms: dict[Key, set[str]] = {}
+    stale = set()
+    for row in rows:
+        key = key_of(row)
+        arms.setdefault(key, set()).add(row["arm"])
+        if key in wanted and row["identity"] != wanted[key].identity:
+            stale.add(key)
+    return {key for key, run in wanted.items() if key not in stale and arms.get(key, set()) >= set(run.arms)}
 
 
 def _job(study: Study, run: Run) -> Job:
@@ -88,8 +103,8 @@ def _job(study: Study, run: Run) -> Job:
     return Job(run.name, [*program, *flags], workdir, run.start)
 
 
-def _compare(study: Study, rows: list[Row], *, complete: bool) -> None:
-    """Show what the rows say; of a study that is not complete it may be that they say nothing yet."""
+def _compare(study: Study, rows: list[Row]) -> bool:
+    """Show what the rows say, if they say something yet."""
     try:
         if rows:
             show(
@@ -101,23 +116,18 @@ def _compare(study: Study, rows: list[Row], *, complete: bool) -> None:
                 smaller_is_better=study.smaller_is_better,
                 out=pathlib.Path(study.workdir),
             )
-    except ValueError as error:
-        if complete:
-            raise
-        _say(f"no comparison yet: {error}")
-
-
-def _key(row: Row) -> tuple[str, int]:
-    return row["setting"], row["seed"]
-
-
-def _in_order(rows: list[Row], order: list[tuple[str, int]]) -> list[Row]:
-    """Rows in the order of the runs; rows of runs that the study has no more come last."""
-    return sorted(rows, key=lambda row: order.index(_key(row)) if _key(row) in order else len(order))
+    except (ValueError, OSError) as error:
+        _say(f"no comparison yet: {error} (the rows are kept)")
+        return False
+    return True
 
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def true_or_false(text: str) -> bool:
+    return bool(("false", "true").index(text.lower()))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -135,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     add("seeds", several(int), "instead of the file's: 0,1,2")
     add("arms", several(str), "those compared")
     add("metrics", several(str), "facts of an arm that are compared; the first ranks")
+    add("smaller_is_better", true_or_false, "of the first metric: true or false")
     add("baseline", str, "an arm, a part of a setting's name, or SETTING/ARM")
     add("panels", str, "a field of the grid whose values are compared apart")
     add("workdir", str, "folder of the runs")

@@ -12,7 +12,14 @@ def get_config() -> Study:
         overrides={"sera.arms": ("daa", "sera", "random")},
         grid={"data.label_noise": (0.0, 0.2, 0.4)},
         seeds=range(5),
-        metrics=("gold_mean", "response_tokens_mean", "round3/flipped_fraction_kept"),
+        metrics=(
+            "gold_mean",
+            "gold_by_temperature/0:gold_by_temperature/*",  # the likeliest answers against DPO at its best temperature
+            "gold_by_temperature/0.5",
+            "response_tokens_mean",
+            "round3/flipped_fraction_kept",
+            *(f"round{n}/agreement/{share}" for n in (2, 3) for share in ("agree", "disagree")),
+        ),
         baseline="daa",
         panels="data.label_noise",
     )

@@ -5,11 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from sera_jax import compare, study
-from sera_jax.studies.rows import read_rows, rows_of
+from sera_jax.studies.rows import key_of, put_rows, read_rows, rows_of
 from tests.studies.lab import Lab, summary_of
 
 ALL = [f"label_noise_{n}_seed{s}" for n in (0.0, 0.25) for s in (0, 1, 2)]
@@ -58,6 +59,52 @@ def test_only_what_is_missing_is_run_again(lab, capsys):
     assert lab.started() == []
 
 
+def test_a_run_of_which_an_arm_has_no_row_is_made_again(lab, capsys):
+    assert study.main(lab.flags) == 0
+    lab.started()
+    rows = lab.folder / "rows.jsonl"
+    whole = rows.read_text().splitlines(keepends=True)
+    (torn,) = [
+        i for i, row in enumerate(lab.rows()) if (row["arm"], row["seed"], row["setting"][-1]) == ("daa", 1, "5")
+    ]
+    rows.write_text("".join(whole[:torn] + whole[torn + 1 :]))
+    assert study.main(lab.flags) == 0
+    assert lab.started() == ["label_noise_0.25_seed1"]
+    assert "runs of which an arm has no row are made anew: label_noise=0.25/seed1" in capsys.readouterr().err
+    assert rows.read_text() == "".join(whole)
+
+
+def test_rows_that_another_command_adds_meanwhile_stay(lab):
+    assert study.main([*lab.flags, "--config.seeds=1"]) == 0
+    rows = lab.folder / "rows.jsonl"
+    others = rows.read_text()
+    rows.unlink()
+
+    def add_them_late() -> bool:
+        if lab.prepared.joinpath("log").exists() and not rows.exists():
+            rows.write_text(others)
+        return False
+
+    (lab.prepared / "log").unlink()
+    assert study.main([*lab.flags, "--config.seeds=0"], stop_requested=add_them_late) == 0
+    assert {row["seed"] for row in lab.rows()} == {0, 1}
+    lab.started()
+    assert study.main(lab.flags) == 0
+    assert lab.started() and not [name for name in lab.started() if not name.endswith("seed2")]
+
+
+def test_no_row_is_lost_between_writers_of_one_file(tmp_path):
+    file, keys = tmp_path / "rows.jsonl", [("a", seed) for seed in range(40)]
+
+    def row(setting, seed):
+        rest = {"arm": "sft", "identity": "", "varied": {}, "versions": {}, "metrics": {}}
+        return {"setting": setting, "seed": seed, **rest}
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda key: put_rows(file, key, [row(*key)], keys), keys))
+    assert [key_of(row) for row in read_rows(file)] == keys
+
+
 def test_rows_of_runs_that_the_study_has_no_more_stay_and_are_not_compared(lab, capsys):
     assert study.main(lab.flags) == 0
     whole = lab.rows()
@@ -76,6 +123,26 @@ def test_a_run_that_fails_is_named_with_its_line_and_the_others_go_on(lab, capsy
     (lab.prepared / f"{ALL[1]}.fails").unlink()
     assert study.main(lab.flags) == 0
     assert lab.started() == [ALL[1]]
+
+
+def test_a_run_that_ends_as_stopped_though_nobody_asked_is_named(lab, capsys):
+    (lab.prepared / f"{ALL[1]}.leaves").touch()
+    assert study.main(lab.flags) == 1
+    words = "failed: label_noise=0.0/seed1: it was stopped, but not by this command (exit code 75; "
+    assert capsys.readouterr().err.splitlines()[-1].startswith(words)
+
+
+def test_a_metric_that_no_run_has_costs_no_run(lab, capsys):
+    assert study.main([*lab.flags, "--config.metrics=goold_mean"]) == 1
+    assert "no comparison yet: no run has the metric 'goold_mean'; they have by/*, by/0," in capsys.readouterr().err
+    lab.started()
+    for smaller, best in (("true", "sft"), ("false", "sera")):
+        flags = ["--config.metrics=gold_mean,by/*", f"--config.smaller_is_better={smaller}"]
+        assert study.main([*lab.flags, *flags]) == 0
+        assert json.loads((lab.folder / "runs" / "comparison.json").read_text())["entries"][0]["arm"] == best
+    assert lab.started() == []
+    with pytest.raises(SystemExit, match="2"):
+        study.main([*lab.flags, "--config.smaller_is_better=perhaps"])
 
 
 def test_what_cannot_be_compared_yet_is_said_and_the_failure_stays_a_failure(lab, capsys):
@@ -156,10 +223,31 @@ def test_runs_of_several_versions_are_compared_and_it_is_said(lab, capsys):
         summary["versions"]["numerics"] = numerics
         (lab.folder / numerics).mkdir()
         (lab.folder / numerics / "summary.json").write_text(json.dumps(summary))
-    assert compare.main([str(lab.folder / "1"), str(lab.folder / "2")]) == 0
+    assert compare.main([str(lab.folder / "1"), str(lab.folder / "2"), f"--out={lab.folder}/out"]) == 0
     words = capsys.readouterr().out
-    assert "note: of several versions, which may compute other numbers: numerics 1, jax" in words
+    note = "runs of several versions, which may compute other numbers: numerics 1, jax"
+    assert note in words
+    assert note in (lab.folder / "out" / "comparison.md").read_text()
+    assert note in json.loads((lab.folder / "out" / "comparison.json").read_text())["notes"][0]
     assert "(2)" in words
+
+
+def test_files_and_folders_that_share_a_setting_are_of_one_config(lab, capsys):
+    """Two files of one study's seeds are one comparison; of two configs under one name they are none."""
+    assert study.main([*lab.flags, "--config.seeds=0,1"]) == 0
+    one, two = lab.folder / "one.jsonl", lab.folder / "two.jsonl"
+    for file, seed in ((one, 0), (two, 1)):
+        file.write_text("".join(json.dumps(row) + "\n" for row in lab.rows() if row["seed"] == seed))
+    folders = [str(path.parent) for path in (lab.folder / "runs").glob("*/seed0/summary.json")]
+    assert len(rows_of([str(one), str(two)])) == len(rows_of([*folders, str(two)])) == 12
+    two.write_text(two.read_text().replace('"identity": "', '"identity": "0'))
+    assert len(rows_of([str(two)])) == 6
+    with pytest.raises(
+        ValueError, match=r"one.jsonl and .*two.jsonl: the rows of setting 'label_noise=0.0' are of sev"
+    ):
+        rows_of([str(one), str(two)])
+    with pytest.raises(ValueError, match=r"two.jsonl and the work directories: the rows of setting 'label_noise="):
+        rows_of([*folders, str(two)])
 
 
 def test_runs_of_two_methods_are_compared_by_what_each_reads(lab):
@@ -183,6 +271,13 @@ def test_runs_of_two_methods_are_compared_by_what_each_reads(lab):
         (["--config=studies/absent.py"], "studies/absent.py: FileNotFoundError"),
         (["{lab}", "--config.threads=0"], "config.threads=0; it must be at least 1"),
         (["{lab}", "--config.seeds="], r"config.seeds=(); give one at least"),
+        (["{lab}", "--config.metrics="], "metrics=(); name one at least"),
+        (["{lab}", "--config.arms=daa,seera"], "no run has the arm 'seera'; they have sft, daa, sera"),
+        (
+            ["{lab}", "--config.baseline=dpo"],
+            "baseline='dpo' is nothing here; choose of sft, daa, sera, label_noise=0.0,",
+        ),
+        (["{lab}", "--config.panels=loss.beta"], "panels='loss.beta' is no field of the setting 'label_noise=0.0'; "),
     ],
 )
 def test_a_refused_study_is_one_line(lab, capsys, flags, words):

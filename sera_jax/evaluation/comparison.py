@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from scipy.special import stdtrit
 
 Key = tuple[str, str]  # setting, arm
+Facts = Mapping[int, Mapping[str, float]]  # of an entry: seed -> metric -> value
 LEVEL = 0.95
+_NO_NAME = re.compile(r"[^-+.\w]")  # what neither a folder's name nor a part of a setting's holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +57,18 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Entries by panel, best first; `varied`: setting -> the fields that tell it from the others."""
+    """Entries by panel, best first; `varied`: setting -> the fields that tell it apart; `notes`: sentences."""
 
     metrics: tuple[str, ...]
     baseline: str
     entries: list[Entry]
     varied: dict[str, dict[str, Any]]
+    notes: tuple[str, ...] = ()
+
+    def headings(self, metric: str) -> tuple[str, str]:
+        """What a metric's means are of, and what is taken from them in its differences."""
+        mine, _, other = metric.partition(":")
+        return mine, f"minus {self.baseline}{other and f': {other}'}"
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: an interval that there is not is null."""
@@ -82,7 +91,7 @@ class Comparison:
             for e in self.entries
         ]
         asked = {"metrics": list(self.metrics), "baseline": self.baseline, "interval": LEVEL}
-        return asked | {"settings": self.varied, "entries": entries}
+        return asked | {"settings": self.varied, "entries": entries, "notes": list(self.notes)}
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -92,6 +101,17 @@ def estimate(values: Sequence[float]) -> Estimate:
         return Estimate(float(values[0]), math.nan, 1)
     spread = float(np.std(values, ddof=1)) / math.sqrt(n)
     return Estimate(float(np.mean(values)), float(stdtrit(n - 1, (1 + LEVEL) / 2)) * spread, n)
+
+
+def text_of(value: Any) -> str:
+    """A value of a config's field as the command line takes it."""
+    return (",".join(map(text_of, value)) or "()") if isinstance(value, tuple | list) else str(value)
+
+
+def parts_of(field: str, value: Any) -> tuple[str, str]:
+    """What says a field in a setting's name: by its last part, or in full where that is another field's too."""
+    text = _NO_NAME.sub("+", text_of(value))
+    return f"{field.rpartition('.')[2]}={text}", f"{field}={text}"
 
 
 def compare(
@@ -106,7 +126,8 @@ def compare(
     """What the rows (`studies.rows`) say of each arm of each setting.
 
     Args:
-        metrics: the first one ranks.
+        metrics: the first one ranks. `MINE:OTHER` compares an entry's MINE with the baseline's OTHER. `FACT/*` is that
+            part of a fact which has the best mean over the seeds, of each entry for itself.
         arms: those shown; empty: all. The baseline may be another.
         baseline: as `studies.plan.Study` says. panels: a field of `varied`.
 
@@ -118,50 +139,106 @@ def compare(
     for row in rows:
         values.setdefault((row["setting"], row["arm"]), {})[row["seed"]] = row["metrics"]
         varied[row["setting"]] = row["varied"]
-    _check(values, metrics, arms, varied, panels)
-    shown = [key for key in values if not arms or key[1] in arms]
-    against = {key: _baseline_of(key, baseline, values) for key in shown} if baseline else {}
-    if baseline and not any(against.values()):
-        raise ValueError(f"baseline={baseline!r} is nothing here; choose of {_listed(_names(values))}")
+    against = check(values, varied, metrics, arms=arms, baseline=baseline, panels=panels)
+    _check_metrics(values, metrics)
+    chosen: dict[str, dict[str, str]] = {}  # FACT/* -> entry -> its part
+
+    def series(key: Key, metric: str, *, smallest: bool) -> dict[int, float]:
+        part = _best_part(values[key], metric, smallest=smallest)
+        if part != metric:
+            chosen.setdefault(metric, {})["/".join(filter(None, key))] = part.rpartition("/")[2]
+        return {seed: facts[part] for seed, facts in values[key].items() if part in facts}
+
     entries = []
-    for key in shown:
-        other = against.get(key)
-        entries.append(
-            Entry(
-                *key,
-                panel=f"{panels}={varied[key[0]][panels]}" if panels else "",
-                means={m: estimate(found) for m in metrics if (found := _values(values[key], m))},
-                against=other,
-                differences={
-                    m: estimate(found)
-                    for m in metrics
-                    if other and (found := _differences(values[key], values[other], m))
-                },
-            )
-        )
+    for key, other in against.items():
+        means, differences = {}, {}
+        for metric in metrics:
+            smallest = smaller_is_better and metric == metrics[0]
+            name, _, of_other = metric.partition(":")
+            if mine := series(key, name, smallest=smallest):
+                means[metric] = estimate(list(mine.values()))
+            if other and (both := _paired(mine, series(other, of_other or name, smallest=smallest))):
+                differences[metric] = estimate(both)
+        panel = f"{panels}={text_of(varied[key[0]][panels])}" if panels else ""
+        entries.append(Entry(*key, panel, means, other, differences))
     order = list(dict.fromkeys(entry.panel for entry in entries))
     sign = 1 if smaller_is_better else -1
+    notes = [
+        f"{fact}: chosen by the mean over the seeds, which makes it a little too good: "
+        + ", ".join(f"{entry} {part}" for entry, part in parts.items())
+        for fact, parts in chosen.items()
+    ]
 
     def rank(entry: Entry) -> tuple[int, float]:
         mean = entry.means.get(metrics[0])
         return order.index(entry.panel), math.inf if mean is None else sign * mean.mean
 
-    return Comparison(tuple(metrics), baseline, sorted(entries, key=rank), varied)
+    return Comparison(tuple(metrics), baseline, sorted(entries, key=rank), varied, tuple(notes))
 
 
-def _values(by_seed: Mapping[int, Mapping[str, float]], metric: str) -> list[float]:
-    return [facts[metric] for facts in by_seed.values() if metric in facts]
+def check(
+    keys: Collection[Key],
+    varied: Mapping[str, Mapping[str, Any]],
+    metrics: Sequence[str],
+    *,
+    arms: Sequence[str],
+    baseline: str,
+    panels: str,
+) -> dict[Key, Key | None]:
+    """Those of the entries that are shown, each with what it is compared with.
+
+    Args:
+        varied: of every setting. The others: as of `compare`.
+
+    Raises:
+        ValueError: no metric; an arm, the baseline or the field of the panels that the entries have not.
+    """
+    if not metrics:
+        raise ValueError("metrics=(); name one at least, such as gold_mean: the first one ranks")
+    there = list(dict.fromkeys(arm for _, arm in keys))
+    if absent := [arm for arm in arms if arm not in there]:
+        raise ValueError(f"no run has the arm {absent[0]!r}; they have {_listed(there)}")
+    if lacking := [setting for setting, fields in varied.items() if panels and panels not in fields]:
+        every = set.intersection(*(set(fields) for fields in varied.values()))
+        raise ValueError(
+            f"panels={panels!r} is no field of the setting {lacking[0]!r}; choose of those that differ and that every "
+            f"setting has: {_listed(sorted(every))}"
+        )
+    if both := [metric for metric in metrics if ":" in metric and not baseline]:
+        raise ValueError(f"metric {both[0]!r} is a difference to a baseline; name one, or leave out what follows the :")
+    against = {key: _baseline_of(key, baseline, keys) for key in keys if not arms or key[1] in arms}
+    if baseline and not any(against.values()):
+        raise ValueError(f"baseline={baseline!r} is nothing here; choose of {_listed(_names(keys))}")
+    return against
 
 
-def _differences(
-    mine: Mapping[int, Mapping[str, float]], others: Mapping[int, Mapping[str, float]], metric: str
-) -> list[float]:
+def _check_metrics(values: Mapping[Key, Facts], metrics: Sequence[str]) -> None:
+    known = {name for by_seed in values.values() for facts in by_seed.values() for name in facts}
+    known |= {f"{fact}/*" for name in known if (fact := name.rpartition("/")[0])}
+    for name in (name for metric in metrics for name in metric.split(":", 1)):
+        if name not in known:
+            raise ValueError(f"no run has the metric {name!r}; they have {_listed(sorted(known))}")
+
+
+def _best_part(by_seed: Facts, metric: str, *, smallest: bool) -> str:
+    """Of `FACT/*` the part whose mean over the seeds is largest, or smallest; a metric without `*` as it is."""
+    fact, _, star = metric.rpartition("/")
+    if star != "*":
+        return metric
+    parts: dict[str, list[float]] = {}
+    for facts in by_seed.values():
+        for name in facts:
+            if name.rpartition("/")[0] == fact:
+                parts.setdefault(name, []).append(facts[name])
+    return (min if smallest else max)(parts, key=lambda name: float(np.mean(parts[name])), default=metric)
+
+
+def _paired(mine: Mapping[int, float], others: Mapping[int, float]) -> list[float]:
     """Mine minus the other's, of the seeds that both have."""
-    both = [seed for seed in mine if metric in mine[seed] and metric in others.get(seed, {})]
-    return [mine[seed][metric] - others[seed][metric] for seed in both]
+    return [value - others[seed] for seed, value in mine.items() if seed in others]
 
 
-def _baseline_of(key: Key, baseline: str, known: Mapping[Key, Any]) -> Key | None:
+def _baseline_of(key: Key, baseline: str, known: Collection[Key]) -> Key | None:
     """What `key` is compared with; None where that is not there, or is `key` itself."""
     setting, arm = key
     parts = setting.split(",")
@@ -176,30 +253,9 @@ def _baseline_of(key: Key, baseline: str, known: Mapping[Key, Any]) -> Key | Non
     return there[0] if there and there[0] != key else None
 
 
-def _check(
-    values: Mapping[Key, Mapping[int, Mapping[str, float]]],
-    metrics: Sequence[str],
-    arms: Sequence[str],
-    varied: Mapping[str, Mapping[str, Any]],
-    panels: str,
-) -> None:
-    known = {name for by_seed in values.values() for facts in by_seed.values() for name in facts}
-    if absent := [metric for metric in metrics if metric not in known]:
-        raise ValueError(f"no run has the metric {absent[0]!r}; they have {_listed(sorted(known))}")
-    there = list(dict.fromkeys(arm for _, arm in values))
-    if absent := [arm for arm in arms if arm not in there]:
-        raise ValueError(f"no run has the arm {absent[0]!r}; they have {_listed(there)}")
-    if panels and any(panels not in fields for fields in varied.values()):
-        raise ValueError(f"panels={panels!r} is not among the fields that differ: {_listed(sorted(_fields(varied)))}")
-
-
-def _fields(varied: Mapping[str, Mapping[str, Any]]) -> set[str]:
-    return {name for fields in varied.values() for name in fields}
-
-
-def _names(values: Mapping[Key, Any]) -> list[str]:
-    arms = [arm for _, arm in values]
-    parts = [part for setting, _ in values for part in setting.split(",") if part]
+def _names(keys: Collection[Key]) -> list[str]:
+    arms = [arm for _, arm in keys]
+    parts = [part for setting, _ in keys for part in setting.split(",") if part]
     return list(dict.fromkeys([*arms, *parts]))
 
 

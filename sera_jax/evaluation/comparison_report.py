@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 from sera_jax.evaluation import look
-from sera_jax.evaluation.comparison import Comparison, Entry, Estimate
+from sera_jax.evaluation.comparison import Comparison, Entry, Estimate, parts_of
 from sera_jax.evaluation.report import Column, aligned
 
 _ENTRIES_A_PANEL = 9  # that a panel of the usual height has room for
@@ -45,16 +45,21 @@ def draw(comparison: Comparison, path: str | os.PathLike[str], looks: look.Looks
     lines = sum(math.ceil(count / _ENTRIES_A_PANEL) for count in counts)
     with look.page(path, columns=2 * columns, lines=lines) as figure:
         figure.suptitle(
-            f"{metric}: mean and 95 % interval over seeds", x=0.012, ha="left", fontsize=13, fontweight="bold"
+            f"{comparison.headings(metric)[0]}: mean and 95 % interval over seeds",
+            x=0.012,
+            ha="left",
+            fontsize=13,
+            fontweight="bold",
         )
         axes = figure.subplots(len(panels), columns, squeeze=False, sharex="col", gridspec_kw={"height_ratios": counts})
         for (panel, entries), row in zip(panels, axes):
             _draw_panel(row[0], entries, [entry.means.get(metric) for entry in entries], by_arm)
-            row[0].set(title=panel, xlabel=metric)
+            mine, minus = comparison.headings(metric)
+            row[0].set(title=panel, xlabel=mine)
             if comparison.baseline:
                 _draw_panel(row[1], entries, [entry.differences.get(metric) for entry in entries], by_arm)
                 row[1].axvline(0, color=look.GREY, lw=0.8, zorder=1)
-                row[1].set(title="paired by seed", xlabel=f"{metric} minus {comparison.baseline}")
+                row[1].set(title="paired by seed", xlabel=f"{mine} {minus}")
 
 
 def _draw_panel(axis: Any, entries: list[Entry], found: list[Estimate | None], looks: dict[str, look.ArmLook]) -> None:
@@ -80,18 +85,16 @@ def _panels(comparison: Comparison) -> list[tuple[str, list[Entry]]]:
 def _own_parts(entry: Entry) -> list[str]:
     """The parts of the setting's name that its panel does not say."""
     field, _, value = entry.panel.partition("=")
-    said = f"{field.rpartition('.')[2]}={value}"
-    return [part for part in entry.setting.split(",") if part not in ("", said)]
+    return [part for part in entry.setting.split(",") if part not in ("", *parts_of(field, value))]
 
 
 def _columns(comparison: Comparison, *, mark: str = "") -> list[Column]:
     columns: list[Column] = [("setting", lambda entry: ",".join(_own_parts(entry))), ("arm", lambda entry: entry.arm)]
     for metric in comparison.metrics:
-        columns.append((metric, lambda entry, m=metric: str(entry.means[m])))
+        mine, minus = comparison.headings(metric)
+        columns.append((mine, lambda entry, m=metric: str(entry.means[m])))
         if comparison.baseline:
-            columns.append(
-                (f"minus {comparison.baseline}", lambda entry, m=metric: _marked(entry.differences[m], mark))
-            )
+            columns.append((minus, lambda entry, m=metric: _marked(entry.differences[m], mark)))
     return columns
 
 
@@ -118,6 +121,7 @@ def _notes(comparison: Comparison) -> list[str]:
         others = {"/".join(filter(None, entry.against)) for entry in comparison.entries if entry.against}
         of = f" ({next(iter(others))})" if len(others) == 1 else ""
         notes.append(f"minus {comparison.baseline}{of}: paired by seed, over the seeds that both have")
+    notes += comparison.notes
     notes += [
         f"{setting}: {words}" for setting, fields in comparison.varied.items() if (words := _unsaid(setting, fields))
     ]
@@ -127,4 +131,4 @@ def _notes(comparison: Comparison) -> list[str]:
 def _unsaid(setting: str, fields: dict[str, Any]) -> str:
     """The fields of a setting that its name does not say."""
     said = setting.split(",")
-    return ", ".join(f"{k}={v}" for k, v in fields.items() if f"{k.rpartition('.')[2]}={v}" not in said)
+    return ", ".join(f"{k}={v}" for k, v in fields.items() if not {*parts_of(k, v)} & {*said})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 # Okabe and Ito's palette, told apart by every common kind of colour vision; markers differ as well.
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 BLACK, YELLOW, BROWN = "#000000", "#F0E442", "#7A5230"
-OTHERS = [(SKY, "P"), (BLACK, "X"), (YELLOW, "*")]
+OTHERS = [(SKY, "P"), (BLACK, "X"), (YELLOW, "*"), (PURPLE, "p"), (ORANGE, "8"), (BROWN, ">"), (GREEN, "H")]
 GREY = "#6E6E6E"
 INK = "#222222"
 PANEL_INCHES = (4.3, 3.5)  # width, height
@@ -39,7 +40,9 @@ Looks = Mapping[str, ArmLook]
 
 def looks_of(arms: Sequence[str], looks: Looks) -> dict[str, ArmLook]:
     """How each of the arms looks; those without a look of their own share out what is left."""
-    others = iter(OTHERS * 9)
+    taken = {(looks[arm].colour, looks[arm].marker) for arm in arms if arm in looks}
+    colours = {colour for colour, _ in taken}
+    others = itertools.cycle(sorted(set(OTHERS) - taken, key=lambda other: (other[0] in colours, OTHERS.index(other))))
     return {arm: looks[arm] if arm in looks else ArmLook(arm, *next(others)) for arm in arms}
 
 

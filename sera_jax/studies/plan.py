@@ -13,18 +13,18 @@ import pathlib
 import re
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sera_jax.checkpoint.code import versions
 from sera_jax.checkpoint.phases import digest_of, flatten, plain
 from sera_jax.config import check_field, to_dict
 from sera_jax.config.identity import is_identity
-from sera_jax.experiment.methods import parse
+from sera_jax.evaluation.comparison import check, parts_of, text_of
+from sera_jax.experiment.methods import METHODS, parse
 
 _START = ("method", "seed", "world", "model", "data", "pretrain", "sft", "mesh")  # what the SFT model is made from
 COMPUTES = ("numerics", "jax", "flax", "optax")  # versions that runs of one study share
-_NO_NAME = re.compile(r"[^-+.\w]")  # what neither a folder's name nor a part of a setting's holds
 _FIXED = ("seed", "workdir")  # fields that the study itself sets
 
 
@@ -36,7 +36,7 @@ class Study:
     settings: name -> the fields that it changes. grid: field -> its values. Every setting is run at every point of the
         grid with every seed.
     arms: those compared; empty: all that the runs have.
-    metrics: facts of an arm, as the rows name them (docs/studies.md); the first one ranks.
+    metrics: facts of an arm, as the rows name them, or MINE:BASELINES (docs/studies.md); the first one ranks.
     smaller_is_better: of the first metric.
     baseline: what differences are to, paired by seed: an arm (of the same setting), a part of a setting's name (the
         same arm, all other parts alike), or SETTING/ARM; empty: none.
@@ -71,6 +71,7 @@ class Run:
     Attributes:
         varied: the fields of its setting and its point of the grid; overrides: all that it changes but the work
             directory.
+        arms: those that it ends with, the SFT model first.
         identity: digest of what it computes, the same for all seeds; start: of what its SFT model is made from.
     """
 
@@ -78,8 +79,13 @@ class Run:
     seed: int
     varied: dict[str, Any]
     overrides: dict[str, Any]
+    arms: tuple[str, ...]
     identity: str
     start: str
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.setting, self.seed
 
     @property
     def name(self) -> str:
@@ -93,7 +99,7 @@ class Run:
 
     def flags(self) -> list[str]:
         """The overrides for the command line."""
-        return [f"--config.{field}={_text(value)}" for field, value in self.overrides.items()]
+        return [f"--config.{field}={text_of(value)}" for field, value in self.overrides.items()]
 
 
 def load(path: str, **changes: Any) -> Study:
@@ -120,7 +126,8 @@ def expand(study: Study) -> list[Run]:
     """All runs, every seed of a setting before the next setting; every one of them has been parsed.
 
     Raises:
-        ValueError: a field or a value that the config refuses; two runs of one name or of one config; no run.
+        ValueError: a field or a value that the config refuses; two runs of one name or of one config; no run; an arm, a
+            baseline or a field of panels that they do not have.
     """
     if not study.seeds or len(set(study.seeds)) != len(study.seeds):
         raise ValueError(f"config.seeds={tuple(study.seeds)!r}; give one at least, and each once")
@@ -133,18 +140,16 @@ def expand(study: Study) -> list[Run]:
         if twice:
             same = [run.name for run in runs if of(run) == twice[0]]
             raise ValueError(f"runs of one {what}: {' and '.join(same)}; change or remove one of their settings")
+    there = dict.fromkeys((run.setting, arm) for run in runs for arm in run.arms)
+    varied = {run.setting: run.varied for run in runs}
+    check(there, varied, study.metrics, arms=study.arms, baseline=study.baseline, panels=study.panels)
     return runs
 
 
-def setting_name(fields: Mapping[str, Any]) -> str:
-    """`label_noise=0.2,beta=0.1` of a setting's fields, each by its last part where that tells it from the others."""
-    leaves = Counter(_leaf(field) for field in fields)
-    names = {field: _leaf(field) if leaves[_leaf(field)] == 1 else field for field in fields}
-    return ",".join(f"{names[field]}={_NO_NAME.sub('+', _text(value))}" for field, value in fields.items())
-
-
-def _leaf(field: str) -> str:
-    return field.rpartition(".")[2]
+def setting_name(fields: Mapping[str, Any], among: Iterable[str]) -> str:
+    """`label_noise=0.2,beta=0.1` of a setting's fields, each by its last part where that tells it from all `among`."""
+    leaves = Counter(field.rpartition(".")[2] for field in among)
+    return ",".join(parts_of(field, value)[leaves[field.rpartition(".")[2]] > 1] for field, value in fields.items())
 
 
 def identity(config: Mapping[str, Any], code: Mapping[str, str]) -> str:
@@ -156,6 +161,7 @@ def identity(config: Mapping[str, Any], code: Mapping[str, str]) -> str:
 
 def _cells(study: Study) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, fields) of every setting at every point of the grid."""
+    among = {field for fields in (study.grid, *study.settings.values()) for field in fields}
     for name, fields in study.settings.items():
         if not re.fullmatch(r"[\w.=+ -]*", name):
             raise ValueError(f"a setting is named {name!r}; use letters, digits, spaces and . = + - _")
@@ -163,7 +169,7 @@ def _cells(study: Study) -> Iterator[tuple[str, dict[str, Any]]]:
             raise ValueError(f"{min(both)} is in the grid and in setting {name!r}; take it out of one of them")
         for values in itertools.product(*study.grid.values()):
             point = dict(zip(study.grid, values, strict=True))
-            yield ",".join(filter(None, [name, setting_name(point)])), {**fields, **point}
+            yield ",".join(filter(None, [name, setting_name(point, among)])), {**fields, **point}
 
 
 def _run(study: Study, setting: str, varied: dict[str, Any], seed: int, code: Mapping[str, str]) -> Run:
@@ -182,12 +188,8 @@ def _run(study: Study, setting: str, varied: dict[str, Any], seed: int, code: Ma
         raise ValueError(f"{setting or 'the study'}: {error}") from error
     start = {name: config[name] for name in _START}
     start["data"] = {name: value for name, value in start["data"].items() if name != "label_noise"}
-    return Run(setting, seed, varied, overrides, identity(config, code), digest_of(start))
-
-
-def _text(value: Any) -> str:
-    """A value as the command line takes it."""
-    return ",".join(map(_text, value)) if isinstance(value, tuple | list) else str(value)
+    arms = ("sft", *config[METHODS[config["method"]].group]["arms"])
+    return Run(setting, seed, varied, overrides, arms, identity(config, code), digest_of(start))
 
 
 def _from_file(path: str, *arguments: str) -> Any:

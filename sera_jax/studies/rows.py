@@ -7,17 +7,21 @@ arm by name, with `/` between the names of a fact that has parts, and `round2/` 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sera_jax.checkpoint.phases import flatten, load_json, plain
+from sera_jax.checkpoint.phases import flatten, load_json, plain, write_jsonl
 from sera_jax.config.identity import is_identity
 from sera_jax.experiment.methods import METHODS, method_of
 from sera_jax.studies.plan import Run, identity, setting_name
 
 Row = dict[str, Any]
+Key = tuple[str, int]  # setting, seed
 _ROW = {"setting": str, "seed": int, "arm": str, "varied": dict, "identity": str, "versions": dict, "metrics": dict}
 _DIGITS = 6  # significant ones of a number
 _NAMED = 3  # fields that may name a setting
@@ -55,6 +59,40 @@ def read_rows(path: pathlib.Path) -> list[Row]:
     return rows
 
 
+def key_of(row: Row) -> Key:
+    """What tells its run from the others of a study."""
+    return row["setting"], row["seed"]
+
+
+def put_rows(path: pathlib.Path, key: Key, fresh: Sequence[Row], order: Sequence[Key]) -> list[Row]:
+    """Give a run these rows in a file, which other commands may write to at the same time; all rows that it then has.
+
+    They stand in this order of runs; rows of other runs come last.
+
+    Raises:
+        ValueError: as `read_rows`.
+    """
+    places = {key: place for place, key in enumerate(order)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _alone_in(path.parent):
+        rows = [*(row for row in read_rows(path) if key_of(row) != key), *fresh]
+        rows.sort(key=lambda row: places.get(key_of(row), len(places)))
+        write_jsonl(path, rows)
+    return rows
+
+
+@contextlib.contextmanager
+def _alone_in(folder: pathlib.Path) -> Iterator[None]:
+    """No other process is in such a block of this folder; where the file system has no locks, one may be."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
+
+
 def rows_of(paths: Sequence[str]) -> list[Row]:
     """The rows of work directories and files of rows, settings of work directories named by the fields that differ.
 
@@ -62,15 +100,17 @@ def rows_of(paths: Sequence[str]) -> list[Row]:
         ValueError: a path is neither; rows of a setting are of several configs; or one arm of a setting is there twice
             with the same seed.
     """
-    rows, folders = [], []
+    folders, files = [], {}
     for path in map(pathlib.Path, paths):
         if path.is_dir():
             folders.append(path)
         elif path.is_file():
-            rows += _of_one_config(path, read_rows(path))
+            files[str(path)] = read_rows(path)
         else:
             raise ValueError(f"{path} does not exist; give work directories of runs, or files of rows")
-    rows += _rows_of_workdirs(folders)
+    sources = {**files, "the work directories": _rows_of_workdirs(folders)}
+    _check_configs(sources, {row["setting"] for rows in files.values() for row in rows})
+    rows = [row for found in sources.values() for row in found]
     seen: set[tuple[Any, ...]] = set()
     for row in rows:
         key = (row["setting"], row["arm"], row["seed"])
@@ -80,17 +120,18 @@ def rows_of(paths: Sequence[str]) -> list[Row]:
     return rows
 
 
-def _of_one_config(path: pathlib.Path, rows: list[Row]) -> list[Row]:
-    """The rows; raises ValueError where those of a setting were made from several configs, or by several versions."""
-    identities: dict[str, set[str]] = {}
-    for row in rows:
-        identities.setdefault(row["setting"], set()).add(row["identity"])
-    if mixed := [setting for setting, found in identities.items() if len(found) > 1]:
-        raise ValueError(
-            f"{path}: the rows of setting {mixed[0]!r} are of several configs or versions; go on with the study, which "
-            "makes the old ones anew, or remove them"
-        )
-    return rows
+def _check_configs(sources: Mapping[str, Sequence[Row]], settings: set[str]) -> None:
+    """Raises ValueError where rows of one of these settings were made from several configs, or by several versions."""
+    first: dict[str, tuple[str, str]] = {}  # of each setting
+    for place, rows in sources.items():
+        for row in (row for row in rows if row["setting"] in settings):
+            identity, where = first.setdefault(row["setting"], (row["identity"], place))
+            if row["identity"] != identity:
+                places = " and ".join(dict.fromkeys([where, place]))
+                raise ValueError(
+                    f"{places}: the rows of setting {row['setting']!r} are of several configs or versions; go on with "
+                    "the study, which makes the old ones anew, or compare them apart"
+                )
 
 
 def _rows_of_workdirs(folders: Sequence[pathlib.Path]) -> list[Row]:
@@ -104,7 +145,7 @@ def _rows_of_workdirs(folders: Sequence[pathlib.Path]) -> list[Row]:
     for folder, summary, config in zip(folders, summaries, configs, strict=True):
         varied = {name: config[name] for name in differ if name in config}
         place = first.setdefault(str(varied), folder)
-        rows += _rows(summary, setting_name(varied) if len(differ) <= _NAMED else str(place), varied)
+        rows += _rows(summary, setting_name(varied, differ) if len(differ) <= _NAMED else str(place), varied)
     return rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 
@@ -30,10 +31,11 @@ def show(
         ValueError: as `comparison.compare`.
     """
     found = compare(rows, metrics, arms=arms, baseline=baseline, panels=panels, smaller_is_better=smaller_is_better)
-    print(table(found))
     made_by = {", ".join(f"{name} {row['versions'].get(name)}" for name in COMPUTES) for row in rows}
     if len(made_by) > 1:
-        print(f"note: of several versions, which may compute other numbers: {'; '.join(sorted(made_by))}")
+        words = f"runs of several versions, which may compute other numbers: {'; '.join(sorted(made_by))}"
+        found = dataclasses.replace(found, notes=(words, *found.notes))
+    print(table(found))
     if out is None:
         return
     out.mkdir(parents=True, exist_ok=True)

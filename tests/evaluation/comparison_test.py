@@ -1,13 +1,16 @@
 """Means, intervals and paired differences over seeds: closed forms, and what is said of them."""
 
+import contextlib
 import json
 import math
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from sera_jax.evaluation.comparison import compare, estimate
 from sera_jax.evaluation.comparison_report import draw, markdown, table
+from sera_jax.evaluation.look import OTHERS, ArmLook, looks_of
 
 # t(0.975, n - 1) of printed tables, by n.
 QUANTILES = {2: 12.706, 3: 4.303, 5: 2.776, 10: 2.262, 31: 2.042, 121: 1.980}
@@ -71,7 +74,7 @@ def test_differences_are_of_the_seeds_that_both_have_whatever_the_order():
 def test_a_baseline_is_an_arm_or_a_part_of_a_setting_or_one_entry(baseline, other):
     rows = [row(f"{name},noise={n}", arm, gold=1.0) for name in "ab" for n in (1, 2) for arm in ("daa", "sera")]
     found = entry(compare(rows, ["gold"], baseline=baseline), "sera", "b,noise=1")
-    assert "/".join(found.against) == other
+    assert found.against == tuple(other.rsplit("/", 1))
 
 
 def test_entries_are_ranked_by_the_first_metric_within_their_panel():
@@ -93,13 +96,63 @@ def test_entries_are_ranked_by_the_first_metric_within_their_panel():
         ({"metrics": ["goold"]}, "no run has the metric 'goold'; they have gold"),
         ({"arms": ["seera"]}, "no run has the arm 'seera'; they have daa, sera"),
         ({"baseline": "dpo"}, "baseline='dpo' is nothing here; choose of daa, sera"),
-        ({"panels": "noise"}, "panels='noise' is not among the fields that differ: none"),
+        ({"panels": "noise"}, "panels='noise' is no field of the setting ''; .* every setting has: none"),
+        ({"metrics": []}, r"metrics=\(\); name one at least"),
+        ({"metrics": ["gold:goold"], "baseline": "daa"}, "no run has the metric 'goold'; they have gold"),
+        ({"metrics": ["goold/*"]}, r"no run has the metric 'goold/\*'; they have gold"),
+        ({"metrics": ["gold:gold"]}, "metric 'gold:gold' is a difference to a baseline; name one"),
     ],
 )
 def test_what_no_row_has_is_refused_with_what_they_have(options, words):
     rows = [row(arm="daa", gold=1.0), row(arm="sera", gold=2.0)]
     with pytest.raises(ValueError, match=words):
         compare(rows, **{"metrics": ["gold"], **options})
+
+
+def test_the_best_part_of_a_fact_is_chosen_once_for_all_seeds():
+    """The baseline's is that at 1 (its mean is 3, at 0 it is 2), though at 0 the first seed has more."""
+    at = {"daa": {"0": [4.0, 0.0], "1": [3.0, 3.0]}, "sera": {"0": [5.0, 7.0], "1": [0.0, 0.0]}}
+    rows = [row(arm=arm, seed=s, **{f"gold/{t}": golds[s] for t, golds in by.items()})
+            for arm, by in at.items() for s in (0, 1)]  # fmt: skip
+    asked = ["gold/0:gold/*", "gold/*"]
+    found = compare(rows, asked, baseline="daa")
+    sera = entry(found, "sera")
+    assert sera.differences["gold/0:gold/*"] == estimate([2.0, 4.0])
+    assert sera.means == {"gold/0:gold/*": estimate([5.0, 7.0]), "gold/*": estimate([5.0, 7.0])}
+    assert entry(found, "daa").means["gold/*"] == estimate([3.0, 3.0])
+    assert "gold/*: chosen by the mean over the seeds, which makes it a little too good: daa 1, sera 0" in table(found)
+    assert "minus daa: gold/*" in table(found)
+    small = compare(rows, asked[:1], baseline="daa", smaller_is_better=True)
+    assert entry(small, "sera").differences["gold/0:gold/*"] == estimate([1.0, 7.0]), "the smallest mean is 2, at 0"
+
+
+def test_the_picture_has_every_entry_at_its_mean_with_its_interval(monkeypatch):
+    drawn = Figure()
+    monkeypatch.setattr("sera_jax.evaluation.look.page", lambda *_, **__: contextlib.nullcontext(drawn))
+    gold = {"daa": [1.0, 3.0], "sera": [2.0, 6.0]}
+    rows = [row(f"noise={n}", arm, s, gold=n + g) for n in (0, 1) for arm in gold for s, g in enumerate(gold[arm])]
+    found = compare(rows, ["gold"], baseline="daa", panels="noise")
+    draw(found, "", {})
+    of_means, of_differences, *_ = drawn.axes
+    assert [label.get_text() for label in of_means.get_yticklabels()] == ["sera (2)", "daa (2)"]
+    assert [label.get_text() for label in of_differences.get_yticklabels()] == ["sera (2)", "daa"]
+    assert (of_means.get_title(loc="left") or of_means.get_title()) == "noise=0"
+    for axis, expected in ((of_means, [(4.0, 0), (2.0, 1)]), (of_differences, [(2.0, 0)])):
+        assert [tuple(bar[0].get_xydata()[0]) for bar in axis.containers] == expected
+    (segment,) = of_differences.containers[0][2][0].get_segments()
+    assert segment[:, 0] == pytest.approx([2 - 12.706, 2 + 12.706], abs=1e-3)
+
+
+def test_arms_without_a_look_get_none_that_another_has():
+    """Nor a colour, while there are others; what is taken by an arm that is not there is free."""
+    taken = {"same": ArmLook("", *OTHERS[0]), "alike": ArmLook("", OTHERS[1][0], "o")}
+    found = looks_of([*taken, *"abcde"], taken)
+    assert all(found[arm] is its for arm, its in taken.items())
+    assert len({its.colour for its in found.values()}) == len(found) == len(OTHERS)
+    every = taken | {colour: ArmLook("", colour, "o") for colour, _ in OTHERS[2:]}
+    found = looks_of([*every, "a"], every)
+    assert len({(its.colour, its.marker) for its in found.values()}) == len(found)
+    assert looks_of(["a"], taken)["a"].colour == OTHERS[0][0]
 
 
 def test_every_figure_of_the_page_has_its_number_of_runs_and_is_bold_where_0_is_left_out(tmp_path):

@@ -11,7 +11,8 @@ from sera_jax.experiment.methods import parse
 from sera_jax.studies.plan import Run, Study, expand, load
 from tests.loops.tiny import TINY
 
-# Its prepared files: NAME.json is the summary; NAME.fails the line it fails with; NAME.waits makes it wait for SIGTERM.
+# Its prepared files: NAME.json is the summary; NAME.fails the line it fails with; NAME.waits makes it wait for SIGTERM;
+# NAME.leaves makes it end as if that had come.
 STAND_IN = """
 import json, pathlib, signal, sys, time
 prepared, workdir = pathlib.Path(sys.argv[1]), next(a.split("=", 1)[1] for a in sys.argv if "config.workdir=" in a)
@@ -23,6 +24,8 @@ signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 if (prepared / f"{name}.waits").exists():
     (prepared / f"{name}.waiting").touch()
     time.sleep(60)
+if (prepared / f"{name}.leaves").exists():
+    sys.exit(75)
 if (prepared / f"{name}.fails").exists():
     print("error: " + (prepared / f"{name}.fails").read_text() + "\\n(--traceback shows where)", file=sys.stderr)
     sys.exit(2)

@@ -1,6 +1,7 @@
 """A study expands into runs: each point of settings x grid x seeds once, each named, each a config that parses."""
 
 import itertools
+import json
 import pathlib
 import re
 
@@ -9,6 +10,8 @@ import pytest
 from configs.quickstart import get_config
 from sera_jax.checkpoint.code import versions
 from sera_jax.config import to_dict
+from sera_jax.evaluation.comparison import compare
+from sera_jax.evaluation.comparison_report import table
 from sera_jax.experiment.methods import parse
 from sera_jax.studies.plan import Study, expand, identity, load
 from tests.docs_test import config_of
@@ -27,7 +30,7 @@ def study(**fields):
 
 
 def test_expansion_is_a_bijection_between_points_and_runs():
-    settings = {"published": {}, "ranked": {"sera.ranking": "likelihood"}}
+    settings = {"published": {}, "ranked": {"sera.likelihood_weight": 1.0, "sera.ranking_reduction": "mean"}}
     grid = {"data.label_noise": (0.0, 0.2), "train.learning_rate": (1e-4, 3e-4), "sft.learning_rate": (1e-4, 6e-4)}
     runs = expand(study(settings=settings, grid=grid, seeds=(3, 1)))
     points = [
@@ -47,7 +50,7 @@ def test_the_command_line_of_a_run_gives_the_config_that_it_was_planned_with():
     settings = {
         "a": {"sera.arms": ("daa", "sera"), "sera.selection": "middle", "sera.band": (0.1, 0.9)},
         "b": {"sera.require_eos": False, "loss.beta": 0.5, "train.learning_rate": 1e-7, "eval.max_pairs": 10},
-        "c": {"loss.name": "ipo", "loss.tau": None},
+        "c": {"loss.name": "ipo", "loss.tau": None, "eval.temperatures": ()},
     }
     for run in expand(study(base="configs/quickstart.py:noise40", settings=settings, seeds=(7,))):
         config = to_dict(config_of("--config=configs/quickstart.py:noise40", *run.flags()))
@@ -88,6 +91,21 @@ def test_the_identity_is_that_of_all_seeds_and_of_the_versions_that_compute():
     assert identity(config, code) == identity({**config, "workdir": "elsewhere", "seed": 9}, code)
 
 
+def test_a_table_says_each_field_of_a_setting_once():
+    """Also where two fields end alike, and where a value has characters that no name has."""
+    grid = {"train.learning_rate": (1e-4, 3e-4), "eval.temperatures": ((0.0, 0.5), ())}
+    settings = {"a": {"sft.learning_rate": 1e-3}, "b": {}}
+    runs = expand(study(settings=settings, grid=grid, panels="eval.temperatures"))
+    assert runs[0].setting == "a,train.learning_rate=0.0001,temperatures=0.0+0.5"
+    rows = [{"setting": r.setting, "arm": "sft", "seed": 0, "varied": r.varied, "metrics": {"gold": 1.0}} for r in runs]
+    shown = table(compare(json.loads(json.dumps(rows)), ["gold"], panels="eval.temperatures"))
+    assert shown.count("eval.temperatures=") == 2, "the headings of the panels"
+    entries = [line.split()[0] for line in shown.splitlines() if line.endswith("(1)")]
+    assert entries == [f"{s},train.learning_rate={rate}" for s in "ab" for rate in (0.0001, 0.0003)] * 2
+    notes = [line.rpartition(": ")[2] for line in shown.splitlines() if line.startswith("a,") and ": " in line]
+    assert notes == ["sft.learning_rate=0.001"] * 4
+
+
 @pytest.mark.parametrize(
     "fields, words",
     [
@@ -101,6 +119,14 @@ def test_the_identity_is_that_of_all_seeds_and_of_the_versions_that_compute():
         ({"settings": {"a": {"seed": 1}}}, "config.seed is set by the study"),
         ({"settings": {"a": {"sera.rounds": 2}}, "grid": {"sera.rounds": (2, 3)}}, "sera.rounds is in the grid and in"),
         ({"settings": {"a/b": {}}}, "a setting is named 'a/b'"),
+        ({"metrics": ()}, r"metrics=\(\); name one at least"),
+        ({"metrics": ("a:b",)}, "metric 'a:b' is a difference to a baseline; name one"),
+        ({"arms": ("oracle_pairing",)}, "no run has the arm 'oracle_pairing'; they have sft, daa, sera, random"),
+        ({"baseline": "published"}, "baseline='published' is nothing here; choose of sft, daa, sera, random"),
+        (
+            {"settings": {"a": {"sera.rounds": 2}, "b": {"loss.beta": 0.5, "sera.rounds": 4}}, "panels": "loss.beta"},
+            "panels='loss.beta' is no field of the setting 'a'; .* every setting has: sera.rounds$",
+        ),
         ({"seeds": (1, 1)}, r"config.seeds=\(1, 1\); give one at least, and each once"),
         ({"grid": {"sera.rounds": ()}}, "the study has no run"),
         ({"base": "configs/absent.py"}, "configs/absent.py: FileNotFoundError"),
@@ -125,7 +151,11 @@ def test_a_study_file_that_cannot_be_run_is_a_line_with_its_place(tmp_path):
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
 def test_every_study_of_the_repository_expands_and_says_its_command(path):
     name = path.relative_to(ROOT)
-    assert expand(load(str(name)))
+    study = load(str(name))
+    runs = expand(study)
+    asked = {t for metric in study.metrics for t in re.findall(r"gold_by_temperature/([\d.]+)", metric)}
+    temperatures = to_dict(config_of(f"--config={study.base}", *runs[0].flags()))["eval"]["temperatures"]
+    assert asked <= {f"{t:g}" for t in temperatures}
     assert f"python -m sera_jax.study --config={name}" in path.read_text()
 
 
