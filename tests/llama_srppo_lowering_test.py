@@ -204,8 +204,9 @@ def test_rewards_and_advantages_stay_spread_as_the_rows_are(learner, scored, exp
     ("name", "unread"),
     [
         # the KL is paid in the reward, so the loss of the policy needs neither the SFT model nor the coefficient
-        ("policy", {"sft_logp", "kl_coef", "old_value", "returns"}),
-        ("critic", {"target", "old_logp", "sft_logp", "advantage", "kl_coef"}),
+        ("policy", {"sft_logp", "kl_coef", "old_value", "returns", "value_scale"}),
+        # values are not clipped, so the old ones are not asked for
+        ("critic", {"target", "old_logp", "sft_logp", "advantage", "kl_coef", "old_value"}),
     ],
 )
 def test_an_update_lowers_gives_its_state_back_in_place_and_exports_for_a_tpu(learner, mesh, experience, name, unread):

@@ -114,7 +114,7 @@ def test_the_command_hands_the_permission_on(monkeypatch, tmp_path, allow):
     monkeypatch.setattr(experiment, "run", lambda config, **how: handed.update(how))
     monkeypatch.setattr(methods, "parse", lambda raw: tiny_config(tmp_path))
     monkeypatch.setattr(main, "_CONFIG", types.SimpleNamespace(value=None))
-    with flagsaver.as_parsed(verify="false", allow_other_versions=str(allow).lower()):
+    with flagsaver.as_parsed(verify="false", shared_phases="", allow_other_versions=str(allow).lower()):
         main.main(["main"])
     assert handed["allow_other_versions"] is allow
 
