@@ -33,11 +33,11 @@ def test_a_compilation_is_said_by_the_name_of_its_program():
 
 def test_a_short_compilation_and_a_call_that_compiles_nothing_are_not_said():
     lines = []
-    with compiling.said(lines.append, after_seconds=0.3):
+    with compiling.said(lines.append, after_seconds=0.5):
         monitoring.record_scalar(EVENT, 0.0, fun_name="jit(step)")
         monitoring.record_event_duration_secs(EVENT, 0.01, fun_name="jit(step)")
         monitoring.record_scalar("/jax/another", 0.0, fun_name="jit(step)")
-        threading.Event().wait(0.6)
+        threading.Event().wait(0.8)
         assert lines == []
 
 
@@ -74,7 +74,7 @@ def test_programs_of_one_name_that_keep_coming_are_said_again_and_again():
             monitoring.record_scalar(EVENT, 0.0, fun_name="jit(step)")
             threading.Event().wait(0.1)
             monitoring.record_event_duration_secs(EVENT, 0.1, fun_name="jit(step)")
-    assert 1 < len(lines) < 10
+    assert len(lines) > 1
 
 
 @pytest.mark.parametrize(

@@ -188,8 +188,8 @@ def test_a_kl_estimate_that_stays_below_0_is_warned_of_once(lab, tmp_path, monke
     assert capsys.readouterr().err.count("warning: objective/kl has been below 0 for 2 iterations") == 1
 
 
-def watch_of(ppo=PpoGroup(), reward=RewardGroup()):  # noqa: B008
-    return Watch(ppo, reward, 1e-9)
+def watch_of(ppo=None, reward=None):
+    return Watch(ppo or PpoGroup(), reward or RewardGroup(), learning_rate=1e-9)
 
 
 def said(watch, **metrics):
