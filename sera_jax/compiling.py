@@ -50,8 +50,8 @@ def said(say: Callable[[str], None], *, after_seconds: float = 2.0, again_second
     def notice(name: str) -> None:
         now = time.monotonic()
         if now - last.get(name, -again_seconds) >= again_seconds:
+            last[name] = now
             say(f"compiling {name} for shapes that are new ...")
-        last[name] = now
 
     def ends(event: str, seconds: float, **details: Any) -> None:
         if event == _COMPILATION and (timer := timers.pop(threading.get_ident(), None)):

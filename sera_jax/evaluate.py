@@ -1,8 +1,8 @@
 """`python -m sera_jax.evaluate --checkpoint=DIR --reference=DIR --pairs=heldout.jsonl --out=DIR`: facts of a policy.
 
-Reward accuracy and margin on held-out pairs beside the length-only baseline; and with --world=habits, the gold reward
-of its answers to the embedded world's held-out prompts and the win rate against the reference. What is not given is
-taken from the run that trained the policy: the loss, lengths, the world.
+Reward accuracy and margin on held-out pairs beside the length-only baseline; and with --world=NAME, the gold reward of
+its answers to that embedded world's held-out prompts and the win rate against the reference. What is not given is taken
+from the run that trained the policy: the loss, lengths, the world.
 """
 
 from __future__ import annotations
@@ -37,6 +37,12 @@ from sera_jax.models.families import mathematics
 from sera_jax.writer import MetricWriter
 
 ROW_TOKENS = 1024  # where neither the command line nor a run says
+_FLAGS = {  # what a run's message calls a field, and what it is called here
+    "--config.workdir": "--out",
+    "config.workdir": "--out",
+    "config.sampling.slots": "--slots",
+    "config.data.row_tokens": "--row_tokens",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with memory.named(f"evaluating --checkpoint={args.checkpoint}", memory.WAY_OUT):
             facts = _run(args)
     except (ValueError, OSError) as error:
-        words = str(error).replace("--config.workdir", "--out").replace("config.workdir", "--out")
+        words = str(error)
+        for field, flag in _FLAGS.items():
+            words = words.replace(field, flag)
         print(f"error: {words}", file=sys.stderr)
         return 2
     print(json.dumps(facts, indent=1))
@@ -55,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> dict[str, Any]:
     if not args.pairs and not args.world:
-        raise ValueError("nothing to evaluate on; give --pairs=heldout.jsonl, or --world=habits, or both")
+        worlds = ", ".join(world.AUTHORS)
+        raise ValueError(f"nothing to evaluate on; give --pairs=heldout.jsonl, --world=NAME ({worlds}), or both")
     saved, reference = _open(args)
     tokenizer = Tokenizer.load(args.tokenizer or saved.tokenizer_dir, args.chat_template, add_bos=args.add_bos)
     saved = dataclasses.replace(saved, cfg=with_vocabulary(saved.cfg, tokenizer, args.checkpoint, field="--tokenizer"))

@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line and answer every prompt; 2 where something is refused."""
     args = _parser().parse_args(argv)
     try:
-        with memory.named(f"answering --prompts={args.prompts}", memory.WAY_OUT):
+        with memory.named(
+            f"answering --prompts={args.prompts}", "lower --slots or --max_new_tokens, or take more devices"
+        ):
             _run(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -12,7 +12,10 @@ from typing import Any
 
 import jax
 
-WAY_OUT = "take a smaller model or more devices; --help and configs/base.py have the sizes that may be lowered"
+WAY_OUT = (
+    "take more devices; or, under a new --config.workdir, a smaller model or another size that --help and "
+    "configs/base.py have"
+)
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _SECONDS = 1.0  # a compilation that took less has left little behind
 _MEMINFO = pathlib.Path("/proc/meminfo")

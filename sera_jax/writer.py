@@ -7,9 +7,8 @@ or the first write to it, drops what an earlier process wrote beyond. For that t
 update of a span is step 1.
 
 One line holds `phase`, `arm`, `round`, `step`, `global_step` (the same, with the updates of the arm's earlier rounds),
-`time` (seconds since 1970) and the metrics. JSON has no word for nan
-and the infinities: such a value is null, so that its column stays numeric, and its name and value ("nan", "inf",
-"-inf") stand in the line's `nonfinite`.
+`time` (seconds since 1970) and the metrics. JSON has no word for nan and the infinities: such a value is null, so that
+its column stays numeric, and its name and value ("nan", "inf", "-inf") stand in the line's `nonfinite`.
 
 Progress goes to standard error, results (`report`) to standard output.
 """

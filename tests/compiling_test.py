@@ -33,9 +33,12 @@ def test_a_compilation_is_said_by_the_name_of_its_program():
 
 def test_a_short_compilation_and_a_call_that_compiles_nothing_are_not_said():
     lines = []
-    with compiling.said(lines.append, after_seconds=30):
-        compile_anew(1)
-    assert lines == []
+    with compiling.said(lines.append, after_seconds=0.5):
+        monitoring.record_scalar(EVENT, 0.0, fun_name="jit(step)")
+        monitoring.record_event_duration_secs(EVENT, 0.01, fun_name="jit(step)")
+        monitoring.record_scalar("/jax/another", 0.0, fun_name="jit(step)")
+        threading.Event().wait(0.8)
+        assert lines == []
 
 
 def test_nothing_is_said_afterwards_nor_of_a_compilation_that_was_left():
@@ -61,6 +64,17 @@ def test_programs_of_one_name_in_a_row_are_said_once():
             monitoring.record_event_duration_secs(EVENT, 0.1, fun_name=name)
         assert seen.acquire(timeout=20) and seen.acquire(timeout=20)
     assert [line.split()[1:3] for line in lines] == [["an", "update"], ["the", "decoder"]]
+
+
+def test_programs_of_one_name_that_keep_coming_are_said_again_and_again():
+    """A program every 0.1 s, each within `again_seconds` of the one before it."""
+    lines = []
+    with compiling.said(lines.append, after_seconds=0.01, again_seconds=0.3):
+        for _ in range(10):
+            monitoring.record_scalar(EVENT, 0.0, fun_name="jit(step)")
+            threading.Event().wait(0.1)
+            monitoring.record_event_duration_secs(EVENT, 0.1, fun_name="jit(step)")
+    assert len(lines) > 1
 
 
 @pytest.mark.parametrize(

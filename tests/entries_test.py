@@ -314,7 +314,7 @@ REFUSALS = {
     "nothing to evaluate on": (
         evaluate.main,
         ["--checkpoint={run}/phases/sft", "--reference={run}/phases/sft", "--out={tmp}/a"],
-        ["--pairs", "--world=habits"],
+        ["--pairs", "--world=NAME (habits, wrong_habits)"],
     ),
     "an unknown loss": (
         evaluate.main,

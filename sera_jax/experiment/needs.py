@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -16,11 +18,11 @@ from sera_jax import memory
 from sera_jax.config import Config
 from sera_jax.experiment.assembly import precision_of
 from sera_jax.experiment.corpus import Corpus
+from sera_jax.experiment.start import phases as start_phases
 from sera_jax.mesh import row_shards
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.families import config_from_hf
 from sera_jax.models.folder import read_config
-from sera_jax.sampling import SamplingParams
 from sera_jax.sampling.engine import check_room
 
 PIECE_BYTES = 48  # what the trainer of a BPE sets aside for each piece: a place in its table and one in its list
@@ -32,8 +34,7 @@ def check_memory(config: Config, mesh: Mesh) -> None:
     cfg = _least_model(config)
     devices = list(mesh.devices.flat)
     _check_model(config, cfg, memory.device_bytes(devices), mesh.shape["data"])
-    sampling = SamplingParams(max_new_tokens=config.sampling.max_new_tokens, stop_ids=(0,))
-    check_room(cfg, sampling, slots=config.sampling.slots, longest=1, devices=devices, prefix="config.sampling.")
+    _check_cache(config, cfg, devices)
     _check_rows(config, cfg, memory.device_bytes(devices), row_shards(mesh))
     if not (config.model.tokenizer_name_or_path or _folder(config)):
         pieces = config.model.vocab_size
@@ -48,18 +49,18 @@ def check_memory(config: Config, mesh: Mesh) -> None:
 
 
 def batches_in_words(config: Config, corpus: Corpus) -> list[str]:
-    """A line for every training whose batch is larger than its data."""
-    groups = {
-        "pretrain": (corpus.pretrain, "texts"),
-        "sft": (corpus.demonstrations, "demonstrations"),
-        "train": (corpus.train, "pairs"),
-    }
-    sizes = {name: getattr(config, name).batch_size for name in groups}
+    """A line for every training that is run and whose batch is larger than its data."""
+    counts = {"train": (sum(len(entry.pairs) for entry in corpus.train), "pairs")}
+    if not config.model.sft_model_path:
+        counts["sft"] = (len(corpus.demonstrations), "demonstrations")
+    if "pretrain" in start_phases(config):
+        counts["pretrain"] = (len(corpus.pretrain), "texts")
+    sizes = {name: getattr(config, name).batch_size for name in counts}
     return [
-        f"config.{name}.batch_size={sizes[name]} is more than the {len(rows)} {what} there are: "
+        f"config.{name}.batch_size={sizes[name]} is more than the {count} {what} there are: "
         "every update takes all of them"
-        for name, (rows, what) in groups.items()
-        if rows and sizes[name] > len(rows)
+        for name, (count, what) in counts.items()
+        if 0 < count < sizes[name]
     ]
 
 
@@ -99,6 +100,24 @@ def _check_model(config: Config, cfg: ModelConfig, have: int | None, copies: int
         f"{parameter_count(cfg):,} parameters{what}, at least",
         where="the devices",
         way_out="train a smaller model, lower config.mesh.data (a copy on each), or take more devices",
+    )
+
+
+def _check_cache(config: Config, cfg: ModelConfig, devices: Sequence[Any]) -> None:
+    """The decode cache of held-out answers, where there are any. What else a method samples, the sampler checks."""
+    held_out = config.world.heldout_prompts if config.world.name else config.data.eval or config.data.eval_fraction
+    if not held_out or config.eval.num_prompts < 0:
+        return
+    slots, group = config.sampling.slots, "eval" if config.eval.max_new_tokens else "sampling"
+    new = config.eval.max_new_tokens or config.sampling.max_new_tokens
+    check_room(
+        cfg,
+        new,
+        slots=slots,
+        longest=1,
+        devices=devices,
+        fields=f"config.sampling.slots={slots} and config.{group}.max_new_tokens={new}",
+        way_out="lower them",
     )
 
 

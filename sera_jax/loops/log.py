@@ -10,12 +10,10 @@ from sera_jax.loops.runtime import Runtime
 from sera_jax.losses.preference import ResolvedLoss
 from sera_jax.writer import SpanKey
 
-# Below these in every line, a policy stayed where it was: margins in nats (a token, for a loss that averages).
+# Margins below these in every line are of a policy that stayed where it was: nats (a token, for a loss that averages).
 STILL_MARGIN = {"sum": 1e-2, "mean": 1e-3}
-STILL_KL = 1e-3  # nats per response
 # Lines are of the policy before an update, which the first may leave as it is (the rate warms up from 0).
 LEAST_UPDATES = 3
-LEAST_ITERATIONS = 3  # with a policy that PPO has updated
 
 
 def write_round(run: Runtime, facts: Mapping[str, Any], global_step: int) -> None:
@@ -35,17 +33,4 @@ def warn_of_still_margins(run: Runtime, span: Span, loss: ResolvedLoss, learning
             f"warning: {updates} updates at {learning_rate:g}: the margins stayed at 0 (the mean was "
             f"never above {max(margins):.1g} nats), so nothing was learnt; raise config.train.learning_rate or "
             "config.train.max_steps"
-        )
-
-
-def warn_of_still_kl(run: Runtime, span: Span, learning_rate: float, warmup: int) -> None:
-    """Says so where PPO left the policy at the SFT model. An iteration's KL is of the policy before its updates, and
-    the first `warmup` iterations make none."""
-    lines = [line for line in run.writer.lines(SpanKey(*span[:3])) if line["step"] > warmup + 1]
-    kls = [abs(line["objective/kl_k3"] or 0) for line in lines]
-    if len(kls) >= LEAST_ITERATIONS and max(kls) < STILL_KL:
-        run.writer.announce(
-            f"warning: iteration {lines[-1]['step']}, at {learning_rate:g}: the KL to the SFT model stayed at 0 (never "
-            f"above {max(kls):.1g} nats per response), so nothing was learnt; raise config.train.learning_rate or "
-            "config.ppo.iterations"
         )

@@ -11,6 +11,13 @@ from sera_jax.config import PpoGroup, RewardGroup
 from sera_jax.loops.runtime import NonFinite
 from sera_jax.training.ppo_steps import PpoState
 
+# val/clipfrac_avg above which the clip is what holds the critic back. An iteration's first minibatch is never cut, nor
+# is a value on its way back: a critic that is held back shows 0.2 to 0.4 (tests/benchmarks/value_clip.py).
+CLIPPED = 0.2
+BELOW_ZERO, STALLED = 10, 3  # iterations in a row, after which a warning is due
+STILL_KL = 1e-3  # nats per response: below it in every iteration, the policy stayed at the SFT model
+LEAST_ITERATIONS = 3  # with a policy that PPO has updated, before that is said
+
 
 def check_rewards(metrics: Mapping[str, float], ppo: PpoGroup, where: str) -> None:
     """Raises before an iteration's rewards are learnt from.
@@ -62,45 +69,39 @@ def check_updates(state: PpoState, where: str, learning_rate: float) -> None:
             )
 
 
-# val/clipfrac_avg above which the clip is what holds the critic back. An iteration's first minibatch is never cut, nor
-# is a value on its way back: a critic that is held back shows 0.2 to 0.4 (tests/benchmarks/value_clip.py).
-CLIPPED = 0.2
-BELOW_ZERO, STALLED = 10, 3  # iterations in a row, after which a warning is due
-
-
 class Watch:
-    """What is amiss in a segment's iterations but stops nothing.
+    """What is amiss in an arm's iterations but stops nothing. It is told of each from the first on, whichever segment
+    and process they are of: all that it remembers follows from their lines in the log."""
 
-    `counts` is all that it remembers, as JSON can hold it: iterations in a row with a KL below 0 (`below`) or a critic
-    that is held back (`clipped`), and all those in which running on paid (`running_on`).
-    """
+    def __init__(self, ppo: PpoGroup, reward: RewardGroup, learning_rate: float) -> None:
+        self.ppo, self.reward, self.learning_rate = ppo, reward, learning_rate
+        self.below = self.clipped = 0  # iterations in a row with a KL below 0, with a critic that is held back
+        self.running_on = 0  # iterations in which that paid
+        self.kls: list[float] = []  # of policies that PPO has updated
 
-    def __init__(self, ppo: PpoGroup, reward: RewardGroup) -> None:
-        self.ppo, self.reward = ppo, reward
-        self.counts = {"below": 0, "clipped": 0, "running_on": 0}
-
-    def warnings(self, metrics: Mapping[str, float], iteration: int) -> list[str]:
-        """What is to be said after this iteration."""
-        counts, ppo = self.counts, self.ppo
-        warm = iteration > ppo.critic_warmup_iterations
-        clipped, finished = metrics.get("val/clipfrac_avg", 0.0), metrics.get("objective/finished_scores", 0.0)
+    def warnings(self, metrics: Mapping[str, float | None], iteration: int) -> list[str]:
+        """What is to be said after this iteration; `metrics` as they are, or as a line of the log has them."""
+        ppo, warm = self.ppo, iteration - self.ppo.critic_warmup_iterations
+        clipped, finished = _finite(metrics, "val/clipfrac_avg"), _finite(metrics, "objective/finished_scores")
         pays = self.reward.missing_eos == "penalty" and finished < -self.reward.missing_eos_penalty
-        counts["below"] = counts["below"] + 1 if metrics["objective/kl"] < 0 else 0
-        counts["clipped"] = counts["clipped"] + 1 if warm and clipped > CLIPPED else 0
-        counts["running_on"] += pays
+        self.below = self.below + 1 if _finite(metrics, "objective/kl") < 0 else 0
+        self.clipped = self.clipped + 1 if warm > 0 and clipped > CLIPPED else 0
+        self.running_on += pays
+        if warm > 1:  # an iteration's KL is of the policy before its updates, and those of the warm-up make none
+            self.kls.append(abs(_finite(metrics, "objective/kl_k3")))
         said = []
-        if counts["below"] == BELOW_ZERO:
+        if self.below == BELOW_ZERO:
             said.append(
                 f"objective/kl has been below 0 for {BELOW_ZERO} iterations, as no KL is: rollouts are not of the "
                 "policy that is scored, or k1 is too noisy for so few responses (see objective/kl_k3)"
             )
-        if counts["clipped"] == STALLED:
+        if self.clipped == STALLED:
             said.append(
                 f"val/clipfrac_avg has been above {CLIPPED} for {STALLED} iterations: config.ppo.cliprange_value="
                 f"{ppo.cliprange_value} (config.ppo.value_scale={ppo.value_scale}) holds the critic back from its "
                 "returns; raise it, or unset it (--config.ppo.cliprange_value=None)"
             )
-        if pays and counts["running_on"] == 1:
+        if pays and self.running_on == 1:
             said.append(
                 f"iteration {iteration}: answers that ended score {finished:.4g} on average, less than the "
                 f"{-self.reward.missing_eos_penalty:g} of those that were cut, so PPO is paid for running on; set "
@@ -108,7 +109,21 @@ class Watch:
             )
         return [f"warning: {text}" for text in said]
 
-    def last_words(self, iterations: int) -> list[str]:
-        """What is to be said when the segment of so many iterations is done."""
-        times = self.counts["running_on"]
-        return [f"warning: PPO was paid for running on in {times} of {iterations} iterations"] if times > 1 else []
+    def at_evaluation(self, iteration: int) -> list[str]:
+        """What is to be said when the policy is evaluated after this iteration."""
+        said = []
+        if len(self.kls) >= LEAST_ITERATIONS and max(self.kls) < STILL_KL:
+            said.append(
+                f"iteration {iteration}, at {self.learning_rate:g}: the KL to the SFT model stayed at 0 (never above "
+                f"{max(self.kls):.1g} nats per response), so nothing was learnt; raise config.train.learning_rate or "
+                "config.ppo.iterations"
+            )
+        if self.running_on > 1 and iteration == self.ppo.iterations:
+            said.append(f"PPO was paid for running on in {self.running_on} of {iteration} iterations")
+        return [f"warning: {text}" for text in said]
+
+
+def _finite(metrics: Mapping[str, float | None], name: str) -> float:
+    """The metric, or 0 where there is none or it is not finite, which a line of the log has as None."""
+    value = metrics.get(name)
+    return 0.0 if value is None or not math.isfinite(value) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Callable
@@ -21,6 +22,10 @@ from sera_jax.loops.runtime import NonFinite, Policy
 from sera_jax.models.critic import HEAD, without_value_head
 from sera_jax.models.parts import merge, split
 from sera_jax.training.ppo_steps import PpoState
+from sera_jax.writer import METRICS, read_records
+
+# A copy of the state before an iteration is kept where it takes at most this much on a device.
+SPARE_BYTES = 2**30
 
 Iterate = Callable[[Learner, PpoState, int], tuple[PpoState, dict[str, Any]]]
 
@@ -72,9 +77,20 @@ class _Iterations:
         group = learner.study.train
         self.abstract = learner.programs.abstract
         self.steps, self.save_steps, self.keep = segment.last, group.save_steps, group.save_total_limit
-        self.spared = _device_bytes(self.abstract) <= SPARE_BYTES
+        self.keeps_spare = _device_bytes(self.abstract) <= SPARE_BYTES
         self.span = Span("ppo", learner.arm.name, segment.round)
-        self.watch = Watch(learner.study.ppo, learner.study.reward)
+
+    @functools.cached_property
+    def watch(self) -> Watch:
+        """What looks at the iterations; when first asked for, it has seen all that are in the log."""
+        study, arm = self.learner.study, self.learner.arm.name
+        watch = Watch(study.ppo, study.reward, study.train.learning_rate)
+        lines, _ = read_records(study.run.workdir.root / METRICS)
+        ours = [line for line in lines if (line["phase"], line["arm"]) == ("ppo", arm)]
+        for line in sorted(ours, key=lambda line: line["step"]):
+            if line["round"] <= self.segment.round:
+                watch.warnings(line, line["step"])
+        return watch
 
     def fresh(self) -> PpoState:
         learner, previous = self.learner, self.previous
@@ -87,7 +103,7 @@ class _Iterations:
 
     def step(self, state: PpoState, number: int) -> PpoState:
         writer = self.learner.study.run.writer
-        spare = jax.tree.map(jnp.copy, state) if self.spared else None  # the updates donate the state
+        spare = jax.tree.map(jnp.copy, state) if self.keeps_spare else None  # the updates donate the state
         try:
             state, metrics = self.iterate(self.learner, state, number)
         except NonFinite as error:
@@ -104,14 +120,14 @@ class _Iterations:
         """Every iteration is written when it is done."""
 
     def notes(self, state: PpoState, number: int) -> dict[str, Any]:
-        """Nothing waits, but what was counted for the warnings."""
-        return dict(self.watch.counts)
+        """Nothing waits."""
+        return {}
 
     def take(self, notes: dict[str, Any]) -> None:
-        self.watch.counts = notes
+        """There are none."""
 
     def leave(self, folder: pathlib.Path, state: PpoState) -> dict[str, Any]:
-        for text in self.watch.last_words(self.segment.last - self.segment.first + 1):
+        for text in self.watch.at_evaluation(self.segment.last):
             self.learner.study.run.writer.announce(text)
         spent = float(jax.device_get(state.control.passes_tokens))
         write_json(folder / "spent.json", {"passes_tokens": spent})
@@ -119,10 +135,6 @@ class _Iterations:
 
     def close(self) -> None:
         self.learner.release()
-
-
-# A copy of the state before an iteration is kept where it takes at most this much on a device.
-SPARE_BYTES = 2**30
 
 
 def _device_bytes(state: PpoState) -> int:

@@ -24,8 +24,9 @@ from sera_jax.loops.runtime import NonFinite, Preempted, Runtime
 from sera_jax.writer import METRICS, SpanKey, digest_of_lines, key_of, lines_of, read_records
 
 LOWER = (
-    "set config.model.remat='full', raise config.train.gradient_accumulation_steps, lower config.data.row_tokens, "
-    "config.train.batch_size or the model's size, or take more devices (config.mesh)"
+    "take more devices; or, under a new --config.workdir, lower the model's size, config.data.row_tokens, "
+    "config.sampling.slots (where it samples) or the batch_size of config.pretrain, config.sft or config.train "
+    "(whichever it trains by), raise gradient_accumulation_steps there, or set config.model.remat='full'"
 )
 State = TypeVar("State")
 

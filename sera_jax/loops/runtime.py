@@ -35,6 +35,11 @@ from sera_jax.training.step import microbatches_for
 from sera_jax.writer import MetricWriter
 
 SCORE_TOKENS = 16384  # tokens of packed rows scored at a time, per device
+# Ways out of memory; other sizes make another run.
+LOWER_ROWS = "take more devices, or lower config.data.row_tokens under a new --config.workdir"
+LOWER_SLOTS = (
+    "take more devices, or lower config.sampling.slots or the answers' max_new_tokens under a new --config.workdir"
+)
 
 Made = TypeVar("Made")
 
@@ -174,7 +179,7 @@ class Runtime:
         inputs = {"policy": policy.digest, "items": items_digest(items), "rows": rows}
 
         def produce(folder: pathlib.Path) -> None:
-            with memory.named(name, "lower config.data.row_tokens or take more devices (config.mesh)"):
+            with memory.named(name, LOWER_ROWS):
                 self._score(folder, name, policy, items)
 
         product = self.workdir.phase(name, inputs, produce)
@@ -259,7 +264,7 @@ class Runtime:
 
         def produce(folder: pathlib.Path) -> None:
             total = len(prompts) * num_samples
-            with self.writer.span(name, total_steps=total):
+            with self.writer.span(name, total_steps=total), memory.named(name, LOWER_SLOTS):
                 advance = lambda done, tokens: self.writer.advance(done, tokens=tokens)  # noqa: E731
                 samples = self.generate(
                     self.params(policy), prompts, num_samples, settings, round_=round_, on_progress=advance
@@ -307,6 +312,7 @@ class Runtime:
             mesh=self.mesh,
             max_prompt_tokens=max_prompt_tokens,
             on_progress=progress,
+            way_out=LOWER_SLOTS,
         )
 
     def check_stop(self) -> None:

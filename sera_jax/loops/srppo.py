@@ -19,10 +19,9 @@ import numpy as np
 
 from sera_jax.config import PpoGroup
 from sera_jax.core import Stream, rng_for
-from sera_jax.loops.log import warn_of_still_kl, write_round
+from sera_jax.loops.log import write_round
 from sera_jax.loops.ppo import Learner
 from sera_jax.loops.ppo_segment import Segment, train_segment
-from sera_jax.loops.restartable import Span
 from sera_jax.loops.runtime import Policy
 from sera_jax.loops.srppo_study import PpoArm, SrppoStudy
 from sera_jax.sampling import Candidates
@@ -52,15 +51,13 @@ def srppo(study: SrppoStudy, arm: PpoArm) -> tuple[Policy, list[dict[str, Any]]]
         NonFinite: a loss, gradient or reward was not finite.
         Preempted: when asked to stop; a checkpoint was saved.
     """
-    run, rate = study.run, study.train.learning_rate
     learner = Learner(study, arm)
     policy, facts = study.sft, []
     for segment in segments(study.ppo):
         policy, spent = train_segment(learner, iterate, segment, policy)
-        warn_of_still_kl(run, Span("ppo", arm.name, segment.round), rate, study.ppo.critic_warmup_iterations)
         found = study.evaluate(policy, segment.round)
         facts.append({"arm": arm.name, "round": segment.round, "iteration": segment.last, **found, **spent})
-        write_round(run, facts[-1], segment.last)
+        write_round(study.run, facts[-1], segment.last)
     return policy, facts
 
 

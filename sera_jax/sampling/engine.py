@@ -49,6 +49,7 @@ def generate(
     max_prompt_tokens: int | None = None,
     on_progress: Callable[[int, int, int], None] | None = None,
     stats: Stats | None = None,
+    way_out: str = "lower them",
 ) -> list[Sample]:
     """Draw answers to prompts.
 
@@ -64,11 +65,13 @@ def generate(
         max_prompt_tokens: make room for prompts of this length; default the longest given.
         on_progress: called with (samples done, samples in all, new tokens so far) after each call of the decoder.
         stats: counts are added to it.
+        way_out: what to do where the cache is larger than the devices' memory.
 
     Returns:
         Samples ordered by prompt, then by sample index.
 
     Raises:
+        OutOfMemory: the cache, or the answers on the host, surely do not fit.
         ValueError: an empty prompt, a prompt that leaves no room in `max_position_embeddings`, ids that do not fit.
     """
     _check(cfg, draws, sampling, slots, max_prompt_tokens)
@@ -76,13 +79,18 @@ def generate(
         return []
     stats = Stats() if stats is None else stats
     longest = max(max_prompt_tokens or 0, max(map(len, draws.prompts)))
-    check_room(cfg, sampling, slots=slots, longest=longest, devices=mesh.devices.flat if mesh else jax.devices()[:1])
+    check_room(
+        cfg,
+        sampling.max_new_tokens,
+        slots=slots,
+        longest=longest,
+        devices=mesh.devices.flat if mesh else jax.devices()[:1],
+        fields=f"slots={slots} and max_new_tokens={sampling.max_new_tokens}",
+        way_out=way_out,
+    )
     count = len(draws.prompts)
     check_answers(count * draws.num_samples, f"num_samples={draws.num_samples} to each of {count} prompts")
-    with (
-        memory.named("sampling", f"lower slots={slots} or max_new_tokens={sampling.max_new_tokens}"),
-        jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext(),
-    ):
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         engine = _Engine(
             cfg,
             params,
@@ -204,28 +212,29 @@ def cache_columns(longest: int, max_new_tokens: int) -> int:
 
 def check_room(
     cfg: ModelConfig,
-    sampling: SamplingParams,
+    max_new_tokens: int,
     *,
     slots: int,
     longest: int,
     devices: Iterable[Any],
-    prefix: str = "",
+    fields: str,
+    way_out: str,
 ) -> None:
     """Raises OutOfMemory where the cache alone is larger than all devices' memory.
 
     Args:
         longest: tokens of the longest prompt.
-        prefix: of the fields' names in the message.
+        fields, way_out: as in `memory.refuse_beyond`.
     """
-    columns = cache_columns(longest, sampling.max_new_tokens)
+    columns = cache_columns(longest, max_new_tokens)
     of_column = 2 * cfg.num_hidden_layers * cfg.num_key_value_heads * cfg.head_dim * np.dtype(cfg.dtype).itemsize
     memory.refuse_beyond(
         memory.device_bytes(list(devices)),
-        slots * (columns * of_column + 8 * sampling.max_new_tokens),
-        f"{prefix}slots={slots} and {prefix}max_new_tokens={sampling.max_new_tokens}",
+        slots * (columns * of_column + 8 * max_new_tokens),
+        fields,
         "a decode cache of",
         where="the devices",
-        way_out="lower them",
+        way_out=way_out,
     )
 
 

@@ -29,9 +29,8 @@ class TrainState:
     """What an optimisation must keep to go on.
 
     `step` counts the updates of this phase. `ok` turns False at the first loss or gradient that is not finite; from
-    then on
-    every step leaves the state as it is, so `step` is the index of the batch that failed and the parameters are the
-    last good ones.
+    then on every step leaves the state as it is, so `step` is the index of the batch that failed and the parameters are
+    the last good ones.
     """
 
     params: Params

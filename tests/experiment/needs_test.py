@@ -18,7 +18,7 @@ from sera_jax.models.decoder import abstract_params
 from sera_jax.sampling import Draws, SamplingParams, generate
 from sera_jax.training.optimizer import make_optimizer
 from tests.config_test import SRPPO, refused
-from tests.loops.tiny import tiny_config
+from tests.loops.tiny import tiny_config, tiny_srppo
 
 GIB = 2**30
 ABSURD = {
@@ -43,6 +43,12 @@ def have(monkeypatch):
 @pytest.fixture(scope="module")
 def mesh():
     return make_mesh(1, 1, 1, devices=jax.devices()[:1])
+
+
+def corpus_of(pairs):
+    """50 texts, 16 demonstrations, and an entry of so many pairs each."""
+    train = [types.SimpleNamespace(pairs=[(0, 1)] * count) for count in pairs]
+    return types.SimpleNamespace(pretrain=[0] * 50, demonstrations=[0] * 16, train=train)
 
 
 def absurd(tmp_path, path):
@@ -96,9 +102,49 @@ def test_a_sampler_refuses_a_cache_and_answers_that_cannot_fit_before_it_compile
 
 
 def test_a_batch_larger_than_its_data_is_said(tmp_path):
-    corpus = types.SimpleNamespace(pretrain=[], demonstrations=[0] * 16, train=[0] * 15)
-    (line,) = batches_in_words(tiny_config(tmp_path, pretrain__batch_size=99), corpus)
+    corpus = corpus_of(pairs=[1] * 15)
+    (line,) = batches_in_words(tiny_config(tmp_path), corpus)
     assert line == "config.train.batch_size=16 is more than the 15 pairs there are: every update takes all of them"
+    said = batches_in_words(tiny_config(tmp_path, pretrain__batch_size=99, sft__batch_size=99), corpus)
+    assert [text.split(" there")[0].split(" the ")[1] for text in said] == ["15 pairs", "16 demonstrations", "50 texts"]
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "said"),
+    [
+        (tiny_config, {"model__model_name_or_path": "x"}, ["config.sft"]),
+        (tiny_config, {"model__sft_model_path": "x"}, []),
+        (tiny_srppo, {"model__sft_model_path": "x", "model__model_name_or_path": "y"}, []),
+    ],
+)
+def test_a_batch_of_a_training_that_is_not_run_is_not_said(make, changes, said, tmp_path):
+    config = make(tmp_path, pretrain__batch_size=99, sft__batch_size=99, **changes)
+    lines = batches_in_words(config, corpus_of(pairs=[2] * 8))  # 16 pairs of 8 prompts fill a batch
+    assert [line.split(".batch_size")[0] for line in lines] == said
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({}, True),
+        ({"eval__num_prompts": -1}, False),
+        ({"world__heldout_prompts": 0}, False),
+        ({"eval__max_new_tokens": 64}, False),
+        ({"sampling__max_new_tokens": 1, "eval__max_new_tokens": 65}, True),
+    ],
+)
+def test_only_a_cache_that_is_made_is_refused(changes, refused, tmp_path, mesh, have):
+    """Of 65 tokens to an answer, which take 128 columns of the cache; there is room for 64."""
+    changes = {"sampling__max_new_tokens": 65, **changes}
+    config = tiny_config(tmp_path, sampling__slots=10**5, data__row_tokens=512, **changes)
+    have(1_200_000_000)
+    if refused:
+        group = "eval" if "eval__max_new_tokens" in changes else "sampling"
+        words = rf"config.sampling.slots=100000 and config.{group}.max_new_tokens=65: a decode cache of .*; lower them"
+        with pytest.raises(memory.OutOfMemory, match=words):
+            check_memory(config, mesh)
+    else:
+        check_memory(config, mesh)
 
 
 def test_more_updates_than_are_counted_are_refused_and_more_shapes_than_there_are_cost_nothing():

@@ -6,12 +6,16 @@ import jax
 import numpy as np
 import pytest
 
+from sera_jax import memory
 from sera_jax.config import SamplingGroup, TrainGroup
 from sera_jax.core import Stream, key_for
 from sera_jax.data.items import Item
+from sera_jax.loops.restartable import LOWER
+from sera_jax.loops.runtime import LOWER_ROWS, LOWER_SLOTS
 from sera_jax.loops.sft import sft
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import abstract_params, init_params
+from sera_jax.sampling import engine
 from tests.loops.tiny import one_device_runtime
 
 CFG = ModelConfig(vocab_size=4096, hidden_size=64, num_hidden_layers=1)
@@ -51,3 +55,22 @@ def test_training_holds_one_state_and_every_phase_lets_go_of_what_the_next_does_
     assert (live_bytes() - before) / PARAMETERS == pytest.approx(1, rel=0.02), "the sampler's own copy is let go"
     run.release()
     assert live_bytes() - before < 0.02 * PARAMETERS
+
+
+def test_a_phase_of_sampling_that_does_not_fit_is_named_with_what_to_lower(run, monkeypatch):
+    """Before it begins, and where memory runs out within."""
+    policy = run.store("base", {}, lambda: jax.device_get(init_params(CFG, key_for(0, Stream.INIT))))
+    how = SamplingGroup(max_new_tokens=2, slots=1)
+    lower = "config.sampling.slots or the answers' max_new_tokens under a new --config.workdir"
+    monkeypatch.setattr(engine, "programs", lambda *_: bytearray(2**52))
+    with pytest.raises(memory.OutOfMemory, match=rf"^base/answers ran out of memory \(MemoryError\); .*{lower}"):
+        run.sample("base/answers", policy, ITEMS[:1], 1, how, round_=0)
+    monkeypatch.setattr(memory, "host_bytes", lambda: 2**10)
+    with pytest.raises(memory.OutOfMemory, match=rf"^slots=1 and max_new_tokens=2: a decode cache of .*{lower}"):
+        run.sample("base/answers", policy, ITEMS[:1], 1, how, round_=0)
+
+
+@pytest.mark.parametrize("way_out", [memory.WAY_OUT, LOWER, LOWER_ROWS, LOWER_SLOTS])
+def test_a_way_out_of_memory_that_makes_another_run_says_that_it_needs_another_folder(way_out):
+    words = way_out.partition("under a new --config.workdir")
+    assert words[1] and words[0].startswith("take more devices"), "which the same folder may go on with"

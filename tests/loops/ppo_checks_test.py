@@ -17,9 +17,10 @@ from sera_jax.core import Stream, rng_for
 from sera_jax.experiment.assembly import read_corpus
 from sera_jax.experiment.methods import parse
 from sera_jax.loops import ppo_checks, ppo_segment
+from sera_jax.loops import srppo as srppo_loop
 from sera_jax.loops.ppo import Learner
 from sera_jax.loops.ppo_checks import CLIPPED, STALLED, Watch, check_rewards
-from sera_jax.loops.runtime import NonFinite
+from sera_jax.loops.runtime import NonFinite, Preempted
 from sera_jax.loops.srppo import SRPPO_ARM, iterate
 from sera_jax.writer import read_records
 from tests.loops.srppo_lab import EVERY, MINI_BATCHES, checksums, one_device, ppo_lines, run_arm, study_of
@@ -187,37 +188,94 @@ def test_a_kl_estimate_that_stays_below_0_is_warned_of_once(lab, tmp_path, monke
     assert capsys.readouterr().err.count("warning: objective/kl has been below 0 for 2 iterations") == 1
 
 
+def watch_of(ppo=None, reward=None):
+    return Watch(ppo or PpoGroup(), reward or RewardGroup(), learning_rate=1e-9)
+
+
 def said(watch, **metrics):
     """What a watch says after iterations with these numbers of one metric, the others being fine."""
     (name,) = metrics
     name, numbers = name.replace("__", "/"), metrics[name]
-    return [watch.warnings(FINE | {name: number}, i) for i, number in enumerate(numbers, 1)]
+    fine = FINE | {"objective/kl_k3": 1.0}
+    return [watch.warnings(fine | {name: number}, i) for i, number in enumerate(numbers, 1)]
 
 
 def test_a_critic_that_is_held_back_is_warned_of_after_its_warm_up():
-    watch = Watch(PpoGroup(cliprange_value=0.2, value_scale="none", critic_warmup_iterations=2), RewardGroup())
+    watch = watch_of(PpoGroup(cliprange_value=0.2, value_scale="none", critic_warmup_iterations=2))
     over = CLIPPED + 0.1
     *quiet, (warning,), after = said(watch, val__clipfrac_avg=[over] * (2 + STALLED + 1))
     assert not any(quiet) and not after
     for word in ("val/clipfrac_avg", "config.ppo.cliprange_value=0.2", "value_scale=none", "cliprange_value=None"):
         assert word in warning
-    watch = Watch(PpoGroup(), RewardGroup())
+    watch = watch_of()
     assert not any(said(watch, val__clipfrac_avg=[over, over, CLIPPED] * 4)), "not in a row, or not above"
 
 
 def test_answers_that_score_less_than_the_penalty_of_a_cut_one_are_warned_of_and_counted():
-    watch = Watch(PpoGroup(), RewardGroup(missing_eos_penalty=3.0))
+    watch = watch_of(PpoGroup(iterations=4), RewardGroup(missing_eos_penalty=3.0))
     first, (warning,), *more = said(watch, objective__finished_scores=[-3.0, -3.5, -2.0, -4.0])
     assert not first and not any(more), "once"
     for word in ("iteration 2", "score -3.5 on average", "less than the -3 ", "missing_eos=subtract", "_penalty"):
         assert word in warning
-    assert watch.last_words(20) == ["warning: PPO was paid for running on in 2 of 20 iterations"]
-    resumed = Watch(PpoGroup(), RewardGroup(missing_eos_penalty=3.0))
-    resumed.counts = json.loads(json.dumps(watch.counts))
-    assert not any(said(resumed, objective__finished_scores=[-9.0])) and "in 3 of 20" in resumed.last_words(20)[0]
+    *evaluations, end = map(watch.at_evaluation, (2, 3, 4))
+    assert not any(evaluations) and end == ["warning: PPO was paid for running on in 2 of 4 iterations"]
     for rule in ("subtract", "keep"):
-        watch = Watch(PpoGroup(), RewardGroup(missing_eos=rule))
-        assert not any(said(watch, objective__finished_scores=[-9.0] * 3)) and not watch.last_words(3)
+        watch = watch_of(PpoGroup(iterations=3), RewardGroup(missing_eos=rule))
+        assert not any(said(watch, objective__finished_scores=[-9.0] * 3)) and not watch.at_evaluation(3)
+
+
+def test_a_kl_that_stays_at_0_is_said_at_an_evaluation():
+    watch = watch_of()
+    assert not any(said(watch, objective__kl_k3=[0.0, None, 1e-9, 4e-9]))
+    (line,) = watch.at_evaluation(4)
+    assert line.startswith("warning: iteration 4, at 1e-09: the KL to the SFT model stayed at 0 (never above 4e-09 ")
+    assert "config.train.learning_rate" in line
+
+
+@pytest.mark.parametrize(
+    ("kls", "warmup"),
+    [
+        ([0.0, 1e-4, 1e-3, 1e-2], 0),
+        ([0.0, 1e-9, 1e-9], 0),  # too few to say: the first is of the SFT model itself
+        ([0.0] * 6, 3),  # the critic warms up, and the first update shows in iteration 5
+    ],
+)
+def test_a_kl_that_moves_or_cannot_have_moved_yet_is_not_said(kls, warmup):
+    watch = watch_of(PpoGroup(critic_warmup_iterations=warmup))
+    assert not any(said(watch, objective__kl_k3=kls)) and not watch.at_evaluation(len(kls))
+
+
+def test_warnings_go_on_over_segments_and_stops(lab, tmp_path, monkeypatch, capsys):
+    """Segments of an iteration, the third by another process that goes on from a checkpoint: as from one long one."""
+    monkeypatch.setattr(ppo_checks, "BELOW_ZERO", 3)
+    odd_ones = {"objective/kl": -0.5, "objective/kl_k3": 1e-9, "objective/finished_scores": -99.0}
+    stop = []
+
+    def odd(learner, state, iteration):
+        state, metrics = iterate(learner, state, iteration)
+        stop.append(iteration == 3)
+        return state, metrics | odd_ones
+
+    monkeypatch.setattr(srppo_loop, "iterate", odd)
+    segments = [ppo_segment.Segment(1, 1, 1), ppo_segment.Segment(2, 2, 2)]
+    monkeypatch.setattr(srppo_loop, "segments", lambda ppo: segments)
+    study = study_of(lab, tmp_path, reward__missing_eos="penalty")
+    run_arm(study)
+    study.run.workdir._lock.close()
+    first = capsys.readouterr().err
+    assert "warning" in first and "objective/kl has" not in first and "stayed at 0" not in first
+    segments.append(ppo_segment.Segment(3, 4, 3))
+    study = study_of(lab, tmp_path, reward__missing_eos="penalty")
+    study.run.stop_requested = lambda: stop[-1]
+    with pytest.raises(Preempted):
+        run_arm(study)
+    study.run.workdir._lock.close()
+    second = capsys.readouterr().err
+    assert second.count("warning: objective/kl has been below 0 for 3 iterations") == second.count("warning") == 1
+    run_arm(study_of(lab, tmp_path, reward__missing_eos="penalty"))
+    third = capsys.readouterr().err
+    assert "paid for running on in 4 of 4 iterations" in third
+    assert "iteration 4, at" in third and third.count("warning") == 2
 
 
 def poison_the_last_update(patch, iteration):
