@@ -99,8 +99,8 @@ def run_to_end(run: Runtime, name: str, inputs: dict[str, Any], begin: Callable[
 
     Raises:
         StaleWorkdir: the product or the checkpoint there is of other inputs.
-        Preempted: when asked to stop; everything is saved.
-        NonFinite, ValueError: as the work's steps; the last whole state is saved.
+        Preempted: when asked to stop; everything is saved, or the message names the newest checkpoint.
+        NonFinite, ValueError: as the work's steps; the last whole state is saved, but where memory ran out.
     """
 
     def produce(folder: pathlib.Path) -> None:
@@ -140,13 +140,46 @@ def _produce(run: Runtime, name: str, inputs: dict[str, Any], work: Work[State],
 
 def _repeat(run: Runtime, name: str, work: Work[State], state: State, checkpoints: Checkpoints) -> State:
     def save(state: State, number: int) -> None:
+        """Raises NonFinite, with the good state saved, where an update that waits for its line was refused."""
         if checkpoints.latest_step() != number:
-            notes = {"work": work.notes(state, number), "span": list(key), "lines": run.writer.digest(key)}
+            try:
+                notes = {"work": work.notes(state, number), "span": list(key), "lines": run.writer.digest(key)}
+            except NonFinite as error:
+                if error.good is not None:
+                    save(*error.good)
+                raise
             run.writer.sync()
             checkpoints.save(number, state, notes)
 
-    def stopped(number: int) -> Preempted:
-        return Preempted(f"stopped in {name} after {work.unit} {number}; the same command goes on from there")
+    def newest() -> str:
+        last = checkpoints.latest_step()
+        return "none" if last is None else f"{work.unit} {last}"
+
+    def stopped(where: str, saved: bool) -> Preempted:
+        whence = "there" if saved else f"its newest checkpoint ({newest()})"
+        return Preempted(f"stopped in {name} {where}; the same command goes on from {whence}")
+
+    def one(state: State, number: int) -> State:
+        try:
+            state = work.step(state, number)
+        except (NonFinite, memory.OutOfMemory):  # the one says itself what is good; no room to save for the other
+            raise
+        except (Preempted, ValueError) as error:
+            if saved := _is_whole(state):  # the step came to nothing before it took the state apart
+                save(state, number - 1)
+            if not isinstance(error, Preempted):
+                raise
+            raise stopped(f"after {work.unit} {number - 1}" if saved else f"within {work.unit} {number}", saved) from None
+        last = number == work.steps
+        stop = run.stop_requested() and not last
+        due = work.save_steps > 0 and number % work.save_steps == 0 and not last
+        if last or due:
+            work.flush(state, number)
+        if stop or due:
+            save(state, number)
+        if stop:
+            raise stopped(f"after {work.unit} {number}", True)
+        return state
 
     done = work.done(state)
     phase, arm, round_, before = work.span
@@ -160,30 +193,15 @@ def _repeat(run: Runtime, name: str, work: Work[State], state: State, checkpoint
             )
         for number in range(done + 1, work.steps + 1):
             try:
-                state = work.step(state, number)
+                state = one(state, number)
             except NonFinite as error:
                 if error.good is not None:
                     save(*error.good)
                 elif _is_whole(state):
                     save(state, number - 1)
                 else:
-                    last = checkpoints.latest_step()
-                    newest = "none" if last is None else f"{work.unit} {last}"
-                    raise NonFinite(f"{error}. Newest checkpoint of {name}: {newest}") from None
+                    raise NonFinite(f"{error}. Newest checkpoint of {name}: {newest()}") from None
                 raise
-            except (Preempted, ValueError) as error:
-                if _is_whole(state):  # the step came to nothing before it took the state apart
-                    save(state, number - 1)
-                raise (stopped(number - 1) if isinstance(error, Preempted) else error) from None
-            last = number == work.steps
-            stop = run.stop_requested() and not last
-            due = work.save_steps > 0 and number % work.save_steps == 0 and not last
-            if last or due:
-                work.flush(state, number)
-            if stop or due:
-                save(state, number)
-            if stop:
-                raise stopped(number)
         run.writer.sync()
     return state
 
