@@ -21,7 +21,7 @@ from sera_jax import memory
 from sera_jax.checkpoint import Checkpoints, CorruptCheckpoint, Product, save_tree
 from sera_jax.checkpoint.phases import write_jsonl
 from sera_jax.loops.runtime import NonFinite, Preempted, Runtime
-from sera_jax.writer import METRICS, SpanKey, digest_of_lines, key_of, lines_of, read_records
+from sera_jax.writer import METRICS, SpanKey, digest_of_lines, key_of, read_records, without_clock
 
 LOWER = (
     "set config.model.remat='full', raise config.train.gradient_accumulation_steps, lower config.data.row_tokens, "
@@ -37,6 +37,10 @@ class Span(NamedTuple):
     arm: str = ""
     round: int = 0
     before: int = 0
+
+    @property
+    def key(self) -> SpanKey:
+        return SpanKey(self.phase, self.arm, self.round)
 
 
 class Work(Protocol[State]):
@@ -104,18 +108,19 @@ def run_to_end(run: Runtime, name: str, inputs: dict[str, Any], begin: Callable[
     """
 
     def produce(folder: pathlib.Path) -> None:
-        with memory.named(name, LOWER):
-            _produce(run, name, inputs, begin(), folder)
+        _produce(run, name, inputs, begin(), folder)
 
-    product = run.workdir.phase(name, inputs, produce)
+    product = run.workdir.phase(name, inputs, produce, LOWER)
     own, _ = read_records(product.path / METRICS)
-    if own and not run.writer.has(key_of(own[0])):  # the product of another run, see `checkpoint.shared`
-        run.writer.restore(own)
-    elif own and run.writer.digest(key_of(own[0])) != digest_of_lines(own):
-        run.writer.announce(
-            f"warning: {run.workdir.root / METRICS} no longer has the lines of {name} as they were written; "
-            f"{product.path / METRICS}, from which the summary is made, has"
-        )
+    if own and run.writer.digest(key := key_of(own[0])) != digest_of_lines(own):
+        there = [without_clock(line) for line in run.writer.lines(key)]
+        if there == own[: len(there)]:  # none, or those before a stop: another run made it, see `checkpoint.shared`
+            run.writer.restore(own)
+        else:
+            run.writer.announce(
+                f"warning: {run.workdir.root / METRICS} no longer has the lines of {name} as they were written; "
+                f"{product.path / METRICS}, from which the summary is made, has"
+            )
     return product
 
 
@@ -135,7 +140,7 @@ def _produce(run: Runtime, name: str, inputs: dict[str, Any], work: Work[State],
         work.close()
     for part, tree in work.leave(folder, state).items():
         save_tree(folder / part, tree)
-    write_jsonl(folder / METRICS, lines_of(run.workdir.root / METRICS, SpanKey(*work.span[:3])))
+    write_jsonl(folder / METRICS, map(without_clock, run.writer.lines(work.span.key)))
 
 
 def _repeat(run: Runtime, name: str, work: Work[State], state: State, checkpoints: Checkpoints) -> State:
@@ -183,7 +188,7 @@ def _repeat(run: Runtime, name: str, work: Work[State], state: State, checkpoint
 
     done = work.done(state)
     phase, arm, round_, before = work.span
-    key = SpanKey(phase, arm, round_)
+    key = work.span.key
     with run.writer.span(phase, arm=arm, round=round_, total_steps=work.steps, start_step=done, before=before):
         if checkpoints.notes and run.writer.digest(key) != checkpoints.notes["lines"]:
             raise CorruptCheckpoint(

@@ -57,7 +57,8 @@ def srppo(study: SrppoStudy, arm: PpoArm) -> tuple[Policy, list[dict[str, Any]]]
     policy, facts = study.sft, []
     for segment in segments(study.ppo):
         policy, spent = train_segment(learner, iterate, segment, policy)
-        warn_of_still_kl(run, Span("ppo", arm.name, segment.round), rate, study.ppo.critic_warmup_iterations)
+        if policy.name in run.workdir.fresh:
+            warn_of_still_kl(run, Span("ppo", arm.name, segment.round), rate, study.ppo.critic_warmup_iterations)
         found = study.evaluate(policy, segment.round)
         facts.append({"arm": arm.name, "round": segment.round, "iteration": segment.last, **found, **spent})
         write_round(run, facts[-1], segment.last)

@@ -108,13 +108,27 @@ def test_a_run_of_another_numerics_version_goes_on_where_it_is_told_to_and_says_
     assert summary["versions"]["allowed"]
 
 
+def test_a_start_that_is_refused_leaves_a_finished_run_as_it_was(go, fresh, tmp_path, monkeypatch):
+    workdir = shutil.copytree(fresh[0], tmp_path / "run")
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+
+    def refuse(*_):
+        raise ValueError("more than the memory of this host")
+
+    for check in ("make_mesh", "check_sources", "check_memory", "check_positions"):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="more than the memory"):
+            patch.setattr(experiment, check, refuse)
+            go(workdir, log__report=True)
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.parametrize("allow", [False, True])
 def test_the_command_hands_the_permission_on(monkeypatch, tmp_path, allow):
     handed = {}
     monkeypatch.setattr(experiment, "run", lambda config, **how: handed.update(how))
     monkeypatch.setattr(methods, "parse", lambda raw: tiny_config(tmp_path))
     monkeypatch.setattr(main, "_CONFIG", types.SimpleNamespace(value=None))
-    with flagsaver.as_parsed(verify="false", allow_other_versions=str(allow).lower()):
+    with flagsaver.as_parsed(verify="false", shared_phases="", allow_other_versions=str(allow).lower()):
         main.main(["main"])
     assert handed["allow_other_versions"] is allow
 

@@ -2,7 +2,6 @@
 nothing."""
 
 import itertools
-import shutil
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from sera_jax import memory
+from sera_jax.checkpoint.shared import SharedPhases
 from sera_jax.loops.restartable import Span, run_to_end
 from sera_jax.loops.runtime import NonFinite, Preempted
 from sera_jax.models.config import ModelConfig
@@ -130,3 +130,27 @@ def test_where_memory_ran_out_nothing_more_is_put_into_it(tmp_path):
     with pytest.raises(memory.OutOfMemory, match="sampling"):
         count(tmp_path, fails={4: memory.OutOfMemory("sampling ran out of memory")})
     assert saved(tmp_path) == []
+
+
+def test_what_another_run_gave_while_this_one_was_stopped_brings_its_lines(tmp_path, capsys):
+    """Taken into a folder that has the lines before the stop; a kill amid their being put back is mended alike."""
+    shared = SharedPhases(tmp_path / "shared", ("toy",), {})
+    with pytest.raises(Preempted):
+        count(tmp_path / "run", stop_at(4), every=1)
+    whole = count(tmp_path / "whole", shared=shared, every=1)
+    assert count(tmp_path / "run", shared=shared, every=1) == whole
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    log = tmp_path / "run" / METRICS
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:2]))
+    assert count(tmp_path / "run", every=1) == whole
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_lines_that_were_changed_are_said_and_stay(tmp_path, capsys):
+    count(tmp_path, every=1)
+    log = tmp_path / METRICS
+    log.write_text(changed := log.read_text().replace('"mean": 2.0', '"mean": 2.5'))
+    count(tmp_path, every=1)
+    assert "no longer has the lines of toy as they were written" in capsys.readouterr().err
+    assert log.read_text() == changed
