@@ -241,17 +241,18 @@ class Workdir:
             torn = folder.with_name(folder.name + ".partial")
             shutil.rmtree(torn, ignore_errors=True)
             torn.mkdir(parents=True)
+            # a checkpoint may be of other versions, or of another machine
+            from_start = not any(self.checkpoints(name).glob("[0-9]*"))
             taken = self.shared is not None and self.shared.take(name, inputs, torn)
             self.watch(name, taken)
             if taken:
                 self.taken.append(name)
             else:
-                from_start = not any(self.checkpoints(name).glob("[0-9]*"))
                 _make(name, torn, inputs, produce, way_out)
                 self.fresh.append(name)
-                if self.shared and from_start:  # a checkpoint may be of other versions, or of another machine
-                    self.shared.give(name, inputs, torn)
             torn.replace(folder)
+            if self.shared and not taken and from_start:
+                self.shared.give(name, inputs, folder)
             shutil.rmtree(self.checkpoints(name), ignore_errors=True)
             product = _product(folder, read_json(manifest_path))
         self.done[name] = product

@@ -79,7 +79,7 @@ def counted(config: Config) -> str:
 
 @contextlib.contextmanager
 def _held(root: pathlib.Path) -> Iterator[None]:
-    """Nobody writes there meanwhile; others may verify it, too. Raises StaleWorkdir where a process is at work in it."""
+    """Nobody writes there meanwhile, others may read. Raises StaleWorkdir where a process is at work in it."""
     with contextlib.ExitStack() as stack:
         try:
             fcntl.lockf(stack.enter_context((root / "lock").open("rb")), fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -174,7 +174,9 @@ def _repeat(run: Runtime, name: str, work: Work[State], state: State, checkpoint
                 save(state, number - 1)
             if not isinstance(error, Preempted):
                 raise
-            raise stopped(f"after {work.unit} {number - 1}" if saved else f"within {work.unit} {number}", saved) from None
+            raise stopped(
+                f"after {work.unit} {number - 1}" if saved else f"within {work.unit} {number}", saved
+            ) from None
         last = number == work.steps
         stop = run.stop_requested() and not last
         due = work.save_steps > 0 and number % work.save_steps == 0 and not last
