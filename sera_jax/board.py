@@ -16,7 +16,7 @@ from typing import Any
 from tensorboardX import SummaryWriter
 
 Record = dict[str, Any]  # a line of metrics.jsonl
-FIELDS = ("phase", "arm", "round", "step", "global_step", "time", "nonfinite")  # of every line, and no metrics
+RESERVED = ("phase", "arm", "round", "step", "global_step", "time", "nonfinite")  # of every line, and no metrics
 _TOKENS = ("num_tokens", "rollout/tokens")  # whichever a line has
 
 
@@ -75,7 +75,7 @@ class _Run:
         step, time = record.get("global_step", record["step"]), record["time"]
         prefix = "round/" if record["phase"] == "round" else ""
         for name, value in record.items():
-            if name not in FIELDS:
+            if name not in RESERVED:
                 number = float(record["nonfinite"][name]) if value is None else value
                 self.events.add_scalar(prefix + name, number, step, walltime=time)
         span = record["phase"], record["arm"], record["round"]

@@ -76,10 +76,10 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     )
     mesh = make_mesh(1, -1, args.tensor)
     root = pathlib.Path(args.out)
+    asked = {name: value for name, value in vars(args).items() if name not in ("out", "allow_other_versions")}
+    resolved = {"loss": str(loss), "max_new_tokens": new, "max_prompt_length": most, "row_tokens": row_tokens}
+    workdir = Workdir(root, asked | resolved, allow_other_versions=args.allow_other_versions)
     with MetricWriter(root, tensorboard=False) as writer, compiling.said(writer.announce), jax.set_mesh(mesh):
-        asked = {name: value for name, value in vars(args).items() if name not in ("out", "allow_other_versions")}
-        resolved = {"loss": str(loss), "max_new_tokens": new, "max_prompt_length": most, "row_tokens": row_tokens}
-        workdir = Workdir(root, asked | resolved, allow_other_versions=args.allow_other_versions)
         for note in workdir.notes:
             writer.announce(note)
         ends = saved.ends(tokenizer)
@@ -95,6 +95,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
             chunk_tokens=0,
             stop_ids=ends,
         )
+        workdir.begin()
         workdir.watch = lambda name, finished: None if finished else writer.announce(in_words(name))
         policies = {name: _policy(run, name, found) for name, found in (("policy", saved), ("reference", reference))}
         evaluator = Evaluator(

@@ -2,8 +2,8 @@
 point.
 
 Exit codes: 0 done (with --verify: all is as it was written); 2 the flags, the config, the data or the work directory
-are refused, a loss was not finite, or the machine failed the run, as a full disk does (the message says why and the way
-out); 75 stopped by SIGTERM or SIGINT with everything saved (the same command goes on from there).
+are refused, a loss was not finite, or the machine failed the run, as a full disk or too little memory does (the message
+says why and the way out); 75 stopped by SIGTERM or SIGINT (the message says where the same command goes on).
 """
 
 from __future__ import annotations
@@ -59,7 +59,11 @@ def main(argv: list[str], *, stop_requested: Callable[[], bool] = lambda: False)
             raise Preempted("stopped before anything was done; the same command starts it")
         config = parse(_CONFIG.value)
         if _VERIFY.value:
-            verify(config)
+            for flag in (_SHARED_PHASES, _OTHER_VERSIONS):
+                if flag.value:
+                    print(f"--{flag.name} says nothing to --verify, which runs nothing", file=sys.stderr)
+            with memory.named("--verify", "it holds a gigabyte of arrays, or the largest one: free that much here"):
+                verify(config, stop_requested)
             return
         with memory.named("the run", memory.WAY_OUT):
             experiment.run(
@@ -81,12 +85,12 @@ def main(argv: list[str], *, stop_requested: Callable[[], bool] = lambda: False)
         sys.exit(EXIT_PREEMPTED)
 
 
-def verify(config: Config) -> None:
+def verify(config: Config, stop_requested: Callable[[], bool]) -> None:
     """Say in a line what is damaged in the work directory; ends the process with 2 where anything is."""
     from sera_jax.experiment import verifying
 
     found = 0
-    for line in verifying.damages(config):
+    for line in verifying.damages(config, stop_requested):
         found += 1
         print(line, flush=True)
     if found:

@@ -23,15 +23,14 @@ import numbers
 import os
 import pathlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sera_jax.board import FIELDS, Board
+from sera_jax.board import RESERVED, Board
 from sera_jax.core import Mean
 from sera_jax.progress import Progress
 
 METRICS = "metrics.jsonl"
-RESERVED = FIELDS
 # Metrics that the progress line shows, and what it calls them.
 NOTED = {
     "loss": "loss",
@@ -210,14 +209,14 @@ class MetricWriter:
             self._progress.clear()
             print(text, flush=True)
 
-    def has(self, key: SpanKey) -> bool:
-        """Whether there is a line of the span."""
-        return key in self._last
-
-    def restore(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Appends lines that another record had, of spans that this one has nothing of; they get the present time."""
-        for record in records if self._on else ():
-            self._append({**record, "time": time.time()})
+    def restore(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Puts the lines of a span that another record had in place of this one's; they get the present time."""
+        if self._on and records:
+            self.resume(key_of(records[0]), 0)
+            now = time.time()  # one, since what lies between two lines is taken for the time of a step
+            for record in records:
+                self._append({**record, "time": now})
+            self.sync()
 
     def digest(self, key: SpanKey) -> str:
         """`digest_of_lines` of the lines of a span so far."""
@@ -302,11 +301,6 @@ def without_clock(record: Mapping[str, Any]) -> dict[str, Any]:
     """A line but for what tells the time, as a run that was stopped and gone on with shares it with one that was
     not."""
     return {name: value for name, value in record.items() if name != "time" and not name.startswith("timing_s/")}
-
-
-def lines_of(path: str | os.PathLike, key: SpanKey) -> list[dict]:
-    """The lines of a span in a metrics.jsonl, without the clock."""
-    return [without_clock(record) for record in read_records(path)[0] if key_of(record) == key]
 
 
 def digest_of_lines(records: Iterable[Mapping[str, Any]]) -> str:

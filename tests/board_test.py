@@ -1,6 +1,7 @@
 """TensorBoard: a run for each arm, one count of updates over its rounds, every point once, the config as text."""
 
 import io
+import shutil
 import struct
 import types
 
@@ -9,7 +10,7 @@ from tensorboardX.proto import event_pb2
 
 from sera_jax.board import run_of
 from sera_jax.progress import Progress
-from sera_jax.writer import MetricWriter
+from sera_jax.writer import MetricWriter, SpanKey
 
 UPDATES = 4
 
@@ -107,6 +108,18 @@ def test_tokens_per_second_are_those_between_two_lines_of_a_span(make_writer, tm
         train(writer, "sera", 2)
     speeds = curve(tmp_path / "tensorboard" / "sera", "tokens_per_second")
     assert speeds == [(step, 20.0) for step in (2, 3, 4, 6, 7, 8)]  # none for the first of a span, which compiles
+
+
+def test_lines_that_another_run_had_are_in_tensorboard_without_a_speed(make_writer, tmp_path):
+    with make_writer() as writer:
+        train(writer, "sera", 1)
+        lines = writer.lines(SpanKey("train", "sera", 1))
+    shutil.rmtree(tmp_path / "tensorboard")
+    (tmp_path / "metrics.jsonl").unlink()
+    with make_writer() as writer:
+        writer.restore(lines)
+    assert [step for step, _ in curve(tmp_path / "tensorboard" / "sera", "loss")] == [line["step"] for line in lines]
+    assert curve(tmp_path / "tensorboard" / "sera", "tokens_per_second") == []
 
 
 def test_every_run_shows_the_config_as_text(make_writer, tmp_path):

@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import types
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -102,7 +103,7 @@ def _share_programs(run: Runtime) -> None:
 _POST_INIT = Runtime.__post_init__
 
 
-def command(config: Config, *asked: str) -> int:
+def command(config: Config, *asked: str, stop_requested: Callable[[], bool] = lambda: False) -> int:
     """The command in this process, on one device: its exit code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiment, "make_mesh", one_device)
@@ -110,9 +111,9 @@ def command(config: Config, *asked: str) -> int:
         patch.setattr(methods, "parse", lambda raw: config)
         patch.setattr(main, "_CONFIG", types.SimpleNamespace(value=None))
         flags = {name: str(name in asked).lower() for name in ("verify", "traceback", "allow_other_versions")}
-        with flagsaver.as_parsed(**flags):
+        with flagsaver.as_parsed(shared_phases="", **flags):
             try:
-                main.main(["main"])
+                main.main(["main"], stop_requested=stop_requested)
             except SystemExit as ended:
                 return int(str(ended.code))
     return 0

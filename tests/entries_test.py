@@ -364,7 +364,10 @@ def test_a_damaged_description_of_the_model_is_named(text, workdir, tmp_path, ca
 def test_results_of_another_evaluation_are_not_overwritten(workdir, tmp_path, capsys):
     options = [f"--reference={workdir}/phases/sft", "--world=habits", f"--out={tmp_path / 'out'}", "--slots=4"]
     assert evaluate.main([f"--checkpoint={workdir}/phases/sft", *options]) == 0
+    log = tmp_path / "out" / "metrics.jsonl"
+    log.write_text('{"phase": "of a run that is at work')  # it would be mended
     assert evaluate.main([f"--checkpoint={workdir}/phases/sera/round2", *options]) == 2
+    assert log.read_text() == '{"phase": "of a run that is at work'
     message = capsys.readouterr().err
     assert "choose another --out" in message
     assert "checkpoint" in message

@@ -37,11 +37,12 @@ class CorruptCheckpoint(ValueError):
 @contextlib.contextmanager
 def reading(path: pathlib.Path, way_out: str) -> Iterator[None]:
     """Raises CorruptCheckpoint for whatever orbax makes of files that it cannot read: its errors have no common kind
-    (some are bare Exceptions), and their first line tells enough."""
+    (some are bare Exceptions), and their first line tells enough. What the machine denies says nothing of the files."""
+    _quieten()
     try:
-        with _one_voice():
-            yield
+        yield
     except Exception as error:
+        _raise_what_the_machine_denied(error, path)
         words = (str(error).strip() or type(error).__name__).splitlines()[0].split(". See full")[0][:_SHOWN]
         raise CorruptCheckpoint(f"{path} cannot be read ({words}); {way_out}") from error
 
@@ -49,32 +50,39 @@ def reading(path: pathlib.Path, way_out: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _writing(path: pathlib.Path) -> Iterator[None]:
     """Raises OSError for a full disk, which orbax reports in words."""
+    _quieten()
     try:
-        with _one_voice():
-            yield
+        yield
     except Exception as error:
-        full = os.strerror(errno.ENOSPC)
-        if full not in str(error):
-            raise
-        raise OSError(errno.ENOSPC, full, str(path)) from error
+        _raise_what_the_machine_denied(error, path)
+        raise
 
 
-@contextlib.contextmanager
-def _one_voice() -> Iterator[None]:
-    """Where orbax fails, what it raises is all that is said: reads and writes that it leaves under way tell an event
-    loop that is closed, in tracebacks of their own, now and later."""
-    hooks = {name: getattr(sys, name) for name in ("excepthook", "unraisablehook")}
+def _raise_what_the_machine_denied(error: Exception, path: pathlib.Path) -> None:
+    """Raises memory that is used up and an error of the operating system as themselves, also where orbax has put the
+    latter in words; does nothing for any other error, and where a file is not there."""
+    if isinstance(error, MemoryError) or (
+        isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    ):
+        raise error
+    if isinstance(error, OSError) and error.errno not in (None, *_NOT_THERE):
+        raise error
+    for number in _DENIED:
+        if os.strerror(number) in str(error):
+            raise OSError(number, os.strerror(number), str(path)) from error
+
+
+@functools.cache
+def _quieten() -> None:
+    """From now on, where orbax fails, what it raises is all that is said: reads and writes that it leaves under way
+    tell an event loop that is closed, in tracebacks of their own, then and later."""
 
     def quiet(hook: Callable[..., Any], *about: Any) -> None:
-        unraisable = about[0]
-        if not any(words in f"{about} {getattr(unraisable, 'object', '')}" for words in _LEFT_BEHIND):
+        if not any(words in f"{about} {getattr(about[0], 'object', '')}" for words in _LEFT_BEHIND):
             hook(*about)
 
-    for name, hook in hooks.items():
-        setattr(sys, name, functools.partial(quiet, hook))
-    yield
-    for name, hook in hooks.items():
-        setattr(sys, name, hook)
+    for name in ("excepthook", "unraisablehook"):
+        setattr(sys, name, functools.partial(quiet, getattr(sys, name)))
 
 
 FROM_THE_ONE_BEFORE = (
@@ -82,7 +90,8 @@ FROM_THE_ONE_BEFORE = (
 )
 _SHOWN = 160  # characters of an error of orbax
 _LEFT_BEHIND = ("Event loop is closed", "_read_array_index")
-
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+_DENIED = (errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.EIO, errno.EACCES, errno.ENOMEM)
 
 _PIECE = 1 << 16  # elements of an array that are summed at a time
 _FACTORS = ((0x9E3779B1, 0x85EBCA6B), (0xC2B2AE35, 0x27D4EB2F))  # of the two sums

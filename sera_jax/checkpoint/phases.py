@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sera_jax.checkpoint.shared import SharedPhases
 
 DIGESTS = "digests.json"  # of the files that a finished run left beside phases and checkpoints
+METRICS = "metrics.jsonl"  # its lines follow log.logging_steps, which is no part of what a run is
 
 
 class StaleWorkdir(ValueError):
@@ -152,12 +153,14 @@ class Workdir:
     Attributes:
         notes: lines for the user: fields and versions that changed since the run was started and that may.
         code: the versions that were at work in it, the present ones last.
+        done: products of the phases that were asked for; fresh: names of those made by this process; taken: of those
+            that came from `shared`.
         watch: called with the name of every phase that is asked for, and whether its product lies there already.
         shared: products of other work directories, taken where they are the same; None: there are none.
     """
 
     def __init__(self, root: pathlib.Path, config: dict[str, Any], *, allow_other_versions: bool = False):
-        """Open or make the work directory.
+        """Open or make the work directory, and hold it; nothing in it is changed yet.
 
         Args:
             allow_other_versions: go on with results of another numerics version or minor release of a library.
@@ -175,16 +178,23 @@ class Workdir:
         self.notes: list[str] = []
         self.watch: Callable[[str, bool], None] = lambda name, finished: None
         self.shared: SharedPhases | None = None
-        config = plain({k: v for k, v in config.items() if k != "workdir"})
+        self._config = plain({k: v for k, v in config.items() if k != "workdir"})
+        self._begun = False
         history = []
         if _has_results(root):
-            self.notes += check_config(root, config)
+            self.notes += check_config(root, self._config)
             history = _history(read_json(root / "versions.json").get("history"))
             self._check_versions(history, allow_other_versions)
         self.code = with_present(history, allow_other_versions)
-        write_json(root / "config.json", config)
-        write_json(root / "versions.json", {"history": self.code})
-        (root / DIGESTS).unlink(missing_ok=True)  # what it lists is about to change
+
+    def begin(self) -> None:
+        """Write down the config and the versions, once: before the first phase is made, and by who is about to change
+        what a finished run left. Whatever may refuse the run without a phase comes before."""
+        if not self._begun:
+            write_json(self.root / "config.json", self._config)
+            write_json(self.root / "versions.json", {"history": self.code})
+            (self.root / DIGESTS).unlink(missing_ok=True)  # what it lists is about to change
+        self._begun = True
 
     def _check_versions(self, history: list[dict[str, Any]], allowed: bool) -> None:
         """Refuse to go on with the results of code that computes otherwise; note what else differs."""
@@ -199,12 +209,19 @@ class Workdir:
     def checkpoints(self, name: str) -> pathlib.Path:
         return self.root / "checkpoints" / name
 
-    def phase(self, name: str, inputs: dict[str, Any], produce: Callable[[pathlib.Path], None]) -> Product:
+    def phase(
+        self,
+        name: str,
+        inputs: dict[str, Any],
+        produce: Callable[[pathlib.Path], None],
+        way_out: str = memory.WAY_OUT,
+    ) -> Product:
         """The product of phase `name`: as it lies there, or made now by `produce(folder)`.
 
         Args:
             inputs: JSON-able; everything the product depends on (digests of products, settings).
             produce: writes its files into the folder it is given.
+            way_out: what to lower where it runs out of memory.
 
         Raises:
             StaleWorkdir: the product there was made from other inputs.
@@ -220,21 +237,24 @@ class Workdir:
         elif folder.is_dir() and any(folder.iterdir()):
             raise ValueError(f"{manifest_path} is missing; {to_make_anew(folder)}")
         else:
+            self.begin()
             torn = folder.with_name(folder.name + ".partial")
             shutil.rmtree(torn, ignore_errors=True)
             torn.mkdir(parents=True)
+            # a checkpoint may be of other versions, or of another machine
+            from_start = not any(self.checkpoints(name).glob("[0-9]*"))
             taken = self.shared is not None and self.shared.take(name, inputs, torn)
             self.watch(name, taken)
             if taken:
                 self.taken.append(name)
             else:
-                _make(name, torn, inputs, produce)
+                _make(name, torn, inputs, produce, way_out)
                 self.fresh.append(name)
             torn.replace(folder)
+            if self.shared and not taken and from_start:
+                self.shared.give(name, inputs, folder)
             shutil.rmtree(self.checkpoints(name), ignore_errors=True)
             product = _product(folder, read_json(manifest_path))
-        if self.shared:
-            self.shared.give(name, inputs, folder)
         self.done[name] = product
         return product
 
@@ -250,10 +270,12 @@ class Workdir:
         return _product(folder, manifest)
 
 
-def _make(name: str, folder: pathlib.Path, inputs: dict[str, Any], produce: Callable[[pathlib.Path], None]) -> None:
+def _make(
+    name: str, folder: pathlib.Path, inputs: dict[str, Any], produce: Callable[[pathlib.Path], None], way_out: str
+) -> None:
     """Fill the folder, and write its manifest."""
     start = time.monotonic()
-    with memory.named(f"phase {name}", memory.WAY_OUT):
+    with memory.named(f"phase {name}", way_out):
         produce(folder)
     memory.trim()
     manifest = {
@@ -326,7 +348,7 @@ def _history(found: Any) -> list[dict[str, Any]]:
 def _has_results(root: pathlib.Path) -> bool:
     """Whether anything was made there: a run that is refused before leaves the folder free for another."""
     made = any(any((root / name).glob("*")) for name in ("phases", "checkpoints"))
-    metrics = root / "metrics.jsonl"
+    metrics = root / METRICS
     return made or (metrics.exists() and metrics.stat().st_size > 0)
 
 
@@ -353,7 +375,8 @@ def _lock(root: pathlib.Path) -> Any:
 
 
 def _product(folder: pathlib.Path, manifest: dict[str, Any]) -> Product:
-    return Product(folder, digest_of([manifest["inputs"], manifest["files"]]), manifest["seconds"])
+    files = {file: digest for file, digest in manifest["files"].items() if file != METRICS}
+    return Product(folder, digest_of([manifest["inputs"], files]), manifest["seconds"])
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -7,10 +7,12 @@ import dataclasses
 import os
 import pathlib
 import shutil
+import tempfile
 from typing import Any
 
 from sera_jax.checkpoint.code import versions
-from sera_jax.checkpoint.phases import damaged_files, digest_of, load_manifest, plain
+from sera_jax.checkpoint.phases import digest_of, plain
+from sera_jax.checkpoint.verify import damages_of_phase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,21 +31,25 @@ class SharedPhases:
     besides: dict[str, Any]
 
     def take(self, name: str, inputs: dict[str, Any], folder: pathlib.Path) -> bool:
-        """Lay the product of these inputs into `folder`, which is empty; False where there is none that is whole."""
+        """Lay the product of these inputs into `folder`, which is empty; False where there is none that is whole: all
+        its arrays are read."""
         if name not in self.names or not _is_whole(place := self._place(name, inputs)):
             return False
         _link(place, folder)
         return True
 
     def give(self, name: str, inputs: dict[str, Any], folder: pathlib.Path) -> None:
-        """Leave the product for others; the first one given stays."""
-        if name not in self.names or (place := self._place(name, inputs)).exists():
+        """Leave a product for others that these versions made here, from its start. The first one given stays as long
+        as it is whole."""
+        if name not in self.names or _is_whole(place := self._place(name, inputs)):
             return
-        torn = place.with_name(f"{place.name}.{os.getpid()}.partial")
-        shutil.rmtree(torn, ignore_errors=True)
-        _link(folder, torn)
+        self.root.mkdir(parents=True, exist_ok=True)
+        torn = pathlib.Path(tempfile.mkdtemp(".partial", f"{place.name}.", self.root))
+        _link(folder, torn / "whole")
         with contextlib.suppress(OSError):  # another run left its own in the meantime
-            torn.rename(place)
+            if place.exists():
+                place.rename(torn / "damaged")
+            (torn / "whole").rename(place)
         shutil.rmtree(torn, ignore_errors=True)
 
     def _place(self, name: str, inputs: dict[str, Any]) -> pathlib.Path:
@@ -51,10 +57,7 @@ class SharedPhases:
 
 
 def _is_whole(folder: pathlib.Path) -> bool:
-    try:
-        return folder.exists() and not any(damaged_files(folder, load_manifest(folder)))
-    except ValueError:  # its manifest is damaged
-        return False
+    return folder.exists() and not any(damages_of_phase(folder))
 
 
 def _link(source: pathlib.Path, target: pathlib.Path) -> None:

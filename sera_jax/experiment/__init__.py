@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import platform
 import resource
 import sys
 from collections.abc import Callable
@@ -98,6 +99,7 @@ def run(
             logging_steps=config.log.logging_steps,
             stop_requested=stop_requested,
         )
+        workdir.begin()
         describe(root, cfg, corpus.tokenizer, base_folder, sft_folder)
         workdir.watch = phases = Phases([*start_phases(config), *method.phases(config, corpus)], writer.announce)
         base, start = starting_policy(config, runtime, corpus, make_base)
@@ -157,8 +159,18 @@ def _besides_inputs(config: Config, mesh: Mesh) -> dict[str, Any]:
         "layout": {name: getattr(config.data, name) for name in layout},
         "mesh": dict(mesh.shape),
         "device": mesh.devices.flat[0].device_kind,
+        "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
+
+
+def _processor() -> str:
+    """The model of the CPU, which JAX calls just that."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def peak_memory_bytes() -> int:

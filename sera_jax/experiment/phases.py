@@ -55,7 +55,7 @@ class Phases:
         """`names`: of all phases that will be asked for, each once or more."""
         self.total, self._say = len(set(names)), say
         self._seen: set[str] = set()
-        self._found = 0  # in a row, that were finished before
+        self._found = 0  # in a row: made before, or taken
 
     def __call__(self, name: str, finished: bool) -> None:
         if name in self._seen:
@@ -75,5 +75,5 @@ class Phases:
         if self._found:
             first = last - self._found + 1
             which = f"phase {last}" if first == last else f"phases {first} to {last}"
-            self._say(f"{which} of {self.total}: finished before")
+            self._say(f"{which} of {self.total}: already there")
         self._found = 0

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from sera_jax import config as config_lib
 from sera_jax.checkpoint import StaleWorkdir, outputs, verify
-from sera_jax.checkpoint.phases import check_config, plain
+from sera_jax.checkpoint.phases import DIGESTS, check_config, plain
 from sera_jax.config import Config
 from sera_jax.experiment.saved import load_description
+from sera_jax.loops.runtime import Preempted
 from sera_jax.writer import METRICS, digest_of_lines, key_of, read_records, without_clock
 
 # What a finished run leaves beside phases and checkpoints.
@@ -34,32 +36,39 @@ OUTPUTS = (
 _WRITTEN_ONCE = (METRICS, "tensorboard", "rollouts")
 
 
-def damages(config: Config) -> Iterator[str]:
-    """A line on each thing in the work directory of `config` that is not what was written, with the way out.
+def damages(config: Config, stop_requested: Callable[[], bool] = lambda: False) -> Iterator[str]:
+    """A line on each thing in the work directory of `config` that is not what was written, with the way out. Until the
+    last, no run can begin in it.
+
+    Args:
+        stop_requested: asked between phases and checkpoints.
 
     Raises:
         ValueError: there is no work directory, it is that of another config, or a process is at work in it.
+        Preempted: stopped on request.
     """
     root = pathlib.Path(config.workdir)
     if not (root / "config.json").is_file():
         raise ValueError(
             f"config.workdir={config.workdir!r} holds no config.json of a run, so there is nothing to verify"
         )
-    _refuse_in_use(root)
-    check_config(root, plain({name: value for name, value in config_lib.to_dict(config).items() if name != "workdir"}))
-    yield from verify.strays(root)
-    phases, checkpoints = [], []  # those that are sound
-    for folder in verify.phases(root):
-        yield from (found := list(verify.damages_of_phase(folder)))
-        phases += [] if found else [folder]
-    for folder in verify.checkpoints(root):
-        yield from (found := list(verify.damages_of_checkpoint(folder)))
-        checkpoints += [] if found else [folder]
-    yield from _damaged_lines(root, phases, checkpoints)
-    yield from outputs.damages(root, _WRITTEN_ONCE)
-    if not (root / outputs.DIGESTS).exists():  # not finished, or under way again
-        yield from _damaged_description(root)
-        yield from _unreadable(root)
+    with _held(root):
+        there = {name: value for name, value in config_lib.to_dict(config).items() if name != "workdir"}
+        check_config(root, plain(there))
+        yield from verify.strays(root)
+        sound: tuple[list[pathlib.Path], ...] = ([], [])
+        looked_at = (verify.phases, verify.damages_of_phase), (verify.checkpoints, verify.damages_of_checkpoint)
+        for (folders, damages_of), good in zip(looked_at, sound, strict=True):
+            for folder in folders(root):
+                if stop_requested():
+                    raise Preempted("stopped while verifying; nothing was changed, the same command verifies it anew")
+                yield from (found := list(damages_of(folder)))
+                good += [] if found else [folder]
+        yield from _damaged_lines(root, *sound)
+        yield from outputs.damages(root, _WRITTEN_ONCE)
+        if not (root / DIGESTS).exists():  # not finished, or under way again
+            yield from _damaged_description(root)
+            yield from _unreadable(root)
 
 
 def counted(config: Config) -> str:
@@ -68,16 +77,19 @@ def counted(config: Config) -> str:
     return f"{len(verify.phases(root))} phases and {len(verify.checkpoints(root))} checkpoints"
 
 
-def _refuse_in_use(root: pathlib.Path) -> None:
-    try:
-        with (root / "lock").open("rb") as held:
-            fcntl.lockf(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise StaleWorkdir(
-            f"{root} is in use by another process; wait for it, or stop it, and verify it then"
-        ) from None
-    except OSError:
-        pass  # no lock, or a mounted bucket that knows none
+@contextlib.contextmanager
+def _held(root: pathlib.Path) -> Iterator[None]:
+    """Nobody writes there meanwhile, others may read. Raises StaleWorkdir where a process is at work in it."""
+    with contextlib.ExitStack() as stack:
+        try:
+            fcntl.lockf(stack.enter_context((root / "lock").open("rb")), fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise StaleWorkdir(
+                f"{root} is in use by another process; wait for it, or stop it, and verify it then"
+            ) from None
+        except OSError:
+            pass  # no lock, or a mounted bucket that knows none
+        yield
 
 
 def _damaged_lines(
@@ -125,7 +137,8 @@ def _unreadable(root: pathlib.Path) -> Iterator[str]:
             if path.is_file() and (lines or path.suffix == ".json"):
                 try:
                     text = path.read_text(encoding="utf-8")
-                    for part in text.splitlines() if lines else [text]:
+                    # other ends of lines that Unicode knows may stand within a text
+                    for part in filter(None, text.split("\n")) if lines else [text]:
                         json.loads(part)
                 except ValueError as error:
                     yield f"{path} cannot be read ({error}); delete it and start the same command again"

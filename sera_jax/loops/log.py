@@ -8,7 +8,6 @@ from typing import Any
 from sera_jax.loops.restartable import Span
 from sera_jax.loops.runtime import Runtime
 from sera_jax.losses.preference import ResolvedLoss
-from sera_jax.writer import SpanKey
 
 # Margins below these in every line are of a policy that stayed where it was: nats (a token, for a loss that averages).
 STILL_MARGIN = {"sum": 1e-2, "mean": 1e-3}
@@ -25,7 +24,7 @@ def write_round(run: Runtime, facts: Mapping[str, Any], global_step: int) -> Non
 
 def warn_of_still_margins(run: Runtime, span: Span, loss: ResolvedLoss, learning_rate: float) -> None:
     """Says so where training left the policy at its reference: no line of the span has a margin."""
-    lines = run.writer.lines(SpanKey(*span[:3])) if loss.uses_reference else []
+    lines = run.writer.lines(span.key) if loss.uses_reference else []
     margins = [abs(line["rewards/margins"] or 0) / loss.scale for line in lines]
     updates = max((line["step"] for line in lines), default=0)
     if updates >= LEAST_UPDATES and max(margins) < STILL_MARGIN[loss.logp]:

@@ -87,7 +87,8 @@ def online(study: SeraStudy, settings: OnlineGroup, arm: str, source: Source) ->
             continue_from=policy if before else None,
         )
         policy = optimise(study.run, training)
-        warn_of_still_margins(study.run, training.span, study.loss, study.train.learning_rate)
+        if policy.name in study.run.workdir.fresh:
+            warn_of_still_margins(study.run, training.span, study.loss, study.train.learning_rate)
         facts.append({"arm": arm, "round": round_, "update": last, **study.evaluate(policy, round_)})
         write_round(study.run, facts[-1], offline_updates + last)
     return policy, facts

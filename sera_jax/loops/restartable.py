@@ -21,7 +21,7 @@ from sera_jax import memory
 from sera_jax.checkpoint import Checkpoints, CorruptCheckpoint, Product, save_tree
 from sera_jax.checkpoint.phases import write_jsonl
 from sera_jax.loops.runtime import NonFinite, Preempted, Runtime
-from sera_jax.writer import METRICS, SpanKey, digest_of_lines, key_of, lines_of, read_records
+from sera_jax.writer import METRICS, SpanKey, digest_of_lines, key_of, read_records, without_clock
 
 LOWER = (
     "take more devices; or, under a new --config.workdir, lower the model's size, config.data.row_tokens, "
@@ -38,6 +38,10 @@ class Span(NamedTuple):
     arm: str = ""
     round: int = 0
     before: int = 0
+
+    @property
+    def key(self) -> SpanKey:
+        return SpanKey(self.phase, self.arm, self.round)
 
 
 class Work(Protocol[State]):
@@ -100,23 +104,24 @@ def run_to_end(run: Runtime, name: str, inputs: dict[str, Any], begin: Callable[
 
     Raises:
         StaleWorkdir: the product or the checkpoint there is of other inputs.
-        Preempted: when asked to stop; everything is saved.
-        NonFinite, ValueError: as the work's steps; the last whole state is saved.
+        Preempted: when asked to stop; everything is saved, or the message names the newest checkpoint.
+        NonFinite, ValueError: as the work's steps; the last whole state is saved, but where memory ran out.
     """
 
     def produce(folder: pathlib.Path) -> None:
-        with memory.named(name, LOWER):
-            _produce(run, name, inputs, begin(), folder)
+        _produce(run, name, inputs, begin(), folder)
 
-    product = run.workdir.phase(name, inputs, produce)
+    product = run.workdir.phase(name, inputs, produce, LOWER)
     own, _ = read_records(product.path / METRICS)
-    if own and not run.writer.has(key_of(own[0])):  # the product of another run, see `checkpoint.shared`
-        run.writer.restore(own)
-    elif own and run.writer.digest(key_of(own[0])) != digest_of_lines(own):
-        run.writer.announce(
-            f"warning: {run.workdir.root / METRICS} no longer has the lines of {name} as they were written; "
-            f"{product.path / METRICS}, from which the summary is made, has"
-        )
+    if own and run.writer.digest(key := key_of(own[0])) != digest_of_lines(own):
+        there = [without_clock(line) for line in run.writer.lines(key)]
+        if there == own[: len(there)]:  # none, or those before a stop: another run made it, see `checkpoint.shared`
+            run.writer.restore(own)
+        else:
+            run.writer.announce(
+                f"warning: {run.workdir.root / METRICS} no longer has the lines of {name} as they were written; "
+                f"{product.path / METRICS}, from which the summary is made, has"
+            )
     return product
 
 
@@ -136,22 +141,57 @@ def _produce(run: Runtime, name: str, inputs: dict[str, Any], work: Work[State],
         work.close()
     for part, tree in work.leave(folder, state).items():
         save_tree(folder / part, tree)
-    write_jsonl(folder / METRICS, lines_of(run.workdir.root / METRICS, SpanKey(*work.span[:3])))
+    write_jsonl(folder / METRICS, map(without_clock, run.writer.lines(work.span.key)))
 
 
 def _repeat(run: Runtime, name: str, work: Work[State], state: State, checkpoints: Checkpoints) -> State:
     def save(state: State, number: int) -> None:
+        """Raises NonFinite, with the good state saved, where an update that waits for its line was refused."""
         if checkpoints.latest_step() != number:
-            notes = {"work": work.notes(state, number), "span": list(key), "lines": run.writer.digest(key)}
+            try:
+                notes = {"work": work.notes(state, number), "span": list(key), "lines": run.writer.digest(key)}
+            except NonFinite as error:
+                if error.good is not None:
+                    save(*error.good)
+                raise
             run.writer.sync()
             checkpoints.save(number, state, notes)
 
-    def stopped(number: int) -> Preempted:
-        return Preempted(f"stopped in {name} after {work.unit} {number}; the same command goes on from there")
+    def newest() -> str:
+        last = checkpoints.latest_step()
+        return "none" if last is None else f"{work.unit} {last}"
+
+    def stopped(where: str, saved: bool) -> Preempted:
+        whence = "there" if saved else f"its newest checkpoint ({newest()})"
+        return Preempted(f"stopped in {name} {where}; the same command goes on from {whence}")
+
+    def one(state: State, number: int) -> State:
+        try:
+            state = work.step(state, number)
+        except (NonFinite, memory.OutOfMemory):  # the one says itself what is good; no room to save for the other
+            raise
+        except (Preempted, ValueError) as error:
+            if saved := _is_whole(state):  # the step came to nothing before it took the state apart
+                save(state, number - 1)
+            if not isinstance(error, Preempted):
+                raise
+            raise stopped(
+                f"after {work.unit} {number - 1}" if saved else f"within {work.unit} {number}", saved
+            ) from None
+        last = number == work.steps
+        stop = run.stop_requested() and not last
+        due = work.save_steps > 0 and number % work.save_steps == 0 and not last
+        if last or due:
+            work.flush(state, number)
+        if stop or due:
+            save(state, number)
+        if stop:
+            raise stopped(f"after {work.unit} {number}", True)
+        return state
 
     done = work.done(state)
     phase, arm, round_, before = work.span
-    key = SpanKey(phase, arm, round_)
+    key = work.span.key
     with run.writer.span(phase, arm=arm, round=round_, total_steps=work.steps, start_step=done, before=before):
         if checkpoints.notes and run.writer.digest(key) != checkpoints.notes["lines"]:
             raise CorruptCheckpoint(
@@ -161,30 +201,15 @@ def _repeat(run: Runtime, name: str, work: Work[State], state: State, checkpoint
             )
         for number in range(done + 1, work.steps + 1):
             try:
-                state = work.step(state, number)
+                state = one(state, number)
             except NonFinite as error:
                 if error.good is not None:
                     save(*error.good)
                 elif _is_whole(state):
                     save(state, number - 1)
                 else:
-                    last = checkpoints.latest_step()
-                    newest = "none" if last is None else f"{work.unit} {last}"
-                    raise NonFinite(f"{error}. Newest checkpoint of {name}: {newest}") from None
+                    raise NonFinite(f"{error}. Newest checkpoint of {name}: {newest()}") from None
                 raise
-            except (Preempted, ValueError) as error:
-                if _is_whole(state):  # the step came to nothing before it took the state apart
-                    save(state, number - 1)
-                raise (stopped(number - 1) if isinstance(error, Preempted) else error) from None
-            last = number == work.steps
-            stop = run.stop_requested() and not last
-            due = work.save_steps > 0 and number % work.save_steps == 0 and not last
-            if last or due:
-                work.flush(state, number)
-            if stop or due:
-                save(state, number)
-            if stop:
-                raise stopped(number)
         run.writer.sync()
     return state
 

@@ -16,7 +16,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sera_jax import memory
 from sera_jax.checkpoint import Workdir, save_tree
 from sera_jax.config import SamplingGroup, TrainGroup
 from sera_jax.data.batches import PairLoader, ScoreBatches, score_batches
@@ -179,10 +178,9 @@ class Runtime:
         inputs = {"policy": policy.digest, "items": items_digest(items), "rows": rows}
 
         def produce(folder: pathlib.Path) -> None:
-            with memory.named(name, LOWER_ROWS):
-                self._score(folder, name, policy, items)
+            self._score(folder, name, policy, items)
 
-        product = self.workdir.phase(name, inputs, produce)
+        product = self.workdir.phase(name, inputs, produce, LOWER_ROWS)
         flat = np.load(product.path / "logps.npy")
         ends = np.cumsum([len(item.responses) for item in items])
         return np.split(flat, ends[:-1]) if len(items) else []
@@ -264,7 +262,7 @@ class Runtime:
 
         def produce(folder: pathlib.Path) -> None:
             total = len(prompts) * num_samples
-            with self.writer.span(name, total_steps=total), memory.named(name, LOWER_SLOTS):
+            with self.writer.span(name, total_steps=total):
                 advance = lambda done, tokens: self.writer.advance(done, tokens=tokens)  # noqa: E731
                 samples = self.generate(
                     self.params(policy), prompts, num_samples, settings, round_=round_, on_progress=advance
@@ -274,7 +272,7 @@ class Runtime:
                     row = {"prompt": s.prompt, "sample": s.sample, "finished": s.finished, "tokens": s.tokens.tolist()}
                     file.write(json.dumps(row) + "\n")
 
-        product = self.workdir.phase(name, inputs, produce)
+        product = self.workdir.phase(name, inputs, produce, LOWER_SLOTS)
         rows = map(json.loads, (product.path / "samples.jsonl").read_text().splitlines())
         return grouped(prompts, [_sample_of(row) for row in rows])
 

@@ -136,7 +136,7 @@ def train_round(
     )
     looked_at = training.name in run.workdir.done  # by another arm, whose round 1 is the same
     policy = optimise(run, training)
-    if not looked_at:
+    if training.name in run.workdir.fresh and not looked_at:
         warn_of_still_margins(run, training.span, study.loss, group.learning_rate)
     return policy
 

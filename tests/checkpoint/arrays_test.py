@@ -215,6 +215,41 @@ def test_a_full_disk_is_an_error_of_the_machine_however_orbax_says_it(tmp_path, 
     assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(tmp_path / "t"))
 
 
+EXHAUSTED = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
+
+
+@pytest.mark.parametrize("denied", [MemoryError(), EXHAUSTED, PermissionError(errno.EACCES, "Permission denied")])
+def test_what_the_machine_denies_does_not_tell_to_delete_sound_arrays(tmp_path, monkeypatch, denied):
+    def restore(*_, **__):
+        raise denied
+
+    save_tree(tmp_path / "t", _tree())
+    monkeypatch.setattr(ocp.StandardCheckpointer, "restore", restore)
+    with pytest.raises(type(denied)) as error:
+        load_tree(tmp_path / "t", _abstract(_tree()))
+    assert error.value is denied
+
+
+def test_a_file_that_the_machine_cannot_open_now_is_no_damage_however_orbax_says_it(tmp_path, monkeypatch):
+    def restore(*_, **__):
+        raise ValueError(f'RESOURCE_EXHAUSTED: Error opening "d/1": {os.strerror(errno.EMFILE)} [os_error_code="24"]')
+
+    save_tree(tmp_path / "t", _tree())
+    monkeypatch.setattr(ocp.StandardCheckpointer, "restore", restore)
+    with pytest.raises(OSError) as error:
+        load_tree(tmp_path / "t", _abstract(_tree()))
+    assert (error.value.errno, error.value.filename) == (errno.EMFILE, str(tmp_path / "t"))
+
+
+def test_failures_leave_the_hooks_for_errors_that_nobody_caught_as_the_first_one_did(tmp_path):
+    def hooks():
+        with pytest.raises(CorruptCheckpoint):
+            load_tree(tmp_path / "nowhere", _abstract(_tree()))
+        return sys.excepthook, sys.unraisablehook
+
+    assert hooks() == hooks()
+
+
 def test_background_checkpoints_survive_donation_and_keep_only_the_last(tmp_path):
     tree = {"w": jnp.ones((256, 256))}
     target = _abstract(tree)

@@ -68,13 +68,14 @@ def test_a_field_that_changed_is_accepted_and_said_or_refused_by_name(root, fiel
     assert config != to_dict(Config(workdir="runs/x"))
     before = (root / "config.json").read_bytes()
     if field in MAY_CHANGE:
-        notes = Workdir(root, config).notes
+        workdir = Workdir(root, config)
+        workdir.begin()
         saved = json.loads((root / "config.json").read_text())
         assert saved == json.loads(json.dumps({k: v for k, v in config.items() if k != "workdir"})), "the newest"
         now = dict(leaves(another(field)))[field]
         said = [f"config: {field} was {FIELDS[field]!r}, now {now!r} (no part of the run's identity)"]
-        assert notes == ([] if field == "workdir" else said)
-        Workdir(root, to_dict(Config(workdir="runs/x")))
+        assert workdir.notes == ([] if field == "workdir" else said)
+        Workdir(root, to_dict(Config(workdir="runs/x"))).begin()
     else:
         with pytest.raises(StaleWorkdir, match=rf"\(1 fields differ: {field}: .* there, .* now\)"):
             Workdir(root, config)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from sera_jax.checkpoint import StaleWorkdir, Workdir, code, phases
+from sera_jax.checkpoint import StaleWorkdir, Workdir, code, outputs, phases
 
 PRESENT = code.versions()
 
@@ -61,6 +61,33 @@ def test_a_run_refused_before_it_made_anything_leaves_the_folder_free(tmp_path):
     Workdir(tmp_path, {"train": {"lr": 0.2}}).phase("one", {}, _write("a"))
     with pytest.raises(StaleWorkdir, match=r"0\.2 there"):
         Workdir(tmp_path, {"train": {"lr": 0.1}})
+
+
+def test_what_is_refused_before_it_made_anything_leaves_a_finished_run_as_it_was(tmp_path):
+    Workdir(tmp_path, {"log": {"report": True}}).phase("one", {}, _write("a"))
+    outputs.record(tmp_path, ("config.json", "versions.json"))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    again = Workdir(tmp_path, {"log": {"report": False}})
+    again.phase("one", {}, _write("b"))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    again.phase("two", {}, _write("b"))
+    assert json.loads((tmp_path / "config.json").read_text()) == {"log": {"report": False}}
+    assert not (tmp_path / "digests.json").exists()
+
+
+def test_how_often_a_line_is_written_is_no_part_of_a_product(tmp_path):
+    def product(name, lines, text="a"):
+        def produce(folder):
+            (folder / "metrics.jsonl").write_text(lines)
+            (folder / "x.txt").write_text(text)
+
+        return Workdir(tmp_path / name, {}).phase("one", {}, produce)
+
+    first = product("first", "1\n2\n")
+    assert product("second", "2\n").digest == first.digest != product("third", "2\n", "b").digest
+    (first.path / "metrics.jsonl").write_text("1\n")
+    with pytest.raises(ValueError, match="is not what its manifest says"):
+        product("first", "")
 
 
 def test_checkpoints_of_a_finished_phase_do_not_stay(tmp_path):
@@ -159,6 +186,7 @@ def test_work_of_other_versions_is_gone_on_with_where_they_compute_alike(
         assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
     workdir = Workdir(tmp_path, {"a": 1}, allow_other_versions=refused)
     assert workdir.notes == [f"versions: {difference}"]
+    workdir.begin()
     assert [(seen[name], seen.get("allowed", False)) for seen in workdir.code] == [(there, False), (now, refused)]
     assert json.loads((tmp_path / "versions.json").read_text())["history"] == workdir.code
     assert Workdir(tmp_path, {"a": 1}).notes == [], "what was allowed once is the work's own"
@@ -179,7 +207,7 @@ def test_a_folder_without_results_takes_whatever_versions(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("made", ["phases/one/x", "checkpoints/one/3/x", "metrics.jsonl"])
 def test_whatever_was_made_binds_the_folder_to_its_config(tmp_path, made):
-    Workdir(tmp_path, {"seed": 0})
+    Workdir(tmp_path, {"seed": 0}).begin()
     (tmp_path / made).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / made).write_text("x")
     with pytest.raises(StaleWorkdir, match="seed: 0 there, 1 now"):

@@ -3,9 +3,10 @@
 import json
 import os
 
+import jax.numpy as jnp
 import pytest
 
-from sera_jax.checkpoint import Workdir
+from sera_jax.checkpoint import Workdir, save_tree
 from sera_jax.checkpoint.shared import SharedPhases
 
 
@@ -63,18 +64,44 @@ def test_other_versions_make_their_own(tmp_path, monkeypatch):
     assert (workdir(tmp_path, "b").phase("sft", {}, write("two")).path / "x.txt").read_text() == "two"
 
 
-def test_a_damaged_product_is_not_taken(tmp_path):
-    workdir(tmp_path, "a").phase("sft", {}, write("one"))
+def save_arrays(folder):
+    save_tree(folder / "params", {"w": jnp.arange(4096.0)})
+
+
+def damage(how, place):
+    if how == "a file":
+        (place / "x.txt").unlink()
+        (place / "x.txt").write_text("torn")
+    else:
+        path = max((place / "params" / "arrays").rglob("*"), key=lambda p: p.stat().st_size)
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 4
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize(("how", "produce"), [("a file", write("one")), ("a bit of an array", save_arrays)])
+def test_a_damaged_product_is_not_taken_but_replaced_by_who_made_it_anew(tmp_path, how, produce):
+    workdir(tmp_path, "a").phase("sft", {}, produce)
     (place,) = (tmp_path / "shared").iterdir()
-    (place / "x.txt").unlink()
-    (place / "x.txt").write_text("torn")
-    assert (workdir(tmp_path, "b").phase("sft", {}, write("one")).path / "x.txt").read_text() == "one"
+    damage(how, place)
+    made = workdir(tmp_path, "b")
+    product = made.phase("sft", {}, produce)
+    assert (made.fresh, made.taken) == (["sft"], [])
+    assert [path.name for path in (tmp_path / "shared").iterdir()] == [place.name]
+    assert files(place) == files(product.path)
+    assert files(workdir(tmp_path, "c").phase("sft", {}, never).path) == files(product.path)
 
 
-def test_a_phase_that_was_made_before_is_left_for_others_too(tmp_path):
+def test_only_what_was_made_here_from_its_start_is_left_for_others(tmp_path):
+    """What lies there may be of other versions, another mesh or machine, and so may a checkpoint."""
     Workdir(tmp_path / "a", {}).phase("sft", {}, write("one"))
     workdir(tmp_path, "a").phase("sft", {}, never)
-    assert workdir(tmp_path, "b").phase("sft", {}, never).digest
+    going_on = workdir(tmp_path, "b")
+    (going_on.checkpoints("sft") / "3").mkdir(parents=True)
+    going_on.phase("sft", {}, write("one"))
+    assert not (tmp_path / "shared").exists()
+    assert workdir(tmp_path, "c").phase("sft", {}, write("one")).digest
+    assert (tmp_path / "shared").exists()
 
 
 def test_a_file_system_without_links_gets_copies(tmp_path, monkeypatch):

@@ -93,7 +93,7 @@ def pretended(monkeypatch):
 def phases_said(text):
     """Numbers and totals of the lines that announce a phase, and the lines of those that were found."""
     begun = [(int(n), int(total)) for n, total in re.findall(r"^phase (\d+) of (\d+): (?!finished)", text, re.M)]
-    return begun, re.findall(r"^phases? .*finished before$", text, re.M)
+    return begun, re.findall(r"^phases? .*already there$", text, re.M)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -127,10 +127,10 @@ def test_a_restart_counts_what_it_finds(case, stop_at, pretended, tmp_path, caps
     stopped, total = first[-1]
     assert 1 < stopped < total
     assert begun == [(n, total) for n in range(stopped, total + 1)]
-    assert found == [f"phases 1 to {stopped - 1} of {total}: finished before"]
+    assert found == [f"phases 1 to {stopped - 1} of {total}: already there"]
 
     experiment.run(config)
-    assert phases_said(capsys.readouterr().err) == ([], [f"phases 1 to {total} of {total}: finished before"])
+    assert phases_said(capsys.readouterr().err) == ([], [f"phases 1 to {total} of {total}: already there"])
 
 
 def test_a_phase_that_is_asked_for_again_counts_once():
@@ -140,7 +140,7 @@ def test_a_phase_that_is_asked_for_again_counts_once():
         phases(name, finished)
     phases.end()
     assert lines == [
-        "phase 1 of 3: finished before",
+        "phase 1 of 3: already there",
         "phase 2 of 3: sft, scoring the offline pairs",
         "phase 3 of 3: round 1, training",
     ]

@@ -7,6 +7,7 @@ import pytest
 
 from sera_jax import experiment
 from sera_jax.experiment import verifying
+from sera_jax.loops.runtime import Preempted
 from sera_jax.mesh import make_mesh
 from sera_jax.writer import read_records, without_clock
 from tests.loops.tiny import tiny_config
@@ -52,7 +53,23 @@ def test_a_run_that_takes_its_start_from_another_ends_with_the_same_bytes(tmp_pa
     assert not list(verifying.damages(tiny_config(tmp_path / "taking", **LITTLE, data__label_noise=0.0)))
 
 
-def test_what_lays_rows_out_otherwise_takes_nothing(tmp_path):
+def test_a_run_stopped_within_sft_that_then_takes_it_has_its_lines_and_is_sound(tmp_path, capsys):
+    changes = LITTLE | {"sft__max_steps": 3}
+    stopped, whole = tiny_config(tmp_path / "stopped", **changes), tiny_config(tmp_path / "whole", **changes)
+    shared, log = str(tmp_path / "shared"), tmp_path / "stopped" / "metrics.jsonl"
+    within = lambda: log.exists() and '"phase": "sft"' in log.read_text()  # noqa: E731
+    with pytest.raises(Preempted, match="stopped in sft after update 1"):
+        experiment.run(stopped, stop_requested=within)
+    experiment.run(whole, shared_phases=shared)
+    capsys.readouterr()
+    experiment.run(stopped, shared_phases=shared)
+    said = capsys.readouterr().err
+    assert f"taken from {shared}: sft" in said and "warning: " not in said
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
+    assert not list(verifying.damages(stopped))
+
+
+def test_what_lays_rows_out_otherwise_takes_nothing(tmp_path, monkeypatch):
     """`data.row_multiple` is in no phase's inputs, and which rows make a step depends on it."""
     config = tiny_config(tmp_path, **LITTLE)
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
@@ -60,3 +77,5 @@ def test_what_lays_rows_out_otherwise_takes_nothing(tmp_path):
     for change in ({"data__row_multiple": 2}, {"data__share_prompt": False}, {"model__param_dtype": "bfloat16"}):
         assert experiment._besides_inputs(tiny_config(tmp_path, **LITTLE, **change), mesh) != besides
     assert experiment._besides_inputs(tiny_config(tmp_path, **LITTLE, data__label_noise=0.1), mesh) == besides
+    monkeypatch.setattr(experiment, "_processor", lambda: "another model of a CPU")
+    assert experiment._besides_inputs(config, mesh) != besides

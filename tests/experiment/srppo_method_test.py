@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import itertools
 import json
 import types
 
@@ -10,9 +11,12 @@ import numpy as np
 import pytest
 
 from sera_jax import experiment
+from sera_jax.checkpoint.phases import write_jsonl
 from sera_jax.evaluation.report import check_summary
+from sera_jax.experiment import verifying
 from sera_jax.experiment.methods import srppo as srppo_method
 from sera_jax.experiment.methods.srppo import SRPPO, iteration_metrics
+from sera_jax.loops.runtime import Preempted
 from sera_jax.mesh import make_mesh
 from tests.damage import command, copied
 from tests.loops.tiny import tiny_srppo
@@ -138,6 +142,39 @@ def test_a_finished_run_is_sound_and_what_was_changed_in_it_is_a_line_and_exit_c
         of_run == f"{metrics} is not what the run left; no later start writes it anew, and nothing is computed from it"
     )
     assert of_summary == f"{summary} is not what the run left; start the same command again, which writes it anew"
+
+
+def test_verifying_stops_between_two_phases_with_nobody_at_work_meanwhile(done, monkeypatch):
+    asked = itertools.count(1)
+    held = []
+    monkeypatch.setattr(fcntl, "lockf", lambda file, how: held.append(file))
+
+    def stop():
+        assert not held[0].closed, "the lock is let go"
+        return next(asked) == 3
+
+    with pytest.raises(Preempted, match="stopped while verifying"):
+        list(verifying.damages(done.config, stop))
+    assert next(asked) == 4 and held[0].closed
+
+
+def test_the_command_stops_verifying_and_says_which_flags_it_does_not_look_at(done, capsys):
+    asked = iter([False, True])
+    assert command(done.config, "verify", "allow_other_versions", stop_requested=lambda: next(asked)) == 75
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "--allow_other_versions says nothing to --verify, which runs nothing"
+    assert said[1].startswith("stopped while verifying; nothing was changed")
+
+
+def test_ends_of_lines_that_stand_within_a_text_are_no_damage(done, tmp_path):
+    workdir = copied(done.root, tmp_path / "run")
+    (workdir / "digests.json").unlink()  # as of a run that is not finished
+    write_jsonl(workdir / "rollouts" / "srppo" / "000009.jsonl", [{"response": "a\u2028b\u2029c\u0085d"}])
+    config = dataclasses.replace(done.config, workdir=str(workdir))
+    assert list(verifying.damages(config)) == []
+    (workdir / "rollouts" / "srppo" / "000009.jsonl").write_text("{}\nx\n")
+    (line,) = verifying.damages(config)
+    assert "000009.jsonl cannot be read" in line
 
 
 def test_only_the_resting_work_directory_of_this_config_is_verified(done, tmp_path, capsys, monkeypatch):

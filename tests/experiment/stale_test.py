@@ -108,6 +108,21 @@ def test_a_run_of_another_numerics_version_goes_on_where_it_is_told_to_and_says_
     assert summary["versions"]["allowed"]
 
 
+def test_a_start_that_is_refused_leaves_a_finished_run_as_it_was(go, fresh, tmp_path, monkeypatch):
+    workdir = shutil.copytree(fresh[0], tmp_path / "run")
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+
+    def refuse(*_):
+        raise ValueError("more than the memory of this host")
+
+    for check in ("make_mesh", "check_sources", "check_memory", "check_positions"):
+        with monkeypatch.context() as patch:
+            patch.setattr(experiment, check, refuse)
+            with pytest.raises(ValueError, match="more than the memory"):
+                go(workdir, log__report=True)
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.parametrize("allow", [False, True])
 def test_the_command_hands_the_permission_on(monkeypatch, tmp_path, allow):
     handed = {}

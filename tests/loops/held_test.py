@@ -63,7 +63,7 @@ def test_a_phase_of_sampling_that_does_not_fit_is_named_with_what_to_lower(run, 
     how = SamplingGroup(max_new_tokens=2, slots=1)
     lower = "config.sampling.slots or the answers' max_new_tokens under a new --config.workdir"
     monkeypatch.setattr(engine, "programs", lambda *_: bytearray(2**52))
-    with pytest.raises(memory.OutOfMemory, match=rf"^base/answers ran out of memory \(MemoryError\); .*{lower}"):
+    with pytest.raises(memory.OutOfMemory, match=rf"^phase base/answers ran out of memory \(MemoryError\); .*{lower}"):
         run.sample("base/answers", policy, ITEMS[:1], 1, how, round_=0)
     monkeypatch.setattr(memory, "host_bytes", lambda: 2**10)
     with pytest.raises(memory.OutOfMemory, match=rf"^slots=1 and max_new_tokens=2: a decode cache of .*{lower}"):

@@ -43,7 +43,9 @@ def command(monkeypatch, capsys):
         root = pathlib.Path(raw.workdir)
         if (root / "phases").exists():  # made by a run of another config: as if by one of this
             shutil.move(root / "phases", root / "aside")
-            Workdir(root, to_dict(parse(raw)))._lock.close()
+            workdir = Workdir(root, to_dict(parse(raw)))
+            workdir.begin()
+            workdir._lock.close()
             shutil.move(root / "aside", root / "phases")
         monkeypatch.setattr(main, "_CONFIG", types.SimpleNamespace(value=raw))
         monkeypatch.setattr(main, "_TRACEBACK", types.SimpleNamespace(value=False))

@@ -232,6 +232,8 @@ def test_only_a_rate_that_teaches_nothing_is_pointed_at(lab, tmp_path, capsys):
         warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
         said = f"warning: {UPDATES} updates at {rate / 1e6:g}: the margins stayed at 0"
         assert [line.startswith(said) for line in warnings] == [True] * len(train)
+    _run(_study(lab, tmp_path / "1", rounds=1, train=train), arm="daa")
+    assert "warning" not in capsys.readouterr().err, "it was said where it was trained"
 
 
 def test_random_keeps_as_many_but_others(lab):

@@ -11,7 +11,7 @@ from sera_jax.checkpoint import CorruptCheckpoint
 from sera_jax.config import TrainGroup
 from sera_jax.core import Stream, key_for
 from sera_jax.data.items import Item
-from sera_jax.loops.runtime import Preempted
+from sera_jax.loops.runtime import NonFinite, Preempted
 from sera_jax.loops.sft import sft
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import init_params
@@ -31,11 +31,11 @@ def items():
     return [Item(f"r{i}", np.array([1, 4], np.int32), (answer,)) for i, answer in enumerate(answers)]
 
 
-def train(workdir, stop_requested=lambda: False, cfg=CFG):
+def train(workdir, stop_requested=lambda: False, cfg=CFG, logging_steps=3, rate=1e-2):
     """The digest of the trained policy; lines are due every third update and at the end."""
-    with one_device_runtime(workdir, cfg, logging_steps=3, stop_requested=stop_requested) as run:
+    with one_device_runtime(workdir, cfg, logging_steps=logging_steps, stop_requested=stop_requested) as run:
         base = run.store("base", {}, lambda: init_params(cfg, key_for(0, Stream.INIT)))
-        group = TrainGroup(batch_size=4, max_steps=UPDATES, learning_rate=1e-2)
+        group = TrainGroup(batch_size=4, max_steps=UPDATES, learning_rate=rate)
         return sft(run, "sft", base, items(), group).digest
 
 
@@ -58,6 +58,33 @@ def test_a_checkpoint_holds_the_master_copy_of_rounded_parameters(tmp_path):
     with pytest.raises(Preempted):
         train(tmp_path / "stopped", lambda: next(asked) >= 3, cfg)
     assert train(tmp_path / "stopped", cfg=cfg) == train(tmp_path / "whole", cfg=cfg)
+
+
+@pytest.mark.parametrize("stop_after", [None, 5])
+def test_a_loss_that_is_not_finite_is_found_before_its_line_is_due_and_the_state_before_it_is_saved(
+    tmp_path, stop_after
+):
+    """Lines are due every tenth update: what waits is looked at where it ends, and where it is stopped."""
+    asked = itertools.count(1)
+    with pytest.raises(NonFinite) as refused:
+        train(tmp_path, lambda: next(asked) == stop_after, logging_steps=10, rate=1e30)
+    (saved,) = [path.name for path in (tmp_path / "checkpoints" / "sft").iterdir() if path.name.isdigit()]
+    assert f"The last good state (update {saved}) is saved in" in str(refused.value)
+    assert int(saved) < 5
+
+
+def test_how_often_lines_are_written_changes_no_product(tmp_path):
+    assert train(tmp_path / "often") == train(tmp_path / "seldom", logging_steps=10)
+
+
+def test_what_waits_in_a_checkpoint_is_vouched_for(tmp_path):
+    asked = itertools.count(1)
+    with pytest.raises(Preempted):
+        train(tmp_path, lambda: next(asked) == 5, logging_steps=10)
+    (notes,) = (tmp_path / "checkpoints" / "sft").glob("*/notes/metadata")
+    notes.write_text(notes.read_text().replace('"number": ', '"number": 1', 1))
+    with pytest.raises(CorruptCheckpoint, match="fail their checksum, first notes"):
+        train(tmp_path, logging_steps=10)
 
 
 def test_lines_that_were_changed_while_it_was_stopped_are_refused_and_the_way_out_ends_alike(tmp_path):
