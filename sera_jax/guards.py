@@ -16,6 +16,12 @@ from sera_jax import irm
 REASONS = ("unsupported", "disagreement", "below_min_margin", "outside_band")
 NGRAM = 3
 EM_STEPS = 200
+FIT = (
+    "mixture/clean_share",
+    *("mixture/weight_0", "mixture/weight_1", "mixture/mean_0", "mixture/mean_1", "mixture/std_0", "mixture/std_1"),
+)
+APART = 2.0  # of two means, in units of the root mean square of the standard deviations
+LEAST_CLEAN = 0.5  # of labels that say anything
 
 
 def among_supported(supported: np.ndarray, pair: Callable[[np.ndarray], irm.Pairing]) -> irm.Pairing:
@@ -45,6 +51,13 @@ def agreed(pairing: irm.Pairing, judges: Sequence[np.ndarray]) -> irm.Pairing:
     return dataclasses.replace(pairing, pairs=kept, refused=pairing.refused + Counter({"disagreement": against}))
 
 
+def above(pairing: irm.Pairing, least: float | None) -> irm.Pairing:
+    """The pairs of at least that margin, all where it is None; the others are counted."""
+    kept = tuple(p for p in pairing.pairs if least is None or p.margin >= least)
+    below = len(pairing.pairs) - len(kept)
+    return dataclasses.replace(pairing, pairs=kept, refused=pairing.refused + Counter({"below_min_margin": below}))
+
+
 def admitted(
     margins: np.ndarray, min_margin: float | None, band: tuple[float, float] | None
 ) -> tuple[np.ndarray, Counter[str]]:
@@ -65,15 +78,23 @@ def admitted(
     return enough & inside, +refused
 
 
-def clean_share(margins: np.ndarray) -> float:
-    """Share of the pairs whose label the policy has come to agree with: the weight of the upper of two normal
-    distributions fitted to the margins f32[n]; 1 where a single one fits as well by BIC, or where there are few pairs.
+def clean_share(margins: np.ndarray) -> tuple[float, dict[str, float]]:
+    """Share of the pairs whose label the policy has come to agree with, and the fit that it is read off.
 
-    Source: Arazo et al. 2019 fit two components to losses, to find noisy labels; to margins, by EM, is ours.
+    It is the weight of the upper of two normal distributions fitted to the margins f32[n], but never below
+    `LEAST_CLEAN`; and 1 where these are not two kinds of labels: where a single one fits as well by BIC, where the
+    lower mean is not negative or the upper not positive, or where they are not clearly apart, as two that follow a
+    skewed shape are (`APART`); also where there are few pairs, which are not fitted.
+
+    Returns:
+        The share; and `mixture/{weight, mean, std}_{0, 1}`, the lower first, and `mixture/clean_share`.
+
+    Source: Arazo et al. 2019 fit two components to losses, to find noisy labels; to margins, by EM, is ours. The
+    distance is Ashman et al.'s (1994).
     """
     x = np.asarray(margins, np.float64)
     if len(x) < 10 or np.ptp(x) == 0:
-        return 1.0
+        return 1.0, {}
     floor = 1e-3 * x.var()  # a component may not shrink to a point
     weight, mean, var = np.array([0.5, 0.5]), np.quantile(x, (0.1, 0.9)), np.full(2, x.var())
     for _ in range(EM_STEPS):
@@ -85,7 +106,11 @@ def clean_share(margins: np.ndarray) -> float:
     two = np.logaddexp(*(_log_density(x, mean, var) + np.log(weight)).T).sum()
     one = _log_density(x, np.array([x.mean()]), np.array([x.var()])).sum()
     extra = 3 * np.log(len(x)) / 2  # five parameters against two
-    return float(weight[np.argmax(mean)]) if two - one > extra else 1.0
+    order = np.argsort(mean)
+    weight, mean, std = weight[order], mean[order], np.sqrt(var[order])
+    apart = mean[1] - mean[0] > APART * np.sqrt(var.mean())
+    share = max(float(weight[1]), LEAST_CLEAN) if two - one > extra and mean[0] < 0 < mean[1] and apart else 1.0
+    return share, dict(zip(FIT, map(float, (share, *weight, *mean, *std)), strict=True))
 
 
 def _log_density(x: np.ndarray, mean: np.ndarray, var: np.ndarray) -> np.ndarray:

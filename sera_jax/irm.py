@@ -15,11 +15,13 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from sera_jax.core import Stream, rng_for
 
+Entry = TypeVar("Entry")
 # Which draw of a round a random rule makes; the control arm draws both.
 _SELECT_DRAW, _FILTER_DRAW = 0, 1
 # Why candidates make no pair; the loader's names (data.reasons.BAD_REASONS) where it refuses the same in rows.
@@ -177,20 +179,13 @@ def select(
 
 
 def filter_bootstrapped(
-    margins: np.ndarray,
-    *,
-    count: int,
-    threshold: float | None = None,
-    rule: str = "top",
-    seed: int = 0,
-    round_index: int = 0,
+    margins: np.ndarray, *, count: int, rule: str = "top", seed: int = 0, round_index: int = 0
 ) -> np.ndarray:
     """Indices of the bootstrapped pairs to train on, i64[k], ascending, k <= count; k may be 0.
 
     Args:
         margins: f32[n] of the self-made pairs.
         count: at most so many are kept.
-        threshold: nats; smaller margins are refused. None refuses none.
         rule: `top` keeps the largest margins; `random` keeps as many as `top` would, but any of the n (control arm).
         seed, round_index: name the draw of `random`.
     """
@@ -199,10 +194,7 @@ def filter_bootstrapped(
     if count < 0:
         raise ValueError(f"the number of bootstrapped pairs to keep is {count}; it must be >= 0")
     margins = _checked_margins(margins)
-    ranked = _descending(margins)
-    if threshold is not None:
-        ranked = ranked[margins[ranked] >= np.float32(threshold)]
-    kept = ranked[:count]
+    kept = _descending(margins)[:count]
     if rule == "random":
         kept = rng_for(seed, Stream.SELECT, round_index, _FILTER_DRAW).permutation(len(margins))[: len(kept)]
     return np.sort(kept).astype(np.int64)
@@ -227,6 +219,13 @@ def order(margins: np.ndarray, rule: str) -> np.ndarray:
     if rule not in ORDER:
         raise ValueError(f"unknown curriculum {rule!r}; choices: {', '.join(ORDER)}")
     return ORDER[rule](_checked_margins(margins)).astype(np.int64)
+
+
+def spread(first: Sequence[Entry], second: Sequence[Entry]) -> list[Entry]:
+    """Both in their own order, each spread evenly over the whole; `first` goes first where they meet."""
+    places = [(i + 0.5) / len(part) for part in (first, second) for i in range(len(part))]
+    both = [*first, *second]
+    return [both[i] for i in np.argsort(places, kind="stable")]
 
 
 @dataclasses.dataclass(frozen=True)

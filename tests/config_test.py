@@ -14,7 +14,9 @@ import pytest
 from configs.base import get_config
 from sera_jax.config import Config, check_field, last_overrides, to_config_dict, to_dict
 from sera_jax.config import fields as fields_lib
+from sera_jax.evaluation import look
 from sera_jax.experiment.methods import METHODS, parse
+from sera_jax.experiment.methods.sera import SERA
 from sera_jax.losses.preference import LOSSES, resolve
 from sera_jax.models.families import FAMILIES
 from sera_jax.world import AUTHORS
@@ -29,6 +31,20 @@ SRPPO = {
     "sampling__temperature": 1.0,
     "sampling__min_new_tokens": 0,
 }
+
+
+# Fields that are read only where something reads them, each with a value that is no default.
+REWARD_GUARDS = (("sera__min_margin", 0.5), ("sera__agreement", "rewards"), ("sera__length_alpha", 0.1))
+OTHER_GUARDS = (("sera__bootstrap_band", (0.0, 0.9)), ("sera__support_quantile", 0.1))
+RANKING = (("sera__likelihood_weight", 0.5), ("sera__ranking_reduction", "mean"))
+OF_ROUNDS = (
+    *OTHER_GUARDS,
+    ("sera__agreement", "policies"),
+    ("sera__judge", "chance"),
+    ("sera__bootstrap_from", "sft"),
+    ("sera__ensemble_gamma", 0.0),
+    ("sera__reference", "previous"),
+)
 
 
 def raw_config(**changes):
@@ -103,6 +119,8 @@ def test_every_choice_is_taken(path):
             changes["sera__threshold"] = 0.5
         if path == "world.name":
             changes["data__train"] = "" if choice else "pairs.jsonl"
+        if choice == "sft":
+            changes["sera__likelihood_weight"] = 1.0
         if choice == "gold":
             changes |= {"data__train": "", "world__name": "habits"}
         assert value_at(parse(raw_config(**changes)), path) == choice
@@ -226,12 +244,67 @@ def test_a_threshold_belongs_to_the_threshold_rule_and_the_rule_needs_it():
         ({"sera__judge": "gold"}, ["config.sera.judge='gold'", "config.world.name", "leave them out"]),
         ({"sera__arms": ("sera", "oracle_pairing")}, ["('sera', 'oracle_pairing')", "only the embedded world"]),
         ({"data__share_prompt": False}, ["1536 tokens", "row_tokens=1024"]),
+        (
+            {"sera__keep_rule": "mixture", "sera__selection": "threshold", "sera__threshold": 0.5},
+            ["config.sera.keep_rule='mixture' is not read with selection='threshold'", "'fraction'"],
+        ),
+        ({"sera__keep_rule": "mixture", "sera__selection": "none"}, ["keep_rule='mixture'", "selection='none'"]),
+        (
+            {"sera__keep_rule": "mixture", "sera__selection": "middle", "sera__band": (0.1, 0.9)},
+            ["keep_rule='mixture'", "band=(0.1, 0.9)"],
+        ),
+        (
+            {"sera__bootstrap_from": "sft"},
+            ["config.sera.bootstrap_from='sft'", "likelihood_weight=0.0", "raise likelihood_weight"],
+        ),
+        *(
+            ({field: value, **unread}, [f"config.{field.replace('__', '.')}={value!r} is not read with {where}"])
+            for unread, where, fields in (
+                ({"sera__bootstrap_fraction": 0.0}, "bootstrap_fraction=0", (*REWARD_GUARDS, *OTHER_GUARDS)),
+                ({"sera__judge": "chance"}, "judge='chance'", (*REWARD_GUARDS, *RANKING)),
+                ({"method": "online_dpo"}, "method='online_dpo'", OF_ROUNDS),
+            )
+            for field, value in fields
+        ),
     ],
     ids=str,
 )
 def test_fields_that_contradict_each_other_are_refused_with_both_values(changes, words):
     message = refused(**changes)
     assert [word for word in words if word not in message] == []
+
+
+@pytest.mark.parametrize("field, value", REWARD_GUARDS)
+def test_a_guard_rail_that_reads_a_reward_holds_in_the_arms_that_have_one(field, value):
+    """And not in the controls, whose judge is another."""
+    config = parse(raw_config(**{field: value}, sera__arms=("sera", "random_pairing", "bootstrap_only")))
+    assert value_at(config, field.replace("__", ".")) == value
+    of = {arm: dataclasses.replace(config.sera, **SERA.arms[arm].how) for arm in (*config.sera.arms, "oracle_pairing")}
+    name = field.removeprefix("sera__")
+    assert {arm: getattr(settings, name) == value for arm, settings in of.items()} == {
+        "sera": True, "random_pairing": False, "bootstrap_only": True, "oracle_pairing": False
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("arm", ["sera_recommended", "bootstrap_only_likelihood", "sft_likelier_of_4"])
+def test_an_arm_that_is_named_after_a_ranking_has_it_whatever_the_group_says(arm):
+    other = {"sera__judge": "chance", "sera__bootstrap_from": "sft"}
+    given = parse(raw_config(**other, sera__arms=(arm,))).sera
+    settings = dataclasses.replace(given, **SERA.arms[arm].how)
+    from_sft = arm == "sft_likelier_of_4"
+    assert (settings.judge, settings.bootstrap_from) == ("policy", "sft" if from_sft else "policy")
+    assert (settings.likelihood_weight, settings.ranking_reduction) == (1.0, "mean")
+
+
+def test_a_gold_reward_is_missed_only_by_arms_that_judge_by_it():
+    for free in ({"sera__arms": ("daa", "selection_only")}, {"sera__rounds": 1}, {"sera__bootstrap_fraction": 0.0}):
+        parse(raw_config(sera__judge="gold", **free))
+
+
+def test_every_arm_of_sera_has_a_colour_and_a_marker_of_its_own():
+    looks = [arm.look for arm in SERA.arms.values()]
+    assert len({of.colour for of in looks} | {look.GREY}) == len(looks) + 1, "grey is the SFT model's"
+    assert len({of.marker for of in looks}) == len(looks)
 
 
 def test_the_length_of_sampled_pairs_matters_only_where_pairs_are_sampled():

@@ -59,15 +59,44 @@ def test_the_share_of_clean_labels_is_the_weight_of_the_upper_part_of_the_margin
     rng = np.random.default_rng(3)
     upper = rng.random(4000) < clean
     margins = np.where(upper, rng.normal(3, 1.5, 4000), rng.normal(-3, 1, 4000)).astype(np.float32)
-    assert guards.clean_share(margins) == pytest.approx(clean, abs=0.02)
-    assert guards.clean_share(10 * margins + 5) == pytest.approx(guards.clean_share(margins), abs=1e-4)
-    assert guards.clean_share(rng.permutation(margins)) == pytest.approx(guards.clean_share(margins), abs=1e-6)
+    share, fit = guards.clean_share(margins)
+    assert share == fit["mixture/clean_share"] == pytest.approx(clean, abs=0.02)
+    assert guards.clean_share(10 * margins + 5)[0] == pytest.approx(share, abs=1e-4)
+    assert guards.clean_share(rng.permutation(margins))[0] == pytest.approx(share, abs=1e-6)
+    for name, lower, higher in (("weight", 1 - clean, clean), ("mean", -3, 3), ("std", 1, 1.5)):
+        assert [fit[f"mixture/{name}_{i}"] for i in (0, 1)] == pytest.approx([lower, higher], abs=0.1)
 
 
-def test_margins_of_one_kind_show_no_noise():
+@pytest.mark.parametrize("shift", [0.0, 0.3, 1.0, 3.0])
+def test_margins_of_one_kind_show_no_noise(shift):
+    """Skewed and heavy tails too, though two normal distributions fit them better than one does."""
     rng = np.random.default_rng(4)
-    for margins in (rng.normal(1, 2, 2000), np.ones(50), rng.normal(size=9), np.zeros(0)):
-        assert guards.clean_share(margins.astype(np.float32)) == 1.0
+    skewed = [
+        rng.exponential(size=2000),
+        rng.gamma(2, size=2000),
+        rng.lognormal(0, 0.5, 2000),
+        rng.lognormal(size=2000),
+    ]
+    for margins in (rng.normal(1, 2, 2000), rng.standard_t(3, 2000), *skewed, *(-x for x in skewed)):
+        assert guards.clean_share((margins - shift * np.sign(np.mean(margins))).astype(np.float32))[0] == 1.0
+    for margins in (np.ones(50), rng.normal(size=9), np.zeros(0)):
+        assert guards.clean_share(margins.astype(np.float32)) == (1.0, {})
+
+
+def test_a_share_of_clean_labels_wants_labels_that_the_policy_contradicts_and_is_half_at_least():
+    rng = np.random.default_rng(5)
+    apart = np.where(rng.random(4000) < 0.3, rng.normal(6, 1, 4000), rng.normal(0, 1, 4000))
+    for shift, share in ((1.0, 1.0), (-3.0, 0.5), (-8.0, 1.0)):
+        found, fit = guards.clean_share((apart + shift).astype(np.float32))
+        assert found == share and fit["mixture/weight_1"] == pytest.approx(0.3, abs=0.03)
+
+
+def test_pairs_of_a_small_margin_are_counted_where_they_are_left_out():
+    made = irm.pair_candidates(np.float32([3, 2, 0]), [np.array([k]) for k in range(3)], mode="all")
+    assert guards.above(made, None) == made
+    got = guards.above(made, 2.0)
+    assert [p.margin for p in got.pairs] == [3.0, 2.0]
+    assert dict(got.refused) == {"below_min_margin": 1}
 
 
 def test_a_correlation_within_prompts_does_not_see_what_differs_between_them():

@@ -177,23 +177,27 @@ def test_curricula_run_from_large_margins_to_small_and_back():
         irm.order(MARGINS, "easy")
 
 
-def test_the_filter_keeps_the_largest_above_the_minimum_and_may_refuse_everything():
+@pytest.mark.parametrize(("first", "second"), [("abcdef", "xyz"), ("ab", ""), ("", "xyz"), ("a", "x" * 9)])
+def test_what_is_spread_keeps_its_order_and_is_everywhere_as_dense(first, second):
+    both = irm.spread(first, second)
+    assert [x for x in both if x in first] == list(first) and [x for x in both if x in second] == list(second)
+    for end in range(len(both) + 1):
+        share = end / max(len(both), 1)
+        assert abs(sum(x in first for x in both[:end]) - share * len(first)) <= 1
+
+
+def test_the_filter_keeps_the_largest():
     assert list(irm.filter_bootstrapped(MARGINS, count=3)) == [2, 4, 7]
-    assert list(irm.filter_bootstrapped(MARGINS, count=10, threshold=2.0)) == [2, 4, 7]
-    assert list(irm.filter_bootstrapped(MARGINS, count=1, threshold=2.0)) == [7]
-    assert len(irm.filter_bootstrapped(MARGINS, count=10, threshold=100.0)) == 0
+    assert list(irm.filter_bootstrapped(MARGINS, count=1)) == [7]
     assert len(irm.filter_bootstrapped(MARGINS, count=0)) == 0
     assert len(irm.filter_bootstrapped(np.zeros(0), count=5)) == 0
     assert len(irm.filter_bootstrapped(MARGINS, count=99)) == 10
 
 
-@pytest.mark.parametrize(("count", "threshold"), [(3, None), (10, 2.0), (5, 100.0)])
-def test_the_control_arms_random_filter_keeps_as_many_from_anywhere(count, threshold):
-    def draw(seed):
-        return irm.filter_bootstrapped(MARGINS, count=count, threshold=threshold, rule="random", seed=seed)
-
-    wanted = len(irm.filter_bootstrapped(MARGINS, count=count, threshold=threshold))
-    draws = [draw(seed) for seed in range(30)]
+@pytest.mark.parametrize("count", [3, 0, 99])
+def test_the_control_arms_random_filter_keeps_as_many_from_anywhere(count):
+    wanted = len(irm.filter_bootstrapped(MARGINS, count=count))
+    draws = [irm.filter_bootstrapped(MARGINS, count=count, rule="random", seed=seed) for seed in range(30)]
     assert all(len(d) == len(set(d)) == wanted for d in draws)
     if wanted:
         assert {int(i) for d in draws for i in d} == set(range(10))

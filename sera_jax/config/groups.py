@@ -111,27 +111,32 @@ class SeraGroup:
     keep_fraction: share of the offline pairs kept from round 2 on. keep_rule: `fraction` reads that; `mixture` keeps
         the share that a fit of two normal distributions to the margins gives the upper one. threshold (nats) is read by
         selection="threshold", band (two quantiles, in place of a centred keep_fraction) by selection="middle".
+    curriculum: from round 2 on, offline pairs go from large margins to small (`easy_to_hard`) or back, with the sampled
+        pairs, in the order of theirs, spread over them; `none` shuffles.
     bootstrap_fraction: at most this many sampled pairs, as a share of the offline pairs.
     bootstrap_prompts: prompts sampled for them each round (0: all); num_samples: answers to each.
     likelihood_weight: w of what orders a prompt's answers, log pi - (1 - w) log pi_ref: 0 is the loss's own reward (the
         method as published), 1 the likelihood under the policy. ranking_reduction: its `sum` or `mean` over the
         answer's tokens, or as the `loss` does it.
+    pairing: of a prompt's answers, the `best_worst` by what ranks, or `all` pairs.
     bootstrap_from: whose answers are paired: the newest `policy`'s, or the `sft` model's, which then judges alone.
     judge: what ranks them: the `policy` by the reward above, or, as controls, `chance`, or the `gold` reward of a world
-        that has one.
+        that has one; these go without likelihood_weight, ranking_reduction, min_margin, agreement and length_alpha.
     min_margin: sampled pairs below this margin (in the unit of what ranks) are refused; unset: none is.
     bootstrap_band: two quantiles of the sampled pairs' margins; pairs outside are refused, so (0, 0.9) drops the
         largest tenth too. unset: none is.
     support_quantile: an answer makes no pair if its log-prob per token under the SFT model is below this quantile of
         that of the SFT model's own answers (sampled once, one to each prompt, 1000 at most). 0: none is refused.
     agreement: a pair is refused if one of two judges puts it the other way round: `rewards`, the loss's own reward and
-        the mean log-prob; `policies`, the newest policy alone and the one before alone.
+        the mean log-prob; `policies`, the newest policy alone and the one before alone (in round 2 the SFT model, whose
+        own reward is 0 and refuses nothing). Neither sees length_alpha.
     length_alpha: reward per token taken off when candidates are ranked (DICE).
     require_eos: answers that did not end by themselves make no pair.
     ensemble_gamma: weight of the previous round's policy in the reward (SeRA eq. 7).
     stop_margin_std: no further round begins once the standard deviation of the offline pairs' margins (nats) exceeds
         this (in arms that review them). The round of the highest held-out accuracy so far (without held-out pairs, the
         last) is then the arm's result, marked `kept_as_result`, after fewer updates than the others'. unset: never.
+    reset_optimizer: every round begins with a new optimiser and its own learning-rate schedule; else both go on.
     reference: `fixed` (the SFT model) or `previous` (the last round's policy; scoring stays with the SFT model).
     """
 

@@ -1,4 +1,4 @@
-"""The fields of the embedded world, in a file of its own to keep `groups` short."""
+"""What the embedded world is made of."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ class WorldGroup:
     million each.
 
     name: `habits` (an SFT model's likeliest answer is mostly right) or `wrong_habits` (it is mostly wrong).
+    demonstrator: who writes the demonstrations, an author in `world_authors.AUTHORS`.
+    cue: how strongly chatter, which is worth nothing, goes with the better answer of a pair, 0 (not at all) to 1.
     """
 
     name: str = one_of("", "habits", "wrong_habits")

@@ -14,6 +14,12 @@ from sera_jax.evaluation.look import GREY
 _STEP = 0.07  # arms stand this far apart around a round, so that equal values stay visible
 
 Round = dict[str, Any]
+# What warns of a ranking without a gold reward: its title and its axis.
+_WARNINGS = {
+    "reward_ref_corr": ("Ranking against the SFT model", "correlation with its log-prob, within a prompt"),
+    "reward_length_corr": ("Ranking against length", "correlation with length, within a prompt"),
+    "repeated_ngrams": ("Candidates that repeat themselves", "share of 3-grams said before"),
+}
 
 
 class _Report:
@@ -65,10 +71,9 @@ class _Report:
         for arm in self.arms:
             facts = self.final.get(arm, {})
             if "gold_ci95" in facts:
-                low, high = facts["gold_ci95"]
-                axis.vlines(
-                    self.arms[arm][-1]["round"] + self.shift(arm), low, high, color=self.looks[arm].colour, lw=1.2
-                )
+                result = next((f for f in self.arms[arm] if "kept_as_result" in f), self.arms[arm][-1])
+                x = result["round"] + self.shift(arm)
+                axis.vlines(x, *facts["gold_ci95"], color=self.looks[arm].colour, lw=1.2)
         axis.set(title="Gold reward of answers", ylabel="mean gold reward (95 % interval at the end)")
 
     def accuracy(self, axis: Any) -> None:
@@ -108,6 +113,16 @@ class _Report:
                     )
         axis.axhline(0, color=GREY, lw=0.8, zorder=1)
         axis.set(title="Offline pairs before selection", ylabel="margin, mean and p10 to p90 (nats)")
+
+    def warning(self, name: str, title: str, ylabel: str) -> Callable[[Any], None]:
+        """The panel of a fact of the candidates that needs no gold reward."""
+
+        def draw(axis: Any) -> None:
+            self.lines(axis, name)
+            axis.axhline(0, color=GREY, lw=0.8, zorder=1)
+            axis.set(title=title, ylabel=ylabel)
+
+        return draw
 
     def pairs(self, axis: Any) -> None:
         width = min(0.8 / len(self.arms), 0.35)
@@ -174,6 +189,7 @@ def _panels(report: _Report) -> list[Callable[[Any], None]]:
         ("kept", report.pairs),
         ("agreement", report.agreement),
     ]
+    panels += [(f"bootstrap/{name}", report.warning(f"bootstrap/{name}", *words)) for name, words in _WARNINGS.items()]
     return [draw for name, draw in panels if draw is not None and report.has(name)]
 
 

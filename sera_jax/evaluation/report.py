@@ -64,8 +64,15 @@ _SHARES = (
     "answer_accuracy",
     "completions/clipped_ratio",
     "policy/clipfrac_avg",
+    "bootstrap/repeated_ngrams",
+    "mixture/clean_share",
 )
-_CORRELATIONS = ("coherent_reward_length_corr", "coherent_reward/length_corr")
+_CORRELATIONS = (
+    "coherent_reward_length_corr",
+    "coherent_reward/length_corr",
+    "bootstrap/reward_ref_corr",
+    "bootstrap/reward_length_corr",
+)
 _ROUNDING = 1e-5  # by which a float32 correlation may exceed 1
 
 

@@ -15,11 +15,12 @@ STILL_MARGIN = {"sum": 1e-2, "mean": 1e-3}
 LEAST_UPDATES = 3
 
 
-def write_round(run: Runtime, facts: Mapping[str, Any], global_step: int) -> None:
-    """The numbers among the facts of a round, as the line of its arm after `global_step` updates."""
+def write_round(run: Runtime, facts: Mapping[str, Any], global_step: int, phase: str = "round") -> None:
+    """The numbers among the facts of a round (or, `phase` says it, of a part of one), as the line of its arm after
+    `global_step` updates."""
     arm, round_ = facts["arm"], facts["round"]
     numbers = {k: v for k, v in facts.items() if isinstance(v, int | float) and k not in ("arm", "round")}
-    run.writer.write(phase="round", arm=arm, round=round_, step=1, metrics=numbers, global_step=global_step)
+    run.writer.write(phase=phase, arm=arm, round=round_, step=1, metrics=numbers, global_step=global_step)
 
 
 def warn_of_still_margins(run: Runtime, span: Span, loss: ResolvedLoss, learning_rate: float) -> None:

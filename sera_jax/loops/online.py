@@ -12,14 +12,13 @@ The reference stays the SFT model.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from sera_jax import irm
+from sera_jax import guards, irm
 from sera_jax.config.groups import OnlineGroup
 from sera_jax.core import Mean, Stream
 from sera_jax.data.batches import Batch, PairLoader
@@ -44,6 +43,8 @@ from sera_jax.loops.sera_study import (
 from sera_jax.models.decoder import Params
 from sera_jax.sampling import Candidates, grouped
 from sera_jax.training.step import TrainState
+
+REFUSALS = (*irm.REFUSALS, "below_min_margin")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,9 +116,9 @@ def self_made(study: SeraStudy) -> Source:
         how = dict(round_=update, max_prompt_tokens=longest)
         sampled = grouped(prompts, run.generate(state.params, prompts, rules.num_samples, sampling, **how))
         candidates = _scored(study, state.params, sampled, window)
-        pairings = pair_up(study, candidates, [study.ranking(group) for group in candidates], rules)
-        least = -math.inf if rules.min_margin is None else rules.min_margin
-        kept = [[pair for pair in made.pairs if pair.margin >= least] for made in pairings]
+        ranked = pair_up(study, candidates, [study.ranking(group) for group in candidates], rules)
+        pairings = [guards.above(made, rules.min_margin) for made in ranked]
+        kept = [made.pairs for made in pairings]
         chosen = [(group, made) for group, made in zip(candidates, kept, strict=True) if made]
         pairs = [pair for group, made in chosen for pair in pair_items(group, made, "", layout)]
         if not pairs:
@@ -159,7 +160,7 @@ def _metrics(
 ) -> dict[str, Mean]:
     """How many pairs an update has, their margin (nats), what was refused, and, in a world that has a gold reward,
     whether it agrees."""
-    refused = {reason: np.float32(sum(made.refused[reason] for made in pairings)) for reason in irm.REFUSALS}
+    refused = {reason: np.float32(sum(made.refused[reason] for made in pairings)) for reason in REFUSALS}
     count = np.float32(len(margins))
     shares = agreement(study.gold, pairs) if study.gold is not None else {}
     return {
@@ -174,7 +175,7 @@ def _nothing_left(study: SeraStudy, update: int, pairings: Sequence[irm.Pairing]
     refused: Counter[str] = sum((made.refused for made in pairings), Counter())
     counts = ", ".join(f"{count} {reason}" for reason, count in sorted(refused.items()))
     return (
-        f"update {update}: the answers to {len(pairings)} prompts make no pair ({counts or 'all below min_margin'}); "
+        f"update {update}: the answers to {len(pairings)} prompts make no pair ({counts}); "
         f"raise config.sampling.temperature ({study.sampling.temperature}) or config.sera.num_samples "
         f"({study.settings.num_samples}), or lower config.sera.min_margin, under another --config.workdir"
     )

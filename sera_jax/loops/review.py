@@ -46,7 +46,9 @@ def review(
             round_index=round_,
         )
 
-    fraction = guards.clean_share(margins) if settings.keep_rule == "mixture" else settings.keep_fraction
+    fraction, fit = settings.keep_fraction, {}
+    if settings.keep_rule == "mixture":
+        fraction, fit = guards.clean_share(margins)
     if settings.selection == "random" and len(pool):  # the control keeps as many as the rule it stands for would
         fraction = len(select(study.settings, fraction)) / len(pool)
     chosen = select(settings, fraction)
@@ -58,6 +60,7 @@ def review(
         **irm.margin_summary(margins, lengths[:, 0], lengths[:, 1]),
         **irm.selection_summary(margins, chosen),
         **irm.ensemble_summary(current, previous, settings.ensemble_gamma),
+        **fit,
     }
     return chosen, margins, record
 
@@ -65,7 +68,8 @@ def review(
 def bootstrap(
     study: SeraStudy, settings: SeraGroup, policies: Sequence[Policy], round_: int
 ) -> tuple[list[PairItem], dict[str, Any]]:
-    """Pairs that the policy sampled and ranked itself, those of the largest margin; SeRA's bootstrapping."""
+    """Pairs that the policy sampled and ranked itself, those of the largest margin, in the order of the curriculum;
+    SeRA's bootstrapping."""
     count = round(settings.bootstrap_fraction * len(study.pool))
     if count == 0:
         return [], {}
@@ -80,7 +84,7 @@ def bootstrap(
         how: dict[str, Any] = dict(rule="random", seed=study.run.seed, round_index=round_)
         kept, refused = irm.filter_bootstrapped(margins, count=len(kept), **how), Counter[str]()
     chosen: dict[int, list[irm.CandidatePair]] = {}
-    for index in kept:
+    for index in kept[irm.order(margins[kept], settings.curriculum)]:
         i, pair = flat[index]
         chosen.setdefault(i, []).append(pair)
     fresh = [
@@ -88,7 +92,7 @@ def bootstrap(
         for i, pairs in chosen.items()
         for item in pair_items(made.newest[i], pairs, f"#round{round_}", study.run.layout)
     ]
-    record: dict[str, Any] = _summary(made.newest, rewards, pairings)
+    record: dict[str, Any] = _summary(made, rewards, pairings)
     record |= {f"bootstrap/refused_{reason}": float(number) for reason, number in refused.items()}
     if study.gold is not None and fresh:
         record["agreement"] = agreement(study.gold, fresh)
@@ -193,15 +197,12 @@ def _per_token(logp: np.ndarray, candidates: Candidates) -> np.ndarray:
     return logp / np.maximum(candidates.lengths, 1)
 
 
-def _summary(
-    candidates: Sequence[Candidates], rewards: Sequence[np.ndarray], pairings: Sequence[irm.Pairing]
-) -> dict[str, float]:
+def _summary(made: Sampled, rewards: Sequence[np.ndarray], pairings: Sequence[irm.Pairing]) -> dict[str, float]:
     """`bootstrap/*` of a round before the filter on margins."""
-    refs = [c.ref_logp for c in candidates if c.ref_logp is not None]
-    tokens, lengths, ended = ([getattr(c, name) for c in candidates] for name in ("tokens", "lengths", "finished"))
+    tokens, lengths, ended = ([getattr(c, name) for c in made.newest] for name in ("tokens", "lengths", "finished"))
     return {
         **irm.bootstrap_summary(pairings, lengths, ended),
-        **guards.candidate_summary(rewards, tokens, refs if len(refs) == len(candidates) else None),
+        **guards.candidate_summary(rewards, tokens, made.sft),
         **guards.margin_spread(pairings),
     }
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from sera_jax import irm
 from sera_jax.config import SeraGroup
+from sera_jax.loops.brake import brake
 from sera_jax.loops.log import write_round
 from sera_jax.loops.review import bootstrap, bootstrap_phases, review
 from sera_jax.loops.runtime import Policy
@@ -47,17 +48,17 @@ def sera(study: SeraStudy, arm: str, settings: SeraGroup) -> tuple[Policy, list[
         kept, fresh, record = pool, [], {}
         if round_ > 1 and reviews:
             chosen, margins, record = review(study, settings, pool, policies, round_)
-            if _runs_away(settings, record):
-                policies = [_best(study, arm, policies, facts, record)]
-                break
+            if ended := brake(study, settings, policies, facts, record):
+                return ended, facts
             fresh, found = bootstrap(study, settings, policies, round_)
             save_pairs(study, f"{arm}/pairs{round_}", chosen, margins, fresh)
             kept = [pool[i] for i in chosen[irm.order(margins[chosen], settings.curriculum)]]
             record |= found
-        pairs = with_reference(study, settings, policies, [*kept, *fresh], Round(arm, round_))
+        ordered = kept is not pool and settings.curriculum != "none"
+        pairs = irm.spread(kept, fresh) if ordered else [*kept, *fresh]
+        pairs = with_reference(study, settings, policies, pairs, Round(arm, round_))
         _refuse_nothing(pairs, settings, arm, round_)
 
-        ordered = kept is not pool and settings.curriculum != "none"
         policies.append(train_round(study, settings, policies[-1], pairs, Round(arm, round_), ordered=ordered))
 
         record |= {
@@ -79,26 +80,9 @@ def _reviews(settings: SeraGroup) -> bool:
     return settings.selection != "none" or settings.bootstrap_fraction > 0 or settings.curriculum != "none"
 
 
-def _runs_away(settings: SeraGroup, record: dict[str, Any]) -> bool:
-    limit = settings.stop_margin_std
-    return limit is not None and record.get("irm/std", 0.0) > limit
-
-
-def _best(
-    study: SeraStudy, arm: str, policies: list[Policy], facts: list[dict[str, Any]], record: dict[str, Any]
-) -> Policy:
-    """The policy of the round with the highest held-out accuracy, the later of equals; it is said, and noted there."""
-    best = max(facts, key=lambda fact: (fact.get("heldout_accuracy", 0.0), fact["round"]))
-    best["kept_as_result"] = True
-    study.run.writer.announce(
-        f"{arm}: no round {len(facts) + 1}: the margins' standard deviation is {record['irm/std']:.2f} nats "
-        f"(config.sera.stop_margin_std={study.settings.stop_margin_std}); round {best['round']} is the result"
-    )
-    return policies[best["round"]]
-
-
 def phases(arm: str, settings: SeraGroup, *, bootstraps: bool, uses_reference: bool) -> tuple[list[str], list[str]]:
-    """The phases of an arm without those of evaluation, and the policies that are evaluated.
+    """The phases of an arm without those of evaluation, and the policies that are evaluated; all that there may be,
+    since nobody knows before whether `brake` ends the rounds.
 
     Args:
         bootstraps: pairs are to be added and there are prompts for them. uses_reference: the loss does.

@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from sera_jax import guards
 from sera_jax.evaluation import picture
@@ -177,6 +178,46 @@ def test_a_picture_calls_labels_flipped_where_they_were_and_never_clean():
     assert "20 % of labels flipped" in picture._heading(summary)
     real = summary | {"config": summary["config"] | {"data": {"label_noise": 0.0}}}
     assert "labels as given" in picture._heading(real)
+
+
+def panels_of(summary):
+    """title -> axis, of SeRA's picture."""
+    drawn = {}
+    for draw in picture._panels(picture._Report(summary, {})):
+        axis = Figure().add_subplot()
+        draw(axis)
+        drawn[axis.get_title(loc="left") or axis.get_title()] = axis
+    return drawn
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3])
+def test_the_interval_stands_at_the_round_that_is_the_result(kept):
+    summary = make_summary(arms=("sera",))
+    if kept < 3:
+        summary["rounds"][kept - 1]["kept_as_result"] = True
+    panels = panels_of(summary)
+    (line,) = panels["Gold reward of answers"].collections
+    assert line.get_segments()[0][:, 0].tolist() == [kept, kept]
+    assert line.get_segments()[0][:, 1].tolist() == summary["arms"]["sera"]["gold_ci95"]
+
+
+def test_the_picture_has_the_warnings_that_need_no_gold_reward():
+    summary, warnings = make_summary(arms=("sera",), with_gold=False), {}
+    for i, name in enumerate(("reward_ref_corr", "reward_length_corr", "repeated_ngrams")):
+        warnings[name] = (i + 1) / 10
+        summary["rounds"][1] |= {f"bootstrap/{name}": warnings[name]}
+    without = panels_of(make_summary(arms=("sera",), with_gold=False))
+    panels = panels_of(summary)
+    new = [panels[title] for title in panels if title not in without]
+    assert [float(axis.lines[0].get_ydata()[0]) for axis in new] == list(warnings.values())
+
+
+@pytest.mark.parametrize("name", ["reward_ref_corr", "reward_length_corr", "repeated_ngrams"])
+def test_a_warning_out_of_its_range_is_refused(name):
+    summary = make_summary(arms=("sera",))
+    summary["rounds"][1][f"bootstrap/{name}"] = 1.5
+    with pytest.raises(ValueError, match=f"bootstrap/{name}'. is 1.5; it is a"):
+        report.check_summary(summary)
 
 
 def test_no_rounds_no_picture(tmp_path):

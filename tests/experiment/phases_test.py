@@ -15,6 +15,7 @@ from sera_jax import experiment
 from sera_jax.experiment import start
 from sera_jax.experiment.methods.online_dpo import ARMS as ONLINE_ARMS
 from sera_jax.experiment.methods.sera import ARMS as SERA_ARMS
+from sera_jax.experiment.methods.sera import _updates
 from sera_jax.experiment.methods.srppo import ARMS as SRPPO_ARMS
 from sera_jax.experiment.phases import Phases, in_words
 from sera_jax.loops import optimise, ppo_segment, runtime
@@ -105,6 +106,25 @@ def test_as_many_phases_begin_as_were_announced(case, pretended, tmp_path, capsy
     assert found == []
     made = {path.parent.relative_to(tmp_path / "phases") for path in (tmp_path / "phases").rglob("manifest.json")}
     assert total == len({str(name) for name in made} - {"world"})
+
+
+def test_rounds_that_end_early_leave_out_some_of_the_phases_that_were_announced(pretended, tmp_path, capsys):
+    case = SERA | {"sera.arms": ("sera", "daa"), "eval.temperatures": (0.0,), "sera.stop_margin_std": 1e-6}
+    summary = experiment.run(tiny_config(tmp_path, tiny=case))
+    begun, _ = phases_said(capsys.readouterr().err)
+    total = begun[0][1]
+    assert begun == [(n, total) for n in range(1, len(begun) + 1)] and len(begun) < total
+    rounds = {arm: [f["round"] for f in summary["rounds"] if f["arm"] == arm] for arm in ("sera", "daa")}
+    assert rounds == {"sera": [1], "daa": [1, 2, 3]}
+    updates = {arm: summary["arms"][arm]["updates"] for arm in rounds}
+    assert updates["daa"] == 3 * updates["sera"] > 0
+    assert summary["params_sha256"]["sera"] != summary["params_sha256"]["daa"]
+
+
+def test_the_updates_of_an_arm_are_those_behind_its_result():
+    facts = [{"round": 1, "updates": 4}, {"round": 2, "updates": 4, "kept_as_result": True}, {"round": 3, "updates": 4}]
+    assert _updates(facts) == 8
+    assert _updates(facts[:1]) == 4 and _updates([facts[0], facts[2]]) == 8
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,18 @@ def test_the_two_rankings_make_other_pairs_of_the_same_answers(lab, tmp_path):
     assert chosen[0] != chosen[1]
 
 
+def test_pairs_below_the_least_margin_are_left_out_of_an_update_and_counted(lab, tmp_path):
+    counts = []
+    for least in (None, lab.lines("online_dpo")[0]["bootstrap/margin_mean"]):
+        rules = dataclasses.replace(lab.study.settings, min_margin=least)
+        batch = first_batch(study_in(lab, tmp_path / str(least), settings=rules), lab.policy("round1"))
+        made, refused = (batch.metrics[f"bootstrap/{name}"].value() for name in ("pairs", "refused_below_min_margin"))
+        assert made == len(pairs_of(batch))
+        counts.append((made, refused))
+    (every, none), (made, refused) = counts
+    assert (none, made + refused) == (0, every) and 0 < made < every
+
+
 def test_a_policy_at_its_reference_makes_no_pair_and_says_the_way_out(lab, tmp_path):
     study = study_in(lab, tmp_path)
     with pytest.raises(ValueError, match=r"update 1: the answers to 16 prompts make no pair \(.*tie.*temperature"):

@@ -24,6 +24,7 @@ from sera_jax.evaluation.report import check_summary
 from sera_jax.experiment.methods import sera as sera_method
 from sera_jax.experiment.methods.sera import ARMS as SERA_ARMS
 from sera_jax.experiment.methods.sera import SERA, ranking_of
+from sera_jax.loops import review
 from sera_jax.loops import sera_study as study_module
 from sera_jax.loops.runtime import NonFinite, PairShapes, Policy, Preempted
 from sera_jax.loops.sera import sera
@@ -350,9 +351,13 @@ def test_the_oracle_pairs_by_gold_and_chance_by_nothing(lab, tmp_path):
 CONTROLS = ("oracle_pairing", "random_pairing")
 
 
-def test_a_curriculum_alone_trains_on_all_pairs_in_order(lab, tmp_path):
+def test_a_curriculum_alone_trains_on_all_pairs_in_order(lab, tmp_path, loaders):
     _, facts = _run(_study(lab, tmp_path, train=SHORT, rounds=2), "curriculum")
     assert (facts[1]["kept"], facts[1]["added"], facts[1]["updates"]) == (PAIRS, 0, 2)
+    (_, _, order_1), (_, ids, order_2) = loaders
+    assert (order_1, order_2, len(ids)) == ("shuffle", "given", PAIRS)
+    margin = {row["id"]: row["margin"] for row in _jsonl(tmp_path / "phases" / "curriculum" / "pairs2/offline.jsonl")}
+    assert [margin[name] for name in ids] == sorted(margin.values(), reverse=True)
     plain, _ = _run(_study(lab, tmp_path / "daa", train=SHORT, rounds=2, curriculum="easy_to_hard"), "daa")
     assert not (tmp_path / "daa" / "phases" / "daa" / "pairs2").exists(), "daa has no curriculum"
     assert _checksums(plain) != _checksums(Policy("", tmp_path / "phases" / "curriculum" / "round2", ""))
@@ -376,11 +381,59 @@ def test_answers_that_the_sft_model_would_not_say_make_no_pair(lab, tmp_path):
             assert said[pair["id"].removesuffix("#round2"), tuple(pair[side])] >= least - slack
 
 
-def test_the_share_to_keep_may_be_read_off_the_margins(lab, tmp_path):
+def test_the_share_to_keep_may_be_read_off_the_margins(lab, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        guards, "clean_share", lambda margins: seen.append(margins) or (0.6, {"mixture/clean_share": 0.6})
+    )
     _, facts = _run(_study(lab, tmp_path, train=SHORT, rounds=2, keep_rule="mixture", bootstrap_fraction=0.0))
     rows = _jsonl(tmp_path / "phases" / "sera" / "pairs2" / "offline.jsonl")
-    share = guards.clean_share(np.array([row["margin"] for row in rows], np.float32))
-    assert facts[1]["kept"] == round(share * PAIRS) == sum(row["kept"] for row in rows)
+    assert facts[1]["kept"] == round(0.6 * PAIRS) == sum(row["kept"] for row in rows) != KEPT
+    assert facts[1]["mixture/clean_share"] == 0.6
+    np.testing.assert_array_equal(seen[0], np.array([row["margin"] for row in rows], np.float32))
+
+
+@pytest.mark.parametrize(("agreement", "round_"), [("rewards", 2), ("rewards", 3), ("policies", 3)])
+def test_a_pair_is_refused_where_one_of_two_judges_would_turn_it_round(lab, agreement, round_):
+    """On the candidates that the lab's arm has, by judges that are recomputed from the policies on disk."""
+    names = ["sft", "round1", "sera/round2"][:round_]
+    done = lab.study.run.workdir.done
+    policies = [Policy(name, done[name].path, done[name].digest) for name in names]
+
+    def pairs(agreement):
+        settings = dataclasses.replace(lab.study.settings, agreement=agreement, pairing="all")
+        made = review.sampled(lab.study, settings, policies, round_)
+        pairings = review.guarded(lab.study, settings, made, review.judged(lab.study, settings, made, round_))
+        refused = sum(pairing.refused["disagreement"] for pairing in pairings)
+        return {(i, p.chosen, p.rejected) for i, pairing in enumerate(pairings) for p in pairing.pairs}, refused
+
+    items = _candidates(lab, lab.root, f"{names[-1]}/candidates")
+    reference, before, now = (_alone(lab, lab.policy(name), items) for name in ("sft", names[-2], names[-1]))
+    gamma = lab.config.sera.ensemble_gamma
+    both, lengths = (1 - gamma) * now + gamma * before, np.array([[len(r) for r in i.responses] for i in items])
+    judges = {"rewards": (both - reference, both / lengths), "policies": (now - reference, before - reference)}[
+        agreement
+    ]
+    (every, none), (kept, refused) = pairs("none"), pairs(agreement)
+    assert none == 0 < refused == len(every) - len(kept) and kept < every
+    slack = 4 * TOLERANCES["packing"]["atol"]
+    for i, chosen, rejected in every:
+        ahead = min(judge[i, chosen] - judge[i, rejected] for judge in judges)
+        assert abs(ahead) < slack or ((i, chosen, rejected) in kept) == (ahead > 0)
+
+
+def test_every_arm_makes_as_many_updates_in_every_round(lab, tmp_path):
+    study = _study(lab, tmp_path, train={"max_steps": 1}, rounds=2)
+    with jax.set_mesh(study.run.mesh), study.run.writer:
+        facts = {}
+        for arm in SERA_ARMS:
+            settings = dataclasses.replace(study.settings, **SERA_ARMS[arm].how)
+            _, facts[arm] = sera(dataclasses.replace(study, ranking=ranking_of(study.loss, settings)), arm, settings)
+    assert {arm: [f["updates"] for f in found] for arm, found in facts.items()} == {arm: [1, 1] for arm in SERA_ARMS}
+    lines = [
+        (r["arm"], r["round"], r["step"]) for r in read_records(tmp_path / "metrics.jsonl")[0] if r["phase"] == "train"
+    ]
+    assert sorted(lines) == sorted([("", 1, 1), *((arm, 2, 1) for arm in SERA_ARMS)])
 
 
 @pytest.mark.parametrize(("accuracy", "result"), [({1: 0.6, 2: 0.7}, 2), ({1: 0.8, 2: 0.7}, 1), ({}, 2)])
@@ -393,6 +446,8 @@ def test_rounds_that_run_away_are_ended_and_the_best_so_far_is_the_result(lab, t
     assert policy.name == ("round1", "sera/round2")[result - 1]
     assert [f["round"] for f in facts if "kept_as_result" in f] == [result] and len(facts) == 2
     assert f"sera: no round 3: the margins' standard deviation is {spread:.2f}" in capsys.readouterr().err
+    (line,) = [r for r in read_records(tmp_path / "metrics.jsonl")[0] if r["phase"] == "review"]
+    assert (line["arm"], line["round"], line["irm/std"]) == ("sera", 3, pytest.approx(spread))
     _, facts = _run(_study(lab, tmp_path / "not", rounds=2, train=SHORT, stop_margin_std=100.0))
     assert len(facts) == 2 and not any("kept_as_result" in f for f in facts)
 
@@ -477,7 +532,8 @@ def test_every_option_runs_a_second_round(lab, tmp_path, settings, kept):
 
 @pytest.mark.parametrize("name", ["ipo", "simpo", "slic_hf"])
 def test_other_losses_run_two_rounds_with_their_own_reward(lab, tmp_path, name):
-    _, facts = _run(_study(lab, tmp_path, loss=resolve(name), train=SHORT, rounds=2))
+    _, facts = _run(_study(lab, tmp_path, loss=resolve(name), train=SHORT, rounds=2, support_quantile=0.1))
+    assert abs(facts[1]["bootstrap/reward_ref_corr"]) <= 1, "also of a loss without a reference, where it was scored"
     assert (facts[1]["kept"], 0 < facts[1]["added"] <= ADDED) == (KEPT, True)
     line = read_records(tmp_path / "metrics.jsonl")[0][0]
     if name == "ipo":  # at its reference the margin is 0, so the loss is (1 / (2 tau))^2
@@ -498,8 +554,9 @@ def test_a_round_without_pairs_is_an_error_with_the_way_out(lab, tmp_path):
         _run(study)
 
 
-@pytest.mark.parametrize("curriculum, first", [("easy_to_hard", True), ("hard_to_easy", False)])
-def test_a_curriculum_orders_what_was_reviewed_and_only_that(lab, tmp_path, monkeypatch, curriculum, first):
+@pytest.fixture
+def loaders(monkeypatch):
+    """Of each training in turn: the loader, the ids of its pairs as they stand, and what it makes of that order."""
     loaders = []
 
     class Spy(PairLoader):
@@ -508,12 +565,33 @@ def test_a_curriculum_orders_what_was_reviewed_and_only_that(lab, tmp_path, monk
             loaders.append((self, [pair.item.id for pair in pairs], options["order"]))
 
     monkeypatch.setattr(study_module, "PairLoader", Spy)
+    return loaders
+
+
+@pytest.mark.parametrize("curriculum, first", [("easy_to_hard", True), ("hard_to_easy", False)])
+def test_a_curriculum_orders_what_was_reviewed_and_only_that(lab, tmp_path, loaders, curriculum, first):
     _run(_study(lab, tmp_path, train=SHORT, rounds=2, curriculum=curriculum, bootstrap_fraction=0.0))
     (_, _, order_1), (loader, ids, order_2) = loaders
     assert (order_1, order_2) == ("shuffle", "given")
     margin = {row["id"]: row["margin"] for row in _jsonl(tmp_path / "phases" / "sera" / "pairs2" / "offline.jsonl")}
     assert [margin[name] for name in ids] == sorted((margin[name] for name in ids), reverse=first)
     assert set(loader.batch(0).ids) == set(ids[:BATCH])
+
+
+@pytest.mark.parametrize("curriculum, sign", [("easy_to_hard", 1), ("hard_to_easy", -1)])
+def test_a_curriculum_spreads_self_made_pairs_in_their_order_over_the_others(lab, tmp_path, loaders, curriculum, sign):
+    _run(_study(lab, tmp_path, train=SHORT, rounds=2, curriculum=curriculum))
+    _, (_, ids, order) = loaders
+    fresh = [i for i, name in enumerate(ids) if name.endswith("#round2")]
+    assert order == "given" and len(ids) == KEPT + len(fresh)
+    np.testing.assert_allclose(fresh, (np.arange(len(fresh)) + 0.5) * len(ids) / len(fresh), atol=1.5)
+    sampled = {row["id"]: row for row in _jsonl(tmp_path / "phases/sera/pairs2/sampled.jsonl")}
+    pairs = [sampled[ids[i]] for i in fresh]
+    said = [[np.array(pair[part], np.int32) for part in ("prompt", "chosen", "rejected")] for pair in pairs]
+    items = [Item("", prompt, (chosen, rejected)) for prompt, chosen, rejected in said]
+    reward = _alone(lab, Policy("", tmp_path / "phases/round1", "r"), items) - _alone(lab, lab.study.sft, items)
+    margins = sign * (reward[:, 0] - reward[:, 1])
+    assert np.all(np.diff(margins) <= 4 * TOLERANCES["packing"]["atol"]) and margins[0] > margins[-1] + 0.01
 
 
 def test_candidates_that_overflow_a_row_together_are_scored_and_trained_apart(lab, tmp_path):

@@ -18,10 +18,21 @@ from sera_jax.experiment.methods.sera import (
     check_pairs,
     check_sampled_pairs,
     loss_of,
+    refuse_unread,
     study_of,
 )
 from sera_jax.loops.online import offline, online, segments, self_made, with_reference
 
+# Fields of `sera` on how pairs are made that are of its rounds alone.
+_OF_ROUNDS = (
+    "judge",
+    "bootstrap_from",
+    "bootstrap_band",
+    "support_quantile",
+    "agreement",
+    "ensemble_gamma",
+    "reference",
+)
 # An arm is where the pairs of its updates come from.
 ARMS = {
     "online_dpo": Arm("the method", ArmLook("online DPO", look.VERMILION, "o"), self_made),
@@ -59,6 +70,7 @@ def phases(config: Config, corpus: Corpus) -> list[str]:
 def check(config: Config) -> None:
     """Raises ValueError, with the way out, where fields contradict each other."""
     check_pairs(config)
+    refuse_unread(config.sera, _OF_ROUNDS, f"method={config.method!r}")
     if "online_dpo" in config.online.arms:
         check_sampled_pairs(config)
 

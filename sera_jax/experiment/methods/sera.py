@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from sera_jax.config import Config, SeraGroup
@@ -20,9 +21,17 @@ from sera_jax.loops.sera_study import SeraStudy
 from sera_jax.losses.preference import ResolvedLoss, resolve
 from sera_jax.sampling.engine import check_answers
 
-# What we recommend: candidates are ranked by their mean log-prob. So far from trials on a few seeds.
-RECOMMENDED: dict[str, Any] = {"likelihood_weight": 1.0, "ranking_reduction": "mean"}
-_NO_SELECTION = {"selection": "none", "threshold": None}
+# Candidates are ranked by their mean log-prob, whatever the group says of its ranking.
+_BY_LIKELIHOOD: dict[str, Any] = {"judge": "policy", "likelihood_weight": 1.0, "ranking_reduction": "mean"}
+# What we recommend. So far from trials on a few seeds.
+RECOMMENDED: dict[str, Any] = {**_BY_LIKELIHOOD, "bootstrap_from": "policy"}
+_NO_SELECTION: dict[str, Any] = {"selection": "none", "threshold": None}
+_NO_BOOTSTRAP: dict[str, Any] = {"bootstrap_fraction": 0.0}
+# A control whose judge is another keeps out of its pairs what reads the policy's own reward.
+_OF_THE_REWARD = ("min_margin", "agreement", "length_alpha")
+_DEFAULTS = SeraGroup()
+_NO_REWARD = {field: getattr(_DEFAULTS, field) for field in _OF_THE_REWARD}
+_WINE, _TEAL = "#882255", "#44AA99"  # Tol's muted colours, for arms beyond the palette
 # An arm is `sera` with these fields of its group changed.
 ARMS = {
     "sera": Arm("the method", ArmLook("SeRA", look.VERMILION, "o"), {}),
@@ -32,12 +41,12 @@ ARMS = {
     "daa": Arm(
         "the direct alignment loss alone, for as many updates",
         ArmLook("DAA alone", look.BLUE, "s"),
-        {**_NO_SELECTION, "bootstrap_fraction": 0.0, "curriculum": "none"},
+        {**_NO_SELECTION, **_NO_BOOTSTRAP, "curriculum": "none"},
     ),
     "curriculum": Arm(
         "all offline pairs, in later rounds from large margins to small",
         ArmLook("curriculum", look.BROWN, "h"),
-        {**_NO_SELECTION, "bootstrap_fraction": 0.0, "curriculum": "easy_to_hard"},
+        {**_NO_SELECTION, **_NO_BOOTSTRAP, "curriculum": "easy_to_hard"},
     ),
     "random": Arm(
         "the same pipeline with random choices of the same size",
@@ -45,34 +54,26 @@ ARMS = {
         {"selection": "random", "threshold": None},
     ),
     "random_pairing": Arm(
-        "the method with two random candidates of each prompt as its pair",
+        "the method with chance as the judge of candidates",
         ArmLook("random pairing", look.SKY, "P"),
-        {"judge": "chance"},
+        {"judge": "chance", **_NO_REWARD},
     ),
     "oracle_pairing": Arm(
         "the method with the gold reward as the judge of candidates",
         ArmLook("oracle pairing", look.YELLOW, "*"),
-        {"judge": "gold"},
+        {"judge": "gold", **_NO_REWARD},
     ),
-    "selection_only": Arm(
-        "no pairs of its own making", ArmLook("selection_only", look.PURPLE, "D"), {"bootstrap_fraction": 0.0}
-    ),
+    "selection_only": Arm("no pairs of its own making", ArmLook("selection_only", look.PURPLE, "D"), _NO_BOOTSTRAP),
     "bootstrap_only": Arm("all offline pairs kept", ArmLook("bootstrap_only", look.ORANGE, "v"), _NO_SELECTION),
     "bootstrap_only_likelihood": Arm(
         "all offline pairs kept, candidates ranked by their mean log-prob",
-        ArmLook("bootstrap_only, likelihood", look.BROWN, "<"),
-        {**_NO_SELECTION, "likelihood_weight": 1.0, "ranking_reduction": "mean"},
+        ArmLook("bootstrap_only, likelihood", _WINE, "<"),
+        {**_NO_SELECTION, **_BY_LIKELIHOOD, "bootstrap_from": "policy"},
     ),
     "sft_likelier_of_4": Arm(
         "all offline pairs kept, and the likeliest against the least likely of four answers of the SFT model",
-        ArmLook("SFT's likelier of 4", look.GREY, "d"),
-        {
-            **_NO_SELECTION,
-            "bootstrap_from": "sft",
-            "likelihood_weight": 1.0,
-            "ranking_reduction": "mean",
-            "num_samples": 4,
-        },
+        ArmLook("SFT's likelier of 4", _TEAL, "d"),
+        {**_NO_SELECTION, **_BY_LIKELIHOOD, "bootstrap_from": "sft", "num_samples": 4},
     ),
 }
 
@@ -92,12 +93,19 @@ def run(given: Experiment) -> Outcome:
         ranked = dataclasses.replace(study, ranking=ranking_of(loss, settings))
         final[arm], facts = sera(ranked, arm, settings)
         rounds += facts
-        arms[arm] = evaluator.of_arm(final[arm])
+        arms[arm] = evaluator.of_arm(final[arm]) | {"updates": _updates(facts)}
     return final, {"arms": arms, "rounds": rounds, "loss": loss.as_dict()}
 
 
+def _updates(facts: list[dict[str, Any]]) -> int:
+    """Of the policy that an arm's rounds ended with: the last, or the one that `brake` went back to."""
+    last = next((fact["round"] for fact in facts if "kept_as_result" in fact), len(facts))
+    return sum(fact["updates"] for fact in facts[:last])
+
+
 def phases(config: Config, corpus: Corpus) -> list[str]:
-    """Of every arm, and of the evaluation of its policies and of the SFT model."""
+    """Of every arm, and of the evaluation of its policies and of the SFT model; fewer are made where
+    `stop_margin_std` ends the rounds of an arm early."""
     names, policies, last = [], ["sft"], ["sft"]
     for arm in config.sera.arms:
         settings = dataclasses.replace(config.sera, **ARMS[arm].how)
@@ -146,6 +154,7 @@ def check(config: Config) -> None:
     sera = config.sera
     check_pairs(config)
     check_band("band", sera.band)
+    check_band("bootstrap_band", sera.bootstrap_band)
     if sera.selection == "threshold" and sera.threshold is None:
         raise ValueError("config.sera.selection='threshold' needs config.sera.threshold (nats)")
     for field, rule in (("threshold", "threshold"), ("band", "middle")):
@@ -155,15 +164,42 @@ def check(config: Config) -> None:
                 f"config.sera.{field}={value} is read by selection={rule!r} only, "
                 f"but selection={sera.selection!r}; change one of them"
             )
-    check_band("bootstrap_band", sera.bootstrap_band)
+    if sera.selection in ("threshold", "none") or sera.band is not None:
+        refuse_unread(sera, ("keep_rule",), f"selection={sera.selection!r}, band={sera.band}")
+    if sera.bootstrap_fraction == 0:
+        refuse_unread(sera, (*_OF_THE_REWARD, "bootstrap_band", "support_quantile"), "bootstrap_fraction=0")
+    if sera.judge != "policy":
+        refuse_unread(sera, (*_OF_THE_REWARD, "likelihood_weight", "ranking_reduction"), f"judge={sera.judge!r}")
     arms = [dataclasses.replace(sera, **ARMS[arm].how) for arm in sera.arms]
+    if bootstrapping := [arm for arm in arms if arm.rounds > 1 and arm.bootstrap_fraction > 0]:
+        check_sampled_pairs(config)
+        _check_judges(config, bootstrapping)
+
+
+def refuse_unread(sera: SeraGroup, fields: Sequence[str], where: str) -> None:
+    """Raises ValueError for a field that is set although nothing reads it `where`."""
+    for field in fields:
+        value, default = getattr(sera, field), getattr(_DEFAULTS, field)
+        if value != default:
+            raise ValueError(
+                f"config.sera.{field}={value!r} is not read with {where}; leave it at {default!r}, or change the other"
+            )
+
+
+def _check_judges(config: Config, arms: Sequence[SeraGroup]) -> None:
+    """Raises ValueError where the judge of an arm that samples is not there, or finds all candidates alike."""
+    sera = config.sera
     if not config.world.name and any(arm.judge == "gold" for arm in arms):
         raise ValueError(
             f"config.sera.judge={sera.judge!r}, config.sera.arms={sera.arms!r}: judge='gold' and oracle_pairing read a "
             "gold reward, which only the embedded world has; name one in config.world.name, or leave them out"
         )
-    if any(arm.rounds > 1 and arm.bootstrap_fraction > 0 for arm in arms):
-        check_sampled_pairs(config)
+    by_ratio = [arm for arm in arms if arm.judge == "policy" and arm.likelihood_weight == 0]
+    if loss_of(config).uses_reference and any(arm.bootstrap_from == "sft" for arm in by_ratio):
+        raise ValueError(
+            "config.sera.bootstrap_from='sft', config.sera.likelihood_weight=0.0: against itself as the reference the "
+            "SFT model's reward is 0 for every answer, so there is nothing to rank by; raise likelihood_weight"
+        )
 
 
 def check_band(name: str, band: tuple[float, float] | None) -> None:
