@@ -2,31 +2,16 @@
 
 import io
 import shutil
-import struct
 import types
 
 import pytest
-from tensorboardX.proto import event_pb2
 
 from sera_jax.board import run_of
 from sera_jax.progress import Progress
 from sera_jax.writer import MetricWriter, SpanKey
+from tests.events import events
 
 UPDATES = 4
-
-
-def events(folder):
-    """(tag, step, summary value) of a folder's event files, read by the published framing."""
-    found = []
-    for path in sorted(folder.iterdir()):
-        data = path.read_bytes()
-        while data:
-            (length,) = struct.unpack("<Q", data[:8])  # then 4 bytes of checksum, the event, 4 bytes of checksum
-            # protobuf makes its classes at run time, where a type checker does not see them
-            event = event_pb2.Event.FromString(data[12 : 12 + length])  # pyright: ignore[reportAttributeAccessIssue]
-            found += [(value.tag, event.step, value) for value in event.summary.value]
-            data = data[16 + length :]
-    return found
 
 
 def curve(folder, tag):

@@ -5,17 +5,16 @@ import json
 import os
 import pathlib
 import signal
-import struct
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from tensorboardX.proto import event_pb2
 
 from sera_jax.core import Mean
 from sera_jax.progress import Progress
 from sera_jax.writer import MetricWriter, SpanKey, digest_of_lines, read_records
+from tests.events import events
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -31,17 +30,8 @@ def steps(workdir: pathlib.Path, phase: str = "train") -> list[int]:
 
 
 def scalars(folder: pathlib.Path) -> list[tuple[str, int, float]]:
-    """(tag, step, value) of every scalar in a folder's TensorBoard event files, read by the published framing."""
-    found = []
-    for path in sorted(folder.iterdir()):
-        data = path.read_bytes()
-        while data:
-            (length,) = struct.unpack("<Q", data[:8])  # then 4 bytes of checksum, the event, 4 bytes of checksum
-            # protobuf makes its classes at run time, where a type checker does not see them
-            event = event_pb2.Event.FromString(data[12 : 12 + length])  # pyright: ignore[reportAttributeAccessIssue]
-            found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
-            data = data[16 + length :]
-    return found
+    """(tag, step, value) of every scalar in a folder's TensorBoard event files."""
+    return [(tag, step, value.simple_value) for tag, step, value in events(folder)]
 
 
 def test_the_digest_of_a_span_is_that_of_its_lines_on_disk_but_for_the_clock(make_writer, tmp_path):
