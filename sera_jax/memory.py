@@ -93,6 +93,12 @@ def in_units(number: int) -> str:
     return f"{size:,.1f} {units[-1]}"
 
 
+def ran_out(error: Exception) -> bool:
+    """Whether it is what numpy, Python or XLA raises where memory is used up."""
+    exhausted = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    return exhausted or isinstance(error, MemoryError)
+
+
 @contextlib.contextmanager
 def named(doing: str, way_out: str) -> Iterator[None]:
     """Say in one line what ran out of memory within; the innermost name is kept.
@@ -103,7 +109,7 @@ def named(doing: str, way_out: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+        if not ran_out(error):
             raise
         said = " ".join(str(error).split())[:200] or type(error).__name__
         raise OutOfMemory(f"{doing} ran out of memory ({said}); {way_out}") from error

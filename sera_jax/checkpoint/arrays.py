@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from sera_jax import memory
 from sera_jax.checkpoint.phases import StaleWorkdir, digest_of, first_difference, plain
 
 # what orbax has to say against something it raises as well; its log repeats that, with a traceback for each thread
@@ -61,9 +62,7 @@ def _writing(path: pathlib.Path) -> Iterator[None]:
 def _raise_what_the_machine_denied(error: Exception, path: pathlib.Path) -> None:
     """Raises memory that is used up and an error of the operating system as themselves, also where orbax has put the
     latter in words; does nothing for any other error, and where a file is not there."""
-    if isinstance(error, MemoryError) or (
-        isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
-    ):
+    if memory.ran_out(error):
         raise error
     if isinstance(error, OSError) and error.errno not in (None, *_NOT_THERE):
         raise error
