@@ -100,7 +100,11 @@ def _job(study: Study, run: Run) -> Job:
         f"--shared_phases={root / 'shared'}",
         *run.flags(),
     ]
-    return Job(run.name, [*program, *flags], workdir, run.start)
+    compiled = {
+        "JAX_COMPILATION_CACHE_DIR": str((root / "compiled").absolute()),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return Job(run.name, [*program, *flags], workdir, run.start, compiled)
 
 
 def _compare(study: Study, rows: list[Row]) -> bool:

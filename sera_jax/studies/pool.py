@@ -8,7 +8,7 @@ import pathlib
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 OUTPUT = "output.txt"  # in a run's work directory: what it printed
 _START_MADE = pathlib.Path("phases", "sft", "manifest.json")
@@ -23,12 +23,14 @@ class Job:
 
     Attributes:
         start: jobs with the same one share the phases up to the SFT model, so one of them makes these first.
+        environment: variables that it gets unless they are set already.
     """
 
     name: str
     command: Sequence[str]
     workdir: pathlib.Path
     start: str
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def slots(processes: int, threads: int) -> list[Cores]:
@@ -104,7 +106,12 @@ def _begin(job: Job, cores: Cores) -> subprocess.Popen:
             os.sched_setaffinity(0, cores)  # a child inherits it
         try:
             return subprocess.Popen(
-                job.command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+                job.command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                env={**job.environment, **os.environ},
             )
         finally:
             if cores:
