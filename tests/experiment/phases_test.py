@@ -39,7 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sera, within its guard rails": SERA
     | {"sera.arms": ("sera", "sft_likelier_of_4"), "sera.support_quantile": 0.3, "sera.agreement": "rewards"},
     "sera, at several temperatures": SERA | {"sera.arms": ("sera", "daa"), "eval.temperatures": (0.0, 0.5, 1.0)},
-    "srppo, at several temperatures": SRPPO | {"eval.temperatures": (0.0, 0.5, 1.0)},
+    "srppo, at several temperatures": SRPPO | {"eval.temperatures": (0.0, 0.5, 1.0), "world.heldout_tasks": ("last",)},
     "online, at several temperatures": ONLINE | {"eval.temperatures": (0.0, 0.5), "online.eval_updates": 2},
     "srppo, all arms": SRPPO,
     "srppo, best_of_n": SRPPO | {"ppo.arms": ("best_of_n",)},

@@ -9,7 +9,18 @@ from typing import Any
 from sera_jax.config import Config, SeraGroup
 from sera_jax.evaluation import look, picture
 from sera_jax.evaluation.look import ArmLook
-from sera_jax.evaluation.report import ARM, GOLD, GOLD_AT, Report, interval, number, percent, plain, shares
+from sera_jax.evaluation.report import (
+    ARM,
+    GOLD,
+    GOLD_AT,
+    OUT_OF_DOMAIN,
+    Report,
+    interval,
+    number,
+    percent,
+    plain,
+    shares,
+)
 from sera_jax.experiment.corpus import Corpus, of_pairs
 from sera_jax.experiment.evaluator import phases as evaluated
 from sera_jax.experiment.method import Arm, Experiment, Method, Outcome, looks
@@ -249,6 +260,7 @@ AGREEMENT = ("agree/not/tie", shares("agreement", ("agree", "disagree", "tie")))
 PAIR_LEGEND = [
     GOLD,
     GOLD_AT,
+    OUT_OF_DOMAIN,
     ("heldout_accuracy", "accuracy", "held-out pairs that the implicit reward ranks as labelled"),
     ("length_baseline_accuracy", "by length", "the same for a rule that prefers the longer answer"),
     ("heldout_accuracy_shorter", "on shorter", "accuracy on the pairs whose shorter answer was preferred"),
