@@ -44,6 +44,7 @@ OF_ROUNDS = (
     ("sera__bootstrap_from", "sft"),
     ("sera__ensemble_gamma", 0.0),
     ("sera__reference", "previous"),
+    ("sera__replay_fraction", 0.5),
 )
 
 
@@ -249,6 +250,7 @@ def test_a_threshold_belongs_to_the_threshold_rule_and_the_rule_needs_it():
             ["config.sera.keep_rule='mixture' is not read with selection='threshold'", "'fraction'"],
         ),
         ({"sera__keep_rule": "mixture", "sera__selection": "none"}, ["keep_rule='mixture'", "selection='none'"]),
+        ({"sera__replay_fraction": 0.5, "sera__selection": "none"}, ["replay_fraction=0.5", "selection='none'"]),
         (
             {"sera__keep_rule": "mixture", "sera__selection": "middle", "sera__band": (0.1, 0.9)},
             ["keep_rule='mixture'", "band=(0.1, 0.9)"],

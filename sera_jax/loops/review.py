@@ -26,7 +26,8 @@ SUPPORT_PROMPTS = 1000  # whose answers say well enough where a quantile lies
 def review(
     study: SeraStudy, settings: SeraGroup, pool: Sequence[PairItem], policies: Sequence[Policy], round_: int
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """Which offline pairs the rule selects by their ensembled margin (ascending indices), and the margins of all."""
+    """Which offline pairs to train on (ascending indices): those that the rule selects by their ensembled margin and
+    those that replay takes back; and the margins of all."""
 
     def margins_under(policy: Policy) -> np.ndarray:
         logps = pool_logps(study, policy)
@@ -52,6 +53,7 @@ def review(
     if settings.selection == "random" and len(pool):  # the control keeps as many as the rule it stands for would
         fraction = len(select(study.settings, fraction)) / len(pool)
     chosen = select(settings, fraction)
+    back = irm.replayed(chosen, len(pool), fraction=settings.replay_fraction, seed=study.run.seed, round_index=round_)
     lengths = np.array([[len(pair.item.responses[k]) for k in pair.pairs[0]] for pair in pool])
     record = {
         "margin_mean": float(margins.mean()),
@@ -62,7 +64,9 @@ def review(
         **irm.ensemble_summary(current, previous, settings.ensemble_gamma),
         **fit,
     }
-    return chosen, margins, record
+    if settings.replay_fraction > 0:
+        record["replayed"] = len(back)
+    return np.union1d(chosen, back), margins, record
 
 
 def bootstrap(

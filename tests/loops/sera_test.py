@@ -393,6 +393,17 @@ def test_the_share_to_keep_may_be_read_off_the_margins(lab, tmp_path, monkeypatc
     np.testing.assert_array_equal(seen[0], np.array([row["margin"] for row in rows], np.float32))
 
 
+def test_pairs_that_selection_left_out_may_come_back_and_are_counted(lab, tmp_path):
+    _, facts = _run(_study(lab, tmp_path, train=SHORT, rounds=2, replay_fraction=0.5, bootstrap_fraction=0.0))
+    back = round(0.5 * (PAIRS - KEPT))
+    assert (facts[1]["kept"], facts[1]["replayed"]) == (KEPT + back, back)
+    assert facts[1]["select/kept_fraction"] == KEPT / PAIRS
+    rows = _jsonl(tmp_path / "phases" / "sera" / "pairs2" / "offline.jsonl")
+    largest = np.argsort([-row["margin"] for row in rows], kind="stable")[:KEPT]
+    kept = {i for i, row in enumerate(rows) if row["kept"]}
+    assert len(kept) == KEPT + back and set(largest.tolist()) < kept
+
+
 @pytest.mark.parametrize(("agreement", "round_"), [("rewards", 2), ("rewards", 3), ("policies", 3)])
 def test_a_pair_is_refused_where_one_of_two_judges_would_turn_it_round(lab, agreement, round_):
     """On the candidates that the lab's arm has, by judges that are recomputed from the policies on disk."""

@@ -32,6 +32,7 @@ _OF_ROUNDS = (
     "agreement",
     "ensemble_gamma",
     "reference",
+    "replay_fraction",
 )
 # An arm is where the pairs of its updates come from.
 ARMS = {

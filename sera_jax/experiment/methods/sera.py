@@ -177,6 +177,8 @@ def check(config: Config) -> None:
             )
     if sera.selection in ("threshold", "none") or sera.band is not None:
         refuse_unread(sera, ("keep_rule",), f"selection={sera.selection!r}, band={sera.band}")
+    if sera.selection == "none":
+        refuse_unread(sera, ("replay_fraction",), "selection='none'")
     if sera.bootstrap_fraction == 0:
         refuse_unread(sera, (*_OF_THE_REWARD, "bootstrap_band", "support_quantile"), "bootstrap_fraction=0")
     if sera.judge != "policy":
@@ -264,6 +266,7 @@ PAIR_LEGEND = [
     ("heldout_accuracy", "accuracy", "held-out pairs that the implicit reward ranks as labelled"),
     ("length_baseline_accuracy", "by length", "the same for a rule that prefers the longer answer"),
     ("heldout_accuracy_shorter", "on shorter", "accuracy on the pairs whose shorter answer was preferred"),
+    ("replayed", "replayed", "of those kept, the pairs that sera.replay_fraction took back"),
     ("flipped_fraction_kept", "flipped", "offline pairs kept whose label data.label_noise had exchanged"),
     ("bootstrap/refused_unsupported", "unsupported", "answers below sera.support_quantile, which make no pair"),
     ("bootstrap/refused_disagreement", "disagreement", "pairs refused, since the judges of sera.agreement differ"),
@@ -282,6 +285,7 @@ REPORT = Report(
         ARM,
         ("round", plain("round")),
         ("kept", plain("kept")),
+        ("replayed", plain("replayed")),
         ("flipped", percent("flipped_fraction_kept")),
         ("added", plain("added")),
         *((reason, number(f"bootstrap/refused_{reason}", 0)) for reason in REASONS),
