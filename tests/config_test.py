@@ -35,7 +35,7 @@ SRPPO = {
 
 # Fields that are read only where something reads them, each with a value that is no default.
 REWARD_GUARDS = (("sera__min_margin", 0.5), ("sera__agreement", "rewards"), ("sera__length_alpha", 0.1))
-OTHER_GUARDS = (("sera__bootstrap_band", (0.0, 0.9)), ("sera__support_quantile", 0.1))
+OTHER_GUARDS = (("sera__bootstrap_band", (0.0, 0.9)), ("sera__support_quantile", 0.1), ("sera__stop_kl", 5.0))
 RANKING = (("sera__likelihood_weight", 0.5), ("sera__ranking_reduction", "mean"))
 OF_ROUNDS = (
     *OTHER_GUARDS,
@@ -45,6 +45,8 @@ OF_ROUNDS = (
     ("sera__ensemble_gamma", 0.0),
     ("sera__reference", "previous"),
     ("sera__replay_fraction", 0.5),
+    ("sera__stop_margin_std", 9.0),
+    ("sera__stop_chosen_logratio", 5.0),
 )
 
 
@@ -250,6 +252,11 @@ def test_a_threshold_belongs_to_the_threshold_rule_and_the_rule_needs_it():
             ["config.sera.keep_rule='mixture' is not read with selection='threshold'", "'fraction'"],
         ),
         ({"sera__keep_rule": "mixture", "sera__selection": "none"}, ["keep_rule='mixture'", "selection='none'"]),
+        ({"sera__stop_unsupported": 0.5}, ["config.sera.stop_unsupported=0.5", "support_quantile=0"]),
+        (
+            {"sera__stop_kl": 5.0, "sera__bootstrap_from": "sft", "sera__likelihood_weight": 1.0},
+            ["config.sera.stop_kl=5.0", "bootstrap_from='sft'"],
+        ),
         ({"sera__replay_fraction": 0.5, "sera__selection": "none"}, ["replay_fraction=0.5", "selection='none'"]),
         (
             {"sera__keep_rule": "mixture", "sera__selection": "middle", "sera__band": (0.1, 0.9)},

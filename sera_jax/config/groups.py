@@ -138,6 +138,11 @@ class SeraGroup:
     stop_margin_std: no further round begins once the standard deviation of the offline pairs' margins (nats) exceeds
         this (in arms that review them). The round of the highest held-out accuracy so far (without held-out pairs, the
         last) is then the arm's result, marked `kept_as_result`, after fewer updates than the others'. unset: never.
+    stop_chosen_logratio: likewise once the mean log pi - log pi_sft of the offline pairs' chosen answers (nats an
+        answer) is below minus this.
+    stop_kl: likewise, in arms that sample the policy, once the mean log pi - log pi_sft of the candidates (nats an
+        answer; the KL to the SFT model where `sampling` is at temperature 1 from the whole distribution) exceeds this.
+    stop_unsupported: likewise once the share of candidates that support_quantile refuses exceeds this.
     reset_optimizer: every round begins with a new optimiser and its own learning-rate schedule; else both go on.
     reference: `fixed` (the SFT model) or `previous` (the last round's policy; scoring stays with the SFT model).
     """
@@ -168,6 +173,9 @@ class SeraGroup:
     ensemble_gamma: float = within(0.3, 0, 1)
     reset_optimizer: bool = False
     stop_margin_std: float | None = above(None, 0)
+    stop_chosen_logratio: float | None = above(None, 0)
+    stop_kl: float | None = above(None, 0)
+    stop_unsupported: float | None = above(None, 0, 1)
     reference: str = one_of("fixed", "previous")
 
 

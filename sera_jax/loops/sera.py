@@ -51,9 +51,11 @@ def sera(study: SeraStudy, arm: str, settings: SeraGroup) -> tuple[Policy, list[
             if ended := brake(study, settings, policies, facts, record):
                 return ended, facts
             fresh, found = bootstrap(study, settings, policies, round_)
+            record |= found
+            if ended := brake(study, settings, policies, facts, record):
+                return ended, facts
             save_pairs(study, f"{arm}/pairs{round_}", chosen, margins, fresh)
             kept = [pool[i] for i in chosen[irm.order(margins[chosen], settings.curriculum)]]
-            record |= found
         ordered = kept is not pool and settings.curriculum != "none"
         pairs = irm.spread(kept, fresh) if ordered else [*kept, *fresh]
         pairs = with_reference(study, settings, policies, pairs, Round(arm, round_))

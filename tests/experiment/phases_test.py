@@ -35,6 +35,8 @@ CASES: dict[str, dict[str, Any]] = {
     "sera, bootstrap_only": SERA | {"sera.arms": ("bootstrap_only",)},
     "sera, reference of the last round": SERA | {"sera.reference": "previous"},
     "sera, without a reference": SERA | {"loss.name": "simpo", "sera.reference": "previous"},
+    "sera, without a reference, its KL watched": SERA
+    | {"loss.name": "simpo", "sera.arms": ("sera", "sft_likelier_of_4"), "sera.stop_kl": 1e9},
     "sera, too few pairs to add any": SERA | {"sera.bootstrap_fraction": 0.01},
     "sera, within its guard rails": SERA
     | {"sera.arms": ("sera", "sft_likelier_of_4"), "sera.support_quantile": 0.3, "sera.agreement": "rewards"},

@@ -21,6 +21,7 @@ from sera_jax.experiment.methods.sera import (
     refuse_unread,
     study_of,
 )
+from sera_jax.loops.brake import LIMITS
 from sera_jax.loops.online import offline, online, segments, self_made, with_reference
 
 # Fields of `sera` on how pairs are made that are of its rounds alone.
@@ -33,6 +34,7 @@ _OF_ROUNDS = (
     "ensemble_gamma",
     "reference",
     "replay_fraction",
+    *LIMITS,
 )
 # An arm is where the pairs of its updates come from.
 ARMS = {

@@ -115,8 +115,8 @@ def _updates(facts: list[dict[str, Any]]) -> int:
 
 
 def phases(config: Config, corpus: Corpus) -> list[str]:
-    """Of every arm, and of the evaluation of its policies and of the SFT model; fewer are made where
-    `stop_margin_std` ends the rounds of an arm early."""
+    """Of every arm, and of the evaluation of its policies and of the SFT model; fewer are made where a brake ends the
+    rounds of an arm early."""
     names, policies, last = [], ["sft"], ["sft"]
     for arm in config.sera.arms:
         settings = dataclasses.replace(config.sera, **ARMS[arm].how)
@@ -180,7 +180,12 @@ def check(config: Config) -> None:
     if sera.selection == "none":
         refuse_unread(sera, ("replay_fraction",), "selection='none'")
     if sera.bootstrap_fraction == 0:
-        refuse_unread(sera, (*_OF_THE_REWARD, "bootstrap_band", "support_quantile"), "bootstrap_fraction=0")
+        unread = (*_OF_THE_REWARD, "bootstrap_band", "support_quantile", "stop_kl", "stop_unsupported")
+        refuse_unread(sera, unread, "bootstrap_fraction=0")
+    if sera.bootstrap_from == "sft":
+        refuse_unread(sera, ("stop_kl",), "bootstrap_from='sft'")
+    if sera.support_quantile == 0:
+        refuse_unread(sera, ("stop_unsupported",), "support_quantile=0")
     if sera.judge != "policy":
         refuse_unread(sera, (*_OF_THE_REWARD, "likelihood_weight", "ranking_reduction"), f"judge={sera.judge!r}")
     arms = [dataclasses.replace(sera, **ARMS[arm].how) for arm in sera.arms]
