@@ -108,6 +108,8 @@ class SeraGroup:
     """The rounds of SeRA. One round, or `selection="none"` with `bootstrap_fraction=0`, is the plain DAA.
 
     arms: what to run from the same SFT model: `sera` and its controls (docs/methods.md has them all).
+    label_smoothing: share of flipped labels that the arms cdpo and robust_dpo are told; unset: data.label_noise, or 0.1
+        where that is 0.
     keep_fraction: share of the offline pairs kept from round 2 on. keep_rule: `fraction` reads that; `mixture` keeps
         the share that a fit of two normal distributions to the margins gives the upper one. threshold (nats) is read by
         selection="threshold", band (two quantiles, in place of a centred keep_fraction) by selection="middle".
@@ -149,6 +151,7 @@ class SeraGroup:
 
     rounds: int = at_least(3, 1)
     arms: tuple[str, ...] = ("sera",)
+    label_smoothing: float | None = above(None, 0, 0.49)
     selection: str = one_of("top", "bottom", "middle", "threshold", "random", "none")
     keep_fraction: float = within(0.7, 0, 1)
     keep_rule: str = one_of("fraction", "mixture")

@@ -545,6 +545,17 @@ def test_plain_daa_is_sera_without_selection_and_bootstrapping(lab, tmp_path):
     assert not (tmp_path / "phases" / "round1" / "pool").exists(), "scores that nothing reads"
 
 
+def test_an_arm_whose_loss_is_its_own_has_its_own_first_round(lab, tmp_path):
+    own = dataclasses.replace(_study(lab, tmp_path / "own", train=SHORT, rounds=2), own_loss=True)
+    policy, facts = _run(own, "robust_dpo")
+    alone, _ = _run(_study(lab, tmp_path / "alone", train=SHORT, rounds=2), "daa")
+    assert (policy.name, _checksums(policy)) == ("robust_dpo/round2", _checksums(alone))
+    assert [f["updates"] for f in facts] == [2, 2]
+    lines = [r for r in read_records(tmp_path / "own" / "metrics.jsonl")[0] if r["phase"] == "train"]
+    assert [(r["arm"], r["round"], r["step"]) for r in lines] == [("robust_dpo", n, s) for n in (1, 2) for s in (1, 2)]
+    assert not (tmp_path / "own" / "phases" / "round1").exists()
+
+
 def test_the_random_control_keeps_as_many_as_a_threshold_would(lab, tmp_path):
     settings = {"selection": "threshold", "threshold": 0.0, "rounds": 2, "bootstrap_fraction": 0.0}
     kept = {arm: _run(_study(lab, tmp_path / arm, **settings), arm)[1][1]["kept"] for arm in ("sera", "random")}

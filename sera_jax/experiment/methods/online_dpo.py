@@ -34,6 +34,7 @@ _OF_ROUNDS = (
     "ensemble_gamma",
     "reference",
     "replay_fraction",
+    "label_smoothing",
     *LIMITS,
 )
 # An arm is where the pairs of its updates come from.

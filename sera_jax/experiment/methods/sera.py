@@ -38,11 +38,13 @@ _BY_LIKELIHOOD: dict[str, Any] = {"judge": "policy", "likelihood_weight": 1.0, "
 RECOMMENDED: dict[str, Any] = {**_BY_LIKELIHOOD, "bootstrap_from": "policy"}
 _NO_SELECTION: dict[str, Any] = {"selection": "none", "threshold": None}
 _NO_BOOTSTRAP: dict[str, Any] = {"bootstrap_fraction": 0.0}
+_PLAIN: dict[str, Any] = {**_NO_SELECTION, **_NO_BOOTSTRAP, "curriculum": "none"}
 # A control whose judge is another keeps out of its pairs what reads the policy's own reward.
 _OF_THE_REWARD = ("min_margin", "agreement", "length_alpha")
 _DEFAULTS = SeraGroup()
 _NO_REWARD = {field: getattr(_DEFAULTS, field) for field in _OF_THE_REWARD}
-_WINE, _TEAL = "#882255", "#44AA99"  # Tol's muted colours, for arms beyond the palette
+_WINE, _TEAL, _SAND, _INDIGO = "#882255", "#44AA99", "#DDCC77", "#332288"  # Tol's muted, for arms beyond the palette
+_SMOOTHING = 0.1  # of the noise-aware arms where nobody says how many labels are flipped
 # An arm is `sera` with these fields of its group changed.
 ARMS = {
     "sera": Arm("the method", ArmLook("SeRA", look.VERMILION, "o"), {}),
@@ -52,7 +54,17 @@ ARMS = {
     "daa": Arm(
         "the direct alignment loss alone, for as many updates",
         ArmLook("DAA alone", look.BLUE, "s"),
-        {**_NO_SELECTION, **_NO_BOOTSTRAP, "curriculum": "none"},
+        _PLAIN,
+    ),
+    "cdpo": Arm(
+        "DPO alone that expects the share of flipped labels, for as many updates",
+        ArmLook("cDPO alone", _SAND, ">"),
+        _PLAIN,
+    ),
+    "robust_dpo": Arm(
+        "robust DPO alone, told the share of flipped labels, for as many updates",
+        ArmLook("robust DPO alone", _INDIGO, "p"),
+        _PLAIN,
     ),
     "curriculum": Arm(
         "all offline pairs, in later rounds from large margins to small",
@@ -88,6 +100,9 @@ ARMS = {
     ),
 }
 
+# Arms that have a loss of their own, with `label_smoothing`: the baselines that know of the noise.
+NOISE_AWARE = {"cdpo": "dpo", "robust_dpo": "robust"}
+
 
 def run(given: Experiment) -> Outcome:
     """Every arm from the SFT model; the summary gets `arms`, `rounds` and `loss`."""
@@ -100,11 +115,13 @@ def run(given: Experiment) -> Outcome:
     rounds: list[dict[str, Any]] = []
     final = {"sft": given.start}
     for arm in config.sera.arms:
-        settings = dataclasses.replace(config.sera, **ARMS[arm].how)
-        ranked = dataclasses.replace(study, ranking=ranking_of(loss, settings))
-        final[arm], facts = sera(ranked, arm, settings)
+        settings, own = dataclasses.replace(config.sera, **ARMS[arm].how), loss_of_arm(config, arm)
+        of_arm = dataclasses.replace(study, loss=own, own_loss=own != loss, ranking=ranking_of(own, settings))
+        final[arm], facts = sera(of_arm, arm, settings)
         rounds += facts
         arms[arm] = evaluator.of_arm(final[arm]) | {"updates": _updates(facts)}
+        if arm in NOISE_AWARE:
+            arms[arm]["label_smoothing"] = smoothing_of(config)
     return final, {"arms": arms, "rounds": rounds, "loss": loss.as_dict()}
 
 
@@ -121,8 +138,10 @@ def phases(config: Config, corpus: Corpus) -> list[str]:
     for arm in config.sera.arms:
         settings = dataclasses.replace(config.sera, **ARMS[arm].how)
         bootstraps = round(settings.bootstrap_fraction * len(corpus.train)) > 0 and bool(corpus.prompts)
-        uses_reference = loss_of(config).uses_reference
-        of_arm, trained = sera_phases(arm, settings, bootstraps=bootstraps, uses_reference=uses_reference)
+        loss, own_loss = loss_of(config), loss_of_arm(config, arm) != loss_of(config)
+        of_arm, trained = sera_phases(
+            arm, settings, bootstraps=bootstraps, uses_reference=loss.uses_reference, own_loss=own_loss
+        )
         names += of_arm
         policies += trained
         last += trained[-1:]
@@ -160,10 +179,31 @@ def loss_of(config: Config) -> ResolvedLoss:
     return resolve(**dataclasses.asdict(config.loss))
 
 
+def loss_of_arm(config: Config, arm: str) -> ResolvedLoss:
+    """The config's loss, or that of a noise-aware arm, with the config's other hyper-parameters."""
+    if arm not in NOISE_AWARE:
+        return loss_of(config)
+    own = {"name": NOISE_AWARE[arm], "label_smoothing": smoothing_of(config)}
+    return resolve(**dataclasses.asdict(config.loss) | own)
+
+
+def smoothing_of(config: Config) -> float:
+    """The share of flipped labels that the noise-aware arms are told."""
+    given = config.sera.label_smoothing
+    return given if given is not None else config.data.label_noise or _SMOOTHING
+
+
+def announce(config: Config) -> str:
+    """The loss, and those of arms that have another."""
+    others = [f"{arm}: {loss_of_arm(config, arm)}" for arm in config.sera.arms if arm in NOISE_AWARE]
+    return "; ".join([f"loss {loss_of(config)}", *others])
+
+
 def check(config: Config) -> None:
     """Raises ValueError, with the way out, where fields contradict each other."""
     sera = config.sera
     check_pairs(config)
+    _check_noise_aware(config)
     check_band("band", sera.band)
     check_band("bootstrap_band", sera.bootstrap_band)
     if sera.selection == "threshold" and sera.threshold is None:
@@ -202,6 +242,25 @@ def refuse_unread(sera: SeraGroup, fields: Sequence[str], where: str) -> None:
             raise ValueError(
                 f"config.sera.{field}={value!r} is not read with {where}; leave it at {default!r}, or change the other"
             )
+
+
+def _check_noise_aware(config: Config) -> None:
+    """Raises ValueError where arms that are told the share of flipped labels cannot be, or nobody is told it."""
+    arms = [arm for arm in config.sera.arms if arm in NOISE_AWARE]
+    if not arms:
+        refuse_unread(config.sera, ("label_smoothing",), f"arms={config.sera.arms!r}")
+        return
+    if config.loss.name != "dpo":
+        raise ValueError(
+            f"config.loss.name={config.loss.name!r}, config.sera.arms={config.sera.arms!r}: {' and '.join(arms)} are "
+            "of DPO; set config.loss.name='dpo', or leave them out"
+        )
+    if smoothing_of(config) >= 0.5:
+        raise ValueError(
+            f"config.sera.label_smoothing={config.sera.label_smoothing}, config.data.label_noise="
+            f"{config.data.label_noise}: {' and '.join(arms)} need a share of flipped labels below 0.5, at which "
+            "labels say nothing; give one in config.sera.label_smoothing, or leave them out"
+        )
 
 
 def _check_judges(config: Config, arms: Sequence[SeraGroup]) -> None:
@@ -319,7 +378,7 @@ SERA = Method(
     reads=("loss", "sera"),
     arms=ARMS,
     check=check,
-    announce=lambda config: f"loss {loss_of(config)}",
+    announce=announce,
     sources=PAIR_SOURCES,
     texts=("preference", ("train",)),
     read=of_pairs,
