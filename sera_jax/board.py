@@ -1,8 +1,8 @@
 """The TensorBoard files, made from the lines of metrics.jsonl: a run for each arm, its steps counted over its rounds.
 
-An arm's run begins with what no arm owns but all share: the lines of a round without an arm. Those, and the lines of
-SFT and of other trainings without an arm, are runs of their own besides ("round1", "sft"). In an arm's run, what is
-written once a round stands under `round/`.
+An arm's run begins with what no arm owns but all share: the lines of a round without an arm, where it has none of its
+own of that round. Those, and the lines of SFT and of other trainings without an arm, are runs of their own besides
+("round1", "sft"). In an arm's run, what is written once a round stands under `round/`.
 """
 
 from __future__ import annotations
@@ -50,8 +50,10 @@ class Board:
         run = self._open[name] = _Run(SummaryWriter(str(folder), purge_step=0))
         if self._text:
             run.events.add_text("config", f"```json\n{self._text}\n```")
-        for record in self._read():
-            if run_of(record) == name or (like["arm"] and _is_shared(record)):
+        records = [r for r in self._read() if run_of(r) == name or (like["arm"] and _is_shared(r))]
+        own = {(r["phase"], r["round"]) for r in records if run_of(r) == name}
+        for record in records:
+            if run_of(record) == name or (record["phase"], record["round"]) not in own:
                 run.add(record)
 
     def flush(self) -> None:

@@ -25,7 +25,7 @@ from sera_jax.data.items import Item, PairItem
 from sera_jax.data.loading import Limits, load_preferences, load_prompts
 from sera_jax.data.packing import Layout
 from sera_jax.data.tokenizing import ADD_BOS, Tokenizer
-from sera_jax.experiment.assembly import with_vocabulary, world_gold
+from sera_jax.experiment.assembly import with_vocabulary, world_gold, world_tasks
 from sera_jax.experiment.ends import ends_in_words
 from sera_jax.experiment.evaluator import Evaluator
 from sera_jax.experiment.phases import in_words
@@ -108,6 +108,8 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
             reference=policies["reference"],
             settings=EvalGroup(temperature=args.temperature, num_generations=len(prompts)),
             sampling=SamplingGroup(max_new_tokens=new, slots=args.slots),
+            tasks=world_tasks(tokenizer, prompts),
+            heldout_tasks=saved.of_run("world", {}).get("heldout_tasks", ()),
         )
         facts = {"loss": str(loss), "pairs": len(pairs), "prompts": len(prompts)}
         facts |= evaluator.of_arm(policies["policy"])

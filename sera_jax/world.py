@@ -89,6 +89,8 @@ class WorldSpec:
         demonstrator: author of the demonstrations, a name in `AUTHORS[name]`.
         cue: how strongly chatter goes with the careful author of preference pairs, 0 to 1: the careful author
             chatters with probability 0.5 + cue / 2, the careless one with 0.5 - cue / 2.
+        heldout_tasks: of `TASKS`; no demonstration, preference pair or training prompt sets one of these. The
+            pretraining text and all that is held out have every task.
     """
 
     name: str = "habits"
@@ -102,6 +104,7 @@ class WorldSpec:
     prompts: int = 400
     demonstrator: str = "better"
     cue: float = 0.6
+    heldout_tasks: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.name not in AUTHORS:
@@ -111,6 +114,11 @@ class WorldSpec:
             raise ValueError(f"world.demonstrator={self.demonstrator!r} is unknown; choose one of {', '.join(authors)}")
         if not 0.0 <= self.cue <= 1.0:
             raise ValueError(f"world.cue={self.cue} is outside 0 .. 1; 0 makes chatter carry no sign of the label")
+        if not set(self.heldout_tasks) < set(TASKS) or len(set(self.heldout_tasks)) != len(self.heldout_tasks):
+            raise ValueError(
+                f"world.heldout_tasks={tuple(self.heldout_tasks)!r}; give each of {', '.join(TASKS)} at most once, and "
+                "leave one at least to train on"
+            )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type == "int" and value < 0:
@@ -247,6 +255,7 @@ def write_prompt(rng: np.random.Generator) -> str:
 # One stream index per list, so that asking for more of one leaves the others as they were; the first ones draw prompts.
 _DRAWN = ("heldout_prompts", "heldout_preferences", "pretrain", "demonstrations", "preferences", "prompts")
 _LISTS = (*_DRAWN, "heldout_demonstrations")
+_IN_DOMAIN = ("demonstrations", "preferences", "prompts")  # lists without the tasks that are held out
 
 
 def make_world(spec: WorldSpec) -> dict[str, list[dict[str, Any]]]:
@@ -264,10 +273,11 @@ def make_world(spec: WorldSpec) -> dict[str, list[dict[str, Any]]]:
     heldout: set[str] = set()
 
     def draws(name: str) -> Iterator[tuple[np.random.Generator, str]]:
+        left_out = spec.heldout_tasks if name in _IN_DOMAIN else ()
         for index in itertools.count():
             rng = rng_for(spec.seed, Stream.WORLD, _LISTS.index(name), index)
             prompt = write_prompt(rng)
-            if prompt not in heldout:
+            if prompt not in heldout and parse_prompt(prompt).kind not in left_out:
                 if name.startswith("heldout"):
                     heldout.add(prompt)
                 yield rng, prompt

@@ -61,6 +61,16 @@ def test_an_arm_is_one_run_that_begins_with_the_shared_round_and_counts_updates_
     check(tmp_path / "tensorboard")
 
 
+def test_an_arm_with_a_first_round_of_its_own_has_no_other(make_writer, tmp_path):
+    with make_writer() as writer:
+        whole(writer)
+        train(writer, "cdpo", 1)
+        end_of_round(writer, "cdpo", 1)
+        train(writer, "cdpo", 2)
+    curves = {arm: curve(tmp_path / "tensorboard" / arm, "loss") for arm in ("cdpo", "daa")}
+    assert curves["cdpo"] == curves["daa"][: 2 * UPDATES] == [(n, float(n)) for n in range(1, 2 * UPDATES + 1)]
+
+
 @pytest.mark.parametrize("saved", [None, 0, 2])
 def test_a_restart_neither_loses_nor_doubles_a_point(make_writer, tmp_path, saved):
     """The first process gets one update further than its checkpoint, in round 2 of the first arm; or not so far."""

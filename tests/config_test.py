@@ -16,7 +16,7 @@ from sera_jax.config import Config, check_field, last_overrides, to_config_dict,
 from sera_jax.config import fields as fields_lib
 from sera_jax.evaluation import look
 from sera_jax.experiment.methods import METHODS, parse
-from sera_jax.experiment.methods.sera import SERA
+from sera_jax.experiment.methods.sera import SERA, loss_of_arm
 from sera_jax.losses.preference import LOSSES, resolve
 from sera_jax.models.families import FAMILIES
 from sera_jax.world import AUTHORS
@@ -35,7 +35,7 @@ SRPPO = {
 
 # Fields that are read only where something reads them, each with a value that is no default.
 REWARD_GUARDS = (("sera__min_margin", 0.5), ("sera__agreement", "rewards"), ("sera__length_alpha", 0.1))
-OTHER_GUARDS = (("sera__bootstrap_band", (0.0, 0.9)), ("sera__support_quantile", 0.1))
+OTHER_GUARDS = (("sera__bootstrap_band", (0.0, 0.9)), ("sera__support_quantile", 0.1), ("sera__stop_kl", 5.0))
 RANKING = (("sera__likelihood_weight", 0.5), ("sera__ranking_reduction", "mean"))
 OF_ROUNDS = (
     *OTHER_GUARDS,
@@ -44,6 +44,10 @@ OF_ROUNDS = (
     ("sera__bootstrap_from", "sft"),
     ("sera__ensemble_gamma", 0.0),
     ("sera__reference", "previous"),
+    ("sera__replay_fraction", 0.5),
+    ("sera__label_smoothing", 0.2),
+    ("sera__stop_margin_std", 9.0),
+    ("sera__stop_chosen_logratio", 5.0),
 )
 
 
@@ -145,6 +149,8 @@ def test_the_limits_of_a_range_are_taken(path):
         "data.max_prompt_length": {"sera__rounds": 1},
         "data.row_tokens": {"data__max_prompt_length": 1, "sera__rounds": 1},
         "sampling.max_new_tokens": {"sampling__min_new_tokens": 0},
+        "sera.stop_unsupported": {"sera__support_quantile": 0.1},
+        "sera.label_smoothing": {"sera__arms": ("cdpo",)},
     }
     inside = ([low] if closed else []) + ([] if math.isinf(high) else [high])
     for value in inside:
@@ -249,6 +255,21 @@ def test_a_threshold_belongs_to_the_threshold_rule_and_the_rule_needs_it():
             ["config.sera.keep_rule='mixture' is not read with selection='threshold'", "'fraction'"],
         ),
         ({"sera__keep_rule": "mixture", "sera__selection": "none"}, ["keep_rule='mixture'", "selection='none'"]),
+        ({"sera__label_smoothing": 0.2}, ["config.sera.label_smoothing=0.2", "arms=('sera',)"]),
+        (
+            {"sera__arms": ("cdpo", "robust_dpo"), "loss__name": "ipo"},
+            ["config.loss.name='ipo'", "cdpo and robust_dpo are of DPO", "leave them out"],
+        ),
+        (
+            {"sera__arms": ("sera", "cdpo"), "data__label_noise": 0.5},
+            ["config.data.label_noise=0.5", "cdpo need a share", "config.sera.label_smoothing"],
+        ),
+        ({"sera__stop_unsupported": 0.5}, ["config.sera.stop_unsupported=0.5", "support_quantile=0"]),
+        (
+            {"sera__stop_kl": 5.0, "sera__bootstrap_from": "sft", "sera__likelihood_weight": 1.0},
+            ["config.sera.stop_kl=5.0", "bootstrap_from='sft'"],
+        ),
+        ({"sera__replay_fraction": 0.5, "sera__selection": "none"}, ["replay_fraction=0.5", "selection='none'"]),
         (
             {"sera__keep_rule": "mixture", "sera__selection": "middle", "sera__band": (0.1, 0.9)},
             ["keep_rule='mixture'", "band=(0.1, 0.9)"],
@@ -294,6 +315,21 @@ def test_an_arm_that_is_named_after_a_ranking_has_it_whatever_the_group_says(arm
     from_sft = arm == "sft_likelier_of_4"
     assert (settings.judge, settings.bootstrap_from) == ("policy", "sft" if from_sft else "policy")
     assert (settings.likelihood_weight, settings.ranking_reduction) == (1.0, "mean")
+
+
+@pytest.mark.parametrize(
+    "changes, told", [({}, 0.1), ({"data__label_noise": 0.3}, 0.3), ({"sera__label_smoothing": 0.4}, 0.4)]
+)
+def test_the_noise_aware_arms_have_the_loss_of_the_run_but_for_what_they_are_told(changes, told):
+    arms = {"sera__arms": ("daa", "cdpo", "robust_dpo"), "loss__beta": 0.3, "loss__nll_coef": 0.05}
+    config = parse(raw_config(**arms, **changes))
+    losses = {arm: loss_of_arm(config, arm) for arm in config.sera.arms}
+    assert losses == {
+        "daa": resolve("dpo", beta=0.3, nll_coef=0.05),
+        "cdpo": resolve("dpo", beta=0.3, nll_coef=0.05, label_smoothing=told),
+        "robust_dpo": resolve("robust", beta=0.3, nll_coef=0.05, label_smoothing=told),
+    }
+    assert f"; cdpo: {losses['cdpo']}; robust_dpo: {losses['robust_dpo']}" in SERA.announce(config)
 
 
 def test_a_gold_reward_is_missed_only_by_arms_that_judge_by_it():

@@ -31,7 +31,13 @@ from sera_jax.writer import MetricWriter
 NEW_TOKENS = 6
 CONFIG = Config(
     world=WorldGroup(
-        name="habits", pretrain=8, demonstrations=8, preferences=8, heldout_preferences=12, heldout_prompts=9
+        name="habits",
+        pretrain=8,
+        demonstrations=8,
+        preferences=8,
+        heldout_preferences=12,
+        heldout_prompts=9,
+        heldout_tasks=("last",),
     ),
     data=DataGroup(max_prompt_length=24, max_completion_length=32, row_tokens=96),
     sampling=SamplingGroup(max_new_tokens=NEW_TOKENS),
@@ -254,6 +260,7 @@ def test_another_policy_is_judged_on_the_worlds_pairs_and_prompts(workdir, tmp_p
     assert (facts["pairs"], facts["prompts"]) == (12, 9)
     assert facts["heldout_margin"] != 0.0
     assert facts["response_tokens_mean"] <= NEW_TOKENS
+    assert set(facts["gold_by_task"]) == set(world.TASKS) and "gold_out_of_domain" in facts
     assert -0.3 <= facts["gold_ci95"][0] <= facts["gold_mean"] <= facts["gold_ci95"][1] <= 1
     shown = [json.loads(line) for line in (tmp_path / "out" / "generations.jsonl").read_text().splitlines()]
     assert len(shown) == 9

@@ -1,6 +1,8 @@
 """The embedded world: its gold reward, its authors, its files, and that it holds what the documentation says."""
 
+import hashlib
 import json
+import re
 
 import numpy as np
 import pytest
@@ -154,6 +156,26 @@ def test_the_same_spec_makes_the_same_world_and_another_seed_another():
     assert other["preferences"] != world.make_world(SMALL)["preferences"]
 
 
+@pytest.mark.parametrize("name, start", [("habits", "fbb58137d44fda9d"), ("wrong_habits", "257e2df66afd77ea")])
+def test_the_rows_of_a_seed_are_those_of_every_release(name, start):
+    rows = world.make_world(world.WorldSpec(**{**vars(SMALL), "name": name}))
+    assert hashlib.sha256(json.dumps(rows).encode()).hexdigest().startswith(start)
+
+
+def test_tasks_that_are_held_out_are_left_out_of_training_rows_and_nothing_else_changes():
+    fields = {**vars(SMALL), "pretrain": 100, "heldout_preferences": 60, "heldout_prompts": 60}
+    held = world.make_world(world.WorldSpec(**{**fields, "heldout_tasks": ("repeat", "last")}))
+    more = world.make_world(world.WorldSpec(**{**fields, "demonstrations": 80, "preferences": 160, "prompts": 80}))
+    for name, rows in held.items():
+        tasks = [world.parse_prompt(row["prompt"]).kind for row in rows]
+        if name in ("demonstrations", "preferences", "prompts"):
+            inside = [row for row in more[name] if world.parse_prompt(row["prompt"]).kind in ("name", "first")]
+            without_id = [[{**row, "id": ""} for row in part] for part in (rows, inside[: len(rows)])]
+            assert without_id[0] == without_id[1] and len(rows) == fields[name]
+        else:
+            assert rows == more[name] and set(tasks) == set(world.TASKS)
+
+
 def test_worlds_differ_in_what_the_base_and_the_demonstrator_write_and_in_nothing_else():
     ours, others = (world.make_world(world.WorldSpec(**{**vars(SMALL), "name": name})) for name in world.AUTHORS)
     assert ours == world.make_world(SMALL)
@@ -216,10 +238,19 @@ def test_without_the_cue_chatter_says_nothing_of_the_label():
 
 @pytest.mark.parametrize(
     "field, value",
-    [("name", "nowhere"), ("demonstrator", "nobody"), ("cue", 1.5), ("preferences", -1), ("heldout_prompts", 5000)],
+    [
+        ("name", "nowhere"),
+        ("demonstrator", "nobody"),
+        ("cue", 1.5),
+        ("preferences", -1),
+        ("heldout_prompts", 5000),
+        ("heldout_tasks", ("sing",)),
+        ("heldout_tasks", ("last", "last")),
+        ("heldout_tasks", world.TASKS),
+    ],
 )
 def test_a_bad_field_is_refused_with_its_name_and_value(field, value):
-    with pytest.raises(ValueError, match=f"world.{field}.*{value}"):
+    with pytest.raises(ValueError, match=f"world.{field}.*{re.escape(str(value))}"):
         world.WorldSpec(**{field: value})
 
 

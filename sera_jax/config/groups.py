@@ -108,9 +108,13 @@ class SeraGroup:
     """The rounds of SeRA. One round, or `selection="none"` with `bootstrap_fraction=0`, is the plain DAA.
 
     arms: what to run from the same SFT model: `sera` and its controls (docs/methods.md has them all).
+    label_smoothing: share of flipped labels that the arms cdpo and robust_dpo are told; unset: data.label_noise, or 0.1
+        where that is 0.
     keep_fraction: share of the offline pairs kept from round 2 on. keep_rule: `fraction` reads that; `mixture` keeps
         the share that a fit of two normal distributions to the margins gives the upper one. threshold (nats) is read by
         selection="threshold", band (two quantiles, in place of a centred keep_fraction) by selection="middle".
+    replay_fraction: share of the offline pairs left out by the selection of round 2 that is drawn at random and trained
+        on all the same; half of it in round 3, a quarter in round 4, and so on.
     curriculum: from round 2 on, offline pairs go from large margins to small (`easy_to_hard`) or back, with the sampled
         pairs, in the order of theirs, spread over them; `none` shuffles.
     bootstrap_fraction: at most this many sampled pairs, as a share of the offline pairs.
@@ -136,17 +140,24 @@ class SeraGroup:
     stop_margin_std: no further round begins once the standard deviation of the offline pairs' margins (nats) exceeds
         this (in arms that review them). The round of the highest held-out accuracy so far (without held-out pairs, the
         last) is then the arm's result, marked `kept_as_result`, after fewer updates than the others'. unset: never.
+    stop_chosen_logratio: likewise once the mean log pi - log pi_sft of the offline pairs' chosen answers (nats an
+        answer) is below minus this.
+    stop_kl: likewise, in arms that sample the policy, once the mean log pi - log pi_sft of the candidates (nats an
+        answer; the KL to the SFT model where `sampling` is at temperature 1 from the whole distribution) exceeds this.
+    stop_unsupported: likewise once the share of candidates that support_quantile refuses exceeds this.
     reset_optimizer: every round begins with a new optimiser and its own learning-rate schedule; else both go on.
     reference: `fixed` (the SFT model) or `previous` (the last round's policy; scoring stays with the SFT model).
     """
 
     rounds: int = at_least(3, 1)
     arms: tuple[str, ...] = ("sera",)
+    label_smoothing: float | None = above(None, 0, 0.49)
     selection: str = one_of("top", "bottom", "middle", "threshold", "random", "none")
     keep_fraction: float = within(0.7, 0, 1)
     keep_rule: str = one_of("fraction", "mixture")
     threshold: float | None = None
     band: tuple[float, float] | None = None
+    replay_fraction: float = within(0.0, 0, 1)
     curriculum: str = one_of("none", "easy_to_hard", "hard_to_easy")
     bootstrap_fraction: float = at_least(0.3, 0)
     bootstrap_prompts: int = at_least(0, 0)
@@ -165,6 +176,9 @@ class SeraGroup:
     ensemble_gamma: float = within(0.3, 0, 1)
     reset_optimizer: bool = False
     stop_margin_std: float | None = above(None, 0)
+    stop_chosen_logratio: float | None = above(None, 0)
+    stop_kl: float | None = above(None, 0)
+    stop_unsupported: float | None = above(None, 0, 1)
     reference: str = one_of("fixed", "previous")
 
 

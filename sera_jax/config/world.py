@@ -15,6 +15,8 @@ class WorldGroup:
     name: `habits` (an SFT model's likeliest answer is mostly right) or `wrong_habits` (it is mostly wrong).
     demonstrator: who writes the demonstrations, an author in `world_authors.AUTHORS`.
     cue: how strongly chatter, which is worth nothing, goes with the better answer of a pair, 0 (not at all) to 1.
+    heldout_tasks: of name, repeat, first and last: those that no demonstration, preference pair or training prompt
+        sets, though the pretraining text and everything held out do. Gold is then also said in and out of domain.
     """
 
     name: str = one_of("", "habits", "wrong_habits")
@@ -27,3 +29,4 @@ class WorldGroup:
     prompts: int = within(0, 0, 10**6)
     demonstrator: str = "better"
     cue: float = within(0.6, 0, 1)
+    heldout_tasks: tuple[str, ...] = ()

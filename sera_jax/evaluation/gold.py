@@ -20,6 +20,21 @@ def facts(golds: Sequence[float] | np.ndarray, *, seed: int = 0) -> dict[str, fl
     return {"gold_mean": float(golds.mean()), "gold_ci95": list(ci95(golds, seed=seed))}
 
 
+def by_task(golds: np.ndarray, tasks: Sequence[str]) -> dict[str, float]:
+    """Mean gold reward of the prompts of each task, by its name; golds f[n], one per held-out prompt."""
+    return {task: float(golds[np.array(tasks) == task].mean()) for task in sorted(set(tasks))}
+
+
+def by_domain(golds: np.ndarray, tasks: Sequence[str], heldout_tasks: Sequence[str]) -> dict[str, float]:
+    """`gold_in_domain` and `gold_out_of_domain`: means over the prompts of the tasks that were trained on, and of those
+    that were held out; nothing where no task was, and no mean of no prompt."""
+    if not heldout_tasks:
+        return {}
+    out = np.isin(np.array(tasks), np.array(heldout_tasks))
+    parts = {"gold_in_domain": golds[~out], "gold_out_of_domain": golds[out]}
+    return {name: float(part.mean()) for name, part in parts.items() if len(part)}
+
+
 def ci95(values: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
     """95 % interval of the mean of values f[n] over prompts, by the percentile bootstrap.
 

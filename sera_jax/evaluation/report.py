@@ -138,14 +138,13 @@ def write_summary(path: str | os.PathLike[str], summary: Summary, report: Report
 
 
 def table(summary: Summary, report: Report) -> str:
-    """Short tables: of the arms, of their gold by temperature where that is known, of their rounds. A column without
-    any value is left out."""
+    """Short tables: of the arms, of their gold by temperature and domain where that is known, of their rounds. A column
+    without any value is left out."""
     summary = _applicable(summary, report)
     arms = [{"arm": arm, **facts} for arm, facts in summary["arms"].items()]
     parts = [aligned(arms, report.arm_columns)]
-    if known := [facts for facts in arms if "gold_by_temperature" in facts]:
-        temperatures = known[0]["gold_by_temperature"]
-        parts.append(aligned(known, [ARM, *((f"gold at {t}", _gold_at(t)) for t in temperatures)]))
+    if known := [facts for facts in arms if "gold_by_temperature" in facts or "gold_in_domain" in facts]:
+        parts.append(aligned(known, [ARM, *_gold_columns(known)]))
     if summary["rounds"]:
         parts.append(aligned(summary["rounds"], report.round_columns))
     return "\n\n".join(parts)
@@ -226,11 +225,26 @@ GOLD_AT = (
     "gold at",
     "of answers at this temperature; 0 is greedy, where mere sharpening is no gain",
 )
+OUT_OF_DOMAIN = (
+    "gold_out_of_domain",
+    "out of domain",
+    "gold on the tasks of world.heldout_tasks; in domain: on others",
+)
 ARM: Column = ("arm", plain("arm"))
 
 
-def _gold_at(temperature: str) -> Cell:
-    return lambda facts: f"{facts['gold_by_temperature'][temperature]:.3f}"
+def _gold_columns(arms: Sequence[dict[str, Any]]) -> list[Column]:
+    """Of the gold of arms: at each temperature, and the same in and out of domain."""
+
+    def at(name: str, temperature: str) -> Cell:
+        return lambda facts: f"{facts[name][temperature]:.3f}"
+
+    columns: list[Column] = []
+    for name, head in (("gold", "gold"), ("gold_in_domain", "in domain"), ("gold_out_of_domain", "out of domain")):
+        columns += [(head, number(name, 3))] if name != "gold" else []
+        by = f"{name}_by_temperature"
+        columns += [(f"{head} at {t}", at(by, t)) for t in next((facts[by] for facts in arms if by in facts), {})]
+    return columns
 
 
 def aligned(rows: Sequence[Any], columns: Sequence[Column]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from sera_jax import world
@@ -13,6 +13,7 @@ from sera_jax.checkpoint import Workdir
 from sera_jax.config import Config, DataGroup, ModelGroup
 from sera_jax.core import Stream, key_for
 from sera_jax.data.bpe import train_bpe
+from sera_jax.data.items import Item
 from sera_jax.data.loading import Limits, load_records
 from sera_jax.data.sources import content_hash, parse_mixture
 from sera_jax.data.tokenizing import Tokenizer
@@ -57,7 +58,9 @@ def read_corpus(config: Config, workdir: Workdir, say: Callable[[str], None]) ->
     }
     gold = world_gold(tokenizer) if config.world.name else None
     read = Reader(tokenizer=tokenizer, tokenizer_dir=tokenizer_dir, gold=gold, options=options, say=say)
-    return method.read(config, data, heldout_prompts, read)
+    corpus = method.read(config, data, heldout_prompts, read)
+    tasks = world_tasks(tokenizer, corpus.eval_prompts) if config.world.name else []
+    return dataclasses.replace(corpus, eval_tasks=tasks)
 
 
 def make_world_files(config: Config, method: Method, workdir: Workdir) -> tuple[DataGroup, ModelGroup, str]:
@@ -204,3 +207,8 @@ def _text_of(prompt: Any) -> str:
 def world_gold(tokenizer: Tokenizer) -> Gold:
     """The embedded world's gold reward, of token ids."""
     return lambda item, tokens: world.gold(tokenizer.decode(item.prompt), tokenizer.decode(tokens))
+
+
+def world_tasks(tokenizer: Tokenizer, prompts: Sequence[Item]) -> list[str]:
+    """The embedded world's task that each of its prompts sets."""
+    return [world.parse_prompt(tokenizer.decode(item.prompt)).kind for item in prompts]

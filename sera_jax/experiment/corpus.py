@@ -34,7 +34,7 @@ class Corpus:
         prompts: what bootstrapping samples on; for SRPPO the new prompts, which no demonstration has.
         prompts_left_out: how many of data.prompts are not among the new prompts, by reason (SRPPO only).
         held_out_rows: how many rows of each training source were left out because their prompt is held out.
-        eval_prompts: what held-out generations answer.
+        eval_prompts: what held-out generations answer. eval_tasks: the task of each, in the embedded world.
         gold: reward of (prompt item, response tokens), in the embedded world.
     """
 
@@ -51,6 +51,7 @@ class Corpus:
     eval_prompts: list[Item]
     gold: Gold | None
     held_out_rows: dict[str, int] = dataclasses.field(default_factory=dict)
+    eval_tasks: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)

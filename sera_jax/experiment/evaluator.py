@@ -73,6 +73,7 @@ class Evaluator:
         tokenizer: turns answers into text. gold: reward of (prompt item, response tokens), or None.
         reference: the SFT model; implicit rewards and win rates are against it.
         base: the model before SFT, where answers get a coherent reward. demonstrations: held-out ones.
+        tasks: the task of each prompt, where the gold's world has tasks. heldout_tasks: those that were not trained on.
     """
 
     run: Runtime
@@ -86,6 +87,8 @@ class Evaluator:
     sampling: SamplingGroup
     base: Policy | None = None
     demonstrations: Sequence[Item] = ()
+    tasks: Sequence[str] = ()
+    heldout_tasks: Sequence[str] = ()
     _generations: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict, init=False)
     _said: set[str] = dataclasses.field(default_factory=set, init=False)
 
@@ -192,7 +195,9 @@ class Evaluator:
             "eos_fraction": float(np.mean([answer.finished for answer in answers])),
         }
         if self.gold is not None:
-            facts |= gold.facts(self._golds(answers))
+            golds = self._golds(answers)
+            facts |= gold.facts(golds) | gold.by_domain(golds, self.tasks, self.heldout_tasks)
+            facts |= {"gold_by_task": gold.by_task(golds, self.tasks)} if self.tasks else {}
         if self.base is not None:
             by_sft = self._logps(name, answers, "sft", self.reference)
             facts |= coherent_facts(by_sft, self._logps(name, answers, "base", self.base), lengths)
@@ -217,8 +222,13 @@ class Evaluator:
     def _gold_by_temperature(self, policy: Policy) -> dict[str, Any]:
         if self.gold is None or not self.prompts or not self.settings.temperatures:
             return {}
-        at = {f"{t:g}": float(self._golds(self.answers(policy, t)).mean()) for t in self.settings.temperatures}
-        return {"gold_by_temperature": at}
+        found: dict[str, dict[str, float]] = {}
+        for t in self.settings.temperatures:
+            golds = self._golds(self.answers(policy, t))
+            means = {"gold": float(golds.mean())} | gold.by_domain(golds, self.tasks, self.heldout_tasks)
+            for name, mean in means.items():
+                found.setdefault(f"{name}_by_temperature", {})[f"{t:g}"] = mean
+        return found
 
     def _logps(self, name: str, answers: Answers, scorer: str, policy: Policy) -> np.ndarray:
         """Summed log-prob f32[prompts] of the answers of arm `name` under `policy`, whose part is `scorer`."""

@@ -47,6 +47,8 @@ class Experiment:
             sampling=config.sampling,
             base=base,
             demonstrations=corpus.heldout_demonstrations,
+            tasks=corpus.eval_tasks,
+            heldout_tasks=config.world.heldout_tasks,
         )
 
 

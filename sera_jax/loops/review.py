@@ -26,13 +26,14 @@ SUPPORT_PROMPTS = 1000  # whose answers say well enough where a quantile lies
 def review(
     study: SeraStudy, settings: SeraGroup, pool: Sequence[PairItem], policies: Sequence[Policy], round_: int
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """Which offline pairs the rule selects by their ensembled margin (ascending indices), and the margins of all."""
+    """Which offline pairs to train on (ascending indices): those that the rule selects by their ensembled margin and
+    those that replay takes back; and the margins of all."""
 
-    def margins_under(policy: Policy) -> np.ndarray:
-        logps = pool_logps(study, policy)
+    def margins_of(logps: Sequence[np.ndarray]) -> np.ndarray:
         return np.array([pair_margins(study.loss, pair, logp)[0] for pair, logp in zip(pool, logps, strict=True)])
 
-    current, previous = margins_under(policies[-1]), margins_under(policies[-2])
+    newest, before = pool_logps(study, policies[-1]), pool_logps(study, policies[-2])
+    current, previous = margins_of(newest), margins_of(before)
     margins = irm.ensemble(current, previous, settings.ensemble_gamma)
 
     def select(rules: SeraGroup, fraction: float) -> np.ndarray:
@@ -52,17 +53,27 @@ def review(
     if settings.selection == "random" and len(pool):  # the control keeps as many as the rule it stands for would
         fraction = len(select(study.settings, fraction)) / len(pool)
     chosen = select(settings, fraction)
+    back = irm.replayed(chosen, len(pool), fraction=settings.replay_fraction, seed=study.run.seed, round_index=round_)
     lengths = np.array([[len(pair.item.responses[k]) for k in pair.pairs[0]] for pair in pool])
     record = {
         "margin_mean": float(margins.mean()),
         "margin_p10": float(np.percentile(margins, 10)),
         "margin_p90": float(np.percentile(margins, 90)),
         **irm.margin_summary(margins, lengths[:, 0], lengths[:, 1]),
+        "irm/chosen_logratio": _chosen_logratio(pool, newest),
         **irm.selection_summary(margins, chosen),
         **irm.ensemble_summary(current, previous, settings.ensemble_gamma),
         **fit,
     }
-    return chosen, margins, record
+    if settings.replay_fraction > 0:
+        record["replayed"] = len(back)
+    return np.union1d(chosen, back), margins, record
+
+
+def _chosen_logratio(pool: Sequence[PairItem], logps: Sequence[np.ndarray]) -> float:
+    """Mean of the chosen answers' summed log pi - log pi_sft, nats, whatever the loss reads."""
+    ratios = [(logp - np.asarray(p.ref_logp))[p.pairs[0][0]] for p, logp in zip(pool, logps, strict=True)]
+    return float(np.mean(ratios))
 
 
 def bootstrap(
@@ -92,7 +103,7 @@ def bootstrap(
         for i, pairs in chosen.items()
         for item in pair_items(made.newest[i], pairs, f"#round{round_}", study.run.layout)
     ]
-    record: dict[str, Any] = _summary(made, rewards, pairings)
+    record: dict[str, Any] = _summary(made, rewards, pairings, settings)
     record |= {f"bootstrap/refused_{reason}": float(number) for reason, number in refused.items()}
     if study.gold is not None and fresh:
         record["agreement"] = agreement(study.gold, fresh)
@@ -121,7 +132,7 @@ def sampled(study: SeraStudy, settings: SeraGroup, policies: Sequence[Policy], r
         picked = rng_for(run.seed, Stream.SELECT, round_, 2).permutation(len(prompts))[: settings.bootstrap_prompts]
         prompts = [prompts[i] for i in sorted(picked)]
     candidates = run.sample(name, now, prompts, settings.num_samples, study.sampling, round_=round_)
-    asked = study.loss.uses_reference or settings.support_quantile > 0
+    asked = _asks_sft(settings, uses_reference=study.loss.uses_reference)
     sft = _logps(study, candidates, name, study.sft) if asked else None
     reference = sft if study.loss.uses_reference and sft is not None else [None] * len(candidates)
 
@@ -130,6 +141,11 @@ def sampled(study: SeraStudy, settings: SeraGroup, policies: Sequence[Policy], r
         return [dataclasses.replace(c, logp=logp, ref_logp=ref) for c, logp, ref in logps]
 
     return Sampled(scored(now), scored(last), sft)
+
+
+def _asks_sft(settings: SeraGroup, *, uses_reference: bool) -> bool:
+    """Whether the SFT model scores the candidates."""
+    return uses_reference or settings.support_quantile > 0 or settings.stop_kl is not None
 
 
 def _logps(study: SeraStudy, candidates: Sequence[Candidates], name: str, scorer: Policy) -> list[np.ndarray]:
@@ -197,10 +213,20 @@ def _per_token(logp: np.ndarray, candidates: Candidates) -> np.ndarray:
     return logp / np.maximum(candidates.lengths, 1)
 
 
-def _summary(made: Sampled, rewards: Sequence[np.ndarray], pairings: Sequence[irm.Pairing]) -> dict[str, float]:
+def _summary(
+    made: Sampled, rewards: Sequence[np.ndarray], pairings: Sequence[irm.Pairing], settings: SeraGroup
+) -> dict[str, float]:
     """`bootstrap/*` of a round before the filter on margins."""
     tokens, lengths, ended = ([getattr(c, name) for c in made.newest] for name in ("tokens", "lengths", "finished"))
+    astray: dict[str, float] = {}  # what the brakes read
+    if made.sft and settings.bootstrap_from == "policy":
+        ratios = [c.logp - sft for c, sft in zip(made.newest, made.sft, strict=True)]
+        astray["bootstrap/kl_to_sft"] = float(np.mean(np.concatenate(ratios)))
+    if settings.support_quantile > 0:
+        refused = sum(pairing.refused["unsupported"] for pairing in pairings)
+        astray["bootstrap/unsupported_fraction"] = refused / max(1, sum(map(len, tokens)))
     return {
+        **astray,
         **irm.bootstrap_summary(pairings, lengths, ended),
         **guards.candidate_summary(rewards, tokens, made.sft),
         **guards.margin_spread(pairings),
@@ -210,10 +236,9 @@ def _summary(made: Sampled, rewards: Sequence[np.ndarray], pairings: Sequence[ir
 def bootstrap_phases(settings: SeraGroup, policies: Sequence[str], round_: int, *, uses_reference: bool) -> list[str]:
     """The phases of `bootstrap` after rounds that made `policies`."""
     both = ("sft", "sft") if settings.bootstrap_from == "sft" else tuple(policies[-2:])
-    supported = settings.support_quantile > 0
     name = candidates_phase(settings, both[-1], round_)
-    scorers = [*both, *(["sft"] if uses_reference or supported else [])]
-    support = ["sft/support", scored_phase("sft/support", "sft")] if supported else []
+    scorers = [*both, *(["sft"] if _asks_sft(settings, uses_reference=uses_reference) else [])]
+    support = ["sft/support", scored_phase("sft/support", "sft")] if settings.support_quantile > 0 else []
     return [name, *(scored_phase(name, scorer) for scorer in scorers), *support]
 
 

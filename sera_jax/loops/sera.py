@@ -46,20 +46,23 @@ def sera(study: SeraStudy, arm: str, settings: SeraGroup) -> tuple[Policy, list[
 
     for round_ in range(1, settings.rounds + 1):
         kept, fresh, record = pool, [], {}
+        place = Round(arm, round_, study.own_loss)
         if round_ > 1 and reviews:
             chosen, margins, record = review(study, settings, pool, policies, round_)
             if ended := brake(study, settings, policies, facts, record):
                 return ended, facts
             fresh, found = bootstrap(study, settings, policies, round_)
+            record |= found
+            if ended := brake(study, settings, policies, facts, record):
+                return ended, facts
             save_pairs(study, f"{arm}/pairs{round_}", chosen, margins, fresh)
             kept = [pool[i] for i in chosen[irm.order(margins[chosen], settings.curriculum)]]
-            record |= found
         ordered = kept is not pool and settings.curriculum != "none"
         pairs = irm.spread(kept, fresh) if ordered else [*kept, *fresh]
-        pairs = with_reference(study, settings, policies, pairs, Round(arm, round_))
+        pairs = with_reference(study, settings, policies, pairs, place)
         _refuse_nothing(pairs, settings, arm, round_)
 
-        policies.append(train_round(study, settings, policies[-1], pairs, Round(arm, round_), ordered=ordered))
+        policies.append(train_round(study, settings, policies[-1], pairs, place, ordered=ordered))
 
         record |= {
             "arm": arm,
@@ -80,15 +83,18 @@ def _reviews(settings: SeraGroup) -> bool:
     return settings.selection != "none" or settings.bootstrap_fraction > 0 or settings.curriculum != "none"
 
 
-def phases(arm: str, settings: SeraGroup, *, bootstraps: bool, uses_reference: bool) -> tuple[list[str], list[str]]:
+def phases(
+    arm: str, settings: SeraGroup, *, bootstraps: bool, uses_reference: bool, own_loss: bool
+) -> tuple[list[str], list[str]]:
     """The phases of an arm without those of evaluation, and the policies that are evaluated; all that there may be,
     since nobody knows before whether `brake` ends the rounds.
 
     Args:
-        bootstraps: pairs are to be added and there are prompts for them. uses_reference: the loss does.
+        bootstraps: pairs are to be added and there are prompts for them. uses_reference: the loss does. own_loss: as in
+            `SeraStudy`.
     """
     names, policies = ["sft/pool"], ["sft"]
-    for round_ in (Round(arm, number) for number in range(1, settings.rounds + 1)):
+    for round_ in (Round(arm, number, own_loss) for number in range(1, settings.rounds + 1)):
         later = round_.number > 1
         if later and _reviews(settings):
             names += [f"{policy}/pool" for policy in policies[-2:]]

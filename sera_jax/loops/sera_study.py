@@ -38,6 +38,7 @@ class SeraStudy:
         text: what response tokens say, control tokens left out.
         evaluate: held-out facts of a policy, for the report; round 0 is the SFT model.
         gold: only reported.
+        own_loss: the loss is that of one arm alone, and so is its round 1.
     """
 
     run: Runtime
@@ -52,6 +53,7 @@ class SeraStudy:
     text: Callable[[np.ndarray], str]
     evaluate: Callable[[Policy, int], dict[str, Any]]
     gold: Gold | None
+    own_loss: bool = False
 
 
 def pool_logps(study: SeraStudy, policy: Policy) -> list[np.ndarray]:
@@ -76,15 +78,16 @@ def updates_per_round(study: SeraStudy) -> int:
 class Round:
     """Which round of which arm: `name` is the phase that trains it, and the policy that comes out.
 
-    Round 1, which is the same in every arm, belongs to none.
+    Round 1, which is the same in every arm, belongs to none, but for an arm that has its `own`.
     """
 
     arm: str
     number: int
+    own: bool = False
 
     @property
     def name(self) -> str:
-        return "round1" if self.number == 1 else f"{self.arm}/round{self.number}"
+        return f"{self.arm}/round{self.number}" if self._of_arm else "round1"
 
     @property
     def reference_phase(self) -> str:
@@ -92,7 +95,11 @@ class Round:
 
     def span(self, updates: int) -> Span:
         """Of so many updates a round."""
-        return Span("train", "" if self.number == 1 else self.arm, self.number, updates * (self.number - 1))
+        return Span("train", self.arm if self._of_arm else "", self.number, updates * (self.number - 1))
+
+    @property
+    def _of_arm(self) -> bool:
+        return self.own or self.number > 1
 
 
 def train_round(

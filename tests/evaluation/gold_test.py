@@ -38,6 +38,16 @@ def test_the_interval_is_the_same_every_time_and_a_point_for_equal_values():
     assert gold.ci95(np.full(10, 0.6)) == pytest.approx((0.6, 0.6))
 
 
+def test_the_means_by_task_and_by_domain_are_of_their_own_prompts():
+    golds, tasks = np.array([1.0, 0.0, 0.5, 0.25]), ["name", "last", "name", "first"]
+    assert gold.by_task(golds, tasks) == {"first": 0.25, "last": 0.0, "name": 0.75}
+    assert gold.by_domain(golds, tasks, ("name", "first")) == {
+        "gold_in_domain": 0.0, "gold_out_of_domain": pytest.approx(1.75 / 3)
+    }  # fmt: skip
+    assert gold.by_domain(golds, tasks, ("repeat",)) == {"gold_in_domain": pytest.approx(1.75 / 4)}
+    assert gold.by_domain(golds, tasks, ()) == {}
+
+
 def test_nothing_is_said_of_no_prompts():
     assert gold.facts([]) == {}
     with pytest.raises(ValueError, match="at least one"):

@@ -126,6 +126,18 @@ def test_the_gold_by_temperature_has_a_table_of_its_own():
     assert "gold at  of answers at this temperature" in report.legend(summary)
 
 
+def test_the_gold_of_held_out_tasks_stands_beside_that_of_the_others():
+    summary = make_summary(arms=("daa",))
+    summary["arms"]["daa"] |= {"gold_in_domain": 0.7, "gold_out_of_domain": 0.4}
+    summary["arms"]["daa"]["gold_out_of_domain_by_temperature"] = {"0": 0.3}
+    _, gold, _ = report.table(summary).split("\n\n")
+    head, _, line = [re.split("  +", line.strip()) for line in gold.splitlines()]
+    assert dict(zip(head, line)) == {
+        "arm": "daa", "in domain": "0.700", "out of domain": "0.400", "out of domain at 0": "0.300"
+    }  # fmt: skip
+    assert "out of domain  gold on the tasks of world.heldout_tasks" in report.legend(summary)
+
+
 def test_what_guard_rails_refuse_has_a_column_for_each_reason_that_occurs():
     summary = make_summary(arms=("sera",))
     assert not set(guards.REASONS) & set((report.table(summary) + report.legend(summary)).split())

@@ -119,6 +119,17 @@ def test_the_gold_of_an_arm_is_known_at_every_temperature_asked_for(make):
     assert "gold_by_temperature" not in make(temperatures=(0.0,), gold=None).of_arm(OTHER)
 
 
+def test_the_gold_is_known_by_task_and_of_tasks_that_were_held_out_at_every_temperature(make):
+    facts = make(temperatures=(0.0, 1.0), tasks=("repeat", "first"), heldout_tasks=("first",)).of_arm(OTHER)
+    assert facts["gold_by_task"] == pytest.approx({"repeat": 1.0, "first": 0.0})
+    assert (facts["gold_in_domain"], facts["gold_out_of_domain"]) == pytest.approx((1.0, 0.0))
+    assert facts["gold_in_domain_by_temperature"] == pytest.approx({"0": 1.0, "1": 1.0})
+    assert facts["gold_out_of_domain_by_temperature"] == pytest.approx({"0": 0.6, "1": 0.0})
+    plain = make(temperatures=(0.0, 1.0), tasks=("repeat", "first")).of_arm(OTHER)
+    assert plain == {name: value for name, value in facts.items() if "_domain" not in name}
+    assert make(temperatures=(0.0, 1.0)).of_arm(OTHER) == {k: v for k, v in plain.items() if k != "gold_by_task"}
+
+
 def test_the_main_facts_of_a_policy_are_said_in_a_line_and_once(make):
     evaluator = make()
     evaluator.look_at(OTHER, 1)

@@ -15,7 +15,7 @@ from sera_jax import experiment
 from sera_jax.experiment import start
 from sera_jax.experiment.methods.online_dpo import ARMS as ONLINE_ARMS
 from sera_jax.experiment.methods.sera import ARMS as SERA_ARMS
-from sera_jax.experiment.methods.sera import _updates
+from sera_jax.experiment.methods.sera import NOISE_AWARE, _updates
 from sera_jax.experiment.methods.srppo import ARMS as SRPPO_ARMS
 from sera_jax.experiment.phases import Phases, in_words
 from sera_jax.loops import optimise, ppo_segment, runtime
@@ -34,12 +34,19 @@ CASES: dict[str, dict[str, Any]] = {
     "sera, daa": SERA | {"sera.arms": ("daa",)},
     "sera, bootstrap_only": SERA | {"sera.arms": ("bootstrap_only",)},
     "sera, reference of the last round": SERA | {"sera.reference": "previous"},
-    "sera, without a reference": SERA | {"loss.name": "simpo", "sera.reference": "previous"},
+    "sera, without a reference": SERA
+    | {
+        "loss.name": "simpo",
+        "sera.reference": "previous",
+        "sera.arms": tuple(a for a in SERA_ARMS if a not in NOISE_AWARE),
+    },
+    "sera, without a reference, its KL watched": SERA
+    | {"loss.name": "simpo", "sera.arms": ("sera", "sft_likelier_of_4"), "sera.stop_kl": 1e9},
     "sera, too few pairs to add any": SERA | {"sera.bootstrap_fraction": 0.01},
     "sera, within its guard rails": SERA
     | {"sera.arms": ("sera", "sft_likelier_of_4"), "sera.support_quantile": 0.3, "sera.agreement": "rewards"},
     "sera, at several temperatures": SERA | {"sera.arms": ("sera", "daa"), "eval.temperatures": (0.0, 0.5, 1.0)},
-    "srppo, at several temperatures": SRPPO | {"eval.temperatures": (0.0, 0.5, 1.0)},
+    "srppo, at several temperatures": SRPPO | {"eval.temperatures": (0.0, 0.5, 1.0), "world.heldout_tasks": ("last",)},
     "online, at several temperatures": ONLINE | {"eval.temperatures": (0.0, 0.5), "online.eval_updates": 2},
     "srppo, all arms": SRPPO,
     "srppo, best_of_n": SRPPO | {"ppo.arms": ("best_of_n",)},
@@ -119,6 +126,17 @@ def test_rounds_that_end_early_leave_out_some_of_the_phases_that_were_announced(
     updates = {arm: summary["arms"][arm]["updates"] for arm in rounds}
     assert updates["daa"] == 3 * updates["sera"] > 0
     assert summary["params_sha256"]["sera"] != summary["params_sha256"]["daa"]
+
+
+def test_arms_with_a_loss_of_their_own_share_no_round_and_say_what_they_were_told(pretended, tmp_path):
+    case = SERA | {"sera.arms": ("daa", "cdpo", "robust_dpo"), "sera.rounds": 1, "data.label_noise": 0.25}
+    arms = experiment.run(tiny_config(tmp_path, tiny=case))["arms"]
+    assert {arm: facts.get("label_smoothing") for arm, facts in arms.items()} == {
+        "sft": None, "daa": None, "cdpo": 0.25, "robust_dpo": 0.25
+    }  # fmt: skip
+    made = {"round1": "dpo(beta=0.1, label_smoothing=0.0,", "cdpo/round1": "dpo(beta=0.1, label_smoothing=0.25,"}
+    for name, loss in (made | {"robust_dpo/round1": "robust(beta=0.1, label_smoothing=0.25,"}).items():
+        assert f"('{loss}" in (tmp_path / "phases" / name / "manifest.json").read_text()
 
 
 def test_the_updates_of_an_arm_are_those_behind_its_result():

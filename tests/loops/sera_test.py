@@ -26,6 +26,7 @@ from sera_jax.experiment.methods.sera import ARMS as SERA_ARMS
 from sera_jax.experiment.methods.sera import SERA, ranking_of
 from sera_jax.loops import review
 from sera_jax.loops import sera_study as study_module
+from sera_jax.loops.brake import brake
 from sera_jax.loops.runtime import NonFinite, PairShapes, Policy, Preempted
 from sera_jax.loops.sera import sera
 from sera_jax.loops.sera_study import SeraStudy
@@ -371,6 +372,9 @@ def test_answers_that_the_sft_model_would_not_say_make_no_pair(lab, tmp_path):
     least = np.quantile(mean(own), 0.5)
     items = _candidates(lab, tmp_path, "round1/candidates")
     rates, slack = mean(items), TOLERANCES["packing"]["atol"]
+    assert facts[1]["bootstrap/unsupported_fraction"] == facts[1]["bootstrap/refused_unsupported"] / np.size(
+        mean(items)
+    )
     assert abs(facts[1]["bootstrap/refused_unsupported"] - np.sum(rates < least)) <= np.sum(abs(rates - least) < slack)
     assert 0 < np.sum(rates < least) < rates.size
     said = {
@@ -391,6 +395,17 @@ def test_the_share_to_keep_may_be_read_off_the_margins(lab, tmp_path, monkeypatc
     assert facts[1]["kept"] == round(0.6 * PAIRS) == sum(row["kept"] for row in rows) != KEPT
     assert facts[1]["mixture/clean_share"] == 0.6
     np.testing.assert_array_equal(seen[0], np.array([row["margin"] for row in rows], np.float32))
+
+
+def test_pairs_that_selection_left_out_may_come_back_and_are_counted(lab, tmp_path):
+    _, facts = _run(_study(lab, tmp_path, train=SHORT, rounds=2, replay_fraction=0.5, bootstrap_fraction=0.0))
+    back = round(0.5 * (PAIRS - KEPT))
+    assert (facts[1]["kept"], facts[1]["replayed"]) == (KEPT + back, back)
+    assert facts[1]["select/kept_fraction"] == KEPT / PAIRS
+    rows = _jsonl(tmp_path / "phases" / "sera" / "pairs2" / "offline.jsonl")
+    largest = np.argsort([-row["margin"] for row in rows], kind="stable")[:KEPT]
+    kept = {i for i, row in enumerate(rows) if row["kept"]}
+    assert len(kept) == KEPT + back and set(largest.tolist()) < kept
 
 
 @pytest.mark.parametrize(("agreement", "round_"), [("rewards", 2), ("rewards", 3), ("policies", 3)])
@@ -434,6 +449,53 @@ def test_every_arm_makes_as_many_updates_in_every_round(lab, tmp_path):
         (r["arm"], r["round"], r["step"]) for r in read_records(tmp_path / "metrics.jsonl")[0] if r["phase"] == "train"
     ]
     assert sorted(lines) == sorted([("", 1, 1), *((arm, 2, 1) for arm in SERA_ARMS)])
+
+
+BRAKES = {
+    "stop_margin_std": ("irm/std", "the margins' standard deviation is {:.2f} nats"),
+    "stop_chosen_logratio": ("irm/chosen_logratio", "the chosen answers' mean log-ratio is {:.2f} nats"),
+    "stop_kl": ("bootstrap/kl_to_sft", "the candidates' KL to the SFT model is {:.2f} nats"),
+    "stop_unsupported": ("bootstrap/unsupported_fraction", "the share of candidates below support is {:.3f}"),
+}
+
+
+@pytest.mark.parametrize("field", BRAKES)
+def test_each_brake_reads_its_own_fact_and_stops_only_beyond_its_limit(lab, tmp_path, field, capsys):
+    (fact, words), settings = BRAKES[field], lab.study.settings
+    sign = -1 if field == "stop_chosen_logratio" else 1
+    done = [{"arm": "sera", "round": 1}]
+    study = _study(lab, tmp_path)
+    for value, stops in ((0.2, False), (0.21, True)):
+        found = {name: 0.0 for name, _ in BRAKES.values()} | {fact: sign * value}
+        got = brake(study, dataclasses.replace(settings, **{field: 0.2}), [study.sft, "one"], done, found)
+        assert (got == "one") == stops and ("kept_as_result" in done[0]) == stops
+    assert (
+        f"sera: no round 2: {words.format(sign * 0.21)} (config.sera.{field}=0.2); round 1" in capsys.readouterr().err
+    )
+    others = dict.fromkeys(set(BRAKES) - {field}, 1e9)
+    assert brake(study, dataclasses.replace(settings, **others), [study.sft, "one"], done, found) is None
+    assert brake(study, dataclasses.replace(settings, **{field: 0.2}), [study.sft, "one"], done, {}) is None
+
+
+def test_how_far_a_policy_has_moved_is_known_before_a_round_trains(lab, tmp_path, capsys):
+    """From the policies on disk; and a limit on it ends the arm once the candidates are drawn."""
+    found = lab.rounds("sera")[3]
+    items = [pair.item for pair in lab.study.pool]
+    ratios = _alone(lab, lab.policy("sera/round2"), items) - _alone(lab, lab.study.sft, items)
+    chosen = [row[pair.pairs[0][0]] for row, pair in zip(ratios, lab.study.pool)]
+    atol = TOLERANCES["packing"]["atol"]
+    assert found["irm/chosen_logratio"] == pytest.approx(np.mean(chosen), abs=atol)
+    items = _candidates(lab, lab.root, "sera/round2/candidates")
+    ratios = _alone(lab, lab.policy("sera/round2"), items) - _alone(lab, lab.study.sft, items)
+    kl = found["bootstrap/kl_to_sft"]
+    assert kl == pytest.approx(ratios.mean(), abs=atol) and kl > lab.rounds("sera")[2]["bootstrap/kl_to_sft"] > 0
+    policy, facts = _run(_study(lab, tmp_path, rounds=2, train=SHORT, stop_kl=1e-9))
+    assert (policy.name, len(facts), facts[0]["kept_as_result"]) == ("round1", 1, True)
+    assert "the candidates' KL to the SFT model is" in capsys.readouterr().err
+    assert (tmp_path / "phases" / "round1" / "candidates").exists()
+    assert not (tmp_path / "phases" / "sera" / "pairs2").exists()
+    (line,) = [r for r in read_records(tmp_path / "metrics.jsonl")[0] if r["phase"] == "review"]
+    assert line["bootstrap/kl_to_sft"] > 1e-9 and "irm/std" in line
 
 
 @pytest.mark.parametrize(("accuracy", "result"), [({1: 0.6, 2: 0.7}, 2), ({1: 0.8, 2: 0.7}, 1), ({}, 2)])
@@ -481,6 +543,17 @@ def test_plain_daa_is_sera_without_selection_and_bootstrapping(lab, tmp_path):
     assert _checksums(policy) == _checksums(lab.policy("daa/round3"))
     assert [f["kept"] for f in facts] == [PAIRS] * 3
     assert not (tmp_path / "phases" / "round1" / "pool").exists(), "scores that nothing reads"
+
+
+def test_an_arm_whose_loss_is_its_own_has_its_own_first_round(lab, tmp_path):
+    own = dataclasses.replace(_study(lab, tmp_path / "own", train=SHORT, rounds=2), own_loss=True)
+    policy, facts = _run(own, "robust_dpo")
+    alone, _ = _run(_study(lab, tmp_path / "alone", train=SHORT, rounds=2), "daa")
+    assert (policy.name, _checksums(policy)) == ("robust_dpo/round2", _checksums(alone))
+    assert [f["updates"] for f in facts] == [2, 2]
+    lines = [r for r in read_records(tmp_path / "own" / "metrics.jsonl")[0] if r["phase"] == "train"]
+    assert [(r["arm"], r["round"], r["step"]) for r in lines] == [("robust_dpo", n, s) for n in (1, 2) for s in (1, 2)]
+    assert not (tmp_path / "own" / "phases" / "round1").exists()
 
 
 def test_the_random_control_keeps_as_many_as_a_threshold_would(lab, tmp_path):

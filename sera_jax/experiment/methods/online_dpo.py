@@ -21,6 +21,7 @@ from sera_jax.experiment.methods.sera import (
     refuse_unread,
     study_of,
 )
+from sera_jax.loops.brake import LIMITS
 from sera_jax.loops.online import offline, online, segments, self_made, with_reference
 
 # Fields of `sera` on how pairs are made that are of its rounds alone.
@@ -32,6 +33,9 @@ _OF_ROUNDS = (
     "agreement",
     "ensemble_gamma",
     "reference",
+    "replay_fraction",
+    "label_smoothing",
+    *LIMITS,
 )
 # An arm is where the pairs of its updates come from.
 ARMS = {

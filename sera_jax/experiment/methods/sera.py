@@ -9,7 +9,18 @@ from typing import Any
 from sera_jax.config import Config, SeraGroup
 from sera_jax.evaluation import look, picture
 from sera_jax.evaluation.look import ArmLook
-from sera_jax.evaluation.report import ARM, GOLD, GOLD_AT, Report, interval, number, percent, plain, shares
+from sera_jax.evaluation.report import (
+    ARM,
+    GOLD,
+    GOLD_AT,
+    OUT_OF_DOMAIN,
+    Report,
+    interval,
+    number,
+    percent,
+    plain,
+    shares,
+)
 from sera_jax.experiment.corpus import Corpus, of_pairs
 from sera_jax.experiment.evaluator import phases as evaluated
 from sera_jax.experiment.method import Arm, Experiment, Method, Outcome, looks
@@ -27,11 +38,13 @@ _BY_LIKELIHOOD: dict[str, Any] = {"judge": "policy", "likelihood_weight": 1.0, "
 RECOMMENDED: dict[str, Any] = {**_BY_LIKELIHOOD, "bootstrap_from": "policy"}
 _NO_SELECTION: dict[str, Any] = {"selection": "none", "threshold": None}
 _NO_BOOTSTRAP: dict[str, Any] = {"bootstrap_fraction": 0.0}
+_PLAIN: dict[str, Any] = {**_NO_SELECTION, **_NO_BOOTSTRAP, "curriculum": "none"}
 # A control whose judge is another keeps out of its pairs what reads the policy's own reward.
 _OF_THE_REWARD = ("min_margin", "agreement", "length_alpha")
 _DEFAULTS = SeraGroup()
 _NO_REWARD = {field: getattr(_DEFAULTS, field) for field in _OF_THE_REWARD}
-_WINE, _TEAL = "#882255", "#44AA99"  # Tol's muted colours, for arms beyond the palette
+_WINE, _TEAL, _SAND, _INDIGO = "#882255", "#44AA99", "#DDCC77", "#332288"  # Tol's muted, for arms beyond the palette
+_SMOOTHING = 0.1  # of the noise-aware arms where nobody says how many labels are flipped
 # An arm is `sera` with these fields of its group changed.
 ARMS = {
     "sera": Arm("the method", ArmLook("SeRA", look.VERMILION, "o"), {}),
@@ -41,7 +54,17 @@ ARMS = {
     "daa": Arm(
         "the direct alignment loss alone, for as many updates",
         ArmLook("DAA alone", look.BLUE, "s"),
-        {**_NO_SELECTION, **_NO_BOOTSTRAP, "curriculum": "none"},
+        _PLAIN,
+    ),
+    "cdpo": Arm(
+        "DPO alone that expects the share of flipped labels, for as many updates",
+        ArmLook("cDPO alone", _SAND, ">"),
+        _PLAIN,
+    ),
+    "robust_dpo": Arm(
+        "robust DPO alone, told the share of flipped labels, for as many updates",
+        ArmLook("robust DPO alone", _INDIGO, "p"),
+        _PLAIN,
     ),
     "curriculum": Arm(
         "all offline pairs, in later rounds from large margins to small",
@@ -77,6 +100,9 @@ ARMS = {
     ),
 }
 
+# Arms that have a loss of their own, with `label_smoothing`: the baselines that know of the noise.
+NOISE_AWARE = {"cdpo": "dpo", "robust_dpo": "robust"}
+
 
 def run(given: Experiment) -> Outcome:
     """Every arm from the SFT model; the summary gets `arms`, `rounds` and `loss`."""
@@ -89,11 +115,13 @@ def run(given: Experiment) -> Outcome:
     rounds: list[dict[str, Any]] = []
     final = {"sft": given.start}
     for arm in config.sera.arms:
-        settings = dataclasses.replace(config.sera, **ARMS[arm].how)
-        ranked = dataclasses.replace(study, ranking=ranking_of(loss, settings))
-        final[arm], facts = sera(ranked, arm, settings)
+        settings, own = dataclasses.replace(config.sera, **ARMS[arm].how), loss_of_arm(config, arm)
+        of_arm = dataclasses.replace(study, loss=own, own_loss=own != loss, ranking=ranking_of(own, settings))
+        final[arm], facts = sera(of_arm, arm, settings)
         rounds += facts
         arms[arm] = evaluator.of_arm(final[arm]) | {"updates": _updates(facts)}
+        if arm in NOISE_AWARE:
+            arms[arm]["label_smoothing"] = smoothing_of(config)
     return final, {"arms": arms, "rounds": rounds, "loss": loss.as_dict()}
 
 
@@ -104,14 +132,16 @@ def _updates(facts: list[dict[str, Any]]) -> int:
 
 
 def phases(config: Config, corpus: Corpus) -> list[str]:
-    """Of every arm, and of the evaluation of its policies and of the SFT model; fewer are made where
-    `stop_margin_std` ends the rounds of an arm early."""
+    """Of every arm, and of the evaluation of its policies and of the SFT model; fewer are made where a brake ends the
+    rounds of an arm early."""
     names, policies, last = [], ["sft"], ["sft"]
     for arm in config.sera.arms:
         settings = dataclasses.replace(config.sera, **ARMS[arm].how)
         bootstraps = round(settings.bootstrap_fraction * len(corpus.train)) > 0 and bool(corpus.prompts)
-        uses_reference = loss_of(config).uses_reference
-        of_arm, trained = sera_phases(arm, settings, bootstraps=bootstraps, uses_reference=uses_reference)
+        loss, own_loss = loss_of(config), loss_of_arm(config, arm) != loss_of(config)
+        of_arm, trained = sera_phases(
+            arm, settings, bootstraps=bootstraps, uses_reference=loss.uses_reference, own_loss=own_loss
+        )
         names += of_arm
         policies += trained
         last += trained[-1:]
@@ -149,10 +179,31 @@ def loss_of(config: Config) -> ResolvedLoss:
     return resolve(**dataclasses.asdict(config.loss))
 
 
+def loss_of_arm(config: Config, arm: str) -> ResolvedLoss:
+    """The config's loss, or that of a noise-aware arm, with the config's other hyper-parameters."""
+    if arm not in NOISE_AWARE:
+        return loss_of(config)
+    own = {"name": NOISE_AWARE[arm], "label_smoothing": smoothing_of(config)}
+    return resolve(**dataclasses.asdict(config.loss) | own)
+
+
+def smoothing_of(config: Config) -> float:
+    """The share of flipped labels that the noise-aware arms are told."""
+    given = config.sera.label_smoothing
+    return given if given is not None else config.data.label_noise or _SMOOTHING
+
+
+def announce(config: Config) -> str:
+    """The loss, and those of arms that have another."""
+    others = [f"{arm}: {loss_of_arm(config, arm)}" for arm in config.sera.arms if arm in NOISE_AWARE]
+    return "; ".join([f"loss {loss_of(config)}", *others])
+
+
 def check(config: Config) -> None:
     """Raises ValueError, with the way out, where fields contradict each other."""
     sera = config.sera
     check_pairs(config)
+    _check_noise_aware(config)
     check_band("band", sera.band)
     check_band("bootstrap_band", sera.bootstrap_band)
     if sera.selection == "threshold" and sera.threshold is None:
@@ -166,8 +217,15 @@ def check(config: Config) -> None:
             )
     if sera.selection in ("threshold", "none") or sera.band is not None:
         refuse_unread(sera, ("keep_rule",), f"selection={sera.selection!r}, band={sera.band}")
+    if sera.selection == "none":
+        refuse_unread(sera, ("replay_fraction",), "selection='none'")
     if sera.bootstrap_fraction == 0:
-        refuse_unread(sera, (*_OF_THE_REWARD, "bootstrap_band", "support_quantile"), "bootstrap_fraction=0")
+        unread = (*_OF_THE_REWARD, "bootstrap_band", "support_quantile", "stop_kl", "stop_unsupported")
+        refuse_unread(sera, unread, "bootstrap_fraction=0")
+    if sera.bootstrap_from == "sft":
+        refuse_unread(sera, ("stop_kl",), "bootstrap_from='sft'")
+    if sera.support_quantile == 0:
+        refuse_unread(sera, ("stop_unsupported",), "support_quantile=0")
     if sera.judge != "policy":
         refuse_unread(sera, (*_OF_THE_REWARD, "likelihood_weight", "ranking_reduction"), f"judge={sera.judge!r}")
     arms = [dataclasses.replace(sera, **ARMS[arm].how) for arm in sera.arms]
@@ -184,6 +242,25 @@ def refuse_unread(sera: SeraGroup, fields: Sequence[str], where: str) -> None:
             raise ValueError(
                 f"config.sera.{field}={value!r} is not read with {where}; leave it at {default!r}, or change the other"
             )
+
+
+def _check_noise_aware(config: Config) -> None:
+    """Raises ValueError where arms that are told the share of flipped labels cannot be, or nobody is told it."""
+    arms = [arm for arm in config.sera.arms if arm in NOISE_AWARE]
+    if not arms:
+        refuse_unread(config.sera, ("label_smoothing",), f"arms={config.sera.arms!r}")
+        return
+    if config.loss.name != "dpo":
+        raise ValueError(
+            f"config.loss.name={config.loss.name!r}, config.sera.arms={config.sera.arms!r}: {' and '.join(arms)} are "
+            "of DPO; set config.loss.name='dpo', or leave them out"
+        )
+    if smoothing_of(config) >= 0.5:
+        raise ValueError(
+            f"config.sera.label_smoothing={config.sera.label_smoothing}, config.data.label_noise="
+            f"{config.data.label_noise}: {' and '.join(arms)} need a share of flipped labels below 0.5, at which "
+            "labels say nothing; give one in config.sera.label_smoothing, or leave them out"
+        )
 
 
 def _check_judges(config: Config, arms: Sequence[SeraGroup]) -> None:
@@ -249,9 +326,11 @@ AGREEMENT = ("agree/not/tie", shares("agreement", ("agree", "disagree", "tie")))
 PAIR_LEGEND = [
     GOLD,
     GOLD_AT,
+    OUT_OF_DOMAIN,
     ("heldout_accuracy", "accuracy", "held-out pairs that the implicit reward ranks as labelled"),
     ("length_baseline_accuracy", "by length", "the same for a rule that prefers the longer answer"),
     ("heldout_accuracy_shorter", "on shorter", "accuracy on the pairs whose shorter answer was preferred"),
+    ("replayed", "replayed", "of those kept, the pairs that sera.replay_fraction took back"),
     ("flipped_fraction_kept", "flipped", "offline pairs kept whose label data.label_noise had exchanged"),
     ("bootstrap/refused_unsupported", "unsupported", "answers below sera.support_quantile, which make no pair"),
     ("bootstrap/refused_disagreement", "disagreement", "pairs refused, since the judges of sera.agreement differ"),
@@ -270,6 +349,7 @@ REPORT = Report(
         ARM,
         ("round", plain("round")),
         ("kept", plain("kept")),
+        ("replayed", plain("replayed")),
         ("flipped", percent("flipped_fraction_kept")),
         ("added", plain("added")),
         *((reason, number(f"bootstrap/refused_{reason}", 0)) for reason in REASONS),
@@ -298,7 +378,7 @@ SERA = Method(
     reads=("loss", "sera"),
     arms=ARMS,
     check=check,
-    announce=lambda config: f"loss {loss_of(config)}",
+    announce=announce,
     sources=PAIR_SOURCES,
     texts=("preference", ("train",)),
     read=of_pairs,

@@ -12,7 +12,7 @@ from sera_jax.config import Config
 from sera_jax.data.items import unique_prompts
 from sera_jax.evaluation import iterations, look
 from sera_jax.evaluation.look import ArmLook
-from sera_jax.evaluation.report import ARM, GOLD, GOLD_AT, Report, interval, number, percent, plain
+from sera_jax.evaluation.report import ARM, GOLD, GOLD_AT, OUT_OF_DOMAIN, Report, interval, number, percent, plain
 from sera_jax.experiment.corpus import Corpus, of_demonstrations
 from sera_jax.experiment.evaluator import Evaluator
 from sera_jax.experiment.evaluator import phases as evaluated
@@ -231,6 +231,7 @@ REPORT = Report(
     legend=[
         GOLD,
         GOLD_AT,
+        OUT_OF_DOMAIN,
         ("answer_accuracy", "right", "answers whose last match of eval.answer_pattern is the reference's"),
         ("wellformed_fraction", "well-formed", "answers in which eval.answer_pattern is found"),
         (
