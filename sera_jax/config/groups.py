@@ -120,8 +120,8 @@ class SeraGroup:
         answer's tokens, or as the `loss` does it.
     pairing: of a prompt's answers, the `best_worst` by what ranks, or `all` pairs.
     bootstrap_from: whose answers are paired: the newest `policy`'s, or the `sft` model's, which then judges alone.
-    judge: what ranks them: the `policy` by the reward above, or, as controls, `chance`, or the `gold` reward where there
-        is one; these go without likelihood_weight, ranking_reduction, min_margin, agreement and length_alpha.
+    judge: what ranks them: the `policy` by the reward above, or, as controls, `chance`, or the `gold` reward of a run
+        that has one; these go without likelihood_weight, ranking_reduction, min_margin, agreement and length_alpha.
     min_margin: sampled pairs below this margin (in the unit of what ranks) are refused; unset: none is.
     bootstrap_band: two quantiles of the sampled pairs' margins; pairs outside are refused, so (0, 0.9) drops the
         largest tenth too. unset: none is.

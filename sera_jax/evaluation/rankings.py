@@ -52,7 +52,7 @@ def facts(
     """
     found = {}
     for name, (_, ranking) in RANKINGS.items():
-        if not candidates or ("ratio" in name or "ref" in name) and candidates[0].ref_logp is None:
+        if not candidates or (("ratio" in name or "ref" in name) and candidates[0].ref_logp is None):
             continue
         rewards = [np.float32(ranking(c)) for c in candidates]
         pairs = [(i, pair.chosen, pair.rejected) for i, p in enumerate(pair(candidates, rewards)) for pair in p.pairs]
