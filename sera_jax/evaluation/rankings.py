@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,13 +13,22 @@ from sera_jax.evaluation import gold
 from sera_jax.evaluation.report import aligned, number, plain, shares
 from sera_jax.sampling import Candidates
 
-Ranking = Callable[[Candidates], np.ndarray]  # f[N], larger is better
-RANKINGS: dict[str, tuple[str, Ranking]] = {
-    "log_ratio_sum": ("log pi - log pi_ref", lambda c: c.logp - c.ref_logp),
-    "log_ratio_mean": ("log pi - log pi_ref, a token", lambda c: (c.logp - c.ref_logp) / np.maximum(c.lengths, 1)),
-    "logp_mean": ("log pi, a token", lambda c: c.logp / np.maximum(c.lengths, 1)),
-    "ref_logp_mean": ("log pi_ref, a token", lambda c: c.ref_logp / np.maximum(c.lengths, 1)),
-    "shortest": ("shortest", lambda c: -c.lengths),
+
+@dataclasses.dataclass(frozen=True)
+class Ranking:
+    """What orders candidates: says: in words. of: from log pi, log pi_ref and tokens, f[N] each; larger is better."""
+
+    says: str
+    of: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+    reads_reference: bool = False
+
+
+RANKINGS = {
+    "log_ratio_sum": Ranking("log pi - log pi_ref", lambda now, ref, n: now - ref, True),
+    "log_ratio_mean": Ranking("log pi - log pi_ref, a token", lambda now, ref, n: (now - ref) / n, True),
+    "logp_mean": Ranking("log pi, a token", lambda now, ref, n: now / n),
+    "ref_logp_mean": Ranking("log pi_ref, a token", lambda now, ref, n: ref / n, True),
+    "shortest": Ranking("shortest", lambda now, ref, n: -n),
 }
 COLUMNS = [
     ("candidates of", plain("arms")),
@@ -51,11 +61,12 @@ def facts(
         pair: from candidates and their rewards to at most one pair of each prompt, best and worst.
     """
     found = {}
-    for name, (_, ranking) in RANKINGS.items():
-        if not candidates or (("ratio" in name or "ref" in name) and candidates[0].ref_logp is None):
+    for name, ranking in RANKINGS.items():
+        if not candidates or (ranking.reads_reference and candidates[0].ref_logp is None):
             continue
-        rewards = [np.float32(ranking(c)) for c in candidates]
-        pairs = [(i, pair.chosen, pair.rejected) for i, p in enumerate(pair(candidates, rewards)) for pair in p.pairs]
+        rewards = [reward_of(ranking, c) for c in candidates]
+        pairings = pair(candidates, rewards)
+        pairs = [(i, made.chosen, made.rejected) for i, pairing in enumerate(pairings) for made in pairing.pairs]
         if not pairs:
             continue
         both = np.array([[golds[i][chosen], golds[i][rejected]] for i, chosen, rejected in pairs])
@@ -73,11 +84,18 @@ def facts(
     return found
 
 
+def reward_of(ranking: Ranking, candidates: Candidates) -> np.ndarray:
+    """f32[N], of candidates that are scored by what it reads."""
+    assert candidates.logp is not None, "scored before it is ranked"
+    ref = np.zeros(0) if candidates.ref_logp is None else candidates.ref_logp
+    return np.float32(ranking.of(candidates.logp, ref, np.maximum(candidates.lengths, 1)))
+
+
 def table(rounds: Sequence[dict[str, Any]]) -> str:
     """Of the rounds of a summary that have `rankings`; arms that had the same candidates share their lines."""
     lines: dict[str, dict[str, Any]] = {}
     for round_ in rounds:
         for name, found in round_.get("rankings", {}).items():
-            line = {"round": round_["round"], "ranking": RANKINGS[name][0], **found}
+            line = {"round": round_["round"], "ranking": RANKINGS[name].says, **found}
             lines.setdefault(str(line), {**line, "of": []})["of"].append(round_["arm"])
     return aligned([{**line, "arms": ", ".join(line["of"])} for line in lines.values()], COLUMNS)

@@ -25,7 +25,7 @@ def pair(given, rewards):
 
 def judged_by(name, sign=1.0, count=12):
     given = [candidates(seed) for seed in range(count)]
-    golds = [sign * np.float64(rankings.RANKINGS[name][1](c)) for c in given]
+    golds = [sign * np.float64(rankings.reward_of(rankings.RANKINGS[name], c)) for c in given]
     return given, golds, rankings.facts(given, golds, pair)
 
 
