@@ -20,7 +20,7 @@ METHODS = {p.stem for p in (PACKAGE / "experiment" / "methods").glob("*.py") if 
 
 # From the top to the bottom; a unit may import what stands below it and, in its own layer, only what SIBLINGS names.
 LAYERS = [
-    ["main", "generate", "evaluate", "export", "study", "compare"],
+    ["main", "generate", "evaluate", "export", "study", "compare", "rankings"],
     ["studies"],
     ["experiment"],
     ["loops"],

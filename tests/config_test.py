@@ -248,7 +248,15 @@ def test_a_threshold_belongs_to_the_threshold_rule_and_the_rule_needs_it():
         ({"eval__temperatures": (-0.5,)}, ["config.eval.temperatures=(-0.5,)", "none below 0"]),
         ({"sera__bootstrap_band": (0.9, 0.1)}, ["config.sera.bootstrap_band=(0.9, 0.1)", "0 <= low < high <= 1"]),
         ({"sera__judge": "gold"}, ["config.sera.judge='gold'", "config.world.name", "leave them out"]),
-        ({"sera__arms": ("sera", "oracle_pairing")}, ["('sera', 'oracle_pairing')", "only the embedded world"]),
+        ({"sera__arms": ("sera", "oracle_pairing")}, ["('sera', 'oracle_pairing')", "config.eval.gold='chrf'"]),
+        (
+            {"sera__judge": "gold", "eval__gold": "chrf", "data__prompts": "new.jsonl"},
+            ["config.sera.judge='gold'", "config.data.prompts='new.jsonl'", "empty data.prompts"],
+        ),
+        (
+            {"eval__gold": "chrf", "data__train": "", "world__name": "habits"},
+            ["config.eval.gold='chrf'", "config.world.name='habits'", "empty one of them"],
+        ),
         ({"data__share_prompt": False}, ["1536 tokens", "row_tokens=1024"]),
         (
             {"sera__keep_rule": "mixture", "sera__selection": "threshold", "sera__threshold": 0.5},
@@ -335,6 +343,7 @@ def test_the_noise_aware_arms_have_the_loss_of_the_run_but_for_what_they_are_tol
 def test_a_gold_reward_is_missed_only_by_arms_that_judge_by_it():
     for free in ({"sera__arms": ("daa", "selection_only")}, {"sera__rounds": 1}, {"sera__bootstrap_fraction": 0.0}):
         parse(raw_config(sera__judge="gold", **free))
+    parse(raw_config(sera__arms=("sera", "oracle_pairing"), eval__gold="chrf"))
 
 
 def test_every_arm_of_sera_has_a_colour_and_a_marker_of_its_own():

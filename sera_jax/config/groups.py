@@ -124,7 +124,7 @@ class SeraGroup:
         answer's tokens, or as the `loss` does it.
     pairing: of a prompt's answers, the `best_worst` by what ranks, or `all` pairs.
     bootstrap_from: whose answers are paired: the newest `policy`'s, or the `sft` model's, which then judges alone.
-    judge: what ranks them: the `policy` by the reward above, or, as controls, `chance`, or the `gold` reward of a world
+    judge: what ranks them: the `policy` by the reward above, or, as controls, `chance`, or the `gold` reward of a run
         that has one; these go without likelihood_weight, ranking_reduction, min_margin, agreement and length_alpha.
     min_margin: sampled pairs below this margin (in the unit of what ranks) are refused; unset: none is.
     bootstrap_band: two quantiles of the sampled pairs' margins; pairs outside are refused, so (0, 0.9) drops the
@@ -356,6 +356,8 @@ class EvalGroup:
     temperatures: where there is a gold reward, further temperatures at which the SFT model and every arm's last policy
         answer them, for `gold_by_temperature`; each costs one more answer to every prompt and policy.
     num_generations: of the answers at `temperature`, how many of every policy stand in generations.jsonl.
+    gold: what answers of real rows are compared by with the data's own preferred answer of their prompt, for a gold
+        reward: `chrf` (needs the package sacrebleu); empty: none. The embedded world has its own.
     answer_pattern: a regular expression with one group; the report then shows the share of held-out answers in which it
         is found (`wellformed_fraction`) and, where the rows have responses, the share whose last match is theirs
         (`answer_accuracy`).
@@ -367,6 +369,7 @@ class EvalGroup:
     temperatures: tuple[float, ...] = ()
     max_new_tokens: int = at_least(0, 0)
     num_generations: int = at_least(8, 0)
+    gold: str = one_of("", "chrf")
     answer_pattern: str = ""
 
 

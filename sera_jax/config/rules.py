@@ -17,6 +17,11 @@ def check_together(config: Config) -> None:
     _check_chunks(config)
     _check_pattern(config.eval.answer_pattern)
     _check_temperatures(config.eval.temperatures)
+    if config.eval.gold and config.world.name:
+        raise ValueError(
+            f"config.eval.gold={config.eval.gold!r} and config.world.name={config.world.name!r}: the embedded world "
+            "has a gold reward of its own; empty one of them"
+        )
 
 
 def _check_lengths(config: Config) -> None:

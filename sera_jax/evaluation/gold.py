@@ -1,8 +1,9 @@
-"""Gold rewards of generated responses: mean with an interval, and win rate of one policy against another."""
+"""Gold rewards of generated responses: mean with an interval, and win rate of one policy against another; and chrF, a
+gold reward for real text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -10,6 +11,27 @@ from sera_jax.core import Stream, rng_for
 
 TIE = 1e-9  # gold rewards are sums of a few decimals; closer than this is the same reward
 RESAMPLES = 2000
+
+Likeness = Callable[[str, Sequence[str]], float]  # of a text and the nearest of those that it should be like
+
+
+def chrf() -> Likeness:
+    """chrF (Popovic 2015), from 0 to 1, as sacrebleu computes it of a sentence by default.
+
+    Raises:
+        ValueError: sacrebleu is not installed.
+    """
+    try:
+        import sacrebleu  # no run needs it that does not ask for it
+    except ImportError as error:
+        raise ValueError(
+            "config.eval.gold='chrf' needs the package sacrebleu, which is not installed: pip install sacrebleu; or "
+            "leave eval.gold empty"
+        ) from error
+    return lambda said, references: sacrebleu.sentence_chrf(said, references).score / 100
+
+
+LIKENESS = {"chrf": chrf}  # by eval.gold
 
 
 def facts(golds: Sequence[float] | np.ndarray, *, seed: int = 0) -> dict[str, float | list[float]]:
@@ -63,8 +85,9 @@ def win_rate(golds: np.ndarray, other: np.ndarray) -> float:
 
 def agreement(chosen: np.ndarray, rejected: np.ndarray) -> dict[str, float]:
     """Shares of pairs whose chosen response the gold puts above (`agree`), below (`disagree`) or level with (`tie`) the
-    rejected one; gold rewards f[n] of both sides. Empty where n is 0."""
+    rejected one; gold rewards f[n] of both sides. Pairs without one (NaN) do not count; empty where none counts."""
     gap = np.asarray(chosen, np.float64) - np.asarray(rejected, np.float64)
+    gap = gap[~np.isnan(gap)]
     if not len(gap):
         return {}
     tie = np.abs(gap) < TIE

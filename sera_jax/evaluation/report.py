@@ -219,7 +219,11 @@ def in_a_line(facts: Mapping[str, Any]) -> str:
 
 
 # Columns and meanings that more than one method has, by what they show.
-GOLD = ("gold_mean", "gold", "mean reward of answers to held-out prompts, by the world's rule; 95 % over prompts")
+GOLD = (
+    "gold_mean",
+    "gold",
+    "mean reward of answers to held-out prompts, by the world's rule or eval.gold; 95 % over prompts",
+)
 GOLD_AT = (
     "gold_by_temperature",
     "gold at",

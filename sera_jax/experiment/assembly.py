@@ -17,6 +17,7 @@ from sera_jax.data.items import Item
 from sera_jax.data.loading import Limits, load_records
 from sera_jax.data.sources import content_hash, parse_mixture
 from sera_jax.data.tokenizing import Tokenizer
+from sera_jax.evaluation.gold import LIKENESS
 from sera_jax.experiment.corpus import Corpus, Reader
 from sera_jax.experiment.folders import check_two_models, has_tokenizer
 from sera_jax.experiment.method import Method
@@ -39,6 +40,7 @@ def read_corpus(config: Config, workdir: Workdir, say: Callable[[str], None]) ->
     method = METHODS[config.method]
     if method.needs_base:
         check_two_models(config.model, say)
+    likeness = LIKENESS[config.eval.gold]() if config.eval.gold else None
     data, model, heldout_prompts = config.data, config.model, ""
     if config.world.name:
         data, model, heldout_prompts = make_world_files(config, method, workdir)
@@ -56,8 +58,14 @@ def read_corpus(config: Config, workdir: Workdir, say: Callable[[str], None]) ->
         "workdir": workdir.root,
         "seed": config.seed,
     }
-    gold = world_gold(tokenizer) if config.world.name else None
-    read = Reader(tokenizer=tokenizer, tokenizer_dir=tokenizer_dir, gold=gold, options=options, say=say)
+    read = Reader(
+        tokenizer=tokenizer,
+        tokenizer_dir=tokenizer_dir,
+        gold=world_gold(tokenizer) if config.world.name else None,
+        likeness=likeness,
+        options=options,
+        say=say,
+    )
     corpus = method.read(config, data, heldout_prompts, read)
     tasks = world_tasks(tokenizer, corpus.eval_prompts) if config.world.name else []
     return dataclasses.replace(corpus, eval_tasks=tasks)

@@ -7,6 +7,7 @@ no training source. Its rows there are left out, counted, and said in a line for
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from sera_jax.config import Config, DataGroup
 from sera_jax.data.items import Item, PairItem, prompt_keys, unique_prompts
 from sera_jax.data.loading import flip_labels, load_demonstrations, load_preferences, load_prompts, split_heldout
 from sera_jax.data.tokenizing import Tokenizer
+from sera_jax.evaluation.gold import Likeness
 from sera_jax.loops.sera_study import Gold
 
 Entry = TypeVar("Entry", Item, PairItem)
@@ -35,7 +37,8 @@ class Corpus:
         prompts_left_out: how many of data.prompts are not among the new prompts, by reason (SRPPO only).
         held_out_rows: how many rows of each training source were left out because their prompt is held out.
         eval_prompts: what held-out generations answer. eval_tasks: the task of each, in the embedded world.
-        gold: reward of (prompt item, response tokens), in the embedded world.
+        gold: reward of (prompt item, response tokens): the embedded world's, or by eval.gold; NaN of a prompt that has
+            none.
     """
 
     tokenizer: Tokenizer
@@ -59,7 +62,8 @@ class Reader:
     """Reads a source as tokens and says what became of its rows.
 
     Attributes:
-        tokenizer, tokenizer_dir, gold: as in Corpus.
+        tokenizer, tokenizer_dir: as in Corpus.
+        gold: the embedded world's. likeness: what eval.gold names.
         options: of every load: limits, max_bad_fraction, workdir, seed.
         say: takes a line for the user.
     """
@@ -67,6 +71,7 @@ class Reader:
     tokenizer: Tokenizer
     tokenizer_dir: str
     gold: Gold | None
+    likeness: Likeness | None
     options: dict[str, Any]
     say: Callable[[str], None]
 
@@ -74,6 +79,30 @@ class Reader:
         rows, report = load(spec, self.tokenizer, name=name, **self.options)
         self.say(report.table())
         return rows
+
+    def gold_of(self, preferred: Iterable[Item], prompts: Sequence[Item]) -> Gold | None:
+        """The gold reward of a run: the embedded world's, or how like the nearest preferred answer of its prompt an
+        answer is. A prompt without one has none (NaN).
+
+        Args:
+            preferred: prompts with their preferred answers. prompts: what is sampled on in training; how many of them
+                have no preferred answer is said.
+        """
+        likeness = self.likeness
+        if likeness is None:
+            return self.gold
+        references: dict[bytes, list[str]] = {}
+        for item in preferred:
+            said = [self.tokenizer.decode_response(tokens) for tokens in item.responses]
+            references.setdefault(item.prompt.tobytes(), []).extend(said)
+        if without := sum(item.prompt.tobytes() not in references for item in prompts):
+            self.say(f"gold: {without} of {len(prompts)} prompts have no preferred answer, and so no gold reward")
+
+        def gold(item: Item, tokens: np.ndarray) -> float:
+            known = references.get(item.prompt.tobytes())
+            return likeness(self.tokenizer.decode_response(tokens), known) if known else math.nan
+
+        return gold
 
 
 @dataclasses.dataclass
@@ -179,7 +208,7 @@ def of_pairs(config: Config, data: DataGroup, heldout_prompts: str, read: Reader
         prompts=prompts,
         prompts_left_out={},
         eval_prompts=_first(held.prompts, config.eval.num_prompts),
-        gold=read.gold,
+        gold=read.gold_of((_side(pair, pair.pairs[0][0]) for pair in [*train, *held.rows]), prompts),
         held_out_rows=held.left_out,
     )
 
@@ -219,7 +248,7 @@ def of_demonstrations(config: Config, data: DataGroup, heldout_prompts: str, rea
         prompts=prompts,
         prompts_left_out=left_out,
         eval_prompts=_first(held.prompts, config.eval.num_prompts),
-        gold=read.gold,
+        gold=read.gold_of([*demonstrations, *held.rows], prompts),
         held_out_rows=held.left_out,
     )
 

@@ -158,7 +158,7 @@ def _scored(study: SeraStudy, params: Params, candidates: Sequence[Candidates], 
 def _metrics(
     study: SeraStudy, pairs: Sequence[PairItem], margins: np.ndarray, pairings: Sequence[irm.Pairing]
 ) -> dict[str, Mean]:
-    """How many pairs an update has, their margin (nats), what was refused, and, in a world that has a gold reward,
+    """How many pairs an update has, their margin (nats), what was refused, and, where there is a gold reward,
     whether it agrees."""
     refused = {reason: np.float32(sum(made.refused[reason] for made in pairings)) for reason in REFUSALS}
     count = np.float32(len(margins))

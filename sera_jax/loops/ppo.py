@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -256,16 +257,18 @@ class Learner:
             for k, sample in enumerate(group):
                 row = {"iteration": iteration, "id": item.id, **study.texts(item, sample.tokens), **sums[i, k]}
                 row |= {"finished": sample.finished, "tokens": len(sample.tokens)}
-                rows.append(row if study.gold is None else row | {"gold": study.gold(item, sample.tokens)})
+                gold = math.nan if study.gold is None else study.gold(item, sample.tokens)
+                rows.append(row if math.isnan(gold) else row | {"gold": gold})
         write_jsonl(study.run.workdir.root / "rollouts" / self.arm.name / f"{iteration:06d}.jsonl", rows)
 
     def _prompt_metrics(self, rollouts: Rollouts) -> dict[str, float]:
-        """How many prompts SFT had seen, and, in a world that has one, the gold reward of the rollouts."""
+        """How many prompts SFT had seen, and the gold reward of the rollouts that have one."""
         study = self.study
         metrics = {"rollout/sft_prompt_fraction": self.schedule.sft_per_iteration / self.schedule.per_iteration}
         if study.gold is not None:
             golds = [study.gold(item, response) for item in rollouts.items for response in item.responses]
-            metrics["rollout/gold_mean"] = float(np.mean(golds))
+            if not np.isnan(golds).all():
+                metrics["rollout/gold_mean"] = float(np.nanmean(golds))
         return metrics
 
 

@@ -14,7 +14,7 @@ from sera_jax.config import SeraGroup
 from sera_jax.core import Stream, rng_for
 from sera_jax.data.items import Item, PairItem
 from sera_jax.data.packing import Layout, laid_tokens
-from sera_jax.evaluation import gold
+from sera_jax.evaluation import gold, rankings
 from sera_jax.loops.rewards import Reward, implicit
 from sera_jax.loops.runtime import Policy
 from sera_jax.loops.sera_study import Gold, SeraStudy, pair_margins, pool_logps
@@ -105,8 +105,10 @@ def bootstrap(
     ]
     record: dict[str, Any] = _summary(made, rewards, pairings, settings)
     record |= {f"bootstrap/refused_{reason}": float(number) for reason, number in refused.items()}
-    if study.gold is not None and fresh:
-        record["agreement"] = agreement(study.gold, fresh)
+    if study.gold is not None:
+        record["rankings"] = _rankings(study, settings, made, study.gold)
+        if fresh and (shares := agreement(study.gold, fresh)):
+            record["agreement"] = shares
     return fresh, record
 
 
@@ -231,6 +233,16 @@ def _summary(
         **guards.candidate_summary(rewards, tokens, made.sft),
         **guards.margin_spread(pairings),
     }
+
+
+def _rankings(study: SeraStudy, settings: SeraGroup, made: Sampled, rule: Gold) -> dict[str, dict[str, Any]]:
+    """What `evaluation.rankings` says of the newest policy's candidates that may make pairs and have a gold reward."""
+    settings = dataclasses.replace(settings, pairing="best_worst", length_alpha=0.0)
+    usable = [c.only(np.flatnonzero(c.finished)) if settings.require_eos else c for c in made.newest]
+    golds = [(c, np.array([rule(c.prompt, said) for said in c.tokens])) for c in usable if len(c.samples) > 1]
+    golds = [(c, found) for c, found in golds if not np.isnan(found).any()]
+    pair = lambda candidates, rewards: pair_up(study, candidates, rewards, settings)  # noqa: E731
+    return rankings.facts([c for c, _ in golds], [found for _, found in golds], pair)
 
 
 def bootstrap_phases(settings: SeraGroup, policies: Sequence[str], round_: int, *, uses_reference: bool) -> list[str]:

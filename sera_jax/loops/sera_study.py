@@ -24,7 +24,7 @@ from sera_jax.losses.preference import ResolvedLoss
 from sera_jax.mesh import row_shards
 from sera_jax.training.objectives import align_objective
 
-Gold = Callable[[Item, np.ndarray], float]  # the reward of (prompt item, response tokens) in a world that has one
+Gold = Callable[[Item, np.ndarray], float]  # the reward of (prompt item, response tokens); NaN where there is none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class SeraStudy:
         ranking: what orders a prompt's candidates.
         text: what response tokens say, control tokens left out.
         evaluate: held-out facts of a policy, for the report; round 0 is the SFT model.
-        gold: only reported.
+        gold: only reported, unless it is the judge.
         own_loss: the loss is that of one arm alone, and so is its round 1.
     """
 

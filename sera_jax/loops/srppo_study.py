@@ -23,7 +23,7 @@ class SrppoStudy:
         base, sft: the two frozen models whose log-ratio is the reward; `sft` is also where the policy starts.
         demonstrations: what SFT imitated; their prompts are the SFT prompts. prompts: new ones, without responses.
         evaluate: held-out facts of a policy, for the report; called with the number of the evaluation, from 1.
-        gold: reward of (prompt item, response tokens), where a world has one; only reported.
+        gold: reward of (prompt item, response tokens), NaN where there is none; only reported.
         texts: of (prompt item, response tokens), for the rollouts saved every `rollout_iterations` iterations.
     """
 

@@ -1,4 +1,7 @@
-"""Gold facts: laws of the interval, the win rate and the agreement."""
+"""Gold facts: laws of the interval, the win rate, the agreement and chrF."""
+
+import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -80,3 +83,44 @@ def test_the_shares_of_agreement_add_to_one_and_swap_with_the_sides():
     assert sum(shares.values()) == pytest.approx(1.0)
     assert (shares["agree"], shares["tie"]) == (swapped["disagree"], swapped["tie"])
     assert gold.agreement([], []) == {}
+
+
+def test_a_pair_without_a_gold_reward_does_not_count():
+    known = gold.agreement([1.0, 0.0, 0.5], [0.0, 1.0, 0.5])
+    assert gold.agreement([1.0, np.nan, 0.0, 0.5, 0.3], [0.0, 0.1, 1.0, 0.5, np.nan]) == known
+    assert gold.agreement([np.nan], [0.0]) == {}
+
+
+def chrf_oracle(said, reference):
+    """F_2 of the mean precision and recall of character n-grams, n = 1..6, of the orders that both texts have."""
+    precisions, recalls = [], []
+    for n in range(1, 7):
+        ours, theirs = (
+            Counter(text[i : i + n] for i in range(len(text) - n + 1))
+            for text in ("".join(said.split()), "".join(reference.split()))
+        )
+        if ours and theirs:
+            same = (ours & theirs).total()
+            precisions.append(same / ours.total())
+            recalls.append(same / theirs.total())
+    p, r = np.mean(precisions or [0.0]), np.mean(recalls or [0.0])
+    return 5 * p * r / (4 * p + r) if p + r else 0.0
+
+
+SAID = ["He goes to the park every day.", "He go to park", "Yes.", "", "Une réponse, ailleurs"]
+
+
+def test_chrf_is_that_of_sacrebleu_from_0_to_1_and_of_the_nearest_reference():
+    sacrebleu = pytest.importorskip("sacrebleu", reason="eval.gold='chrf' reads it")
+    chrf, reference, other = gold.chrf(), "He goes to the park every day.", "Yes, he goes."
+    for said in SAID:
+        assert chrf(said, [reference]) == sacrebleu.CHRF().sentence_score(said, [reference]).score / 100
+        assert chrf(said, [reference]) == pytest.approx(chrf_oracle(said, reference))
+        assert chrf(said, [other, reference]) == max(chrf(said, [other]), chrf(said, [reference]))
+    assert (chrf(reference, [reference]), chrf("", [reference])) == (1.0, 0.0)
+
+
+def test_chrf_without_sacrebleu_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    with pytest.raises(ValueError, match=r"config\.eval\.gold='chrf'.* pip install sacrebleu"):
+        gold.chrf()

@@ -9,6 +9,7 @@ import pytest
 from sera_jax import world
 from sera_jax.checkpoint import Workdir
 from sera_jax.data.items import Item
+from sera_jax.evaluation import gold
 from sera_jax.experiment.assembly import check_sources, read_corpus
 from sera_jax.experiment.corpus import as_text, new_prompts
 from tests.loops.tiny import tiny_config, tiny_srppo
@@ -180,6 +181,53 @@ def test_without_demonstrations_sft_imitates_what_the_labels_say_after_the_noise
     assert ids(corpus.pretrain) == [
         f"{pair.item.id}/{side}" for pair in corpus.train for side in ("chosen", "rejected")
     ]
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """A gold reward that needs no package: 1 for an answer that is a reference of its prompt."""
+    monkeypatch.setitem(gold.LIKENESS, "chrf", lambda: lambda said, references: float(said in references))
+
+
+def golds(corpus, items, responses):
+    return [corpus.gold(item, corpus.tokenizer.encode_response("", said)) for item, said in zip(items, responses)]
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_answers_are_compared_with_the_preferred_ones_before_the_flips(tmp_path, tokenizer_dir, exact, noise):
+    rows = [*PAIRS, {**PAIRS[0], "chosen": "cow axe"}, {"prompt": "repeat : oak", "chosen": "oak", "rejected": "elm"}]
+    prompts = [{"prompt": row["prompt"]} for row in (PAIRS[1], {"prompt": "repeat : fig"})]
+    files = {"train": rows[:-1], "eval": rows[-1:], "prompts": prompts}
+    for name, entries in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in entries))
+    config = tiny_config(
+        tmp_path / "run",
+        world__name="",
+        model__tokenizer_name_or_path=str(tokenizer_dir),
+        data__label_noise=noise,
+        eval__gold="chrf",
+        **{f"data__{name}": str(tmp_path / f"{name}.jsonl") for name in files},
+    )
+    said: list[str] = []
+    corpus = read_corpus(config, Workdir(tmp_path / "run", {}), said.append)
+    assert sum(pair.flipped for pair in corpus.train) == noise * len(corpus.train)
+    items = [pair.item for pair in corpus.train]
+    for row in rows[:-1]:
+        assert set(golds(corpus, [items[rows.index(row)]], [row["chosen"]])) == {1.0}
+    assert golds(corpus, items[1:6], [row["rejected"] for row in PAIRS[1:]]) == [0.0] * 5
+    assert golds(corpus, corpus.eval_prompts * 2, ["oak", "elm"]) == [1.0, 0.0]
+    assert np.isnan(golds(corpus, corpus.prompts, ["cow drill", "fig"])).tolist() == [False, True]
+    assert "gold: 1 of 2 prompts have no preferred answer, and so no gold reward" in said
+
+
+def test_self_rewarding_ppo_compares_answers_with_the_demonstrations(read, rows, exact):
+    corpus, said = read(heldout=rows["heldout_demonstrations"], prompts=rows["prompts"], eval__gold="chrf")
+    decode = corpus.tokenizer.decode_response
+    for items in (corpus.demonstrations, corpus.heldout_demonstrations):
+        assert golds(corpus, items, [decode(item.responses[0]) for item in items]) == [1.0] * len(items)
+    assert not np.isnan([corpus.gold(item, items[0].responses[0]) for item in corpus.eval_prompts]).any()
+    assert np.isnan([corpus.gold(item, items[0].responses[0]) for item in corpus.prompts]).all()
+    assert f"gold: {len(corpus.prompts)} of {len(corpus.prompts)} prompts have no preferred answer" in said
 
 
 def test_pairs_that_are_all_held_out_are_refused_with_the_way_out(tmp_path, tokenizer_dir):

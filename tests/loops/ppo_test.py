@@ -2,15 +2,19 @@
 
 import dataclasses
 import json
+import math
 import pathlib
-from typing import NamedTuple
+import types
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import pytest
 
 from sera_jax.checkpoint import load_tree
+from sera_jax.data.items import Item
 from sera_jax.experiment.saved import export
+from sera_jax.loops.ppo import Learner
 from sera_jax.loops.runtime import Policy
 from sera_jax.loops.srppo_study import SrppoStudy
 from sera_jax.losses.coherent import MISSING_EOS
@@ -232,3 +236,15 @@ def test_an_iteration_is_the_same_in_microbatches_and_on_a_mesh(lab, plain, tmp_
         assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(a), jax.tree_util.keystr(path)
         moved += np.linalg.norm(a) > 0
     assert moved > len(jax.tree.leaves(change)) / 2
+
+
+@pytest.mark.parametrize("golds", [[0.2, 0.6], [0.2, math.nan, 0.6], [math.nan], []])
+def test_rollouts_of_prompts_without_a_gold_reward_do_not_count_in_its_mean(golds):
+    items = [Item(str(gold), np.arange(2), (np.arange(3),)) for gold in golds]
+    schedule = types.SimpleNamespace(sft_per_iteration=1, per_iteration=2)
+    study = types.SimpleNamespace(gold=lambda item, tokens: float(item.id))
+    learner: Any = types.SimpleNamespace(study=study, schedule=schedule)
+    rollouts: Any = types.SimpleNamespace(items=items)
+    found = Learner._prompt_metrics(learner, rollouts)
+    known = [gold for gold in golds if not math.isnan(gold)]
+    assert found == {"rollout/sft_prompt_fraction": 0.5, **({"rollout/gold_mean": 0.4} if known else {})}

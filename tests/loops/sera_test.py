@@ -20,6 +20,7 @@ from sera_jax.core import Stream, rng_for
 from sera_jax.data.batches import PairLoader
 from sera_jax.data.items import Item
 from sera_jax.data.packing import RowSpec, build_rows
+from sera_jax.evaluation.rankings import RANKINGS
 from sera_jax.evaluation.report import check_summary
 from sera_jax.experiment.methods import sera as sera_method
 from sera_jax.experiment.methods.sera import ARMS as SERA_ARMS
@@ -289,6 +290,24 @@ def test_bootstrapped_pairs_are_the_best_against_the_worst_candidate(lab):
         assert chosen > rejected - slack
     others = [value for name, value in best.items() if name not in used]
     assert min(best[name] for name in used) >= max(others) - slack
+
+
+def test_rankings_of_a_round_are_judged_by_the_gold_of_its_stored_candidates(lab):
+    items = _candidates(lab, lab.root, "round1/candidates")
+    reference, now = (_alone(lab, lab.policy(name), items) for name in ("sft", "round1"))
+    lengths = np.array([[len(r) for r in item.responses] for item in items])
+    golds = np.array([[lab.study.gold(item, r) for r in item.responses] for item in items])
+    by = {"log_ratio_sum": now - reference, "logp_mean": now / lengths, "ref_logp_mean": reference / lengths}
+    found = lab.rounds("sera")[2]["rankings"]
+    assert set(found) == set(RANKINGS)
+    assert found == lab.rounds("random")[2]["rankings"], "it hangs on the candidates alone"
+    for name, scores in by.items():
+        best, worst = (golds[np.arange(len(golds)), pick(scores, axis=1)] for pick in (np.argmax, np.argmin))
+        assert found[name]["pairs"] <= len(items)
+        # a pair that says the same on both sides is none, and has no gap
+        assert found[name]["gold_gap"] * found[name]["pairs"] == pytest.approx(sum(best - worst), abs=1e-6)
+        centred = [v - v.mean(axis=1, keepdims=True) for v in (scores, golds)]
+        assert found[name]["gold_corr"] == pytest.approx(np.corrcoef(*map(np.ravel, centred))[0, 1], abs=1e-3)
 
 
 def _candidates(lab, folder, name):

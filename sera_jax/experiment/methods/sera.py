@@ -266,11 +266,21 @@ def _check_noise_aware(config: Config) -> None:
 def _check_judges(config: Config, arms: Sequence[SeraGroup]) -> None:
     """Raises ValueError where the judge of an arm that samples is not there, or finds all candidates alike."""
     sera = config.sera
-    if not config.world.name and any(arm.judge == "gold" for arm in arms):
-        raise ValueError(
-            f"config.sera.judge={sera.judge!r}, config.sera.arms={sera.arms!r}: judge='gold' and oracle_pairing read a "
-            "gold reward, which only the embedded world has; name one in config.world.name, or leave them out"
+    if any(arm.judge == "gold" for arm in arms):
+        asked = (
+            f"config.sera.judge={sera.judge!r}, config.sera.arms={sera.arms!r}: judge='gold' and oracle_pairing read"
         )
+        if not config.world.name and not config.eval.gold:
+            raise ValueError(
+                f"{asked} a gold reward, which the embedded world has, and real rows with config.eval.gold='chrf'; set "
+                "config.world.name or config.eval.gold, or leave them out"
+            )
+        if config.eval.gold and config.data.prompts:
+            raise ValueError(
+                f"{asked} a gold reward of every prompt, and those of config.data.prompts={config.data.prompts!r} may "
+                f"have no preferred answer, which config.eval.gold={config.eval.gold!r} compares with; empty "
+                "data.prompts, so that the prompts are those of data.train"
+            )
     by_ratio = [arm for arm in arms if arm.judge == "policy" and arm.likelihood_weight == 0]
     if loss_of(config).uses_reference and any(arm.bootstrap_from == "sft" for arm in by_ratio):
         raise ValueError(
