@@ -62,6 +62,8 @@ def train_segment(
         "stop_ids": study.run.stop_ids,
         "rows": [layout.row_tokens, layout.share_prompt],
     }
+    if (paying := learner.arm.reward_model) is not None:
+        inputs["reward_model"] = [paying.model.digest, paying.shift, paying.scale]
     name = f"{arm}/iteration{segment.last}"
     product = run_to_end(study.run, name, inputs, lambda: _Iterations(learner, iterate, segment, previous))
     return Policy(name, product.path, product.digest), product.json("spent.json")

@@ -8,19 +8,20 @@ import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from sera_jax.config import Config
+from sera_jax.config import Config, DataGroup
 from sera_jax.data.items import unique_prompts
 from sera_jax.evaluation import iterations, look
 from sera_jax.evaluation.look import ArmLook
 from sera_jax.evaluation.report import ARM, GOLD, GOLD_AT, Report, interval, number, percent, plain
-from sera_jax.experiment.corpus import Corpus, of_demonstrations
+from sera_jax.experiment.corpus import Corpus, Reader, of_demonstrations
 from sera_jax.experiment.evaluator import Evaluator
 from sera_jax.experiment.evaluator import phases as evaluated
 from sera_jax.experiment.method import Arm, Experiment, Method, Outcome, looks
-from sera_jax.experiment.methods.srppo_rules import check
+from sera_jax.experiment.methods.srppo_rules import REWARD_MODEL, check
 from sera_jax.loops.controls import best_of_n, sft_equal_compute, sft_longer
+from sera_jax.loops.reward_model import pair_accuracy, reward_model, reward_model_phases
 from sera_jax.loops.runtime import Policy
-from sera_jax.loops.srppo import RANDOM_REWARD, REINFORCE, SRPPO_ARM, segments, srppo
+from sera_jax.loops.srppo import RANDOM_REWARD, REINFORCE, REWARD_MODEL_ARM, SRPPO_ARM, segments, srppo
 from sera_jax.loops.srppo_study import PpoArm, SrppoStudy
 from sera_jax.sampling import Sample
 from sera_jax.writer import METRICS, RESERVED, read_records
@@ -61,6 +62,19 @@ def ppo(how: PpoArm) -> Callable[[Arms], None]:
     return run_arm
 
 
+def by_reward_model(arms: Arms) -> None:
+    """PPO with a reward model, which is trained first."""
+    paying = reward_model(arms.study)
+    found = pair_accuracy(arms.study, paying.model)
+    held_out = "held-out" if arms.study.heldout_pairs else "training"
+    (right,) = found.values()
+    arms.study.run.writer.announce(
+        f"reward model: scores the chosen side higher in {right:.1%} of the {held_out} pairs"
+    )
+    ppo(dataclasses.replace(REWARD_MODEL_ARM, reward_model=paying))(arms)
+    arms.facts[REWARD_MODEL] |= found
+
+
 def more_sft(arms: Arms) -> None:
     policy = sft_longer(arms.study, arms.given.config.sft)
     arms.evaluator.look_at(policy, 1)
@@ -91,6 +105,11 @@ ARMS: dict[str, Arm] = {
         "the batch mean of the returns in place of the critic",
         ArmLook("REINFORCE", look.PURPLE, "D"),
         ppo(REINFORCE),
+    ),
+    REWARD_MODEL: Arm(
+        "PPO with a Bradley-Terry reward model, trained on preference pairs",
+        ArmLook("PPO, reward model", look.BROWN, "s"),
+        by_reward_model,
     ),
     "sft_longer": Arm(
         "SFT of the base with `ppo.sft_longer_factor` times the updates",
@@ -148,6 +167,8 @@ def phases(config: Config, corpus: Corpus) -> list[str]:
             candidates = [f"{arm}/candidates{by}" for by in ("", "_by_sft", "_by_base")]
             names += [*candidates, *evaluation(arm, trained=False)]
             continue
+        if ARMS[arm].how is by_reward_model:
+            names += reward_model_phases(held_out=bool(corpus.heldout_reward_pairs))
         by_sft = ARMS[arm].how in (more_sft, as_much_sft)
         policies = [arm] if by_sft else [f"{arm}/iteration{segment.last}" for segment in segments(config.ppo)]
         for policy in policies:
@@ -173,7 +194,15 @@ def study_of(given: Experiment, evaluator: Evaluator) -> SrppoStudy:
         gold=corpus.gold,
         texts=evaluator.texts,
         rollout_iterations=config.log.rollout_iterations,
+        reward_model=config.reward_model,
+        pairs=corpus.reward_pairs,
+        heldout_pairs=corpus.heldout_reward_pairs,
     )
+
+
+def read_corpus(config: Config, data: DataGroup, heldout_prompts: str, read: Reader) -> Corpus:
+    """Demonstrations and prompts, and the pairs of a reward model where an arm trains one."""
+    return of_demonstrations(config, data, heldout_prompts, read, with_pairs=REWARD_MODEL in config.ppo.arms)
 
 
 def prompt_counts(config: Config, corpus: Corpus) -> dict[str, Any]:
@@ -208,6 +237,7 @@ REPORT = Report(
         ("wins vs sft", percent("win_rate_vs_sft")),
         ("right", percent("answer_accuracy")),
         ("well-formed", percent("wellformed_fraction")),
+        ("pairs", percent("reward_model_accuracy")),
         ("coherent [95 %]", interval("coherent_reward", 2)),
         ("corr.", number("coherent_reward_length_corr", 2)),
         ("KL", number("kl_to_sft", 2)),
@@ -233,6 +263,7 @@ REPORT = Report(
         GOLD_AT,
         ("answer_accuracy", "right", "answers whose last match of eval.answer_pattern is the reference's"),
         ("wellformed_fraction", "well-formed", "answers in which eval.answer_pattern is found"),
+        ("reward_model_accuracy", "pairs", "held-out pairs whose chosen side the reward model scores higher"),
         (
             "coherent_reward_mean",
             "coherent",
@@ -254,18 +285,19 @@ SRPPO = Method(
     name="srppo",
     says="Self-Rewarding PPO: PPO whose reward is log pi_sft - log pi_base, from demonstrations alone",
     group="ppo",
-    reads=("reward", "ppo"),
+    reads=("reward", "ppo", "reward_model"),
     arms=ARMS,
     check=check,
     announce=lambda config: f"coherent reward: {config.reward}",
     sources={
+        "train": "preferences.jsonl",
         "eval": "heldout_demonstrations.jsonl",
         "demonstrations": "demonstrations.jsonl",
         "pretrain": "pretrain.jsonl",
         "prompts": "prompts.jsonl",
     },
     texts=("demonstration", ("demonstrations", "pretrain")),
-    read=of_demonstrations,
+    read=read_corpus,
     needs_base=True,
     phases=phases,
     run=run,
