@@ -226,7 +226,13 @@ GOLD_AT = (
     "gold at",
     "of answers at this temperature; 0 is greedy, where mere sharpening is no gain",
 )
+COST = (
+    "cost/passes_tokens",
+    "cost [M]",
+    "millions of tokens times passes (forward 1, backward 2), after SFT and without evaluation; of sft: SFT's own",
+)
 ARM: Column = ("arm", plain("arm"))
+COST_COLUMN: Column = ("cost [M]", lambda facts: f"{facts['cost/passes_tokens'] / 1e6:.2f}")
 
 
 def _gold_at(temperature: str) -> Cell:

@@ -14,11 +14,13 @@ import numpy as np
 from sera_jax.checkpoint import load_tree
 from sera_jax.config import TrainGroup
 from sera_jax.core import Mean
+from sera_jax.loops import cost
 from sera_jax.loops.restartable import Span, run_to_end
 from sera_jax.loops.runtime import NonFinite, Policy, Runtime, part_of
 from sera_jax.models.critic import critic_params
 from sera_jax.training.optimizer import init_optimizer, make_optimizer, schedule
 from sera_jax.training.step import Objective, TrainState, abstract_state, init_state, make_step, place_batch
+from sera_jax.writer import METRICS, read_records
 
 # The batch of update 1, 2, ... of this training, given the state before it. A pure function of both, so that a restart
 # needs no iterator state; what reads the state (a policy that makes its own pairs) does so without donating it.
@@ -100,6 +102,7 @@ def optimise(run: Runtime, training: Training) -> Policy:
         **training.depends,
     }
     product = run_to_end(run, training.name, inputs, lambda: _Optimisation(run, training))
+    run.ledger.note(training.name, cost.of_lines(read_records(product.path / METRICS)[0]))
     return Policy(training.name, product.path, product.digest, training.target.scalar)
 
 

@@ -110,7 +110,8 @@ def pair_accuracy(study: SrppoStudy, model: Policy) -> dict[str, float]:
     training pairs."""
     held_out = bool(study.heldout_pairs)
     pairs: Sequence[PairItem] = study.heldout_pairs or study.pairs
-    scores = study.run.score(f"{NAME}/{'heldout' if held_out else 'pool'}", model, [pair.item for pair in pairs])
+    with study.run.ledger.account():  # an evaluation, on no arm's account
+        scores = study.run.score(f"{NAME}/{'heldout' if held_out else 'pool'}", model, [pair.item for pair in pairs])
     margins = np.array([s[w] - s[l] for pair, s in zip(pairs, scores, strict=True) for w, l in pair.pairs])
     name = "reward_model_accuracy" if held_out else "reward_model_train_accuracy"
     return {name: accuracy(margins, np.ones_like(margins))}

@@ -23,6 +23,7 @@ from sera_jax.data.items import Item, items_digest
 from sera_jax.data.packing import Layout, gather_scores, pack, split_items
 from sera_jax.data.planning import NO_SHAPES, Shapes
 from sera_jax.data.rollouts import rounded_rows
+from sera_jax.loops.cost import Ledger, laid
 from sera_jax.mesh import row_shards
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.critic import critic_config
@@ -116,6 +117,7 @@ class Runtime:
         self._held: tuple[str, Params] | None = None
         self._compiled: dict[tuple, Any] = {}  # by what they are and what they compute
         self.pair_shapes = PairShapes()
+        self.ledger = Ledger()
 
     # ---- compiled functions
 
@@ -191,6 +193,7 @@ class Runtime:
             self._score(folder, name, policy, items)
 
         product = self.workdir.phase(name, inputs, produce, LOWER_ROWS)
+        self.ledger.note(name, {"scoring": laid(items, self.layout)})
         flat = np.load(product.path / "logps.npy")
         ends = np.cumsum([len(item.responses) for item in items])
         return np.split(flat, ends[:-1]) if len(items) else []
@@ -297,7 +300,9 @@ class Runtime:
 
         product = self.workdir.phase(name, inputs, produce, LOWER_SLOTS)
         rows = map(json.loads, (product.path / "samples.jsonl").read_text().splitlines())
-        return grouped(prompts, [_sample_of(row) for row in rows])
+        candidates = grouped(prompts, [_sample_of(row) for row in rows])
+        self.ledger.note(name, {"sampling": laid((c.item for c in candidates), self.layout)})
+        return candidates
 
     def generate(
         self,

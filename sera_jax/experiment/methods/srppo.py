@@ -12,12 +12,24 @@ from sera_jax.config import Config, DataGroup
 from sera_jax.data.items import unique_prompts
 from sera_jax.evaluation import iterations, look
 from sera_jax.evaluation.look import ArmLook
-from sera_jax.evaluation.report import ARM, GOLD, GOLD_AT, Report, interval, number, percent, plain
+from sera_jax.evaluation.report import (
+    ARM,
+    COST,
+    COST_COLUMN,
+    GOLD,
+    GOLD_AT,
+    Report,
+    interval,
+    number,
+    percent,
+    plain,
+)
 from sera_jax.experiment.corpus import Corpus, Reader, of_demonstrations
 from sera_jax.experiment.evaluator import Evaluator
 from sera_jax.experiment.evaluator import phases as evaluated
 from sera_jax.experiment.method import Arm, Experiment, Method, Outcome, looks
 from sera_jax.experiment.methods.srppo_rules import REWARD_MODEL, check
+from sera_jax.loops import cost
 from sera_jax.loops.controls import best_of_n, sft_equal_compute, sft_longer
 from sera_jax.loops.reward_model import pair_accuracy, reward_model, reward_model_phases
 from sera_jax.loops.runtime import Policy
@@ -143,9 +155,13 @@ def run(given: Experiment) -> Outcome:
     evaluator = given.evaluator(base=given.base)
     evaluator.look_at(given.start, 0)
     study = study_of(given, evaluator)
-    arms = Arms(given, study, evaluator, {"sft": given.start}, {"sft": evaluator.of_arm(given.start)})
+    ledger = given.runtime.ledger
+    sft = evaluator.of_arm(given.start) | cost.facts(ledger.of(given.start.name))
+    arms = Arms(given, study, evaluator, {"sft": given.start}, {"sft": sft})
     for name in sorted(config.ppo.arms, key=lambda name: ARMS[name].how is as_much_sft):  # given what the method cost
-        ARMS[name].how(arms)
+        with ledger.account() as spent:
+            ARMS[name].how(arms)
+        arms.facts[name] |= cost.facts(spent.values())
     ordered = ("sft", *config.ppo.arms)
     return {arm: arms.final[arm] for arm in ordered if arm in arms.final}, {
         "arms": {arm: arms.facts[arm] for arm in ordered},
@@ -244,6 +260,7 @@ REPORT = Report(
         ("NLL", number("heldout_nll", 3)),
         ("tokens", number("response_tokens_mean", 1)),
         ("ended", percent("eos_fraction")),
+        COST_COLUMN,
     ],
     round_columns=[
         ARM,
@@ -273,6 +290,7 @@ REPORT = Report(
         ("kl_to_sft", "KL", "of the policy to the SFT model, on its own answers, nats per answer"),
         ("heldout_nll", "NLL", "of held-out demonstrations, nats per token; it rises as a policy forgets them"),
         ("eos_fraction", "ended", "answers that ended within the token limit"),
+        COST,
     ],
     draw=lambda summary, path: iterations.draw(summary, path, {**looks(ARMS), "sft": _SFT_LOOK}),
     # NLL only where neither is there: a policy that sharpens loses likelihood even where it gains
