@@ -387,7 +387,7 @@ class Config:
     pretrain: TrainGroup = TrainGroup(learning_rate=1e-3, batch_size=64)
     sft: TrainGroup = TrainGroup(learning_rate=2e-5, batch_size=64)
     train: TrainGroup = TrainGroup()
-    reward_model: TrainGroup = TrainGroup(learning_rate=1e-5, num_train_epochs=2)
+    reward_model: TrainGroup = TrainGroup(learning_rate=1e-5)
     mesh: MeshGroup = MeshGroup()
     eval: EvalGroup = EvalGroup()
     log: LogGroup = LogGroup()

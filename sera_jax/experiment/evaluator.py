@@ -91,10 +91,11 @@ class Evaluator:
 
     def look_at(self, policy: Policy, round_: int) -> dict[str, Any]:
         """The policy's facts after a round, without intervals, said in a line; its first answers go to
-        generations.jsonl. This and all that follows is on no arm's account (`loops.cost`)."""
+        generations.jsonl. What an evaluation costs is on no arm's account (`loops.cost`)."""
         with self.run.ledger.account():
             self.show(policy)
-        facts = {name: value for name, value in self._measured(policy).items() if not name.endswith("_ci95")}
+            measured = self._measured(policy)
+        facts = {name: value for name, value in measured.items() if not name.endswith("_ci95")}
         self.say(policy.name, facts)
         return facts
 
@@ -111,9 +112,8 @@ class Evaluator:
 
     def _measured(self, policy: Policy) -> dict[str, Any]:
         """All facts but those, with intervals and the win rate against the SFT model."""
-        with self.run.ledger.account():
-            facts = self._facts(policy)
-            return facts | self._win_rate(self.answers(policy)) if self.prompts else facts
+        facts = self._facts(policy)
+        return facts | self._win_rate(self.answers(policy)) if self.prompts else facts
 
     def facts_of_answers(self, name: str, answers: Answers) -> dict[str, Any]:
         """The facts of an arm that is no policy but has an answer to each prompt; `name` is the arm's."""

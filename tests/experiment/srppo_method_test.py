@@ -21,7 +21,7 @@ from sera_jax.mesh import make_mesh
 from tests.damage import command, copied
 from tests.loops.tiny import tiny_srppo
 
-ARMS = ("sft_equal_compute", "best_of_n", "srppo", "sft_longer")
+ARMS = ("sft_equal_compute", "best_of_n", "srppo", "sft_longer", "ppo_reward_model")
 ITERATIONS = 2
 
 
@@ -37,6 +37,11 @@ def done(tmp_path_factory):
         ppo__iterations=ITERATIONS,
         ppo__eval_iterations=1,
         ppo__best_of=2,
+        world__preferences=24,
+        world__heldout_preferences=12,
+        data__label_noise=0.25,
+        reward_model__batch_size=8,
+        reward_model__learning_rate=1e-3,
         eval__num_generations=3,
     )
     calls = {}
@@ -62,6 +67,8 @@ def test_every_arm_is_reported_in_the_order_asked_for_after_the_sft_model(done):
     for arm, facts in done.summary["arms"].items():
         assert {"gold_mean", "gold_ci95", "coherent_reward_mean", "eos_fraction", "win_rate_vs_sft"} <= set(facts), arm
         assert ("heldout_nll" in facts) == ("kl_to_sft" in facts) == (arm != "best_of_n"), arm
+        assert facts["cost/passes_tokens"] > 0, arm
+        assert ("reward_model_accuracy" in facts) == (arm == "ppo_reward_model"), arm
     assert done.summary["arms"]["sft"]["kl_to_sft"] == 0.0
     assert done.summary["arms"]["sft"]["win_rate_vs_sft"] == 0.5
 

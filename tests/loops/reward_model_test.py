@@ -10,6 +10,7 @@ import pytest
 from sera_jax.config import TrainGroup
 from sera_jax.data.batches import PairLoader
 from sera_jax.data.items import Item, PairItem
+from sera_jax.loops import cost
 from sera_jax.loops.ppo import prompt_schedule
 from sera_jax.loops.reward_model import own_answers, pair_accuracy, reward_model
 from sera_jax.loops.rewards import coherent
@@ -19,7 +20,7 @@ from sera_jax.models.critic import critic_config, critic_params, row_scores
 from sera_jax.training.objectives import reward_objective
 from sera_jax.writer import read_records
 from tests.loops import kills
-from tests.loops.srppo_lab import ITERATIONS, first_rewards, study_of
+from tests.loops.srppo_lab import ITERATIONS, first_rewards, ppo_lines, study_of
 from tests.tolerances import TOLERANCES
 
 PACKING = {name: TOLERANCES["packing"][name] for name in ("rtol", "atol")}
@@ -40,12 +41,12 @@ def study_in(lab, folder, **changes):
 
 
 def whole_arm(study):
-    """The model, what it says of pairs, and the policy."""
-    with jax.set_mesh(study.run.mesh), study.run.writer:
+    """The model, what it says of pairs with what all costs, and the policy."""
+    with jax.set_mesh(study.run.mesh), study.run.writer, study.run.ledger.account() as spent:
         paying = reward_model(study)
         found = pair_accuracy(study, paying.model)
         policy, _ = srppo(study, dataclasses.replace(REWARD_MODEL_ARM, reward_model=paying))
-    return paying, found, policy
+    return paying, found | cost.facts(spent.values()), policy
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def test_the_model_learns_which_side_is_better_of_pairs_that_it_has_not_seen(don
     assert losses[0] == pytest.approx(np.log(2), rel=1e-5), "a new head says 0 of everything"
     assert len(losses) == GROUP.num_train_epochs * TRAINED // GROUP.batch_size
     assert losses[-1] < 0.5, losses
-    assert list(found) == ["reward_model_accuracy"]
+    assert "reward_model_train_accuracy" not in found
     assert found["reward_model_accuracy"] >= 0.75
 
 
@@ -132,6 +133,21 @@ def test_ppo_is_paid_the_models_score_at_the_end_of_the_answer(done, lab, tmp_pa
         scores = np.concatenate(alone.score("alone", paying.model, seen.rollouts.items))
     assert metrics["objective/scores"] == pytest.approx(paying.paid(scores).mean(), **_approx(PACKING))
     assert metrics["coherent_reward/mean"] == pytest.approx(lab.lines("srppo")[0]["coherent_reward/mean"], rel=1e-5)
+
+
+def test_the_arm_costs_what_ppo_does_and_its_model_and_the_answers_that_it_is_measured_on(done):
+    study, paying, found, _ = done
+    with jax.set_mesh(study.run.mesh):
+        answers, _ = own_answers(study, paying.model)
+    pairs = GROUP.num_train_epochs * sum(pair.item.tokens for pair in study.pairs)
+    answered = sum(c.item.tokens for c in answers)
+    lines = ppo_lines(study.run.workdir.root, "ppo_reward_model")
+    ppo = {kind: sum(line[f"cost/{kind}"] for line in lines) for kind in cost.KINDS}
+    sampled = ppo["sampling"]
+    assert (ppo["scoring"], ppo["training"]) == (4 * sampled, 6 * sampled), "the model scores in place of the base"
+    assert found["cost/training"] == ppo["training"] + 3 * pairs
+    assert found["cost/sampling"] == ppo["sampling"] + answered
+    assert found["cost/scoring"] == ppo["scoring"] + 3 * answered
 
 
 def test_an_arm_that_is_stopped_again_and_again_ends_as_one_that_was_not(done, lab, tmp_path):
