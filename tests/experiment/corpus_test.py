@@ -112,8 +112,8 @@ def test_of_ones_own_pairs_a_share_judges_the_reward_model_and_no_held_out_promp
     assert left_out >= 1
     assert len(corpus.reward_pairs) + len(corpus.heldout_reward_pairs) + left_out == 50
     assert f"held out {len(corpus.heldout_reward_pairs)} of {50 - left_out} pairs for the reward model" in said
-    with pytest.raises(ValueError, match="leaves no pair for the reward model"):
-        (tmp_path / "pairs.jsonl").write_text("")
+    (tmp_path / "pairs.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"no pair|no row"):
         read("empty", **own)
 
 
