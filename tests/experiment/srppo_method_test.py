@@ -27,7 +27,7 @@ ITERATIONS = 2
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A finished run: config, summary, folder, and the calls of the controls."""
+    """A finished run: config, summary, folder, and the first calls of the arms' loops."""
     root = tmp_path_factory.mktemp("run")
     config = tiny_srppo(
         root,
@@ -48,7 +48,7 @@ def done(tmp_path_factory):
 
     def watched(name, function):
         def call(*args, **options):
-            calls[name] = args
+            calls.setdefault(name, args)
             return function(*args, **options)
 
         return call
@@ -105,12 +105,13 @@ def test_the_study_holds_the_two_models_the_demonstrations_and_the_new_prompts(d
 
 def test_rounds_are_the_evaluations_and_iterations_the_metrics_of_ppo(done):
     assert [(f["arm"], f["round"], f["iteration"]) for f in done.summary["rounds"]] == [
-        ("srppo", 1, 1),
-        ("srppo", 2, 2),
+        (arm, n, n) for arm in ("srppo", "ppo_reward_model") for n in (1, 2)
     ]
     assert not [name for facts in done.summary["rounds"] for name in facts if name.endswith("_ci95")]
     lines = done.summary["iterations"]
-    assert [(line["arm"], line["iteration"]) for line in lines] == [("srppo", i) for i in (1, 2)]
+    assert [(line["arm"], line["iteration"]) for line in lines] == [
+        (arm, i) for arm in ("srppo", "ppo_reward_model") for i in (1, 2)
+    ]
     assert {"objective/kl", "coherent_reward/mean", "loss/policy_avg"} <= set(lines[0])
 
 
@@ -126,7 +127,8 @@ def test_the_prompts_are_counted_by_kind(done):
 def test_the_first_answers_of_every_policy_and_of_best_of_n_are_kept_as_texts(done):
     rows = [json.loads(line) for line in (done.root / "generations.jsonl").read_text().splitlines()]
     names = [row["policy"] for row in rows]
-    expected = {"sft", "best_of_n", "srppo/iteration1", "srppo/iteration2", "sft_longer", "sft_equal_compute"}
+    expected = {"sft", "best_of_n", "sft_longer", "sft_equal_compute"}
+    expected |= {f"{arm}/iteration{n}" for arm in ("srppo", "ppo_reward_model") for n in (1, 2)}
     assert set(names) == expected
     assert all(names.count(name) == 3 for name in expected)
 
