@@ -18,6 +18,7 @@ _WORDS = {
     "step": "an update",
     "score": "the scorer",
     "values": "the critic's values",
+    "rewards": "the reward model's scores",
     "make": "rewards and advantages",
     "prefill": "the reading of prompts",
     "decode": "the decoder",

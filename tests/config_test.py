@@ -365,6 +365,12 @@ def test_self_rewarding_ppo_needs_no_pairs_and_its_defaults_suit_each_other():
     parse(raw_config(**{**SRPPO, "data__demonstrations": ""}, world__name="habits"))
 
 
+def test_preference_pairs_and_their_noise_are_for_the_arm_with_a_reward_model():
+    noisy = {**SRPPO, "data__train": "pairs.jsonl", "data__label_noise": 0.2}
+    config = parse(raw_config(**noisy, ppo__arms=("srppo", "ppo_reward_model")))
+    assert config.reward_model == Config().reward_model
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
@@ -372,6 +378,16 @@ def test_self_rewarding_ppo_needs_no_pairs_and_its_defaults_suit_each_other():
         ({"data__demonstrations": ""}, ["config.data.demonstrations=''", "exactly one"]),
         ({"world__name": "habits"}, ["config.data.demonstrations='answers.jsonl'", "config.world.name='habits'"]),
         ({"data__label_noise": 0.2}, ["config.data.label_noise=0.2", "set it to 0"]),
+        ({"ppo__arms": ("ppo_reward_model",)}, ["config.data.train is empty", "--config.data.train=pairs.jsonl"]),
+        (
+            {
+                "data__demonstrations": "",
+                "world__name": "habits",
+                "world__preferences": 0,
+                "ppo__arms": ("ppo_reward_model",),
+            },
+            ["config.world.preferences=0", "take that arm out"],
+        ),
         ({"model__sft_model_path": "sft"}, ["config.model.sft_model_path='sft'", "config.model.model_name_or_path"]),
         ({"ppo__prompt_overlap": 0.5}, ["config.ppo.prompt_overlap=0.5", "config.data.prompts=''"]),
         (
@@ -459,7 +475,7 @@ def test_a_field_is_checked_by_its_path():
         "seed.x": "config.seed has no parts",
         "beta": r"did you mean loss\.beta\?",
         "train.rounds": r"did you mean sera\.rounds\?",
-        "learning_rate": r"did you mean pretrain\.learning_rate or sft\.learning_rate or train\.learning_rate\?",
+        "learning_rate": r"did you mean pretrain\.learning_rate or sft\.learning_rate or train\.learning_rate or ",
     }.items():
         with pytest.raises(ValueError, match=hint):
             check_field(path)

@@ -52,10 +52,10 @@ class DataGroup:
     """Where rows come from and how they become packed rows. Sources are comma-separated, `path=weight` mixes.
 
     train: preference pairs. eval: held-out pairs (empty: `eval_fraction` of the train prompts, by a stable hash).
-        With method="srppo" there are no pairs: train is empty, eval names held-out demonstrations (empty:
-        `eval_fraction` of the demonstrations' prompts). A prompt held out stands in no other source: its rows are left
-        out. split_seed names the hash, which is of the prompt's content alone: the same prompts are held out whatever
-        `seed` and tokenizer.
+        With method="srppo" eval names held-out demonstrations (empty: `eval_fraction` of the demonstrations' prompts),
+        and train is empty but for the arm `ppo_reward_model`, whose held-out pairs are `eval_fraction` of it. A prompt
+        held out stands in no other source: its rows are left out. split_seed names the hash, which is of the prompt's
+        content alone: the same prompts are held out whatever `seed` and tokenizer.
     demonstrations: for SFT (empty: the chosen responses).
     pretrain: prompts and responses for a base model from scratch, which learns the responses (empty: the whole texts of
         the demonstrations, or else of both sides of the pairs).
@@ -233,7 +233,8 @@ class PpoGroup:
         the SFT updates), `sft_equal_compute` (as many SFT updates as the model passes of `srppo` would pay for),
         `best_of_n` (the SFT model's answer of the largest coherent reward, the plain sum whatever `reward` says,
         among best_of), `random_reward` (normal noise of the coherent reward's mean and variance), `reinforce` (the
-        batch mean of the returns in place of the critic).
+        batch mean of the returns in place of the critic), `ppo_reward_model` (the score of a reward model that
+        `reward_model` trains on the pairs of data.train).
     iterations: rollout, score, update; eval_iterations: held-out evaluation and a saved policy every so many of them
         (0: at the end only).
     num_samples: responses to each prompt; num_ppo_epochs passes over num_mini_batches parts of an iteration's
@@ -305,7 +306,8 @@ class SamplingGroup:
 
 @dataclasses.dataclass(frozen=True)
 class TrainGroup:
-    """One optimisation. Used for `pretrain`, `sft` (batches in demonstrations) and `train` (batches in pairs).
+    """One optimisation. Used for `pretrain`, `sft` (batches in demonstrations), `train` and `reward_model` (batches in
+    pairs; the latter is read by the arm `ppo_reward_model` of SRPPO alone).
 
     batch_size is global and exact, whatever the accumulation. max_steps > 0 overrides the epochs; for `train` it is the
     number of updates of each round. save_steps=0 saves at the end of each phase only. PPO reads `train` as `ppo` says.
@@ -402,6 +404,7 @@ class Config:
     pretrain: TrainGroup = TrainGroup(learning_rate=1e-3, batch_size=64)
     sft: TrainGroup = TrainGroup(learning_rate=2e-5, batch_size=64)
     train: TrainGroup = TrainGroup()
+    reward_model: TrainGroup = TrainGroup(learning_rate=1e-5)
     mesh: MeshGroup = MeshGroup()
     eval: EvalGroup = EvalGroup()
     log: LogGroup = LogGroup()

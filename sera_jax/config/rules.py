@@ -39,7 +39,7 @@ def _check_lengths(config: Config) -> None:
 
 def _check_chunks(config: Config) -> None:
     asked = config.train.logits_chunk_tokens
-    for name in ("pretrain", "sft"):
+    for name in ("pretrain", "sft", "reward_model"):
         value = getattr(config, name).logits_chunk_tokens
         if value not in (0, asked):
             raise ValueError(

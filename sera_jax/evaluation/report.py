@@ -234,7 +234,13 @@ OUT_OF_DOMAIN = (
     "out of domain",
     "gold on the tasks of world.heldout_tasks; in domain: on others",
 )
+COST = (
+    "cost/passes_tokens",
+    "cost [M]",
+    "millions of tokens times passes (forward 1, backward 2), after SFT and without evaluation; of sft: SFT's own",
+)
 ARM: Column = ("arm", plain("arm"))
+COST_COLUMN: Column = ("cost [M]", lambda facts: f"{facts['cost/passes_tokens'] / 1e6:.2f}")
 
 
 def _gold_columns(arms: Sequence[dict[str, Any]]) -> list[Column]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -39,6 +40,8 @@ class Corpus:
         eval_prompts: what held-out generations answer. eval_tasks: the task of each, in the embedded world.
         gold: reward of (prompt item, response tokens): the embedded world's, or by eval.gold; NaN of a prompt that has
             none.
+        reward_pairs, heldout_reward_pairs: what the reward model of SRPPO's arm is trained on, after label noise, and
+            judged by, clean; both empty without that arm.
     """
 
     tokenizer: Tokenizer
@@ -55,6 +58,8 @@ class Corpus:
     gold: Gold | None
     held_out_rows: dict[str, int] = dataclasses.field(default_factory=dict)
     eval_tasks: list[str] = dataclasses.field(default_factory=list)
+    reward_pairs: list[PairItem] = dataclasses.field(default_factory=list)
+    heldout_reward_pairs: list[PairItem] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,8 +218,13 @@ def of_pairs(config: Config, data: DataGroup, heldout_prompts: str, read: Reader
     )
 
 
-def of_demonstrations(config: Config, data: DataGroup, heldout_prompts: str, read: Reader) -> Corpus:
+def of_demonstrations(
+    config: Config, data: DataGroup, heldout_prompts: str, read: Reader, *, with_pairs: bool = False
+) -> Corpus:
     """The corpus of Self-Rewarding PPO; arguments as for `of_pairs`.
+
+    Args:
+        with_pairs: an arm trains a reward model.
 
     Raises:
         ValueError: nothing is left of a source, or new prompts are asked for and there are none.
@@ -224,6 +234,7 @@ def of_demonstrations(config: Config, data: DataGroup, heldout_prompts: str, rea
         pretrain = held.keep_out(read(load_demonstrations, data.pretrain, "pretrain"), "pretrain")
     else:
         pretrain = [as_text(item) for item in demonstrations]
+    pairs, heldout_pairs = _reward_pairs(config, data, held, read) if with_pairs else ([], [])
     prompts, left_out = [], {}
     if data.prompts:
         given = held.keep_out(read(load_prompts, data.prompts, "prompts"), "prompts")
@@ -250,7 +261,34 @@ def of_demonstrations(config: Config, data: DataGroup, heldout_prompts: str, rea
         eval_prompts=_first(held.prompts, config.eval.num_prompts),
         gold=read.gold_of([*demonstrations, *held.rows], prompts),
         held_out_rows=held.left_out,
+        reward_pairs=pairs,
+        heldout_reward_pairs=heldout_pairs,
     )
+
+
+def _reward_pairs(
+    config: Config, data: DataGroup, held: HeldOut, read: Reader
+) -> tuple[list[PairItem], list[PairItem]]:
+    """Pairs for a reward model, after label noise, and held-out ones: those of the embedded world, which lie beside its
+    pairs, or of a share of the pairs' own prompts.
+
+    Raises:
+        ValueError: no pair is left.
+    """
+    pairs = held.keep_out(read(load_preferences, data.train, "train"), "train")
+    if config.world.name:
+        beside = str(pathlib.Path(data.train).with_name("heldout_preferences.jsonl"))
+        heldout = read(load_preferences, beside, "heldout_preferences") if config.world.heldout_preferences else []
+    else:
+        total = len(pairs)
+        pairs, heldout = split_heldout(pairs, data.eval_fraction, data.split_seed)
+        read.say(f"held out {len(heldout)} of {total} pairs for the reward model, by a hash of the prompt")
+    if not pairs:
+        raise ValueError(
+            f"config.data.train={data.train!r} leaves no pair for the reward model of ppo_reward_model; name more, or "
+            f"lower config.data.eval_fraction={data.eval_fraction}"
+        )
+    return flip_labels(pairs, data.label_noise, config.seed), _first(heldout, config.eval.max_pairs)
 
 
 def new_prompts(prompts: Sequence[Item], known: Sequence[Item]) -> tuple[list[Item], dict[str, int]]:

@@ -94,9 +94,11 @@ class Evaluator:
 
     def look_at(self, policy: Policy, round_: int) -> dict[str, Any]:
         """The policy's facts after a round, without intervals, said in a line; its first answers go to
-        generations.jsonl."""
-        self.show(policy)
-        facts = {name: value for name, value in self._measured(policy).items() if not name.endswith("_ci95")}
+        generations.jsonl. What an evaluation costs is on no arm's account (`loops.cost`)."""
+        with self.run.ledger.account():
+            self.show(policy)
+            measured = self._measured(policy)
+        facts = {name: value for name, value in measured.items() if not name.endswith("_ci95")}
         self.say(policy.name, facts)
         return facts
 
@@ -108,7 +110,8 @@ class Evaluator:
 
     def of_arm(self, policy: Policy) -> dict[str, Any]:
         """The same facts with their intervals, and the gold by temperature."""
-        return self._measured(policy) | self._gold_by_temperature(policy)
+        with self.run.ledger.account():
+            return self._measured(policy) | self._gold_by_temperature(policy)
 
     def _measured(self, policy: Policy) -> dict[str, Any]:
         """All facts but those, with intervals and the win rate against the SFT model."""
@@ -117,7 +120,8 @@ class Evaluator:
 
     def facts_of_answers(self, name: str, answers: Answers) -> dict[str, Any]:
         """The facts of an arm that is no policy but has an answer to each prompt; `name` is the arm's."""
-        return self._answer_facts(name, answers) | self._win_rate(answers) if self.prompts else {}
+        with self.run.ledger.account():
+            return self._answer_facts(name, answers) | self._win_rate(answers) if self.prompts else {}
 
     def answers(self, policy: Policy, temperature: float | None = None) -> Answers:
         """The policy's answers to the held-out prompts, in their order; None: at `settings.temperature`."""

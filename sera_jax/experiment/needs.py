@@ -50,7 +50,8 @@ def check_memory(config: Config, mesh: Mesh) -> None:
 
 def batches_in_words(config: Config, corpus: Corpus) -> list[str]:
     """A line for every training that is run and whose batch is larger than its data."""
-    counts = {"train": (sum(len(entry.pairs) for entry in corpus.train), "pairs")}
+    pairs = {"train": corpus.train, "reward_model": corpus.reward_pairs}
+    counts = {name: (sum(len(entry.pairs) for entry in entries), "pairs") for name, entries in pairs.items()}
     if not config.model.sft_model_path:
         counts["sft"] = (len(corpus.demonstrations), "demonstrations")
     if "pretrain" in start_phases(config):

@@ -14,10 +14,13 @@ import numpy as np
 from sera_jax.checkpoint import load_tree
 from sera_jax.config import TrainGroup
 from sera_jax.core import Mean
+from sera_jax.loops import cost
 from sera_jax.loops.restartable import Span, run_to_end
-from sera_jax.loops.runtime import NonFinite, Policy, Runtime
+from sera_jax.loops.runtime import NonFinite, Policy, Runtime, part_of
+from sera_jax.models.critic import critic_params
 from sera_jax.training.optimizer import init_optimizer, make_optimizer, schedule
 from sera_jax.training.step import Objective, TrainState, abstract_state, init_state, make_step, place_batch
+from sera_jax.writer import METRICS, read_records
 
 # The batch of update 1, 2, ... of this training, given the state before it. A pure function of both, so that a restart
 # needs no iterator state; what reads the state (a policy that makes its own pairs) does so without donating it.
@@ -47,11 +50,13 @@ class Target:
         computes: names it (hashable); phases that compute the same share a compiled step.
         window: no item of the batches is longer than this many tokens.
         make: the objective, made where it is not compiled yet.
+        scalar: what is trained is a reward model: a decoder with a scalar head, from the start's own decoder.
     """
 
     computes: Any
     window: int
     make: Callable[[], Objective]
+    scalar: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +102,8 @@ def optimise(run: Runtime, training: Training) -> Policy:
         **training.depends,
     }
     product = run_to_end(run, training.name, inputs, lambda: _Optimisation(run, training))
-    return Policy(training.name, product.path, product.digest)
+    run.ledger.note(training.name, cost.of_lines(read_records(product.path / METRICS)[0]))
+    return Policy(training.name, product.path, product.digest, training.target.scalar)
 
 
 class _Waiting(NamedTuple):
@@ -120,7 +126,10 @@ class _Optimisation:
         self.run, self.training = run, training
         group, target, planned = training.group, training.target, training.updates.planned
         self.optimizer = make_optimizer(group, planned)
-        self.abstract = abstract_state(run.cfg, self.optimizer, run.mesh, master_weights=group.master_weights)
+        self.of_params = critic_params if target.scalar else lambda params: params
+        self.abstract = abstract_state(
+            run.cfg, self.optimizer, run.mesh, self.of_params, master_weights=group.master_weights
+        )
         self.update = run.compiled(
             ("update", target.computes, target.window, group, planned),
             lambda: make_step(target.make(), self.optimizer, self.abstract, run.mesh),
@@ -132,7 +141,7 @@ class _Optimisation:
     def fresh(self) -> TrainState:
         run, before = self.run, self.training.continue_from
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
-        params = run.take(self.training.start)
+        params = self.of_params(run.take(self.training.start))
         if before is None:
             init = functools.partial(init_optimizer, self.optimizer, master_weights=self.training.group.master_weights)
             opt_state = jax.jit(init, out_shardings=shardings.opt_state)(params)
@@ -193,7 +202,7 @@ class _Optimisation:
         return [made._replace(metrics=jax.device_get(made.metrics)) for made in self.waiting]
 
     def leave(self, folder: pathlib.Path, state: TrainState) -> dict[str, Any]:
-        return {"params": state.params, "optimizer": state.opt_state}
+        return {part_of(self.training.target.scalar): state.params, "optimizer": state.opt_state}
 
     def close(self) -> None:
         self.waiting = []

@@ -71,26 +71,31 @@ def _timed(name: str) -> Callable[[Callable[..., _T]], Callable[..., _T]]:
     return decorate
 
 
+def prompt_schedule(study: SrppoStudy) -> PromptSchedule:
+    """Which prompts each iteration rolls out."""
+    return PromptSchedule(
+        sft=unique_prompts(study.demonstrations),
+        new=study.prompts,
+        overlap=study.ppo.prompt_overlap,
+        per_iteration=study.train.batch_size // study.ppo.num_samples,
+        seed=study.run.seed,
+    )
+
+
 class Learner:
     """The verbs of an iteration, with what they need besides the state: programs, frozen models, prompts."""
 
     def __init__(self, study: SrppoStudy, arm: PpoArm) -> None:
         self.study, self.arm = study, arm
         run, ppo = study.run, study.ppo
-        self.schedule = PromptSchedule(
-            sft=unique_prompts(study.demonstrations),
-            new=study.prompts,
-            overlap=ppo.prompt_overlap,
-            per_iteration=study.train.batch_size // ppo.num_samples,
-            seed=run.seed,
-        )
+        self.schedule = prompt_schedule(study)
         self.longest_prompt = max(len(i.prompt) for i in (*self.schedule.sft, *self.schedule.new))
         self.layout = run.layout.accumulated(study.train.gradient_accumulation_steps)
         responses = ppo.num_samples if self.layout.share_prompt else 1
         longest = self.longest_prompt + responses * study.sampling.max_new_tokens
         self.window = rounded_window(longest, self.layout.row_tokens)
         self.sampling = dataclasses.replace(study.sampling, slots=min(study.sampling.slots, study.train.batch_size))
-        self._frozen: tuple[Any, Any] | None = None
+        self._frozen: tuple[Any, ...] | None = None
         self.seconds: dict[str, float] = {}  # of the verbs, since `timings` was last asked
 
     @property
@@ -114,12 +119,13 @@ class Learner:
         return run.compiled(("ppo", window, arm.baseline, arm.reward), make)
 
     @property
-    def frozen(self) -> tuple[Any, Any]:
-        """Parameters of the SFT model and of the base, read when first asked for."""
+    def frozen(self) -> tuple[Any, ...]:
+        """Parameters of the SFT model, of the base and of the arm's reward model, if any, read when first asked for."""
         if self._frozen is None:
-            run = self.study.run
+            run, model = self.study.run, self.arm.reward_model
             run.release()
-            self._frozen = (run.load(self.study.sft), run.load(self.study.base))
+            frozen = (self.study.sft, self.study.base, *([] if model is None else [model.model]))
+            self._frozen = tuple(map(run.load, frozen))
         return self._frozen
 
     def release(self) -> None:
@@ -160,7 +166,7 @@ class Learner:
     @_timed("score")
     def score(self, state: PpoState, rollouts: Rollouts) -> list[dict[str, Any]]:
         """Token log-probs of the same rows under policy, SFT model and base, and the critic's values; by minibatch."""
-        programs, (sft, base) = self.programs, self.frozen
+        programs, (sft, base, *_) = self.programs, self.frozen
         policy = without_value_head(state.policy.params)
         critic = state.policy.params if state.critic is None else state.critic.params
         return [
@@ -185,20 +191,29 @@ class Learner:
         study = self.study
         sampled = [[s.logps for s in group] for group in rollouts.samples]
         finished = [[s.finished for s in group] for group in rollouts.samples]
-        none = np.zeros((len(rollouts.candidates), study.ppo.num_samples), np.float32)
-        given = none if self.arm.given is None else self.arm.given(study, rollouts.candidates, iteration)
+        numbers = self._given(rollouts, iteration)
         parts = []
-        for packed, rows, found in zip(rollouts.parts, rollouts.rows, scored, strict=True):
+        for packed, rows, found, given in zip(rollouts.parts, rollouts.rows, scored, numbers, strict=True):
             host = {
                 "sampled_logp": lay_token_values(packed, sampled),
                 "finished": lay_response_values(packed, finished, bool),
-                "given": lay_response_values(packed, given, np.float32),
+                "given": given,
             }
             parts.append(Scored(rows=rows, **found, **host_to_global(host, rows_sharding(study.run.mesh))))
         experience, control, found = self.programs.experience(parts, state.control)
         metrics = {name: float(value) for name, value in jax.device_get(found).items()}
         check_rewards(metrics, study.ppo, f"{self.arm.name}, iteration {iteration}")
         return dataclasses.replace(state, control=control), experience, metrics | self._prompt_metrics(rollouts)
+
+    def _given(self, rollouts: Rollouts, iteration: int) -> list[np.ndarray]:
+        """The number of each response that the arm brings, f32[R, K] of each minibatch; 0 where it brings none."""
+        study, arm = self.study, self.arm
+        if arm.reward_model is not None:
+            score, model = study.run.scorer(self.window, scalar=True), self.frozen[2]
+            return [arm.reward_model.paid(jax.device_get(score(model, rows))) for rows in rollouts.rows]
+        none = np.zeros((len(rollouts.candidates), study.ppo.num_samples), np.float32)
+        given = none if arm.given is None else arm.given(study, rollouts.candidates, iteration)
+        return [lay_response_values(part, given, np.float32) for part in rollouts.parts]
 
     @_timed("update")
     def update(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from sera_jax.checkpoint import load_tree
 from sera_jax.checkpoint.phases import write_json
 from sera_jax.data.items import items_digest
+from sera_jax.loops import cost
 from sera_jax.loops.ppo import Learner
 from sera_jax.loops.ppo_checks import Watch
 from sera_jax.loops.restartable import Span, run_to_end
@@ -62,8 +63,11 @@ def train_segment(
         "stop_ids": study.run.stop_ids,
         "rows": [layout.row_tokens, layout.share_prompt],
     }
+    if (paying := learner.arm.reward_model) is not None:
+        inputs["reward_model"] = [paying.model.digest, paying.shift, paying.scale]
     name = f"{arm}/iteration{segment.last}"
     product = run_to_end(study.run, name, inputs, lambda: _Iterations(learner, iterate, segment, previous))
+    study.run.ledger.note(name, cost.of_lines(read_records(product.path / METRICS)[0]))
     return Policy(name, product.path, product.digest), product.json("spent.json")
 
 

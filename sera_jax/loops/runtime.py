@@ -23,13 +23,15 @@ from sera_jax.data.items import Item, items_digest
 from sera_jax.data.packing import Layout, gather_scores, pack, split_items
 from sera_jax.data.planning import NO_SHAPES, Shapes
 from sera_jax.data.rollouts import rounded_rows
+from sera_jax.loops.cost import Ledger, laid
 from sera_jax.mesh import row_shards
 from sera_jax.models.config import ModelConfig
+from sera_jax.models.critic import critic_config
 from sera_jax.models.decoder import Params
 from sera_jax.sampling import Candidates, Draws, Sample, SamplingParams, generate, grouped
-from sera_jax.training.parameters import load_params
+from sera_jax.training.parameters import load_critic, load_params
 from sera_jax.training.ppo_steps import PpoPrograms
-from sera_jax.training.score import make_score, place_rows
+from sera_jax.training.score import make_rewards, make_score, place_rows
 from sera_jax.training.step import microbatches_for
 from sera_jax.writer import MetricWriter
 
@@ -58,11 +60,18 @@ class NonFinite(ValueError):
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """Parameters on disk: `path/params`, and where training may go on `path/optimizer`, or `path/state` after PPO.
-    `name` is the phase's."""
+    `name` is the phase's. With `scalar` it is no policy but a reward model, a decoder with a scalar head, whose score
+    of a response stands for a log-prob; its parameters are in `path/reward_model`."""
 
     name: str
     path: pathlib.Path
     digest: str
+    scalar: bool = False
+
+
+def part_of(scalar: bool) -> str:
+    """The folder of a phase that holds the parameters."""
+    return "reward_model" if scalar else "params"
 
 
 @dataclasses.dataclass
@@ -108,6 +117,7 @@ class Runtime:
         self._held: tuple[str, Params] | None = None
         self._compiled: dict[tuple, Any] = {}  # by what they are and what they compute
         self.pair_shapes = PairShapes()
+        self.ledger = Ledger()
 
     # ---- compiled functions
 
@@ -146,7 +156,8 @@ class Runtime:
 
     def load(self, policy: Policy) -> Params:
         """The parameters of `policy`, on the mesh, for the caller to hold."""
-        return load_params(self.cfg, self.mesh, policy.path / "params")
+        load = load_critic if policy.scalar else load_params
+        return load(self.cfg, self.mesh, policy.path / part_of(policy.scalar))
 
     def params(self, policy: Policy) -> Params:
         """The parameters of `policy`, on the mesh; the ones held before are let go."""
@@ -173,7 +184,8 @@ class Runtime:
     # ---- score
 
     def score(self, name: str, policy: Policy, items: Sequence[Item]) -> list[np.ndarray]:
-        """Summed log-prob of every response of every item under `policy`: f32[len(responses)] each."""
+        """Summed log-prob of every response of every item under `policy`, or a reward model's score of it:
+        f32[len(responses)] each."""
         rows = [self.layout.row_tokens, self.layout.share_prompt]
         inputs = {"policy": policy.digest, "items": items_digest(items), "rows": rows}
 
@@ -181,6 +193,7 @@ class Runtime:
             self._score(folder, name, policy, items)
 
         product = self.workdir.phase(name, inputs, produce, LOWER_ROWS)
+        self.ledger.note(name, {"scoring": laid(items, self.layout)})
         flat = np.load(product.path / "logps.npy")
         ends = np.cumsum([len(item.responses) for item in items])
         return np.split(flat, ends[:-1]) if len(items) else []
@@ -193,10 +206,15 @@ class Runtime:
         flat = np.concatenate(self.score(name, policy, pieces))
         return np.split(flat, np.cumsum([len(c.samples) for c in candidates])[:-1])
 
-    def scorer(self, window: int) -> Callable[..., jax.Array]:
-        """The jitted (params, rows) -> f32[R, K] for items of at most `window` tokens."""
-        make = lambda: make_score(self.cfg, self.mesh, window=window, chunk_tokens=self.chunk_tokens)  # noqa: E731
-        return self.compiled(("score", window), make)
+    def scorer(self, window: int, scalar: bool = False) -> Callable[..., jax.Array]:
+        """The jitted (params, rows) -> f32[R, K] for items of at most `window` tokens; `scalar`: of a reward model."""
+
+        def make() -> Callable[..., jax.Array]:
+            if scalar:
+                return make_rewards(critic_config(self.cfg), self.mesh, window=window)
+            return make_score(self.cfg, self.mesh, window=window, chunk_tokens=self.chunk_tokens)
+
+        return self.compiled(("score", window, scalar), make)
 
     def score_now(self, params: Params, candidates: Sequence[Candidates], window: int) -> list[np.ndarray]:
         """`score_candidates` by parameters in memory, in one batch of few sizes; no phase.
@@ -207,14 +225,20 @@ class Runtime:
         pieces = split_items([c.item for c in candidates], self.layout)
         packed = pack(pieces, self.layout.row_tokens, self.layout.share_prompt)
         batches = score_batches(pieces, self.layout, rounded_rows(len(packed), self.layout.shards))
-        flat = np.concatenate(self._score_batches(params, pieces, batches, window, advance=False))
+        flat = np.concatenate(self._score_batches(self.scorer(window), params, pieces, batches, advance=False))
         return np.split(flat, np.cumsum([len(c.samples) for c in candidates])[:-1])
 
     def _score_batches(
-        self, params: Params, items: Sequence[Item], batches: ScoreBatches, window: int, *, advance: bool
+        self,
+        score: Callable[..., jax.Array],
+        params: Params,
+        items: Sequence[Item],
+        batches: ScoreBatches,
+        *,
+        advance: bool,
     ) -> list[np.ndarray]:
         """The scores of every item; with `advance` the open span counts the batches."""
-        score, values = self.scorer(window), []
+        values = []
         for step, packed in enumerate(batches, 1):
             self.check_stop()
             values.append(jax.device_get(score(params, place_rows(packed.rows, self.mesh))))
@@ -227,10 +251,12 @@ class Runtime:
         batches = score_batches(items, self.layout, rows)
         with self.writer.span(name, total_steps=len(batches)):
             # window and shapes come from the items alone, so that a restart computes the same numbers to the bit
-            scores = self._score_batches(self.params(policy), items, batches, self.layout.window(items), advance=True)
+            score = self.scorer(self.layout.window(items), policy.scalar)
+            scores = self._score_batches(score, self.params(policy), items, batches, advance=True)
         if bad := [item.id for item, found in zip(items, scores, strict=True) if not np.isfinite(found).all()]:
             raise NonFinite(
-                f"{name}: the log-prob of record {bad[0]!r} is not finite; look at the parameters of {policy.path}"
+                f"{name}: the {'score' if policy.scalar else 'log-prob'} of record {bad[0]!r} is not finite; look at "
+                f"the parameters of {policy.path}"
             )
         np.save(folder / "logps.npy", np.concatenate(scores) if items else np.zeros(0, np.float32))
 
@@ -274,7 +300,9 @@ class Runtime:
 
         product = self.workdir.phase(name, inputs, produce, LOWER_SLOTS)
         rows = map(json.loads, (product.path / "samples.jsonl").read_text().splitlines())
-        return grouped(prompts, [_sample_of(row) for row in rows])
+        candidates = grouped(prompts, [_sample_of(row) for row in rows])
+        self.ledger.note(name, {"sampling": laid((c.item for c in candidates), self.layout)})
+        return candidates
 
     def generate(
         self,

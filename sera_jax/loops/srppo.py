@@ -26,7 +26,7 @@ from sera_jax.loops.runtime import Policy
 from sera_jax.loops.srppo_study import PpoArm, SrppoStudy
 from sera_jax.sampling import Candidates
 from sera_jax.training.ppo_steps import PpoState
-from sera_jax.training.rewards import noise
+from sera_jax.training.rewards import given, noise
 
 
 def iterate(learner: Learner, state: PpoState, iteration: int) -> tuple[PpoState, dict[str, Any]]:
@@ -76,3 +76,4 @@ def _standard_normal(study: SrppoStudy, rollouts: Sequence[Candidates], iteratio
 SRPPO_ARM = PpoArm("srppo")
 RANDOM_REWARD = PpoArm("random_reward", reward=noise, given=_standard_normal)
 REINFORCE = PpoArm("reinforce", baseline="batch_mean")
+REWARD_MODEL_ARM = PpoArm("ppo_reward_model", reward=given)  # with its reward model once that is trained

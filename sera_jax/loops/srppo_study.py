@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sera_jax.config import PpoGroup, RewardGroup, SamplingGroup, TrainGroup
-from sera_jax.data.items import Item
+from sera_jax.data.items import Item, PairItem
 from sera_jax.loops.runtime import Policy, Runtime
 from sera_jax.sampling import Candidates
 from sera_jax.training.rewards import TokenReward, coherent_reward
@@ -25,6 +25,7 @@ class SrppoStudy:
         evaluate: held-out facts of a policy, for the report; called with the number of the evaluation, from 1.
         gold: reward of (prompt item, response tokens), NaN where there is none; only reported.
         texts: of (prompt item, response tokens), for the rollouts saved every `rollout_iterations` iterations.
+        pairs, heldout_pairs: what a reward model is trained on and judged by, where an arm has one; reward_model: how.
     """
 
     run: Runtime
@@ -40,6 +41,22 @@ class SrppoStudy:
     gold: Callable[[Item, np.ndarray], float] | None
     texts: Callable[[Item, np.ndarray], dict[str, Any]]
     rollout_iterations: int
+    reward_model: TrainGroup
+    pairs: Sequence[PairItem]
+    heldout_pairs: Sequence[PairItem]
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardModel:
+    """A reward model and its unit: PPO is paid shift + scale x score."""
+
+    model: Policy
+    shift: float
+    scale: float
+
+    def paid(self, scores: np.ndarray) -> np.ndarray:
+        """What scores f32[...] are worth, f32[...]."""
+        return np.float32(self.shift) + np.float32(self.scale) * scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +68,11 @@ class PpoArm:
         baseline: what returns are compared with: `critic`, or `batch_mean` (REINFORCE).
         reward: what tokens are paid (`training.rewards`), by the settings of the config.
         given: a number for each response, f32[prompts][N], where `reward` reads one: from (study, rollouts, iteration).
+        reward_model: whose scores are that number, in place of `given`.
     """
 
     name: str
     baseline: str = "critic"
     reward: Callable[[RewardGroup], TokenReward] = coherent_reward
     given: Callable[[SrppoStudy, Sequence[Candidates], int], Sequence[np.ndarray]] | None = None
+    reward_model: RewardModel | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -30,6 +31,15 @@ class Control:
     passes_tokens: jax.Array
 
 
+@dataclasses.dataclass(frozen=True)
+class Passes:
+    """Model passes that an iteration costs every token; a backward pass counts as two."""
+
+    sampling: int = 0
+    scoring: int = 0
+    training: int = 0
+
+
 def initial_control(settings: PpoGroup) -> Control:
     shape = jnp.zeros(3, jnp.int32)
     none = coherent.no_moments()
@@ -45,8 +55,8 @@ def make_experience(
     mesh: Mesh,
     *,
     microbatches: Callable[[int, int], int] = lambda rows, row_tokens: 1,
-    passes: int = 0,
-    warmup_passes: int = 0,
+    passes: Passes = Passes(),
+    warmup_passes: Passes = Passes(),
     baseline: str = "critic",
 ) -> Callable[[list[Scored], Control], Experienced]:
     """A jitted (parts, control) -> (the experience of each part, the next iteration's control, metrics).
@@ -55,7 +65,7 @@ def make_experience(
         reward: what the tokens are paid (`rewards`).
         microbatches: from R and T to A; the leaves of the experience are [A, R / A, ...], as `step.make_step` takes
             them.
-        passes, warmup_passes: model passes that an iteration costs every token, after and in the critic's warm-up.
+        passes, warmup_passes: what an iteration costs, after and in the critic's warm-up.
         baseline: `critic` (GAE), or `batch_mean` (REINFORCE: returns less their mean over the batch).
     """
 
@@ -104,7 +114,10 @@ def make_experience(
         tokens = jnp.sum(filled)
         metrics["rollout/padding_fraction"] = 1 - tokens / filled.size
         sizes = (batch.rows.tokens.shape[1], batch.rows.source.shape[2], batch.rows.num_slots)
-        spent = control.passes_tokens + jnp.where(warming, warmup_passes, passes) * tokens
+        names = [field.name for field in dataclasses.fields(Passes)]
+        cost = {n: jnp.where(warming, getattr(warmup_passes, n), getattr(passes, n)) * tokens for n in names}
+        metrics |= {f"cost/{name}": value for name, value in cost.items()}
+        spent = control.passes_tokens + sum(cost.values())
         sizes = jnp.array(sizes, jnp.int32)
         after = Control(control.iteration + 1, sizes, kl_coef, moments, returns_so_far, spent)
         split = microbatches(*batch.rows.tokens.shape[1:])

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 
 from sera_jax.core import Mean, PairBatch, Rows
 from sera_jax.losses.preference import PairInputs, ResolvedLoss
+from sera_jax.losses.reward_model import bradley_terry
 from sera_jax.models.config import ModelConfig
+from sera_jax.models.critic import row_scores
 from sera_jax.models.decoder import Params, hidden_states, unembedding
 from sera_jax.ops.logprob import chunk_columns, slot_lengths, sum_by_slot, token_logps
 from sera_jax.training.step import Metrics, Objective
@@ -50,13 +52,9 @@ def align_objective(cfg: ModelConfig, loss: ResolvedLoss, *, window: int, chunk_
         losses = loss.loss(pair)
         reward = loss.reward(logp, length, batch.ref_logp)
         chosen, rejected = of_pair(reward, batch.chosen_slot), of_pair(reward, batch.rejected_slot)
-        right = (chosen > rejected) + 0.5 * (chosen == rejected)
         metrics = {
             "loss": Mean.of(losses, weight),
-            "rewards/chosen": Mean.of(chosen, weight),
-            "rewards/rejected": Mean.of(rejected, weight),
-            "rewards/margins": Mean.of(chosen - rejected, weight),
-            "rewards/accuracies": Mean.of(right, weight),
+            **_of_rewards(chosen, rejected, weight),
             "logps/chosen": Mean.of(pair.chosen_logp, weight),
             "logps/rejected": Mean.of(pair.rejected_logp, weight),
             "nll_loss": Mean.of(-pair.chosen_logp, weight).over(pair.chosen_length, weight),
@@ -81,3 +79,27 @@ def sft_objective(cfg: ModelConfig, *, window: int, chunk_tokens: int, shards: i
         return nll.total, nll.weight, {"loss": nll}
 
     return objective
+
+
+def reward_objective(cfg: ModelConfig, *, window: int) -> Objective:
+    """A reward model (`cfg`: models.critic.critic_config) on pairs: the loss of each from the scores of its sides."""
+
+    def objective(params: Params, batch: PairBatch) -> tuple[jax.Array, jax.Array, Metrics]:
+        scores = row_scores(cfg, params, batch.rows, window=window)
+        chosen, rejected = (
+            jnp.take_along_axis(scores, slot, axis=1) for slot in (batch.chosen_slot, batch.rejected_slot)
+        )
+        loss = Mean.of(bradley_terry(chosen=chosen, rejected=rejected), batch.weight)
+        return loss.total, loss.weight, {"loss": loss, **_of_rewards(chosen, rejected, batch.weight)}
+
+    return objective
+
+
+def _of_rewards(chosen: jax.Array, rejected: jax.Array, weight: jax.Array) -> Metrics:
+    right = (chosen > rejected) + 0.5 * (chosen == rejected)
+    return {
+        "rewards/chosen": Mean.of(chosen, weight),
+        "rewards/rejected": Mean.of(rejected, weight),
+        "rewards/margins": Mean.of(chosen - rejected, weight),
+        "rewards/accuracies": Mean.of(right, weight),
+    }

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from sera_jax.checkpoint import load_tree
 from sera_jax.mesh import placed_shapes
 from sera_jax.models.config import ModelConfig
+from sera_jax.models.critic import critic_params
 from sera_jax.models.decoder import Params, abstract_params, init_params
 from sera_jax.models.families import mathematics
 from sera_jax.models.huggingface import load_pretrained
@@ -39,6 +40,12 @@ def load_params(cfg: ModelConfig, mesh: Mesh, origin: Origin) -> Params:
     found, params = load_pretrained(folder, mesh=mesh, param_dtype=cfg.param_dtype)
     assert mathematics(found) == mathematics(cfg), "whoever names a folder has read its config.json"
     return params
+
+
+def load_critic(cfg: ModelConfig, mesh: Mesh, folder: pathlib.Path) -> Params:
+    """The parameters of a reward model (or critic) beside a policy of `cfg`, from a folder that `checkpoint.save_tree`
+    wrote; placed and refused as those of `load_params`."""
+    return load_tree(folder, placed_shapes(mesh, jax.eval_shape(critic_params, abstract_params(cfg))))
 
 
 def _fresh(cfg: ModelConfig, mesh: Mesh, key: jax.Array) -> Params:

@@ -18,14 +18,16 @@ from sera_jax.mesh import replicated, row_shards
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.critic import critic_config, critic_params, with_value_head
 from sera_jax.models.decoder import Params
-from sera_jax.training.experience import Control, initial_control, make_experience
+from sera_jax.training.experience import Control, Passes, initial_control, make_experience
 from sera_jax.training.optimizer import init_optimizer, make_optimizer
 from sera_jax.training.ppo import head_objective, joint_objective, policy_objective, value_objective
 from sera_jax.training.rewards import TokenReward
 from sera_jax.training.score import make_score, make_values
 from sera_jax.training.step import Metrics, TrainState, abstract_state, init_state, make_step, microbatches_for
 
-_FORWARD_PASSES = 4  # of every token: decoding, and scoring under policy, SFT model and base; a critic adds one
+# Of every token, under the policy, the SFT model, and the base or a reward model; a critic adds one. Where a reward
+# model pays, the base is scored with for the log alone, which is not counted.
+_SCORED_BY = 3
 TRAIN_PASSES = 3  # forward and backward
 
 
@@ -122,7 +124,10 @@ def make_programs(
     else:
         objective = policy_objective(cfg, **policy_how)
     abstract = _abstract(policy, critic, ppo, mesh)
-    forward = _FORWARD_PASSES + (head or separate)
+
+    def passes(trained: int) -> Passes:
+        return Passes(1, _SCORED_BY + (head or separate), TRAIN_PASSES * ppo.num_ppo_epochs * trained)
+
     made = PpoPrograms(
         score=make_score(cfg, mesh, per_token=True, **shape),
         values=make_values(critic_cfg if separate else cfg, mesh, window=window) if head or separate else None,
@@ -133,8 +138,8 @@ def make_programs(
             microbatches=lambda rows, row_tokens: microbatches_for(
                 cfg, rows, row_tokens, shards, asked=train.gradient_accumulation_steps
             ),
-            passes=forward + TRAIN_PASSES * ppo.num_ppo_epochs * (1 + separate),
-            warmup_passes=forward + TRAIN_PASSES * ppo.num_ppo_epochs * (head or separate),
+            passes=passes(1 + separate),
+            warmup_passes=passes(head or separate),
             baseline=baseline,
         ),
         policy_step=make_step(objective, optimizer, policy, mesh, functools.partial(_is_near, ppo)),

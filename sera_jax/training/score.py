@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from sera_jax.core import Rows
 from sera_jax.mesh import host_to_global, replicated, row_shards, rows_sharding
 from sera_jax.models.config import ModelConfig
-from sera_jax.models.critic import row_values
+from sera_jax.models.critic import row_scores, row_values
 from sera_jax.models.decoder import Params
 from sera_jax.ops.logprob import sum_by_slot
 from sera_jax.training.objectives import row_token_logps
@@ -39,6 +39,15 @@ def make_values(cfg: ModelConfig, mesh: Mesh, *, window: int) -> Callable[[Param
         return row_values(cfg, params, rows, window=window)
 
     return jax.jit(values, out_shardings=rows_sharding(mesh))
+
+
+def make_rewards(cfg: ModelConfig, mesh: Mesh, *, window: int) -> Callable[[Params, Rows], jax.Array]:
+    """A jitted (reward model's params, rows) -> score of each response slot, f32[R, K], on every device."""
+
+    def rewards(params: Params, rows: Rows) -> jax.Array:
+        return row_scores(cfg, params, rows, window=window)
+
+    return jax.jit(rewards, out_shardings=replicated(mesh))
 
 
 def place_rows(rows: Rows, mesh: Mesh) -> Rows:

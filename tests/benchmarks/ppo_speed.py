@@ -87,6 +87,9 @@ class Iterating:
             gold=None,
             texts=lambda item, tokens: {},
             rollout_iterations=0,
+            reward_model=TrainGroup(),
+            pairs=(),
+            heldout_pairs=(),
         )
         self.learner, self.done = Learner(study, SRPPO_ARM), 0
         self.state = self.learner.programs.start(run.params(sft))

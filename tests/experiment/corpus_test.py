@@ -84,6 +84,40 @@ def test_the_embedded_world_gives_demonstrations_and_new_prompts_but_no_pairs(tm
     assert -0.3 <= corpus.gold(held, held.responses[0]) <= 1
 
 
+REWARD_MODEL = {"ppo__arms": ("srppo", "ppo_reward_model")}
+
+
+def test_a_reward_model_gets_the_worlds_pairs_with_noise_and_is_judged_by_its_held_out_ones_without(tmp_path):
+    sizes = {"world__preferences": 40, "world__heldout_preferences": 12}
+    config = tiny_srppo(tmp_path, **sizes, data__label_noise=0.25, **REWARD_MODEL)
+    corpus = read_corpus(config, Workdir(tmp_path, {}), lambda text: None)
+    assert (len(corpus.reward_pairs), len(corpus.heldout_reward_pairs)) == (40, 12)
+    assert sum(pair.flipped for pair in corpus.reward_pairs) == 10
+    assert not any(pair.flipped for pair in corpus.heldout_reward_pairs)
+    assert (corpus.train, corpus.heldout) == ([], []), "these are SeRA's"
+    without = read_corpus(tiny_srppo(tmp_path / "b", **sizes), Workdir(tmp_path / "b", {}), lambda text: None)
+    assert (without.reward_pairs, without.heldout_reward_pairs) == ([], [])
+
+
+def test_of_ones_own_pairs_a_share_judges_the_reward_model_and_no_held_out_prompt_trains_it(read, rows, tmp_path):
+    pairs = world.make_world(world.WorldSpec(seed=4, preferences=50, demonstrations=5))["preferences"]
+    held = [{"prompt": pairs[0]["prompt"], "response": pairs[0]["chosen"]}]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    own = {"data__train": str(tmp_path / "pairs.jsonl"), "data__eval_fraction": 0.3, **REWARD_MODEL}
+    corpus, said = read(heldout=held, **own)
+    known = prompts_of(pair.item for pair in corpus.reward_pairs)
+    judged = prompts_of(pair.item for pair in corpus.heldout_reward_pairs)
+    assert known and judged and not known & judged
+    assert not prompts_of(corpus.heldout_demonstrations) & (known | judged)
+    left_out = corpus.held_out_rows["train"]
+    assert left_out >= 1
+    assert len(corpus.reward_pairs) + len(corpus.heldout_reward_pairs) + left_out == 50
+    assert f"held out {len(corpus.heldout_reward_pairs)} of {50 - left_out} pairs for the reward model" in said
+    (tmp_path / "pairs.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"no pair|no row"):
+        read("empty", **own)
+
+
 def test_without_new_prompts_there_are_none_and_sera_has_no_held_out_demonstrations(tmp_path):
     corpus = read_corpus(tiny_srppo(tmp_path / "a"), Workdir(tmp_path / "a", {}), lambda text: None)
     assert (corpus.prompts, corpus.prompts_left_out) == ([], {})

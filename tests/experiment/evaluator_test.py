@@ -13,6 +13,7 @@ from sera_jax.config import EvalGroup, SamplingGroup
 from sera_jax.data.items import Item, PairItem
 from sera_jax.data.tokenizing import Tokenizer
 from sera_jax.experiment.evaluator import Evaluator
+from sera_jax.loops.cost import Ledger
 from sera_jax.loops.runtime import Policy
 from sera_jax.losses.preference import resolve
 from sera_jax.sampling import Sample, grouped
@@ -36,6 +37,7 @@ class FakeRuntime:
         self.scored: list[str] = []
         self.settings: list[SamplingGroup] = []
         self.sampled: dict[str, float] = {}
+        self.ledger = Ledger()
 
     def score(self, name, policy, items):
         self.scored.append(name)

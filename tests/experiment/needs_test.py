@@ -45,10 +45,10 @@ def mesh():
     return make_mesh(1, 1, 1, devices=jax.devices()[:1])
 
 
-def corpus_of(pairs):
-    """50 texts, 16 demonstrations, and an entry of so many pairs each."""
-    train = [types.SimpleNamespace(pairs=[(0, 1)] * count) for count in pairs]
-    return types.SimpleNamespace(pretrain=[0] * 50, demonstrations=[0] * 16, train=train)
+def corpus_of(pairs, reward_pairs=()):
+    """50 texts, 16 demonstrations, and entries of so many pairs each, for training and for a reward model."""
+    train, reward = ([types.SimpleNamespace(pairs=[(0, 1)] * n) for n in counts] for counts in (pairs, reward_pairs))
+    return types.SimpleNamespace(pretrain=[0] * 50, demonstrations=[0] * 16, train=train, reward_pairs=reward)
 
 
 def absurd(tmp_path, path):
@@ -107,6 +107,8 @@ def test_a_batch_larger_than_its_data_is_said(tmp_path):
     assert line == "config.train.batch_size=16 is more than the 15 pairs there are: every update takes all of them"
     said = batches_in_words(tiny_config(tmp_path, pretrain__batch_size=99, sft__batch_size=99), corpus)
     assert [text.split(" there")[0].split(" the ")[1] for text in said] == ["15 pairs", "16 demonstrations", "50 texts"]
+    (line,) = batches_in_words(tiny_srppo(tmp_path), corpus_of(pairs=[], reward_pairs=[1] * 9))
+    assert line.startswith("config.reward_model.batch_size=64 is more than the 9 pairs there are")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from tests.loops.tiny import TINY, TINY_SRPPO, tiny_config
 
 SMALL = {"world.pretrain": 8, "world.preferences": 12, "world.heldout_preferences": 4, "world.heldout_prompts": 4}
 SERA = TINY | SMALL | {"sera.rounds": 3, "sera.arms": tuple(SERA_ARMS)}
-SRPPO = TINY_SRPPO | SMALL | {"world.preferences": 0, "world.heldout_preferences": 0, "world.prompts": 10}
+SRPPO = TINY_SRPPO | SMALL | {"world.prompts": 10}
 SRPPO |= {"world.heldout_demonstrations": 4, "ppo.prompt_overlap": 0.5, "ppo.arms": tuple(SRPPO_ARMS)}
 ONLINE = TINY | SMALL | {"method": "online_dpo", "online.arms": tuple(ONLINE_ARMS), "online.updates": 5}
 CASES: dict[str, dict[str, Any]] = {
@@ -50,6 +50,8 @@ CASES: dict[str, dict[str, Any]] = {
     "online, at several temperatures": ONLINE | {"eval.temperatures": (0.0, 0.5), "online.eval_updates": 2},
     "srppo, all arms": SRPPO,
     "srppo, best_of_n": SRPPO | {"ppo.arms": ("best_of_n",)},
+    "srppo, a reward model without held-out pairs": SRPPO
+    | {"ppo.arms": ("ppo_reward_model",), "world.heldout_preferences": 0},
     "srppo, greedy answers": SRPPO | {"eval.temperature": 0.0},
     "srppo, evaluated at the end": SRPPO | {"ppo.eval_iterations": 0},
     "online": ONLINE,

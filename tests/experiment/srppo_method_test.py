@@ -21,13 +21,13 @@ from sera_jax.mesh import make_mesh
 from tests.damage import command, copied
 from tests.loops.tiny import tiny_srppo
 
-ARMS = ("sft_equal_compute", "best_of_n", "srppo", "sft_longer")
+ARMS = ("sft_equal_compute", "best_of_n", "srppo", "sft_longer", "ppo_reward_model")
 ITERATIONS = 2
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A finished run: config, summary, folder, and the calls of the controls."""
+    """A finished run: config, summary, folder, and the first calls of the arms' loops."""
     root = tmp_path_factory.mktemp("run")
     config = tiny_srppo(
         root,
@@ -37,13 +37,18 @@ def done(tmp_path_factory):
         ppo__iterations=ITERATIONS,
         ppo__eval_iterations=1,
         ppo__best_of=2,
+        world__preferences=24,
+        world__heldout_preferences=12,
+        data__label_noise=0.25,
+        reward_model__batch_size=8,
+        reward_model__learning_rate=1e-3,
         eval__num_generations=3,
     )
     calls = {}
 
     def watched(name, function):
         def call(*args, **options):
-            calls[name] = args
+            calls.setdefault(name, args)
             return function(*args, **options)
 
         return call
@@ -62,6 +67,8 @@ def test_every_arm_is_reported_in_the_order_asked_for_after_the_sft_model(done):
     for arm, facts in done.summary["arms"].items():
         assert {"gold_mean", "gold_ci95", "coherent_reward_mean", "eos_fraction", "win_rate_vs_sft"} <= set(facts), arm
         assert ("heldout_nll" in facts) == ("kl_to_sft" in facts) == (arm != "best_of_n"), arm
+        assert facts["cost/passes_tokens"] > 0, arm
+        assert ("reward_model_accuracy" in facts) == (arm == "ppo_reward_model"), arm
     assert done.summary["arms"]["sft"]["kl_to_sft"] == 0.0
     assert done.summary["arms"]["sft"]["win_rate_vs_sft"] == 0.5
 
@@ -98,12 +105,13 @@ def test_the_study_holds_the_two_models_the_demonstrations_and_the_new_prompts(d
 
 def test_rounds_are_the_evaluations_and_iterations_the_metrics_of_ppo(done):
     assert [(f["arm"], f["round"], f["iteration"]) for f in done.summary["rounds"]] == [
-        ("srppo", 1, 1),
-        ("srppo", 2, 2),
+        (arm, n, n) for arm in ("srppo", "ppo_reward_model") for n in (1, 2)
     ]
     assert not [name for facts in done.summary["rounds"] for name in facts if name.endswith("_ci95")]
     lines = done.summary["iterations"]
-    assert [(line["arm"], line["iteration"]) for line in lines] == [("srppo", i) for i in (1, 2)]
+    assert [(line["arm"], line["iteration"]) for line in lines] == [
+        (arm, i) for arm in ("srppo", "ppo_reward_model") for i in (1, 2)
+    ]
     assert {"objective/kl", "coherent_reward/mean", "loss/policy_avg"} <= set(lines[0])
 
 
@@ -119,7 +127,8 @@ def test_the_prompts_are_counted_by_kind(done):
 def test_the_first_answers_of_every_policy_and_of_best_of_n_are_kept_as_texts(done):
     rows = [json.loads(line) for line in (done.root / "generations.jsonl").read_text().splitlines()]
     names = [row["policy"] for row in rows]
-    expected = {"sft", "best_of_n", "srppo/iteration1", "srppo/iteration2", "sft_longer", "sft_equal_compute"}
+    expected = {"sft", "best_of_n", "sft_longer", "sft_equal_compute"}
+    expected |= {f"{arm}/iteration{n}" for arm in ("srppo", "ppo_reward_model") for n in (1, 2)}
     assert set(names) == expected
     assert all(names.count(name) == 3 for name in expected)
 

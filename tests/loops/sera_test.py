@@ -772,3 +772,25 @@ def test_a_whole_run_on_two_devices_ends_alike(lab, tmp_path):
     run_on(2, dataclasses.replace(lab.config, workdir=str(tmp_path), sera=sera_only))
     assert_arm_alike(tmp_path, lab.root, "sera")
     assert_policies_alike(tmp_path, lab.root, ["sft", "round1", "sera/round2", "sera/round3"])
+
+
+def _laid(lab, policy):
+    """Tokens of a policy's candidates, each prompt once with all its answers."""
+    rows = _jsonl(lab.root / "phases" / policy / "candidates" / "samples.jsonl")
+    prompts = [len(lab.study.prompts[i].prompt) for i in {row["prompt"] for row in rows}]
+    return sum(prompts) + sum(len(row["tokens"]) for row in rows)
+
+
+def test_the_cost_of_every_arm_is_three_passes_to_train_and_one_to_sample_and_to_score(lab):
+    """A round is an epoch. Round 1, which the arms share, counts in each."""
+    arms, pool = lab.summary["arms"], sum(pair.item.tokens for pair in lab.study.pool)
+    costs = {arm: [arms[arm][f"cost/{kind}"] for kind in ("training", "sampling", "scoring")] for arm in arms}
+    for arm in arms:
+        assert arms[arm]["cost/passes_tokens"] == sum(costs[arm])
+    assert costs["daa"] == [3 * lab.config.sera.rounds * pool, 0, pool], "the reference's scores are the pool once"
+    first, second = _laid(lab, "round1"), _laid(lab, "sera/round2")
+    # reviewed by the SFT model and rounds 1 and 2; candidates are scored by the two newest policies and the SFT model
+    assert costs["sera"][1:] == [first + second, 3 * pool + 2 * first + 3 * second]
+    tokens = [r["num_tokens"] for r in lab.lines if r["phase"] == "train" and r["arm"] in ("", "sera")]
+    assert costs["sera"][0] == 3 * sum(tokens)
+    assert costs["sft"] == [3 * sum(r["num_tokens"] for r in lab.lines if r["phase"] == "sft"), 0, 0]

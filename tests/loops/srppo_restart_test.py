@@ -120,7 +120,11 @@ def test_a_run_killed_again_and_again_ends_as_one_that_was_not(whole, tmp_path):
 
 
 ALL_ARMS = {
-    "ppo__arms": "srppo,random_reward,reinforce,sft_equal_compute",
+    "ppo__arms": "srppo,random_reward,reinforce,ppo_reward_model,sft_equal_compute",
+    "world__preferences": 24,
+    "world__heldout_preferences": 12,
+    "reward_model__batch_size": 8,
+    "reward_model__save_steps": 1,
     "ppo__critic": "head",
     "ppo__critic_warmup_iterations": 1,
     "ppo__num_ppo_epochs": 2,
@@ -139,6 +143,9 @@ def test_a_run_of_other_arms_and_options_killed_again_and_again_ends_as_one_that
         saved("random_reward/iteration6", 4),
         holding("reinforce/iteration3", "params"),
         saved("reinforce/iteration6", 5),
+        saved("reward_model", 2),
+        producing("reward_model/answers"),
+        saved("ppo_reward_model/iteration6", 4),
         saved("sft_equal_compute", 2),
     ]
     assert kills.killed_again_and_again(lambda workdir: start(workdir, **ALL_ARMS), moments, torn) >= 4

@@ -46,6 +46,7 @@ METRICS = CRITIC | {
     *(f"val/{name}" for name in ("ratio", "ratio_var", "num_eos_tokens", "contain_eos_token")),
     *(f"completions/{name}_length" for name in ("mean", "min", "max", "mean_terminated")),
     *(f"coherent_reward/{name}" for name in ("mean", "std", "per_token", "length_corr")),
+    *(f"cost/{name}" for name in ("training", "sampling", "scoring")),
     *(f"timing_s/{name}" for name in ("rollout", "score", "update")),
     *("loss/policy_avg", "lr", "episode", "grad_norm", "completions/clipped_ratio"),
     *("rollout/decode_score_gap", "rollout/sft_prompt_fraction", "rollout/gold_mean", "rollout/padding_fraction"),

@@ -1,4 +1,5 @@
-"""The critic reads the state before each token, starts at 0, and says the same wherever its response lies."""
+"""The critic reads the state before each token, starts at 0, and says the same wherever its response lies; a reward
+model reads the state after a response's last token."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from sera_jax.models.critic import (
     critic_config,
     critic_params,
     read_values,
+    row_scores,
     row_values,
     with_value_head,
     without_value_head,
@@ -178,3 +180,41 @@ def test_values_are_float32_sums_whatever_the_dtype_of_the_hidden_states():
     exact = np.asarray(hidden, np.float64)[0, places[0, :3]] @ np.asarray(head, np.float64)
     close(values[0, :3], exact, "closed_form")
     assert values[0, 3] == 0.0
+
+
+@functools.cache
+def scorer():
+    return jax.jit(functools.partial(row_scores, CRITIC, window=T))
+
+
+def scores_of(packed, params):
+    """(item, response) -> its score."""
+    scores = np.asarray(scorer()(params, packed.rows))
+    empty = packed.item < 0
+    assert not scores[empty].any()
+    places = np.argwhere(~empty)
+    return {(int(packed.item[r, k]), int(packed.response[r, k])): scores[r, k] for r, k in places}
+
+
+def test_a_responses_score_is_read_at_its_own_last_token_wherever_it_lies(critic, items):
+    """Oracle: the response alone behind its prompt, where the last token is that of the row."""
+    short = oracles.random_items(np.random.default_rng(7), 1, vocab=32, prompt=(2, 2), response=(1, 1), most=1)
+    items, expected = [*items, *short], {}
+    for i, item in enumerate(items):
+        for k, response in enumerate(item.responses):
+            packed = lay([dataclasses.replace(item, responses=(response,))])
+            hidden = np.asarray(programs()[1](without_value_head(critic), packed.rows), np.float64)
+            expected[i, k] = hidden[0, len(item.prompt) + len(response) - 1] @ critic[HEAD].astype(np.float64)
+    for options in ({}, {"share_prompt": False}, {"apart": True}):
+        found = scores_of(lay(items, **options), critic)
+        assert found.keys() == expected.keys()
+        for place, score in found.items():
+            close(score, expected[place], "decoder_oracle")
+
+
+def test_a_response_that_fills_its_row_to_the_end_has_a_score_too(critic):
+    item = oracles.random_items(np.random.default_rng(5), 1, vocab=32, prompt=(20, 20), response=(12, 12), most=1)[0]
+    packed = lay([item])
+    assert item.tokens == T and packed.rows.segment[0, -1] == 1
+    hidden = np.asarray(programs()[1](without_value_head(critic), packed.rows), np.float64)
+    close(scores_of(packed, critic)[0, 0], hidden[0, -1] @ critic[HEAD].astype(np.float64), "decoder_oracle")

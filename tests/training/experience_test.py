@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from sera_jax.losses.ppo import value_clipped, value_loss
 from sera_jax.mesh import host_to_global, make_mesh, replicated, row_shards, rows_sharding
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import init_params
-from sera_jax.training.experience import initial_control, make_experience
+from sera_jax.training.experience import Passes, initial_control, make_experience
 from sera_jax.training.rewards import Scored, coherent_reward, noise
 from sera_jax.training.score import make_score, place_rows
 from tests import ppo_oracles
@@ -135,7 +136,8 @@ def program(name, mesh, microbatches=1):
     settings, ppo = SETTINGS[name]
     reward = noise(settings) if name == "random" else coherent_reward(settings)
     baseline = "batch_mean" if name == "batch_mean" else "critic"
-    how = dict(microbatches=lambda rows, row_tokens: microbatches, passes=8, warmup_passes=5, baseline=baseline)
+    passes = dict(passes=Passes(1, 4, 3), warmup_passes=Passes(1, 4, 0))
+    how: dict[str, Any] = dict(microbatches=lambda rows, row_tokens: microbatches, baseline=baseline, **passes)
     return make_experience(reward, ppo, mesh, **how)
 
 
@@ -178,6 +180,8 @@ def test_two_iterations_are_the_oracles(one, name):
         for field in NUMBERS:
             for i, (left, right) in enumerate(zip(got[field], want, strict=True)):
                 close(left, right[field], "decoder_oracle", err_msg=f"{field} of response {i} in iteration {seed + 1}")
+        laid = sum(len(item.prompt) for item in ITEMS) + want_metrics["rollout/tokens"]
+        want_metrics |= {"cost/sampling": laid, "cost/scoring": 4 * laid, "cost/training": 0 if warming else 3 * laid}
         assert set(metrics) == set(want_metrics)
         for key, value in want_metrics.items():
             close(metrics[key], value, "decoder_oracle", err_msg=key)
@@ -190,8 +194,7 @@ def test_two_iterations_are_the_oracles(one, name):
         for part in experience:
             close(part.value_scale, np.full(part.value_scale.shape, want_metrics.get("critic/value_scale", 1.0)))
         assert int(control.iteration) == seed + 1
-        prompts = sum(len(item.prompt) for item in ITEMS)
-        passes_tokens += (5 if warming else 8) * (prompts + want_metrics["rollout/tokens"])
+        passes_tokens += (5 if warming else 8) * laid
         assert control.passes_tokens == passes_tokens
 
 

@@ -11,6 +11,8 @@ from sera_jax.evaluation import look, picture
 from sera_jax.evaluation.look import ArmLook
 from sera_jax.evaluation.report import (
     ARM,
+    COST,
+    COST_COLUMN,
     GOLD,
     GOLD_AT,
     OUT_OF_DOMAIN,
@@ -25,6 +27,7 @@ from sera_jax.experiment.corpus import Corpus, of_pairs
 from sera_jax.experiment.evaluator import phases as evaluated
 from sera_jax.experiment.method import Arm, Experiment, Method, Outcome, looks
 from sera_jax.guards import REASONS
+from sera_jax.loops import cost
 from sera_jax.loops.rewards import Reward, implicit
 from sera_jax.loops.sera import phases as sera_phases
 from sera_jax.loops.sera import sera
@@ -111,15 +114,18 @@ def run(given: Experiment) -> Outcome:
     evaluator = given.evaluator(loss=loss)
     evaluator.look_at(given.start, 0)
     study = study_of(given, loss, evaluator.look_at)
-    arms: dict[str, dict[str, Any]] = {"sft": evaluator.of_arm(given.start)}
+    ledger = given.runtime.ledger
+    sft = evaluator.of_arm(given.start) | cost.facts(ledger.of(given.start.name))
+    arms: dict[str, dict[str, Any]] = {"sft": sft}
     rounds: list[dict[str, Any]] = []
     final = {"sft": given.start}
     for arm in config.sera.arms:
         settings, own = dataclasses.replace(config.sera, **ARMS[arm].how), loss_of_arm(config, arm)
         of_arm = dataclasses.replace(study, loss=own, own_loss=own != loss, ranking=ranking_of(own, settings))
-        final[arm], facts = sera(of_arm, arm, settings)
+        with ledger.account() as spent:
+            final[arm], facts = sera(of_arm, arm, settings)
         rounds += facts
-        arms[arm] = evaluator.of_arm(final[arm]) | {"updates": _updates(facts)}
+        arms[arm] = evaluator.of_arm(final[arm]) | {"updates": _updates(facts)} | cost.facts(spent.values())
         if arm in NOISE_AWARE:
             arms[arm]["label_smoothing"] = smoothing_of(config)
     return final, {"arms": arms, "rounds": rounds, "loss": loss.as_dict()}
@@ -331,6 +337,7 @@ PAIR_ARM_COLUMNS = [
     ("on shorter", percent("heldout_accuracy_shorter")),
     ("margin", number("heldout_margin", 2)),
     ("tokens", number("response_tokens_mean", 1)),
+    COST_COLUMN,
 ]
 AGREEMENT = ("agree/not/tie", shares("agreement", ("agree", "disagree", "tie")))
 PAIR_LEGEND = [
@@ -352,6 +359,7 @@ PAIR_LEGEND = [
         "margin",
         "chosen minus rejected, nats (a token if the loss averages): held-out above, offline below",
     ),
+    COST,
 ]
 REPORT = Report(
     arm_columns=PAIR_ARM_COLUMNS,

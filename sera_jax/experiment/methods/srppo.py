@@ -8,19 +8,33 @@ import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from sera_jax.config import Config
+from sera_jax.config import Config, DataGroup
 from sera_jax.data.items import unique_prompts
 from sera_jax.evaluation import iterations, look
 from sera_jax.evaluation.look import ArmLook
-from sera_jax.evaluation.report import ARM, GOLD, GOLD_AT, OUT_OF_DOMAIN, Report, interval, number, percent, plain
-from sera_jax.experiment.corpus import Corpus, of_demonstrations
+from sera_jax.evaluation.report import (
+    ARM,
+    COST,
+    COST_COLUMN,
+    GOLD,
+    GOLD_AT,
+    OUT_OF_DOMAIN,
+    Report,
+    interval,
+    number,
+    percent,
+    plain,
+)
+from sera_jax.experiment.corpus import Corpus, Reader, of_demonstrations
 from sera_jax.experiment.evaluator import Evaluator
 from sera_jax.experiment.evaluator import phases as evaluated
 from sera_jax.experiment.method import Arm, Experiment, Method, Outcome, looks
-from sera_jax.experiment.methods.srppo_rules import check
+from sera_jax.experiment.methods.srppo_rules import REWARD_MODEL, check
+from sera_jax.loops import cost
 from sera_jax.loops.controls import best_of_n, sft_equal_compute, sft_longer
+from sera_jax.loops.reward_model import pair_accuracy, reward_model, reward_model_phases
 from sera_jax.loops.runtime import Policy
-from sera_jax.loops.srppo import RANDOM_REWARD, REINFORCE, SRPPO_ARM, segments, srppo
+from sera_jax.loops.srppo import RANDOM_REWARD, REINFORCE, REWARD_MODEL_ARM, SRPPO_ARM, segments, srppo
 from sera_jax.loops.srppo_study import PpoArm, SrppoStudy
 from sera_jax.sampling import Sample
 from sera_jax.writer import METRICS, RESERVED, read_records
@@ -61,6 +75,19 @@ def ppo(how: PpoArm) -> Callable[[Arms], None]:
     return run_arm
 
 
+def by_reward_model(arms: Arms) -> None:
+    """PPO with a reward model, which is trained first."""
+    paying = reward_model(arms.study)
+    found = pair_accuracy(arms.study, paying.model)
+    held_out = "held-out" if arms.study.heldout_pairs else "training"
+    (right,) = found.values()
+    arms.study.run.writer.announce(
+        f"reward model: scores the chosen side higher in {right:.1%} of the {held_out} pairs"
+    )
+    ppo(dataclasses.replace(REWARD_MODEL_ARM, reward_model=paying))(arms)
+    arms.facts[REWARD_MODEL] |= found
+
+
 def more_sft(arms: Arms) -> None:
     policy = sft_longer(arms.study, arms.given.config.sft)
     arms.evaluator.look_at(policy, 1)
@@ -91,6 +118,11 @@ ARMS: dict[str, Arm] = {
         "the batch mean of the returns in place of the critic",
         ArmLook("REINFORCE", look.PURPLE, "D"),
         ppo(REINFORCE),
+    ),
+    REWARD_MODEL: Arm(
+        "PPO with a Bradley-Terry reward model, trained on preference pairs",
+        ArmLook("PPO, reward model", look.BROWN, "s"),
+        by_reward_model,
     ),
     "sft_longer": Arm(
         "SFT of the base with `ppo.sft_longer_factor` times the updates",
@@ -124,9 +156,13 @@ def run(given: Experiment) -> Outcome:
     evaluator = given.evaluator(base=given.base)
     evaluator.look_at(given.start, 0)
     study = study_of(given, evaluator)
-    arms = Arms(given, study, evaluator, {"sft": given.start}, {"sft": evaluator.of_arm(given.start)})
+    ledger = given.runtime.ledger
+    sft = evaluator.of_arm(given.start) | cost.facts(ledger.of(given.start.name))
+    arms = Arms(given, study, evaluator, {"sft": given.start}, {"sft": sft})
     for name in sorted(config.ppo.arms, key=lambda name: ARMS[name].how is as_much_sft):  # given what the method cost
-        ARMS[name].how(arms)
+        with ledger.account() as spent:
+            ARMS[name].how(arms)
+        arms.facts[name] |= cost.facts(spent.values())
     ordered = ("sft", *config.ppo.arms)
     return {arm: arms.final[arm] for arm in ordered if arm in arms.final}, {
         "arms": {arm: arms.facts[arm] for arm in ordered},
@@ -148,6 +184,8 @@ def phases(config: Config, corpus: Corpus) -> list[str]:
             candidates = [f"{arm}/candidates{by}" for by in ("", "_by_sft", "_by_base")]
             names += [*candidates, *evaluation(arm, trained=False)]
             continue
+        if ARMS[arm].how is by_reward_model:
+            names += reward_model_phases(held_out=bool(corpus.heldout_reward_pairs))
         by_sft = ARMS[arm].how in (more_sft, as_much_sft)
         policies = [arm] if by_sft else [f"{arm}/iteration{segment.last}" for segment in segments(config.ppo)]
         for policy in policies:
@@ -173,7 +211,15 @@ def study_of(given: Experiment, evaluator: Evaluator) -> SrppoStudy:
         gold=corpus.gold,
         texts=evaluator.texts,
         rollout_iterations=config.log.rollout_iterations,
+        reward_model=config.reward_model,
+        pairs=corpus.reward_pairs,
+        heldout_pairs=corpus.heldout_reward_pairs,
     )
+
+
+def read_corpus(config: Config, data: DataGroup, heldout_prompts: str, read: Reader) -> Corpus:
+    """Demonstrations and prompts, and the pairs of a reward model where an arm trains one."""
+    return of_demonstrations(config, data, heldout_prompts, read, with_pairs=REWARD_MODEL in config.ppo.arms)
 
 
 def prompt_counts(config: Config, corpus: Corpus) -> dict[str, Any]:
@@ -208,12 +254,14 @@ REPORT = Report(
         ("wins vs sft", percent("win_rate_vs_sft")),
         ("right", percent("answer_accuracy")),
         ("well-formed", percent("wellformed_fraction")),
+        ("pairs", percent("reward_model_accuracy")),
         ("coherent [95 %]", interval("coherent_reward", 2)),
         ("corr.", number("coherent_reward_length_corr", 2)),
         ("KL", number("kl_to_sft", 2)),
         ("NLL", number("heldout_nll", 3)),
         ("tokens", number("response_tokens_mean", 1)),
         ("ended", percent("eos_fraction")),
+        COST_COLUMN,
     ],
     round_columns=[
         ARM,
@@ -234,6 +282,7 @@ REPORT = Report(
         OUT_OF_DOMAIN,
         ("answer_accuracy", "right", "answers whose last match of eval.answer_pattern is the reference's"),
         ("wellformed_fraction", "well-formed", "answers in which eval.answer_pattern is found"),
+        ("reward_model_accuracy", "pairs", "held-out pairs whose chosen side the reward model scores higher"),
         (
             "coherent_reward_mean",
             "coherent",
@@ -243,6 +292,7 @@ REPORT = Report(
         ("kl_to_sft", "KL", "of the policy to the SFT model, on its own answers, nats per answer"),
         ("heldout_nll", "NLL", "of held-out demonstrations, nats per token; it rises as a policy forgets them"),
         ("eos_fraction", "ended", "answers that ended within the token limit"),
+        COST,
     ],
     draw=lambda summary, path: iterations.draw(summary, path, {**looks(ARMS), "sft": _SFT_LOOK}),
     # NLL only where neither is there: a policy that sharpens loses likelihood even where it gains
@@ -255,18 +305,19 @@ SRPPO = Method(
     name="srppo",
     says="Self-Rewarding PPO: PPO whose reward is log pi_sft - log pi_base, from demonstrations alone",
     group="ppo",
-    reads=("reward", "ppo"),
+    reads=("reward", "ppo", "reward_model"),
     arms=ARMS,
     check=check,
     announce=lambda config: f"coherent reward: {config.reward}",
     sources={
+        "train": "preferences.jsonl",
         "eval": "heldout_demonstrations.jsonl",
         "demonstrations": "demonstrations.jsonl",
         "pretrain": "pretrain.jsonl",
         "prompts": "prompts.jsonl",
     },
     texts=("demonstration", ("demonstrations", "pretrain")),
-    read=of_demonstrations,
+    read=read_corpus,
     needs_base=True,
     phases=phases,
     run=run,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from sera_jax.config import Config
 from sera_jax.sampling.engine import check_answers
 
+REWARD_MODEL = "ppo_reward_model"  # the arm that reads preference pairs
+
 
 def check(config: Config) -> None:
     """Raises ValueError, with the way out, where fields contradict each other."""
@@ -16,20 +18,11 @@ def check(config: Config) -> None:
 def _check_demonstrations(config: Config) -> None:
     """What SRPPO reads: demonstrations, new prompts, and a base that is not the SFT model."""
     data, model, ppo = config.data, config.model, config.ppo
-    if data.train:
-        raise ValueError(
-            f"config.data.train={data.train!r} names preference pairs, which method='srppo' does not read; "
-            "empty it and name demonstrations in config.data.demonstrations"
-        )
+    _check_pairs(config)
     if bool(config.world.name) == bool(data.demonstrations):
         raise ValueError(
             f"config.data.demonstrations={data.demonstrations!r} and config.world.name={config.world.name!r}: "
             "method='srppo' learns from demonstrations; set exactly one of the two"
-        )
-    if data.label_noise:
-        raise ValueError(
-            f"config.data.label_noise={data.label_noise} exchanges the sides of preference pairs, and method='srppo' "
-            "has none; set it to 0"
         )
     if model.sft_model_path and not model.model_name_or_path:
         raise ValueError(
@@ -41,7 +34,7 @@ def _check_demonstrations(config: Config) -> None:
             f"config.ppo.arms has {', '.join(controls)}, which train SFT from the base by config.sft, but the SFT "
             f"model of config.model.sft_model_path={model.sft_model_path!r} was made otherwise; take them out"
         )
-    files = {name: getattr(data, name) for name in ("eval", "prompts", "pretrain")}
+    files = {name: getattr(data, name) for name in ("train", "eval", "prompts", "pretrain")}
     if config.world.name and any(files.values()):
         named = ", ".join(f"config.data.{name}={path!r}" for name, path in files.items() if path)
         raise ValueError(f"{named}: the embedded world writes its own rows; empty them, or empty config.world.name")
@@ -53,6 +46,31 @@ def _check_demonstrations(config: Config) -> None:
         raise ValueError(
             f"config.ppo.prompt_overlap={ppo.prompt_overlap} takes prompts that no demonstration has, but "
             f"config.{field}={new_prompts!r} gives none; name some, or set prompt_overlap=1"
+        )
+
+
+def _check_pairs(config: Config) -> None:
+    """Preference pairs are read by the arm with a reward model, and by no other."""
+    data, world, arms = config.data, config.world, config.ppo.arms
+    if REWARD_MODEL in arms and world.name and not world.preferences:
+        raise ValueError(
+            f"config.world.preferences=0 leaves the reward model of {REWARD_MODEL} (config.ppo.arms) no pair to learn "
+            "from; give some, as many as demonstrations for instance, or take that arm out"
+        )
+    if REWARD_MODEL in arms and not world.name and not data.train:
+        raise ValueError(
+            f"config.data.train is empty, but the reward model of {REWARD_MODEL} (config.ppo.arms) learns from "
+            "preference pairs; name some: --config.data.train=pairs.jsonl, or take that arm out"
+        )
+    if REWARD_MODEL not in arms and data.train:
+        raise ValueError(
+            f"config.data.train={data.train!r} names preference pairs, which method='srppo' reads for the arm "
+            f"{REWARD_MODEL} only; empty it and name demonstrations in config.data.demonstrations, or add that arm"
+        )
+    if REWARD_MODEL not in arms and data.label_noise:
+        raise ValueError(
+            f"config.data.label_noise={data.label_noise} exchanges the sides of preference pairs, which only the arm "
+            f"{REWARD_MODEL} of method='srppo' reads; set it to 0, or add that arm"
         )
 
 
