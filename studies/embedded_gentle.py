@@ -1,0 +1,32 @@
+"""SeRA against its loss alone in the embedded world, trained gently: one epoch a round, as the paper trains.
+
+python -m sera_jax.study --config=studies/embedded_gentle.py
+
+That of studies/embedded_plane.py with a third of the updates: the policy has not moved far from the SFT model.
+"""
+
+from sera_jax.studies.plan import Study
+
+
+def get_config() -> Study:
+    return Study(
+        base="configs/quickstart.py",
+        overrides={
+            "world.name": "wrong_habits",
+            "sera.arms": ("daa", "sera", "sera_recommended"),
+            "train.learning_rate": 3e-4,
+            "train.num_train_epochs": 1,
+        },
+        grid={"data.label_noise": (0.0, 0.2, 0.4)},
+        seeds=range(10, 20),
+        metrics=(
+            "gold_by_temperature/0:gold_by_temperature/*",  # greedily, against the baseline at its best temperature
+            *(f"gold_by_temperature/{t}" for t in ("0", "0.5", "1")),
+            "round3/flipped_fraction_kept",
+            *(f"round{n}/agreement/{share}" for n in (2, 3) for share in ("agree", "disagree")),
+            "response_tokens_mean",
+            "cost/passes_tokens",
+        ),
+        baseline="daa",
+        panels="data.label_noise",
+    )
