@@ -72,6 +72,10 @@ def get_config() -> ConfigDict:
     c.ppo.critic_warmup_iterations = 5
     c.ppo.critic_learning_rate = 1e-3  # with the warm-up, makes the critic explain more; gold hardly moves
 
+    c.reward_model.batch_size = 32  # of the arm ppo_reward_model, which is not among these and needs world.preferences
+    c.reward_model.num_train_epochs = 3
+    c.reward_model.learning_rate = 1e-3
+
     c.eval.num_prompts = 400  # all of the world's
     c.eval.temperature = 1.0
     c.eval.temperatures = (0.0, 0.5, 1.0)  # a gain at 1 alone may be mere sharpening
