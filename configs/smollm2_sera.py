@@ -1,4 +1,4 @@
-"""SeRA with DPO on a real chat model, SmolLM2-135M-Instruct, in a coffee break or two on two CPU cores.
+"""SeRA with DPO on a real chat model, SmolLM2-135M-Instruct, on two CPU cores.
 
 The model, https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct (Apache-2.0), as a folder:
 
