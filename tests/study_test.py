@@ -46,6 +46,23 @@ def test_a_study_runs_everything_keeps_a_row_for_each_arm_and_says_the_differenc
     assert (lab.folder / "runs" / "comparison.png").exists()
 
 
+@pytest.mark.slow
+def test_the_smallest_study_of_the_repository_runs_from_its_command_to_its_table(tmp_path, capsys, monkeypatch):
+    """Its runs are real ones, on one device."""
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    rows, runs = tmp_path / "rows.jsonl", tmp_path / "runs"
+    flags = ["--config=studies/smallest.py", "--config.seeds=0", f"--config.workdir={runs}", f"--config.rows={rows}"]
+    assert study.main(flags) == 0, capsys.readouterr().err
+    whole = rows.read_text()
+    found = {row["arm"]: row["metrics"] for row in read_rows(rows)}
+    assert len(found) > 1
+    for metrics in found.values():
+        assert {"gold_mean", "gold_by_temperature/0", "gold_by_task/repeat", "heldout_accuracy"} <= set(metrics)
+    assert "minus" in (runs / "comparison.md").read_text() and (runs / "comparison.png").exists()
+    assert study.main(flags) == 0
+    assert rows.read_text() == whole and "0 to do" in capsys.readouterr().err
+
+
 def test_only_what_is_missing_is_run_again(lab, capsys):
     assert study.main(lab.flags) == 0
     lab.started()
