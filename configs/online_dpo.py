@@ -22,5 +22,6 @@ def get_config() -> ConfigDict:
     c.online.updates = 50  # two passes over the offline pairs
     c.online.eval_updates = 25
 
+    c.data.label_noise = 0.2
     c.train.num_train_epochs = 1
     return c

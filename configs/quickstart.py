@@ -1,14 +1,15 @@
 """SeRA in a made-up world with a known gold reward, in a few minutes on two CPU cores.
 
-    python -m sera_jax.main --config=configs/quickstart.py            # 20 % of the labels flipped
-    python -m sera_jax.main --config=configs/quickstart.py:noise40    # 40 %
+    python -m sera_jax.main --config=configs/quickstart.py            # 40 % of the labels flipped
+    python -m sera_jax.main --config=configs/quickstart.py:noise20    # 20 %
     python -m sera_jax.main --config=configs/quickstart.py:clean      # none
 
 A base model is trained from scratch on the world's text, then SFT on 200 demonstrations, then from that SFT model: DPO
-alone (`daa`), SeRA (`sera`), and SeRA with random choices of the same size (`random`), each for as many updates.
+alone (`daa`), SeRA as published (`sera`), and SeRA as we recommend it (`sera_recommended`), each for as many updates.
 
-Learning rate and epochs of the rounds, the same for all arms, come from the grid {1e-4, 3e-4, 1e-3} x {1, 3} on
-seeds 101 and 102 at 20 % flips: the point with the highest gold reward averaged over `daa` and `sera`.
+The regime is the paper's: noisy labels, and one epoch a round. How each arm does at other rates, epochs and shares of
+flipped labels, over ten seeds that are not this one, is what studies/embedded_*.py measure. Held-out prompts are
+answered greedily, since a gain at temperature 1 may be mere confidence.
 """
 
 from typing import Any
@@ -17,16 +18,16 @@ from ml_collections import ConfigDict
 
 from configs.base import get_config as base
 
-LABEL_NOISE = {"": 0.2, "noise40": 0.4, "clean": 0.0}
+LABEL_NOISE = {"": 0.4, "noise20": 0.2, "clean": 0.0}
 
 
 def get_config(variant: str = "") -> ConfigDict:
     if variant not in LABEL_NOISE:
-        raise ValueError(f"configs/quickstart.py:{variant} is not a variant; choose one of :noise40, :clean, or none")
+        raise ValueError(f"configs/quickstart.py:{variant} is not a variant; choose one of :noise20, :clean, or none")
     c: Any = base()
     c.workdir = f"runs/quickstart{'_' if variant else ''}{variant}"
 
-    c.world.name = "habits"
+    c.world.name = "wrong_habits"
     c.world.pretrain = 16000
     c.world.heldout_preferences = 300
     c.world.heldout_prompts = 400
@@ -56,18 +57,18 @@ def get_config(variant: str = "") -> ConfigDict:
     c.sft.max_steps = 40
 
     c.train.batch_size = 32
-    c.train.learning_rate = 3e-4  # with the epochs, from the grid above
-    c.train.num_train_epochs = 3
+    c.train.learning_rate = 3e-4
+    c.train.num_train_epochs = 1
 
-    c.sera.arms = ("daa", "sera", "random")
+    c.sera.arms = ("daa", "sera", "sera_recommended")
     c.sera.rounds = 3
 
     c.sampling.max_new_tokens = 32
     c.sampling.slots = 128
 
     c.eval.num_prompts = 400  # all of the world's
-    c.eval.temperature = 1.0
-    c.eval.temperatures = (0.0, 0.5, 1.0)  # a gain at 1 alone may be mere sharpening
+    c.eval.temperature = 0.0
+    c.eval.temperatures = (0.0, 0.5, 1.0)
 
     c.log.logging_steps = 5
     return c

@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     c.method = "srppo"
     c.workdir = "runs/quickstart_srppo"
 
-    c.world.name = "habits"
+    c.world.name = "wrong_habits"
     c.world.pretrain = 16000
     c.world.prompts = 2000
     c.world.preferences = 0  # the method needs none

@@ -11,6 +11,7 @@ def get_config() -> Study:
         base="configs/quickstart.py",
         overrides={
             "world.name": "wrong_habits",
+            "eval.temperature": 1.0,
             "sera.arms": ("daa", "sera", "sera_recommended"),
             "train.learning_rate": 3e-4,
             "train.num_train_epochs": 3,

@@ -11,7 +11,11 @@ RATE, EPOCHS = "train.learning_rate", "train.num_train_epochs"
 def get_config() -> Study:
     return Study(
         base="configs/quickstart.py",
-        overrides={"world.name": "wrong_habits", "sera.arms": ("daa", "sera", "sera_recommended")},
+        overrides={
+            "world.name": "wrong_habits",
+            "eval.temperature": 1.0,
+            "sera.arms": ("daa", "sera", "sera_recommended"),
+        },
         settings={
             "under-trained": {RATE: 1e-4, EPOCHS: 1},
             "gentle": {RATE: 3e-4, EPOCHS: 1},

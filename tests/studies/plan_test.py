@@ -52,11 +52,11 @@ def test_the_command_line_of_a_run_gives_the_config_that_it_was_planned_with():
         "b": {"sera.require_eos": False, "loss.beta": 0.5, "train.learning_rate": 1e-7, "eval.max_pairs": 10},
         "c": {"loss.name": "ipo", "loss.tau": None, "eval.temperatures": ()},
     }
-    for run in expand(study(base="configs/quickstart.py:noise40", settings=settings, seeds=(7,))):
-        config = to_dict(config_of("--config=configs/quickstart.py:noise40", *run.flags()))
+    for run in expand(study(base="configs/quickstart.py:noise20", settings=settings, seeds=(7,))):
+        config = to_dict(config_of("--config=configs/quickstart.py:noise20", *run.flags()))
         assert identity(config, versions()) == run.identity
         assert config["seed"] == 7
-        assert config["data"]["label_noise"] == 0.4
+        assert config["data"]["label_noise"] == 0.2
 
 
 def test_runs_share_a_start_exactly_where_nothing_before_the_method_differs():
