@@ -8,8 +8,8 @@ demonstration has; and what it is to be compared with: more of the same SFT (`sf
 (`sft_equal_compute`), the best of eight answers by the same reward (`best_of_n`), PPO with noise for a reward
 (`random_reward`), and PPO without a critic (`reinforce`).
 
-Learning rate and KL coefficient come from {1e-4, 3e-4} x {0.1, 0.2, 0.5, 1} (without 3e-4 at 0.1) on seeds 101 and 102:
-the point with the highest gold reward of `srppo`. With a coefficient of 0.05 and a rate of 1e-3 the reward rises while
+Learning rate and KL coefficient come from {1e-4, 3e-4} x {0.1, 0.2, 0.5, 1} (without 3e-4 at 0.1) on seeds 101 and 102
+of the world `habits`: the point with the highest gold reward of `srppo`. With a coefficient of 0.05 and a rate of 1e-3 the reward rises while
 gold falls. The critic's rate and warm-up changed the gold by less than 0.01; they make it explain more.
 """
 
