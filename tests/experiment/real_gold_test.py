@@ -22,7 +22,7 @@ def run(tmp_path_factory):
         model__tokenizer_name_or_path=str(world.write_tokenizer(root / "tokenizer")),
         data__train=str(root / "pairs.jsonl"),
         data__eval_fraction=0.25,
-        sera__arms=("daa", "oracle_pairing"),
+        sera__arms=("oracle_pairing",),
         sera__rounds=2,
         eval__gold="chrf",
         eval__temperatures=(0.0, 1.0),
