@@ -1,4 +1,4 @@
-"""Guard rails on self-made pairs, each an option that is off by default, and what can be said of candidates without a
+"""Guard rails on pairs, each an option that is off by default, and what can be said of candidates without a
 gold reward. Numpy on the host, as in `irm`, whose pairings they narrow; all are ours unless a source is named.
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from sera_jax import irm
+from sera_jax.core import Stream, rng_for
 
 # Why a guard refuses: `unsupported` counts candidates, the others pairs.
 REASONS = ("unsupported", "disagreement", "below_min_margin", "outside_band")
@@ -22,6 +23,7 @@ FIT = (
 )
 APART = 2.0  # of two means, in units of the root mean square of the standard deviations
 LEAST_CLEAN = 0.5  # of labels that say anything
+_REPLAY_DRAW = 4  # of a round; those before are of `irm` and `loops.review`
 
 
 def among_supported(supported: np.ndarray, pair: Callable[[np.ndarray], irm.Pairing]) -> irm.Pairing:
@@ -76,6 +78,22 @@ def admitted(
         inside[irm.select(margins, "middle", band=band)] = True
     refused = Counter({"below_min_margin": int(np.sum(~enough)), "outside_band": int(np.sum(enough & ~inside))})
     return enough & inside, +refused
+
+
+def replayed(kept: np.ndarray, n: int, *, fraction: float, seed: int = 0, round_index: int = 2) -> np.ndarray:
+    """Indices of pairs that selection left out and that are trained on all the same, i64[k], ascending.
+
+    Any round(fraction / 2^(round_index - 2) * left out) of them: the share halves from round to round.
+
+    Args:
+        kept: indices that were selected, of 0 .. n - 1.
+        fraction: share of round 2, in [0, 1].
+        seed, round_index: name the draw; round_index is 2 or more.
+    """
+    left_out = np.setdiff1d(np.arange(n), kept)
+    count = irm.keep_count(fraction / 2 ** (round_index - 2), len(left_out))
+    drawn = rng_for(seed, Stream.SELECT, round_index, _REPLAY_DRAW).permutation(left_out)[:count]
+    return np.sort(drawn).astype(np.int64)
 
 
 def clean_share(margins: np.ndarray) -> tuple[float, dict[str, float]]:

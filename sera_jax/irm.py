@@ -22,8 +22,8 @@ import numpy as np
 from sera_jax.core import Stream, rng_for
 
 Entry = TypeVar("Entry")
-# Which draw of a round a random rule makes; the control arm draws the first two. Numbers 2 and 3 are `loops.review`'s.
-_SELECT_DRAW, _FILTER_DRAW, _REPLAY_DRAW = 0, 1, 4
+# Which draw of a round a random rule makes; the control arm draws both.
+_SELECT_DRAW, _FILTER_DRAW = 0, 1
 # Why candidates make no pair; the loader's names (data.reasons.BAD_REASONS) where it refuses the same in rows.
 REFUSALS = ("empty_response", "truncated", "too_few", "identical_pair", "identical_after_strip", "tie")
 
@@ -176,22 +176,6 @@ def select(
     available["rng"] = rng_for(seed, Stream.SELECT, round_index, _SELECT_DRAW)
     kept = fn(margins, **{name: available[name] for name in needs + reads})
     return np.sort(kept).astype(np.int64)
-
-
-def replayed(kept: np.ndarray, n: int, *, fraction: float, seed: int = 0, round_index: int = 2) -> np.ndarray:
-    """Indices of pairs that selection left out and that are trained on all the same, i64[k], ascending (ours).
-
-    Any round(fraction / 2^(round_index - 2) * left out) of them: the share halves from round to round.
-
-    Args:
-        kept: indices that were selected, of 0 .. n - 1.
-        fraction: share of round 2, in [0, 1].
-        seed, round_index: name the draw; round_index is 2 or more.
-    """
-    left_out = np.setdiff1d(np.arange(n), kept)
-    count = keep_count(fraction / 2 ** (round_index - 2), len(left_out))
-    drawn = rng_for(seed, Stream.SELECT, round_index, _REPLAY_DRAW).permutation(left_out)[:count]
-    return np.sort(drawn).astype(np.int64)
 
 
 def filter_bootstrapped(

@@ -1,4 +1,4 @@
-"""A study in seconds, to see what one is: models too small to learn much, two arms, two seeds.
+"""The smallest study, to see what one is: models too small to learn much, two arms, two seeds.
 
 python -m sera_jax.study --config=studies/smallest.py
 """

@@ -116,3 +116,16 @@ def test_the_repeated_share_counts_n_grams_that_the_same_answer_had():
     assert guards.repeated_share([again, np.array([1, 2, 3])]) == pytest.approx(1 / 5), "another answer's do not count"
     assert guards.repeated_share([np.full(12, 7)]) == pytest.approx(9 / 10)
     assert guards.repeated_share([np.array([1, 2])]) is None
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
+def test_what_replay_takes_back_was_left_out_and_halves_from_round_to_round(fraction):
+    kept = irm.select(np.arange(50.0), "top", fraction=0.2)
+    back = {r: guards.replayed(kept, 50, fraction=fraction, seed=3, round_index=r) for r in (2, 3, 4)}
+    assert {r: len(i) for r, i in back.items()} == {r: round(fraction / 2 ** (r - 2) * 40) for r in back}
+    for indices in back.values():
+        assert sorted(set(indices.tolist())) == indices.tolist() and not set(indices) & set(kept)
+    again = guards.replayed(kept, 50, fraction=fraction, seed=3)
+    assert again.tolist() == back[2].tolist()
+    others = guards.replayed(kept, 50, fraction=fraction, seed=4)
+    assert (others.tolist() == again.tolist()) == (fraction in (0.0, 1.0))

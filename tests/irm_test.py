@@ -186,19 +186,6 @@ def test_what_is_spread_keeps_its_order_and_is_everywhere_as_dense(first, second
         assert abs(sum(x in first for x in both[:end]) - share * len(first)) <= 1
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
-def test_what_replay_takes_back_was_left_out_and_halves_from_round_to_round(fraction):
-    kept = irm.select(np.arange(50.0), "top", fraction=0.2)
-    back = {r: irm.replayed(kept, 50, fraction=fraction, seed=3, round_index=r) for r in (2, 3, 4)}
-    assert {r: len(i) for r, i in back.items()} == {r: round(fraction / 2 ** (r - 2) * 40) for r in back}
-    for indices in back.values():
-        assert sorted(set(indices.tolist())) == indices.tolist() and not set(indices) & set(kept)
-    again = irm.replayed(kept, 50, fraction=fraction, seed=3)
-    assert again.tolist() == back[2].tolist()
-    others = irm.replayed(kept, 50, fraction=fraction, seed=4)
-    assert (others.tolist() == again.tolist()) == (fraction in (0.0, 1.0))
-
-
 def test_the_filter_keeps_the_largest():
     assert list(irm.filter_bootstrapped(MARGINS, count=3)) == [2, 4, 7]
     assert list(irm.filter_bootstrapped(MARGINS, count=1)) == [7]

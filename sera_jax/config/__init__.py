@@ -12,13 +12,13 @@ from sera_jax.config.groups import (
     LogGroup,
     LossGroup,
     MeshGroup,
-    ModelGroup,
     PpoGroup,
     RewardGroup,
     SamplingGroup,
     SeraGroup,
     TrainGroup,
 )
+from sera_jax.config.model import ModelGroup
 from sera_jax.config.parsing import check_field, last_overrides, parse_fields, to_config_dict, to_dict
 from sera_jax.config.world import WorldGroup
 

@@ -8,43 +8,8 @@ from __future__ import annotations
 import dataclasses
 
 from sera_jax.config.fields import above, at_least, one_of, within
+from sera_jax.config.model import ModelGroup
 from sera_jax.config.world import WorldGroup
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelGroup:
-    """The base model: a Hugging Face folder, or a shape to train from scratch.
-
-    `sft_model_path` names an SFT checkpoint to start from instead of running SFT. The shape fields are read only when
-    `model_name_or_path` is empty. `vocab_size` is then the number of BPE pieces trained from the data, unless
-    `tokenizer_name_or_path` brings a tokenizer (0: the tokenizer's own size).
-
-    dtype: of the matmuls. param_dtype: of the parameters as they are kept; see master_weights of `train` for bfloat16.
-    remat: what the backward pass computes again instead of keeping it: `none`, `dots` (all but the matmuls), `full`
-        (all but the input of each layer), or `auto`, the least of these that keeps at most 1 GiB of a row.
-    """
-
-    model_name_or_path: str = ""
-    sft_model_path: str = ""
-    tokenizer_name_or_path: str = ""
-    family: str = one_of("llama")
-    vocab_size: int = at_least(0, 0)
-    hidden_size: int = at_least(256, 1)
-    intermediate_size: int = at_least(688, 1)
-    num_hidden_layers: int = at_least(4, 1)
-    num_attention_heads: int = at_least(8, 1)
-    num_key_value_heads: int = at_least(4, 1)
-    head_dim: int = at_least(32, 2)
-    max_position_embeddings: int = at_least(2048, 1)
-    rms_norm_eps: float = above(1e-5, 0)
-    rope_theta: float = above(10000.0, 0)
-    tie_word_embeddings: bool = True
-    initializer_range: float = above(0.02, 0)
-    dtype: str = one_of("float32", "bfloat16")
-    param_dtype: str = one_of("float32", "bfloat16")
-    logits_dtype: str = one_of("float32", "bfloat16")
-    remat: str = one_of("auto", "none", "full", "dots")
-    attn_implementation: str = one_of("xla")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -393,7 +358,7 @@ class Config:
     workdir: str = ""
     seed: int = within(0, 0, 2**31 - 1)
     method: str = "sera"
-    model: ModelGroup = ModelGroup()
+    model: ModelGroup = dataclasses.field(default_factory=ModelGroup)
     data: DataGroup = DataGroup()
     loss: LossGroup = LossGroup()
     sera: SeraGroup = SeraGroup()

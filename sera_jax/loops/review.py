@@ -53,7 +53,9 @@ def review(
     if settings.selection == "random" and len(pool):  # the control keeps as many as the rule it stands for would
         fraction = len(select(study.settings, fraction)) / len(pool)
     chosen = select(settings, fraction)
-    back = irm.replayed(chosen, len(pool), fraction=settings.replay_fraction, seed=study.run.seed, round_index=round_)
+    back = guards.replayed(
+        chosen, len(pool), fraction=settings.replay_fraction, seed=study.run.seed, round_index=round_
+    )
     lengths = np.array([[len(pair.item.responses[k]) for k in pair.pairs[0]] for pair in pool])
     record = {
         "margin_mean": float(margins.mean()),

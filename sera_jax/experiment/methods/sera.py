@@ -1,4 +1,4 @@
-"""SeRA as a row of the table: its arms, its rules, what it reads, what it runs, how it is shown."""
+"""SeRA as a row of the table: its rules, what it reads, what it runs, how it is shown."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sera_jax.config import Config, SeraGroup
-from sera_jax.evaluation import look, picture
-from sera_jax.evaluation.look import ArmLook
+from sera_jax.evaluation import picture
 from sera_jax.evaluation.report import (
     ARM,
     COST,
@@ -25,7 +24,8 @@ from sera_jax.evaluation.report import (
 )
 from sera_jax.experiment.corpus import Corpus, of_pairs
 from sera_jax.experiment.evaluator import phases as evaluated
-from sera_jax.experiment.method import Arm, Experiment, Method, Outcome, looks
+from sera_jax.experiment.method import Experiment, Method, Outcome, looks
+from sera_jax.experiment.methods.sera_arms import ARMS, DEFAULTS, NOISE_AWARE, OF_THE_REWARD, SMOOTHING
 from sera_jax.guards import REASONS
 from sera_jax.loops import cost
 from sera_jax.loops.rewards import Reward, implicit
@@ -34,77 +34,6 @@ from sera_jax.loops.sera import sera
 from sera_jax.loops.sera_study import SeraStudy
 from sera_jax.losses.preference import ResolvedLoss, resolve
 from sera_jax.sampling.engine import check_answers
-
-# Candidates are ranked by their mean log-prob, whatever the group says of its ranking.
-_BY_LIKELIHOOD: dict[str, Any] = {"judge": "policy", "likelihood_weight": 1.0, "ranking_reduction": "mean"}
-# What we recommend. So far from trials on a few seeds.
-RECOMMENDED: dict[str, Any] = {**_BY_LIKELIHOOD, "bootstrap_from": "policy"}
-_NO_SELECTION: dict[str, Any] = {"selection": "none", "threshold": None}
-_NO_BOOTSTRAP: dict[str, Any] = {"bootstrap_fraction": 0.0}
-_PLAIN: dict[str, Any] = {**_NO_SELECTION, **_NO_BOOTSTRAP, "curriculum": "none"}
-# A control whose judge is another keeps out of its pairs what reads the policy's own reward.
-_OF_THE_REWARD = ("min_margin", "agreement", "length_alpha")
-_DEFAULTS = SeraGroup()
-_NO_REWARD = {field: getattr(_DEFAULTS, field) for field in _OF_THE_REWARD}
-_WINE, _TEAL, _SAND, _INDIGO = "#882255", "#44AA99", "#DDCC77", "#332288"  # Tol's muted, for arms beyond the palette
-_SMOOTHING = 0.1  # of the noise-aware arms where nobody says how many labels are flipped
-# An arm is `sera` with these fields of its group changed.
-ARMS = {
-    "sera": Arm("the method", ArmLook("SeRA", look.VERMILION, "o"), {}),
-    "sera_recommended": Arm(
-        "the method with the settings that we recommend", ArmLook("SeRA, recommended", look.BLACK, "X"), RECOMMENDED
-    ),
-    "daa": Arm(
-        "the direct alignment loss alone, for as many updates",
-        ArmLook("DAA alone", look.BLUE, "s"),
-        _PLAIN,
-    ),
-    "cdpo": Arm(
-        "DPO alone that expects the share of flipped labels, for as many updates",
-        ArmLook("cDPO alone", _SAND, ">"),
-        _PLAIN,
-    ),
-    "robust_dpo": Arm(
-        "robust DPO alone, told the share of flipped labels, for as many updates",
-        ArmLook("robust DPO alone", _INDIGO, "p"),
-        _PLAIN,
-    ),
-    "curriculum": Arm(
-        "all offline pairs, in later rounds from large margins to small",
-        ArmLook("curriculum", look.BROWN, "h"),
-        {**_NO_SELECTION, **_NO_BOOTSTRAP, "curriculum": "easy_to_hard"},
-    ),
-    "random": Arm(
-        "the same pipeline with random choices of the same size",
-        ArmLook("random selection", look.GREEN, "^"),
-        {"selection": "random", "threshold": None},
-    ),
-    "random_pairing": Arm(
-        "the method with chance as the judge of candidates",
-        ArmLook("random pairing", look.SKY, "P"),
-        {"judge": "chance", **_NO_REWARD},
-    ),
-    "oracle_pairing": Arm(
-        "the method with the gold reward as the judge of candidates",
-        ArmLook("oracle pairing", look.YELLOW, "*"),
-        {"judge": "gold", **_NO_REWARD},
-    ),
-    "selection_only": Arm("no pairs of its own making", ArmLook("selection_only", look.PURPLE, "D"), _NO_BOOTSTRAP),
-    "bootstrap_only": Arm("all offline pairs kept", ArmLook("bootstrap_only", look.ORANGE, "v"), _NO_SELECTION),
-    "bootstrap_only_likelihood": Arm(
-        "all offline pairs kept, candidates ranked by their mean log-prob",
-        ArmLook("bootstrap_only, likelihood", _WINE, "<"),
-        {**_NO_SELECTION, **_BY_LIKELIHOOD, "bootstrap_from": "policy"},
-    ),
-    "sft_likelier_of_4": Arm(
-        "all offline pairs kept, and the likeliest against the least likely of four answers of the SFT model",
-        ArmLook("SFT's likelier of 4", _TEAL, "d"),
-        {**_NO_SELECTION, **_BY_LIKELIHOOD, "bootstrap_from": "sft", "num_samples": 4},
-    ),
-}
-
-# Arms that have a loss of their own, with `label_smoothing`: the baselines that know of the noise.
-NOISE_AWARE = {"cdpo": "dpo", "robust_dpo": "robust"}
 
 
 def run(given: Experiment) -> Outcome:
@@ -196,7 +125,7 @@ def loss_of_arm(config: Config, arm: str) -> ResolvedLoss:
 def smoothing_of(config: Config) -> float:
     """The share of flipped labels that the noise-aware arms are told."""
     given = config.sera.label_smoothing
-    return given if given is not None else config.data.label_noise or _SMOOTHING
+    return given if given is not None else config.data.label_noise or SMOOTHING
 
 
 def announce(config: Config) -> str:
@@ -226,14 +155,14 @@ def check(config: Config) -> None:
     if sera.selection == "none":
         refuse_unread(sera, ("replay_fraction",), "selection='none'")
     if sera.bootstrap_fraction == 0:
-        unread = (*_OF_THE_REWARD, "bootstrap_band", "support_quantile", "stop_kl", "stop_unsupported")
+        unread = (*OF_THE_REWARD, "bootstrap_band", "support_quantile", "stop_kl", "stop_unsupported")
         refuse_unread(sera, unread, "bootstrap_fraction=0")
     if sera.bootstrap_from == "sft":
         refuse_unread(sera, ("stop_kl",), "bootstrap_from='sft'")
     if sera.support_quantile == 0:
         refuse_unread(sera, ("stop_unsupported",), "support_quantile=0")
     if sera.judge != "policy":
-        refuse_unread(sera, (*_OF_THE_REWARD, "likelihood_weight", "ranking_reduction"), f"judge={sera.judge!r}")
+        refuse_unread(sera, (*OF_THE_REWARD, "likelihood_weight", "ranking_reduction"), f"judge={sera.judge!r}")
     arms = [dataclasses.replace(sera, **ARMS[arm].how) for arm in sera.arms]
     if bootstrapping := [arm for arm in arms if arm.rounds > 1 and arm.bootstrap_fraction > 0]:
         check_sampled_pairs(config)
@@ -243,7 +172,7 @@ def check(config: Config) -> None:
 def refuse_unread(sera: SeraGroup, fields: Sequence[str], where: str) -> None:
     """Raises ValueError for a field that is set although nothing reads it `where`."""
     for field in fields:
-        value, default = getattr(sera, field), getattr(_DEFAULTS, field)
+        value, default = getattr(sera, field), getattr(DEFAULTS, field)
         if value != default:
             raise ValueError(
                 f"config.sera.{field}={value!r} is not read with {where}; leave it at {default!r}, or change the other"
