@@ -9,8 +9,9 @@ demonstration has; and what it is to be compared with: more of the same SFT (`sf
 (`random_reward`), and PPO without a critic (`reinforce`).
 
 Learning rate and KL coefficient come from {1e-4, 3e-4} x {0.1, 0.2, 0.5, 1} (without 3e-4 at 0.1) on seeds 101 and 102
-of the world `habits`: the point with the highest gold reward of `srppo`. With a coefficient of 0.05 and a rate of 1e-3 the reward rises while
-gold falls. The critic's rate and warm-up changed the gold by less than 0.01; they make it explain more.
+of the world `habits`: the point with the highest gold reward of `srppo`. With a coefficient of 0.05 and a rate of 1e-3
+the reward rises while gold falls. The critic's rate and warm-up changed the gold by less than 0.01, and what it
+explains by more.
 """
 
 from typing import Any
