@@ -115,7 +115,7 @@ def test_a_table_says_each_field_of_a_setting_once():
             {"grid": {"data.label_noise": (0.2, 0.2)}},
             "runs of one name: label_noise=0.2/seed0 and label_noise=0.2/seed0",
         ),
-        ({"settings": {"a": {}, "b": {"data.label_noise": 0.2}}}, "runs of one config: a/seed0 and b/seed0"),
+        ({"settings": {"a": {}, "b": {"data.label_noise": 0.4}}}, "runs of one config: a/seed0 and b/seed0"),
         ({"settings": {"a": {"seed": 1}}}, "config.seed is set by the study"),
         ({"settings": {"a": {"sera.rounds": 2}}, "grid": {"sera.rounds": (2, 3)}}, "sera.rounds is in the grid and in"),
         ({"settings": {"a/b": {}}}, "a setting is named 'a/b'"),
@@ -159,11 +159,13 @@ def test_every_study_of_the_repository_expands_and_says_its_command(path):
     assert f"python -m sera_jax.study --config={name}" in path.read_text()
 
 
-def test_the_quickstart_over_seeds_is_the_table_of_the_docs():
-    runs = expand(load("studies/quickstart_seeds.py"))
-    assert len(runs) == 15
-    assert len({run.start for run in runs}) == 5
-    assert {run.varied["data.label_noise"] for run in runs} == {0.0, 0.2, 0.4}
+def test_the_plane_of_the_docs_is_of_seeds_that_nothing_was_chosen_on():
+    for name in ("embedded_plane", "embedded_gentle"):
+        runs = expand(load(f"studies/{name}.py"))
+        assert len(runs) == 30
+        assert {run.seed for run in runs} == set(range(10, 20))
+        assert len({run.start for run in runs}) == 10
+        assert {run.varied["data.label_noise"] for run in runs} == {0.0, 0.2, 0.4}
 
 
 def test_the_study_of_the_docs_expands(tmp_path):
