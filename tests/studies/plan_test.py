@@ -121,8 +121,8 @@ def test_a_table_says_each_field_of_a_setting_once():
         ({"settings": {"a/b": {}}}, "a setting is named 'a/b'"),
         ({"metrics": ()}, r"metrics=\(\); name one at least"),
         ({"metrics": ("a:b",)}, "metric 'a:b' is a difference to a baseline; name one"),
-        ({"arms": ("oracle_pairing",)}, "no run has the arm 'oracle_pairing'; they have sft, daa, sera, random"),
-        ({"baseline": "published"}, "baseline='published' is nothing here; choose of sft, daa, sera, random"),
+        ({"arms": ("oracle_pairing",)}, "no run has the arm 'oracle_pairing'; they have sft, daa, sera, sera_recommended"),
+        ({"baseline": "published"}, "baseline='published' is nothing here; choose of sft, daa, sera, sera_recommended"),
         (
             {"settings": {"a": {"sera.rounds": 2}, "b": {"loss.beta": 0.5, "sera.rounds": 4}}, "panels": "loss.beta"},
             "panels='loss.beta' is no field of the setting 'a'; .* every setting has: sera.rounds$",
