@@ -12,7 +12,16 @@ FREE: tuple[str, ...] = (
     "tensor",  # of the command line of sera_jax.evaluate: that of its mesh
 )
 
+# Fields that are younger than rows of studies/results/, each with the value at which a run computes what it did before
+# there was the field: where it has that value, rows of before are those of the same run.
+YOUNGER: dict[str, Any] = {}
+
 
 def is_identity(field: str) -> bool:
     """Whether a field, `seed` or `train.batch_size`, belongs to the identity."""
     return field.split(".")[0] not in FREE
+
+
+def is_as_before(field: str, value: Any) -> bool:
+    """Whether a field of `YOUNGER` has the value that makes no difference."""
+    return field in YOUNGER and YOUNGER[field] == value

@@ -1,5 +1,6 @@
 """A study expands into runs: each point of settings x grid x seeds once, each named, each a config that parses."""
 
+import copy
 import itertools
 import json
 import pathlib
@@ -10,6 +11,7 @@ import pytest
 from configs.quickstart import get_config
 from sera_jax.checkpoint.code import versions
 from sera_jax.config import to_dict
+from sera_jax.config.identity import YOUNGER
 from sera_jax.evaluation.comparison import compare
 from sera_jax.evaluation.comparison_report import table
 from sera_jax.experiment.methods import parse
@@ -57,6 +59,17 @@ def test_the_command_line_of_a_run_gives_the_config_that_it_was_planned_with():
         assert identity(config, versions()) == run.identity
         assert config["seed"] == 7
         assert config["data"]["label_noise"] == 0.2
+
+
+def test_rows_outlive_a_field_that_is_younger_and_changes_nothing(monkeypatch):
+    config = to_dict(config_of("--config=configs/quickstart.py"))
+    before = copy.deepcopy(config)
+    del before["sera"]["replay_fraction"]
+    assert identity(config, versions()) != identity(before, versions())
+    monkeypatch.setitem(YOUNGER, "sera.replay_fraction", 0.0)
+    assert identity(config, versions()) == identity(before, versions())
+    config["sera"]["replay_fraction"] = 0.5
+    assert identity(config, versions()) != identity(before, versions())
 
 
 def test_runs_share_a_start_exactly_where_nothing_before_the_method_differs():
@@ -121,7 +134,10 @@ def test_a_table_says_each_field_of_a_setting_once():
         ({"settings": {"a/b": {}}}, "a setting is named 'a/b'"),
         ({"metrics": ()}, r"metrics=\(\); name one at least"),
         ({"metrics": ("a:b",)}, "metric 'a:b' is a difference to a baseline; name one"),
-        ({"arms": ("oracle_pairing",)}, "no run has the arm 'oracle_pairing'; they have sft, daa, sera, sera_recommended"),
+        (
+            {"arms": ("oracle_pairing",)},
+            "no run has the arm 'oracle_pairing'; they have sft, daa, sera, sera_recommended",
+        ),
         ({"baseline": "published"}, "baseline='published' is nothing here; choose of sft, daa, sera, sera_recommended"),
         (
             {"settings": {"a": {"sera.rounds": 2}, "b": {"loss.beta": 0.5, "sera.rounds": 4}}, "panels": "loss.beta"},
