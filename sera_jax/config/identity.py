@@ -5,6 +5,8 @@ of them, and how the work is spread over devices. They may change whenever a run
 (numbers of processes and devices, paths of caches) is in no identity either.
 """
 
+from typing import Any
+
 FREE: tuple[str, ...] = (
     "workdir",  # the folder may be moved
     "mesh",  # results differ in the order of sums only
