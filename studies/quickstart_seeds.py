@@ -1,4 +1,4 @@
-"""The quickstart over five seeds and three shares of flipped labels: 15 runs of all three arms.
+"""SeRA in the embedded world `habits` over five seeds and three shares of flipped labels: 15 runs of three arms.
 
 python -m sera_jax.study --config=studies/quickstart_seeds.py
 """
@@ -9,7 +9,13 @@ from sera_jax.studies.plan import Study
 def get_config() -> Study:
     return Study(
         base="configs/quickstart.py",
-        overrides={"sera.arms": ("daa", "sera", "random")},
+        overrides={
+            "world.name": "habits",
+            "eval.temperature": 1.0,
+            "sera.arms": ("daa", "sera", "random"),
+            "train.learning_rate": 3e-4,
+            "train.num_train_epochs": 3,
+        },
         grid={"data.label_noise": (0.0, 0.2, 0.4)},
         seeds=range(5),
         metrics=(

@@ -1,4 +1,4 @@
-"""Self-Rewarding PPO's quickstart over five seeds: 5 runs of all its arms, each minus `srppo`.
+"""Self-Rewarding PPO in the embedded world `habits` over five seeds: 5 runs of all its arms, each minus `srppo`.
 
 python -m sera_jax.study --config=studies/quickstart_srppo_seeds.py
 """
@@ -9,6 +9,7 @@ from sera_jax.studies.plan import Study
 def get_config() -> Study:
     return Study(
         base="configs/quickstart_srppo.py",
+        overrides={"world.name": "habits"},
         seeds=range(5),
         metrics=(
             "gold_mean",
