@@ -1,7 +1,8 @@
 """What a run reads, by method: preference pairs for SeRA, demonstrations and new prompts for Self-Rewarding PPO.
 
 One rule for every method: a prompt that is held out, split off by data.eval_fraction or named in data.eval, stands in
-no training source. Its rows there are left out, counted, and said in a line for each source.
+no training source. Its rows there are left out, counted, and said in a line for each source. The held-out pairs of a
+reward model judge that alone: their prompts are new to it and to SFT, and PPO may sample on them.
 """
 
 from __future__ import annotations
