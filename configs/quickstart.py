@@ -8,7 +8,7 @@ A base model is trained from scratch on the world's text, then SFT on 200 demons
 alone (`daa`), SeRA as published (`sera`), and SeRA as we recommend it (`sera_recommended`), each for as many updates.
 
 The regime is the paper's: noisy labels, and one epoch a round. How each arm does at other rates, epochs and shares of
-flipped labels, over ten seeds that are not this one, is what studies/embedded_*.py measure. Held-out prompts are
+flipped labels, over seeds that are not this one, is what studies/embedded_*.py measure. Held-out prompts are
 answered greedily, since a gain at temperature 1 may be mere confidence.
 """
 

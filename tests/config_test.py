@@ -257,6 +257,7 @@ def test_a_threshold_belongs_to_the_threshold_rule_and_the_rule_needs_it():
             {"eval__gold": "chrf", "data__train": "", "world__name": "habits"},
             ["config.eval.gold='chrf'", "config.world.name='habits'", "empty one of them"],
         ),
+        ({"world__heldout_tasks": ("last",)}, ["config.world.heldout_tasks=('last',)", "without config.world.name"]),
         ({"data__share_prompt": False}, ["1536 tokens", "row_tokens=1024"]),
         (
             {"sera__keep_rule": "mixture", "sera__selection": "threshold", "sera__threshold": 0.5},

@@ -52,6 +52,7 @@ def lab(request, tmp_path_factory):
     """Base and SFT model of the quickstart on clean labels in each world, and how to sample and to score them."""
     raw = quickstart()
     raw.world.name = request.param
+    raw.train.num_train_epochs = 3  # with which the limits were set; the quickstart's own rounds are gentler
     raw.workdir, raw.seed, raw.log.tensorboard = str(tmp_path_factory.mktemp("lab")), SEED, False
     config = parse(raw)
     root = pathlib.Path(config.workdir)

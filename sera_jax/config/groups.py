@@ -18,9 +18,10 @@ class DataGroup:
 
     train: preference pairs. eval: held-out pairs (empty: `eval_fraction` of the train prompts, by a stable hash).
         With method="srppo" eval names held-out demonstrations (empty: `eval_fraction` of the demonstrations' prompts),
-        and train is empty but for the arm `ppo_reward_model`, whose held-out pairs are `eval_fraction` of it. A prompt
-        held out stands in no other source: its rows are left out. split_seed names the hash, which is of the prompt's
-        content alone: the same prompts are held out whatever `seed` and tokenizer.
+        and train is empty but for the arm `ppo_reward_model`, whose held-out pairs are those of `eval_fraction` of its
+        prompts that no demonstration has. A prompt held out stands in no other source: its rows are left out.
+        split_seed names the hash, which is of the prompt's content alone: the same prompts are held out whatever `seed`
+        and tokenizer.
     demonstrations: for SFT (empty: the chosen responses).
     pretrain: prompts and responses for a base model from scratch, which learns the responses (empty: the whole texts of
         the demonstrations, or else of both sides of the pairs).

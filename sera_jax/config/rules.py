@@ -22,6 +22,11 @@ def check_together(config: Config) -> None:
             f"config.eval.gold={config.eval.gold!r} and config.world.name={config.world.name!r}: the embedded world "
             "has a gold reward of its own; empty one of them"
         )
+    if config.world.heldout_tasks and not config.world.name:
+        raise ValueError(
+            f"config.world.heldout_tasks={config.world.heldout_tasks!r} is not read without config.world.name, as real "
+            "rows have no tasks; empty it, or name a world"
+        )
 
 
 def _check_lengths(config: Config) -> None:

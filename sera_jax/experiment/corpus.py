@@ -1,7 +1,8 @@
 """What a run reads, by method: preference pairs for SeRA, demonstrations and new prompts for Self-Rewarding PPO.
 
 One rule for every method: a prompt that is held out, split off by data.eval_fraction or named in data.eval, stands in
-no training source. Its rows there are left out, counted, and said in a line for each source.
+no training source. Its rows there are left out, counted, and said in a line for each source. The held-out pairs of a
+reward model judge that alone: their prompts are new to it and to SFT, and PPO may sample on them.
 """
 
 from __future__ import annotations
@@ -234,7 +235,7 @@ def of_demonstrations(
         pretrain = held.keep_out(read(load_demonstrations, data.pretrain, "pretrain"), "pretrain")
     else:
         pretrain = [as_text(item) for item in demonstrations]
-    pairs, heldout_pairs = _reward_pairs(config, data, held, read) if with_pairs else ([], [])
+    pairs, heldout_pairs = _reward_pairs(config, data, demonstrations, held, read) if with_pairs else ([], [])
     prompts, left_out = [], {}
     if data.prompts:
         given = held.keep_out(read(load_prompts, data.prompts, "prompts"), "prompts")
@@ -267,22 +268,30 @@ def of_demonstrations(
 
 
 def _reward_pairs(
-    config: Config, data: DataGroup, held: HeldOut, read: Reader
+    config: Config, data: DataGroup, demonstrations: Sequence[Item], held: HeldOut, read: Reader
 ) -> tuple[list[PairItem], list[PairItem]]:
     """Pairs for a reward model, after label noise, and held-out ones: those of the embedded world, which lie beside its
-    pairs, or of a share of the pairs' own prompts.
+    pairs, or of a share of the pairs' own prompts. The model is started from the SFT model, so a prompt that has a
+    demonstration is not among the held-out ones.
 
     Raises:
         ValueError: no pair is left.
     """
-    pairs = held.keep_out(read(load_preferences, data.train, "train"), "train")
+    pairs = read(load_preferences, data.train, "train")
     if config.world.name:
         beside = str(pathlib.Path(data.train).with_name("heldout_preferences.jsonl"))
         heldout = read(load_preferences, beside, "heldout_preferences") if config.world.heldout_preferences else []
     else:
-        total = len(pairs)
-        pairs, heldout = split_heldout(pairs, data.eval_fraction, data.split_seed)
-        read.say(f"held out {len(heldout)} of {total} pairs for the reward model, by a hash of the prompt")
+        total, known = len(pairs), _keys_of(demonstrations)
+        _, split = split_heldout(pairs, data.eval_fraction, data.split_seed)
+        heldout = [pair for pair in split if not prompt_keys(pair.item) & known]
+        taken = _keys_of(pair.item for pair in heldout)
+        pairs = [pair for pair in pairs if not prompt_keys(pair.item) & taken]
+        read.say(
+            f"held out {len(heldout)} of {total} pairs for the reward model, by a hash of the prompt, of prompts that "
+            "no demonstration has"
+        )
+    pairs = held.keep_out(pairs, "train")
     if not pairs:
         raise ValueError(
             f"config.data.train={data.train!r} leaves no pair for the reward model of ppo_reward_model; name more, or "

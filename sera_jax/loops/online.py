@@ -26,10 +26,11 @@ from sera_jax.data.items import PairItem, items_digest
 from sera_jax.data.packing import rounded_window
 from sera_jax.data.planning import Shapes
 from sera_jax.data.rollouts import PromptSchedule, coarse_sizes
+from sera_jax.evaluation import gold
 from sera_jax.loops.log import warn_of_still_margins, write_round
 from sera_jax.loops.optimise import Training, Updates, optimise
 from sera_jax.loops.restartable import Span
-from sera_jax.loops.review import agreement, pair_items, pair_up
+from sera_jax.loops.review import pair_golds, pair_items, pair_up
 from sera_jax.loops.runtime import Policy
 from sera_jax.loops.sera_study import (
     Round,
@@ -158,16 +159,18 @@ def _scored(study: SeraStudy, params: Params, candidates: Sequence[Candidates], 
 def _metrics(
     study: SeraStudy, pairs: Sequence[PairItem], margins: np.ndarray, pairings: Sequence[irm.Pairing]
 ) -> dict[str, Mean]:
-    """How many pairs an update has, their margin (nats), what was refused, and, where there is a gold reward,
-    whether it agrees."""
+    """How many pairs an update has, their margin (nats), what was refused, and, of those with a gold reward, whether it
+    agrees."""
     refused = {reason: np.float32(sum(made.refused[reason] for made in pairings)) for reason in REFUSALS}
     count = np.float32(len(margins))
-    shares = agreement(study.gold, pairs) if study.gold is not None else {}
+    golds = np.zeros((0, 2)) if study.gold is None else pair_golds(study.gold, pairs)
+    known = np.float32(np.sum(~np.isnan(golds).any(axis=1)))
+    shares = gold.agreement(*golds.T)
     return {
         "bootstrap/pairs": Mean(count, np.float32(1)),
         "bootstrap/margin_mean": Mean(margins.sum(), count),
         **{f"bootstrap/refused_{reason}": Mean(number, np.float32(1)) for reason, number in refused.items()},
-        **{f"bootstrap/gold_{name}": Mean(np.float32(share) * count, count) for name, share in shares.items()},
+        **{f"bootstrap/gold_{name}": Mean(np.float32(share) * known, known) for name, share in shares.items()},
     }
 
 

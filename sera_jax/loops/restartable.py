@@ -25,8 +25,8 @@ from sera_jax.writer import METRICS, SpanKey, digest_of_lines, key_of, read_reco
 
 LOWER = (
     "take more devices; or, under a new --config.workdir, lower the model's size, config.data.row_tokens, "
-    "config.sampling.slots (where it samples) or the batch_size of config.pretrain, config.sft or config.train "
-    "(whichever it trains by), raise gradient_accumulation_steps there, or set config.model.remat='full'"
+    "config.sampling.slots (where it samples) or the batch_size of config.pretrain, config.sft, config.reward_model or "
+    "config.train (whichever it trains by), raise gradient_accumulation_steps there, or set config.model.remat='full'"
 )
 State = TypeVar("State")
 

@@ -299,5 +299,9 @@ def pair_items(candidates: Candidates, pairs: Sequence[irm.CandidatePair], mark:
 
 def agreement(gold_reward: Gold, pairs: Sequence[PairItem]) -> dict[str, float]:
     """Shares of pairs whose chosen response the gold reward puts above, below, or level with the rejected one."""
-    golds = [[gold_reward(p.item, p.item.responses[k]) for k in pair] for p in pairs for pair in p.pairs]
-    return gold.agreement(*np.array(golds).T)
+    return gold.agreement(*pair_golds(gold_reward, pairs).T)
+
+
+def pair_golds(gold_reward: Gold, pairs: Sequence[PairItem]) -> np.ndarray:
+    """Gold rewards of both sides of every pair, f[n, 2], the chosen first; NaN where there is none."""
+    return np.array([[gold_reward(p.item, p.item.responses[k]) for k in pair] for p in pairs for pair in p.pairs])

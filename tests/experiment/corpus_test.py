@@ -99,23 +99,34 @@ def test_a_reward_model_gets_the_worlds_pairs_with_noise_and_is_judged_by_its_he
     assert (without.reward_pairs, without.heldout_reward_pairs) == ([], [])
 
 
-def test_of_ones_own_pairs_a_share_judges_the_reward_model_and_no_held_out_prompt_trains_it(read, rows, tmp_path):
-    pairs = world.make_world(world.WorldSpec(seed=4, preferences=50, demonstrations=5))["preferences"]
-    held = [{"prompt": pairs[0]["prompt"], "response": pairs[0]["chosen"]}]
+@pytest.fixture(scope="module")
+def pairs():
+    """Preference pairs that are demonstrations, too."""
+    rows = world.make_world(world.WorldSpec(seed=4, preferences=50, demonstrations=5))["preferences"]
+    return [{**row, "response": row["chosen"]} for row in rows]
+
+
+@pytest.mark.parametrize("source", ["one file", "another file", "another file with data.eval"])
+def test_of_ones_own_pairs_a_share_judges_the_reward_model_whose_prompts_neither_it_nor_sft_has_seen(
+    read, rows, pairs, tmp_path, source
+):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     own = {"data__train": str(tmp_path / "pairs.jsonl"), "data__eval_fraction": 0.3, **REWARD_MODEL}
-    corpus, said = read(heldout=held, **own)
+    demonstrations = pairs if source == "one file" else [*rows["demonstrations"], *pairs[:25]]
+    corpus, said = read(demonstrations=demonstrations, heldout=pairs[:5] if "eval" in source else (), **own)
     known = prompts_of(pair.item for pair in corpus.reward_pairs)
     judged = prompts_of(pair.item for pair in corpus.heldout_reward_pairs)
-    assert known and judged and not known & judged
-    assert not prompts_of(corpus.heldout_demonstrations) & (known | judged)
+    assert known and judged and not judged & (known | prompts_of(corpus.demonstrations))
+    assert not known & prompts_of(corpus.heldout_demonstrations)
     left_out = corpus.held_out_rows["train"]
-    assert left_out >= 1
-    assert len(corpus.reward_pairs) + len(corpus.heldout_reward_pairs) + left_out == 50
-    assert f"held out {len(corpus.heldout_reward_pairs)} of {50 - left_out} pairs for the reward model" in said
+    assert len(corpus.reward_pairs) + len(corpus.heldout_reward_pairs) + left_out == len(pairs)
+    assert f"held out {len(corpus.heldout_reward_pairs)} of {len(pairs)} pairs for the reward model" in said
+
+
+def test_a_reward_model_without_pairs_is_refused(read, tmp_path):
     (tmp_path / "pairs.jsonl").write_text("\n")
     with pytest.raises(ValueError, match=r"no pair|no row"):
-        read("empty", **own)
+        read(data__train=str(tmp_path / "pairs.jsonl"), **REWARD_MODEL)
 
 
 def test_without_new_prompts_there_are_none_and_sera_has_no_held_out_demonstrations(tmp_path):

@@ -123,6 +123,21 @@ def test_what_is_said_of_the_pairs_adds_up(lab):
 RANKINGS = {"implicit": {}, "likelihood": {"likelihood_weight": 1.0, "reduction": "mean"}}
 
 
+def test_pairs_of_prompts_without_a_gold_reward_weigh_nothing_in_what_is_said_of_gold(lab, tmp_path):
+    without = {item.prompt.tobytes() for item in lab.study.prompts[::2]}
+
+    def gold(item, tokens):
+        return np.nan if item.prompt.tobytes() in without else float(len(tokens))
+
+    batch = first_batch(study_in(lab, tmp_path, gold=gold), lab.policy("round1"))
+    known = [metric for name, metric in batch.metrics.items() if name.startswith("bootstrap/gold_")]
+    prompts = [i.partition("#")[0] for i in batch.ids]
+    ids = {item.id for item in lab.study.prompts if item.prompt.tobytes() not in without}
+    assert len(known) == 3 and 0 < sum(name in ids for name in prompts) < len(prompts)
+    assert {float(metric.weight) for metric in known} == {sum(name in ids for name in prompts)}
+    assert sum(metric.value() for metric in known) == pytest.approx(1)
+
+
 @pytest.mark.parametrize("ranking", RANKINGS)
 def test_an_update_learns_from_its_own_policys_best_and_worst_answers_by_the_ranking(lab, tmp_path, ranking):
     study = study_in(lab, tmp_path, ranking=implicit(lab.study.loss, **RANKINGS[ranking]))
