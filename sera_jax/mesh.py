@@ -1,6 +1,6 @@
-"""Device meshes, the one table of sharding rules, and the way of host values onto a mesh.
+"""Device meshes, the one table of sharding rules, and the way of host values onto a mesh and back.
 
-The only module that knows about processes. Axes: `data` (copies of the parameters), `fsdp` (parameters and
+Axes: `data` (copies of the parameters), `fsdp` (parameters and
 optimiser state split, gathered where used), `tensor` (heads, hidden units of the feed-forward and vocabulary split).
 Rows are split over `data` and `fsdp` together.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -156,6 +156,19 @@ def host_to_global(tree: Any, shardings: Any) -> Any:
         )
 
     return jax.tree.map(place, shardings, tree, is_leaf=lambda x: isinstance(x, NamedSharding))
+
+
+def fetch(tree: Any) -> Any:
+    """The tree on the host, as `jax.device_get`, also of arrays whose parts lie with other processes: every process
+    gets the whole of each, and all must ask."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+
+    def whole(x: Any) -> Any:
+        apart = isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
+        return multihost_utils.process_allgather(x, tiled=True) if apart else x
+
+    return jax.device_get(jax.tree.map(whole, tree))
 
 
 def constrain_rows(x: jax.Array) -> jax.Array:
