@@ -8,22 +8,26 @@ anything.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import pickle
 import signal
+import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 HEARTBEAT_SECONDS = 10  # after this long without a sign of one process, the others end
 SHUTDOWN_SECONDS = 20  # that a process which ends waits for the others
+_LATER = 60  # seconds after `give_up`, lest jax come before
 _FOREVER_MS = 30 * 24 * 3600 * 1000  # of a wait: where a process is gone, the heartbeat ends it before
 _ALONE = "--num_processes=1 runs this process alone"
 
 Found = TypeVar("Found")
 
 
-class Hosts(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Hosts:
     """Which process this is, and of how many."""
 
     index: int = 0
@@ -44,15 +48,22 @@ def is_first() -> bool:
     return _hosts.index == 0
 
 
-def connect(address: str | None, processes: int | None, index: int | None, timeout_seconds: int) -> None:
+def connect(
+    address: str | None,
+    processes: int | None,
+    index: int | None,
+    timeout_seconds: int,
+    give_up: Callable[[str], None],
+) -> None:
     """Join the processes of the job, before any device is asked for; does nothing where there is only this one.
 
     Args:
         address: host:port of the first process, where it listens. processes: how many. index: which of them this is.
             All None: as the environment says (TPU, SLURM, Kubernetes, Open MPI), if it speaks of several.
+        give_up: ends the process, with a message, where the others are not there in time; called by another thread.
 
     Raises:
-        ValueError: they do not fit together, or the processes did not find each other in time.
+        ValueError: they do not fit together, or the others cannot be joined.
     """
     import jax  # a process on its own may have no use for it
     from jax._src.distributed import global_state
@@ -68,22 +79,28 @@ def connect(address: str | None, processes: int | None, index: int | None, timeo
         raise ValueError(f"--process_id={index}: of --num_processes={processes}, give 0 to {(processes or 0) - 1}")
     elif ":" not in (address or ""):
         raise ValueError(f"--coordinator_address={address!r}: give host:port, where process 0 listens")
+    where = f"process {index} of {processes} at {address}" if address else "the processes of this job"
+    failed = (
+        f"{where}: not all processes were there within {timeout_seconds} seconds (--connect_seconds); start all, with "
+        f"the same address and count. {_ALONE}"
+    )
+    # JAX aborts the process where they do not find each other, with a stack of its own calls
+    watch = threading.Timer(timeout_seconds, give_up, [failed])
+    watch.daemon = True
+    watch.start()
     try:
         jax.distributed.initialize(
             address,
             processes,
             index,
-            initialization_timeout=timeout_seconds,
+            initialization_timeout=timeout_seconds + _LATER,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
     except (RuntimeError, ValueError) as error:  # jax has no kind of its own for it
-        where = f"process {index} of {processes} and {address}" if address else "the processes of this job"
-        words = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{where} did not find each other in {timeout_seconds} seconds (--connect_seconds; {words}); start all of "
-            f"them, each with the same address and count. {_ALONE}"
-        ) from error
+        raise ValueError(f"{where} cannot be joined ({' '.join(str(error).split())[:200]}). {_ALONE}") from error
+    finally:
+        watch.cancel()
     _hosts = Hosts(int(global_state.process_id), int(global_state.num_processes))
 
 

@@ -74,7 +74,7 @@ def main(argv: list[str], *, stop_requested: Callable[[], bool] = lambda: False)
             with memory.named("--verify", "it holds a gigabyte of arrays, or the largest one: free that much here"):
                 verify(config, stop_requested)
             return
-        hosts.connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _CONNECT_SECONDS.value)
+        hosts.connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _CONNECT_SECONDS.value, give_up)
         with memory.named("the run", memory.WAY_OUT):
             experiment.run(
                 config,
@@ -93,6 +93,12 @@ def main(argv: list[str], *, stop_requested: Callable[[], bool] = lambda: False)
     except Preempted as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(EXIT_PREEMPTED)
+
+
+def give_up(message: str) -> None:
+    """Refuse from whichever thread, while the main one waits in a library."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(EXIT_REFUSED)
 
 
 def verify(config: Config, stop_requested: Callable[[], bool]) -> None:

@@ -7,6 +7,7 @@ Rows are split over `data` and `fsdp` together.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from sera_jax import hosts
 
 AXES = ("data", "fsdp", "tensor")
 ROW_AXES = ("data", "fsdp")
@@ -156,6 +159,25 @@ def host_to_global(tree: Any, shardings: Any) -> Any:
         )
 
     return jax.tree.map(place, shardings, tree, is_leaf=lambda x: isinstance(x, NamedSharding))
+
+
+def meet(mesh: Mesh) -> None:
+    """Of several processes: let their devices find each other, in every group that programs add over.
+
+    On CPUs each waits 30 seconds for that, and the first program may take one process that much longer to compile than
+    another.
+    """
+    if hosts.count() == 1:
+        return
+    axes = [axis for axis in AXES if mesh.shape[axis] > 1]
+    for names in (group for size in range(1, len(axes) + 1) for group in itertools.combinations(axes, size)):
+        add = jax.shard_map(lambda x, names=names: jax.lax.psum(x, names), mesh=mesh, in_specs=P(names), out_specs=P())
+        ones = host_to_global(np.ones(math.prod(mesh.shape[name] for name in names)), NamedSharding(mesh, P(names)))
+        compiled = jax.jit(add).lower(ones).compile()
+        hosts.barrier()
+        jax.block_until_ready(compiled(ones))
+    hosts.barrier()
+    multihost_utils.sync_global_devices("sera_jax")  # a group of its own, which orbax uses
 
 
 def fetch(tree: Any) -> Any:

@@ -34,7 +34,7 @@ from sera_jax.experiment.start import START_PHASES, params_sha256, starting_poli
 from sera_jax.experiment.start import phases as start_phases
 from sera_jax.experiment.verifying import OUTPUTS
 from sera_jax.loops.runtime import Policy, Runtime
-from sera_jax.mesh import fetch, make_mesh, row_shards
+from sera_jax.mesh import fetch, make_mesh, meet, row_shards
 from sera_jax.writer import MetricWriter
 
 
@@ -60,6 +60,7 @@ def run(
     root = pathlib.Path(config.workdir)
     workdir = Workdir(root, config_lib.to_dict(config), allow_other_versions=allow_other_versions)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    meet(mesh)
     check_sources(config.data, config.model)
     check_memory(config, mesh)
     if shared_phases:
