@@ -109,8 +109,8 @@ def _in_cluster() -> bool:
     from jax._src.clusters import ClusterEnv  # what `initialize` asks; there is no public way to ask first
 
     kinds = (kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method)
-    found = next((kind for kind in kinds if kind.is_env_present()), None)
     try:
+        found = next((kind for kind in kinds if kind.is_env_present()), None)
         return found is not None and found.get_process_count() > 1
     except RuntimeError as error:
         raise ValueError(f"the environment names no processes ({error}); {_ALONE}") from error
