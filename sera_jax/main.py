@@ -38,6 +38,15 @@ _SHARED_PHASES = flags.DEFINE_string(
     "",
     "A folder of phases up to the SFT model: what lies there is taken instead of made, what is made is left there.",
 )
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address",
+    None,
+    "host:port where process 0 listens; with --num_processes and --process_id, which say how many run this command on "
+    "the same --config.workdir and which this one is. Without them: as TPU, SLURM, Kubernetes or Open MPI say.",
+)
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes run this together; 1: this alone.", 1)
+_PROCESS = flags.DEFINE_integer("process_id", None, "Which of the processes this is, from 0.", 0)
+_CONNECT_SECONDS = flags.DEFINE_integer("connect_seconds", 300, "How long the processes wait for each other.", 1)
 _VERIFY = flags.DEFINE_bool(
     "verify",
     False,
@@ -48,7 +57,7 @@ _VERIFY = flags.DEFINE_bool(
 def main(argv: list[str], *, stop_requested: Callable[[], bool] = lambda: False) -> None:
     """Run what the flags ask for; ends the process with the exit codes above where it is not done."""
     # Seconds of imports, so not before signals are heard.
-    from sera_jax import experiment, memory
+    from sera_jax import experiment, hosts, memory
     from sera_jax.experiment.methods import parse
     from sera_jax.loops.runtime import Preempted
 
@@ -65,10 +74,11 @@ def main(argv: list[str], *, stop_requested: Callable[[], bool] = lambda: False)
             with memory.named("--verify", "it holds a gigabyte of arrays, or the largest one: free that much here"):
                 verify(config, stop_requested)
             return
+        hosts.connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _CONNECT_SECONDS.value, give_up)
         with memory.named("the run", memory.WAY_OUT):
             experiment.run(
                 config,
-                stop_requested=stop_requested,
+                stop_requested=hosts.stopping_together(stop_requested),
                 allow_other_versions=_OTHER_VERSIONS.value,
                 shared_phases=_SHARED_PHASES.value,
             )
@@ -83,6 +93,12 @@ def main(argv: list[str], *, stop_requested: Callable[[], bool] = lambda: False)
     except Preempted as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(EXIT_PREEMPTED)
+
+
+def give_up(message: str) -> None:
+    """Refuse from whichever thread, while the main one waits in a library."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(EXIT_REFUSED)
 
 
 def verify(config: Config, stop_requested: Callable[[], bool]) -> None:

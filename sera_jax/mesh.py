@@ -1,12 +1,13 @@
-"""Device meshes, the one table of sharding rules, and the way of host values onto a mesh.
+"""Device meshes, the one table of sharding rules, and the way of host values onto a mesh and back.
 
-The only module that knows about processes. Axes: `data` (copies of the parameters), `fsdp` (parameters and
+Axes: `data` (copies of the parameters), `fsdp` (parameters and
 optimiser state split, gathered where used), `tensor` (heads, hidden units of the feed-forward and vocabulary split).
 Rows are split over `data` and `fsdp` together.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -14,9 +15,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from sera_jax import hosts
 
 AXES = ("data", "fsdp", "tensor")
 ROW_AXES = ("data", "fsdp")
@@ -156,6 +159,38 @@ def host_to_global(tree: Any, shardings: Any) -> Any:
         )
 
     return jax.tree.map(place, shardings, tree, is_leaf=lambda x: isinstance(x, NamedSharding))
+
+
+def meet(mesh: Mesh) -> None:
+    """Of several processes: let their devices find each other, in every group that programs add over.
+
+    On CPUs each waits 30 seconds for that, and the first program may take one process that much longer to compile than
+    another.
+    """
+    if hosts.count() == 1:
+        return
+    axes = [axis for axis in AXES if mesh.shape[axis] > 1]
+    for names in (group for size in range(1, len(axes) + 1) for group in itertools.combinations(axes, size)):
+        add = jax.shard_map(lambda x, names=names: jax.lax.psum(x, names), mesh=mesh, in_specs=P(names), out_specs=P())
+        ones = host_to_global(np.ones(math.prod(mesh.shape[name] for name in names)), NamedSharding(mesh, P(names)))
+        compiled = jax.jit(add).lower(ones).compile()
+        hosts.barrier()
+        jax.block_until_ready(compiled(ones))
+    hosts.barrier()
+    multihost_utils.sync_global_devices("sera_jax")  # a group of its own, which orbax uses
+
+
+def fetch(tree: Any) -> Any:
+    """The tree on the host, as `jax.device_get`, also of arrays whose parts lie with other processes: every process
+    gets the whole of each, and all must ask."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+
+    def whole(x: Any) -> Any:
+        apart = isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
+        return multihost_utils.process_allgather(x, tiled=True) if apart else x
+
+    return jax.device_get(jax.tree.map(whole, tree))
 
 
 def constrain_rows(x: jax.Array) -> jax.Array:

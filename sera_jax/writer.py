@@ -26,6 +26,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from sera_jax import hosts
 from sera_jax.board import RESERVED, Board
 from sera_jax.core import Mean
 from sera_jax.progress import Progress
@@ -219,8 +220,9 @@ class MetricWriter:
             self.sync()
 
     def digest(self, key: SpanKey) -> str:
-        """`digest_of_lines` of the lines of a span so far."""
-        return self._sums.get(key, hashlib.sha256()).hexdigest()
+        """`digest_of_lines` of the lines of a span so far; of several processes, all must ask, and are told by the
+        first."""
+        return hosts.on_first(lambda: self._sums.get(key, hashlib.sha256()).hexdigest())
 
     def sync(self) -> None:
         """Returns when every line written so far is on the disk. To be called before a checkpoint is saved."""

@@ -31,7 +31,7 @@ LAYERS = [
     ["losses", "models", "data", "world", "checkpoint", "writer"],
     ["ops"],
     ["mesh"],
-    ["core", "config", "progress", "memory", "compiling", "board", "stop", "world_authors"],
+    ["core", "config", "progress", "memory", "compiling", "board", "stop", "hosts", "world_authors"],
 ]
 SIBLINGS = {
     ("world", "data"),  # the embedded world makes the same records that real data becomes

@@ -21,6 +21,12 @@ TOLERANCES: dict[str, dict] = {
         reason="what such a run made of each array, in norm: where a gradient is rounding, so is the direction of "
         "Adam's first steps, and single elements end a part of a step apart",
     ),
+    "processes": dict(
+        rtol=1e-5,
+        atol=0.0,
+        reason="losses, and each array of parameters in norm, of a run on as many devices in several processes: sums "
+        "over devices in another order",
+    ),
     "microbatch": dict(rtol=1e-4, atol=1e-6, reason="gradients summed in another order, float32"),
     "huggingface_logits": dict(rtol=1e-4, atol=1e-4, reason="float32 matmuls of another library; the issue's bound"),
     "finite_difference": dict(rtol=1e-6, atol=1e-7, reason="central differences in float64, step 1e-6"),

@@ -24,8 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from sera_jax import memory
+from sera_jax import hosts, memory
 from sera_jax.checkpoint.phases import StaleWorkdir, digest_of, first_difference, plain
+from sera_jax.mesh import fetch
 
 # what orbax has to say against something it raises as well; its log repeats that, with a traceback for each thread
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
@@ -174,7 +175,7 @@ def checksums(tree: Any) -> dict[str, str]:
         together.setdefault(frozenset(devices), []).append(place)
     sums = np.zeros((len(leaves), 2), np.uint32)
     for places in together.values():
-        sums[places] = jax.device_get(_sums([leaves[place][1] for place in places]))
+        sums[places] = fetch(_sums([leaves[place][1] for place in places]))
     return {jax.tree_util.keystr(path): f"{a:08x}{b:08x}" for (path, _), (a, b) in zip(leaves, sums, strict=True)}
 
 
@@ -205,13 +206,15 @@ def _whole(path: pathlib.Path) -> pathlib.Path:
 
 
 def save_tree(path: pathlib.Path, tree: Any) -> str:
-    """Write a tree to a new folder and return its digest; returns when it is on disk."""
+    """Write a tree to a new folder and return its digest; returns when it is on disk. Each process writes what its
+    devices hold, the first the checksums."""
     path = path.absolute()
     sums = checksums(tree)
     with _writing(path), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path / "arrays", tree)
         checkpointer.wait_until_finished()
-    (path / "checksums.json").write_text(json.dumps(sums, indent=1))
+    if hosts.is_first():
+        (path / "checksums.json").write_text(json.dumps(sums, indent=1))
     return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
 

@@ -2,13 +2,15 @@
 
 A product appears by one rename, so it is whole or absent. Its manifest holds what it was made from; a product made from
 something else is an error, never reused and never overwritten.
+
+Of several processes (`hosts`) the first holds the folder, decides what is there and what is made, and writes all but
+arrays; the others read what it wrote.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import errno
-import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -16,21 +18,17 @@ import pathlib
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sera_jax import memory
+from sera_jax import hosts, memory
 from sera_jax.checkpoint.code import differences, versions, with_present
+from sera_jax.checkpoint.lock import METRICS, StaleWorkdir, has_results, lock
 from sera_jax.config.identity import is_identity
 
 if TYPE_CHECKING:
     from sera_jax.checkpoint.shared import SharedPhases
 
 DIGESTS = "digests.json"  # of the files that a finished run left beside phases and checkpoints
-METRICS = "metrics.jsonl"  # its lines follow log.logging_steps, which is no part of what a run is
-
-
-class StaleWorkdir(ValueError):
-    """The work directory holds results of another configuration or of other inputs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +41,16 @@ class Product:
 
     def json(self, name: str) -> Any:
         return json.loads((self.path / name).read_text())
+
+
+class _Start(NamedTuple):
+    """How a phase begins: digest of its inputs, the product where it lies there, made from its start or gone on with,
+    taken from other runs."""
+
+    asked: str
+    product: Product | None
+    whole: bool = True
+    taken: bool = False
 
 
 def digest_of(value: Any) -> str:
@@ -72,7 +80,7 @@ def file_digest(path: pathlib.Path) -> str:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Write JSON so that the file is whole or absent."""
+    """Write JSON so that the file is whole or absent; the first process does."""
     _write_whole(path, json.dumps(value, indent=1, sort_keys=True, default=str))
 
 
@@ -119,7 +127,7 @@ def load_sealed(path: pathlib.Path, way_out: str, *names: str) -> dict[str, Any]
 
 
 def write_jsonl(path: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write one JSON object a line so that the file is whole or absent."""
+    """Write one JSON object a line so that the file is whole or absent; the first process does."""
     _write_whole(path, "".join(_line(row) + "\n" for row in rows))
 
 
@@ -138,6 +146,8 @@ def _is_utf8(text: str) -> bool:
 
 
 def _write_whole(path: pathlib.Path, text: str) -> None:
+    if not hosts.is_first():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     torn = path.with_name(path.name + ".tmp")
     with torn.open("w", encoding="utf-8") as file:
@@ -159,6 +169,8 @@ class Workdir:
         shared: products of other work directories, taken where they are the same; None: there are none.
     """
 
+    _lock: Any = None  # of the first process
+
     def __init__(self, root: pathlib.Path, config: dict[str, Any], *, allow_other_versions: bool = False):
         """Open or make the work directory, and hold it; nothing in it is changed yet.
 
@@ -171,7 +183,6 @@ class Workdir:
             ValueError: no such folder can be made or written, or its config.json cannot be read.
         """
         self.root = root
-        self._lock = _lock(root)
         self.done: dict[str, Product] = {}
         self.fresh: list[str] = []
         self.taken: list[str] = []
@@ -180,17 +191,22 @@ class Workdir:
         self.shared: SharedPhases | None = None
         self._config = plain({k: v for k, v in config.items() if k != "workdir"})
         self._begun = False
-        history = []
-        if _has_results(root):
-            self.notes += check_config(root, self._config)
-            history = _history(read_json(root / "versions.json").get("history"))
-            self._check_versions(history, allow_other_versions)
-        self.code = with_present(history, allow_other_versions)
+        self.code = with_present(hosts.on_first(lambda: self._enter(allow_other_versions)), allow_other_versions)
+
+    def _enter(self, allow_other_versions: bool) -> list[dict[str, Any]]:
+        """Hold the folder, and refuse it where it is another's; the versions that were at work in it."""
+        self._lock = lock(self.root)
+        if not has_results(self.root):
+            return []
+        self.notes += check_config(self.root, self._config)
+        history = _history(read_json(self.root / "versions.json").get("history"))
+        self._check_versions(history, allow_other_versions)
+        return history
 
     def begin(self) -> None:
         """Write down the config and the versions, once: before the first phase is made, and by who is about to change
         what a finished run left. Whatever may refuse the run without a phase comes before."""
-        if not self._begun:
+        if not self._begun and hosts.is_first():
             write_json(self.root / "config.json", self._config)
             write_json(self.root / "versions.json", {"history": self.code})
             (self.root / DIGESTS).unlink(missing_ok=True)  # what it lists is about to change
@@ -215,13 +231,17 @@ class Workdir:
         inputs: dict[str, Any],
         produce: Callable[[pathlib.Path], None],
         way_out: str = memory.WAY_OUT,
+        *,
+        alone: bool = False,
     ) -> Product:
         """The product of phase `name`: as it lies there, or made now by `produce(folder)`.
 
         Args:
             inputs: JSON-able; everything the product depends on (digests of products, settings).
-            produce: writes its files into the folder it is given.
+            produce: writes its files into the folder it is given. Every process does it; only the first is to write
+                anything but trees of arrays.
             way_out: what to lower where it runs out of memory.
+            alone: the first process does it alone, as it asks for no device.
 
         Raises:
             StaleWorkdir: the product there was made from other inputs.
@@ -229,34 +249,46 @@ class Workdir:
         """
         inputs = plain(inputs)
         folder = self.root / "phases" / name
-        manifest_path = folder / "manifest.json"
-        if manifest_path.exists():
-            product = self._open(name, inputs, folder)
-            shutil.rmtree(self.checkpoints(name), ignore_errors=True)  # a kill may have come between rename and this
-            self.watch(name, True)
-        elif folder.is_dir() and any(folder.iterdir()):
-            raise ValueError(f"{manifest_path} is missing; {to_make_anew(folder)}")
-        else:
-            self.begin()
-            torn = folder.with_name(folder.name + ".partial")
-            shutil.rmtree(torn, ignore_errors=True)
-            torn.mkdir(parents=True)
-            # a checkpoint may be of other versions, or of another machine
-            from_start = not any(self.checkpoints(name).glob("[0-9]*"))
-            taken = self.shared is not None and self.shared.take(name, inputs, torn)
-            self.watch(name, taken)
-            if taken:
+        start = hosts.on_first(lambda: self._start(name, inputs, folder))
+        if hosts.count() > 1 and start.asked != digest_of(inputs):
+            raise ValueError(f"phase {name} has other inputs in another process; start all with the same command")
+        product = start.product
+        self.watch(name, product is not None or start.taken)
+        if product is None:
+            if start.taken:
                 self.taken.append(name)
             else:
-                _make(name, torn, inputs, produce, way_out)
+                make = functools.partial(_make, name, _torn(folder), inputs, produce, way_out)
+                hosts.on_first(make) if alone else make()
+                hosts.barrier()  # each may have written its part
                 self.fresh.append(name)
-            torn.replace(folder)
-            if self.shared and not taken and from_start:
-                self.shared.give(name, inputs, folder)
-            shutil.rmtree(self.checkpoints(name), ignore_errors=True)
-            product = _product(folder, read_json(manifest_path))
+            product = hosts.on_first(lambda: self._keep(name, inputs, folder, start))
         self.done[name] = product
         return product
+
+    def _start(self, name: str, inputs: dict[str, Any], folder: pathlib.Path) -> _Start:
+        """What is there of a phase; where that is nothing, an empty folder to make it in, or to take it into."""
+        asked = digest_of(inputs)
+        if (folder / "manifest.json").exists():
+            product = self._open(name, inputs, folder)
+            shutil.rmtree(self.checkpoints(name), ignore_errors=True)  # a kill may have come between rename and this
+            return _Start(asked, product)
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(f"{folder / 'manifest.json'} is missing; {to_make_anew(folder)}")
+        self.begin()
+        shutil.rmtree(torn := _torn(folder), ignore_errors=True)
+        torn.mkdir(parents=True)
+        # a checkpoint may be of other versions, or of another machine
+        whole = not any(self.checkpoints(name).glob("[0-9]*"))
+        return _Start(asked, None, whole, taken=self.shared is not None and self.shared.take(name, inputs, torn))
+
+    def _keep(self, name: str, inputs: dict[str, Any], folder: pathlib.Path, start: _Start) -> Product:
+        """Let a product appear that is whole, and what led to it go."""
+        _torn(folder).replace(folder)
+        if self.shared and not start.taken and start.whole:
+            self.shared.give(name, inputs, folder)
+        shutil.rmtree(self.checkpoints(name), ignore_errors=True)
+        return _product(folder, read_json(folder / "manifest.json"))
 
     def _open(self, name: str, inputs: dict[str, Any], folder: pathlib.Path) -> Product:
         manifest = load_manifest(folder)
@@ -270,6 +302,11 @@ class Workdir:
         return _product(folder, manifest)
 
 
+def _torn(folder: pathlib.Path) -> pathlib.Path:
+    """Where a product is made."""
+    return folder.with_name(folder.name + ".partial")
+
+
 def _make(
     name: str, folder: pathlib.Path, inputs: dict[str, Any], produce: Callable[[pathlib.Path], None], way_out: str
 ) -> None:
@@ -278,6 +315,8 @@ def _make(
     with memory.named(f"phase {name}", way_out):
         produce(folder)
     memory.trim()
+    if not hosts.is_first():
+        return
     manifest = {
         "inputs": inputs,
         **_contents(folder),
@@ -343,35 +382,6 @@ def to_make_anew(folder: pathlib.Path) -> str:
 def _history(found: Any) -> list[dict[str, Any]]:
     """What a file lists as versions, whatever it holds."""
     return [seen for seen in found if isinstance(seen, dict)] if isinstance(found, list) else []
-
-
-def _has_results(root: pathlib.Path) -> bool:
-    """Whether anything was made there: a run that is refused before leaves the folder free for another."""
-    made = any(any((root / name).glob("*")) for name in ("phases", "checkpoints"))
-    metrics = root / METRICS
-    return made or (metrics.exists() and metrics.stat().st_size > 0)
-
-
-def _lock(root: pathlib.Path) -> Any:
-    """Hold the work directory for this process; the operating system lets go of it when the process ends, however."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        held = (root / "lock").open("w")
-    except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise
-        raise ValueError(
-            f"config.workdir={str(root)!r} is no folder that can be written ({error}); choose another --config.workdir"
-        ) from error
-    try:
-        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise StaleWorkdir(
-            f"{root} is in use by another process; wait for it, stop it, or choose another --config.workdir"
-        ) from None
-    except OSError:
-        pass  # a mounted bucket may know no locks
-    return held
 
 
 def _product(folder: pathlib.Path, manifest: dict[str, Any]) -> Product:

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 
+from sera_jax import hosts
 from sera_jax.data.reasons import BAD_REASONS, DROPPED, FILE_REASONS, NOTES
 
 
@@ -76,8 +77,10 @@ class LoadReport:
         return "\n".join(lines)
 
     def write(self, workdir: pathlib.Path) -> pathlib.Path:
-        """Write `workdir/data/<name>.json` and return its path."""
+        """Write `workdir/data/<name>.json` and return its path; the first process does."""
         path = pathlib.Path(workdir) / "data" / f"{self.name}.json"
+        if not hosts.is_first():
+            return path
         path.parent.mkdir(parents=True, exist_ok=True)
         fields = {**dataclasses.asdict(self), "bad_rows": self.bad_rows, "bad_fraction": self.bad_fraction}
         part = path.with_name(f"{path.name}.{os.getpid()}.part")

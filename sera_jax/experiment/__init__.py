@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from sera_jax import compiling
+from sera_jax import compiling, hosts
 from sera_jax import config as config_lib
 from sera_jax.checkpoint import Workdir, outputs
 from sera_jax.checkpoint.shared import SharedPhases
@@ -34,7 +34,7 @@ from sera_jax.experiment.start import START_PHASES, params_sha256, starting_poli
 from sera_jax.experiment.start import phases as start_phases
 from sera_jax.experiment.verifying import OUTPUTS
 from sera_jax.loops.runtime import Policy, Runtime
-from sera_jax.mesh import make_mesh, row_shards
+from sera_jax.mesh import fetch, make_mesh, meet, row_shards
 from sera_jax.writer import MetricWriter
 
 
@@ -60,13 +60,14 @@ def run(
     root = pathlib.Path(config.workdir)
     workdir = Workdir(root, config_lib.to_dict(config), allow_other_versions=allow_other_versions)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    meet(mesh)
     check_sources(config.data, config.model)
     check_memory(config, mesh)
     if shared_phases:
         workdir.shared = SharedPhases(pathlib.Path(shared_phases), START_PHASES, _besides_inputs(config, mesh))
     text = json.dumps(config_lib.to_dict(config), indent=1, default=str)
     with (
-        MetricWriter(root, tensorboard=config.log.tensorboard, config_text=text) as writer,
+        MetricWriter(root, is_host0=hosts.is_first(), tensorboard=config.log.tensorboard, config_text=text) as writer,
         compiling.said(writer.announce),
         jax.set_mesh(mesh),
     ):
@@ -100,7 +101,7 @@ def run(
             stop_requested=stop_requested,
         )
         workdir.begin()
-        describe(root, cfg, corpus.tokenizer, base_folder, sft_folder)
+        hosts.on_first(lambda: describe(root, cfg, corpus.tokenizer, base_folder, sft_folder))
         workdir.watch = phases = Phases([*start_phases(config), *method.phases(config, corpus)], writer.announce)
         base, start = starting_policy(config, runtime, corpus, make_base)
         if workdir.taken:
@@ -109,7 +110,7 @@ def run(
         phases.end()
         summary = {**facts, **_of_the_run(config, runtime, final), "held_out_rows": corpus.held_out_rows}
         finish(config, method.report, runtime, final, summary)
-    outputs.record(root, OUTPUTS)  # now that metrics and TensorBoard files are closed
+    hosts.on_first(lambda: outputs.record(root, OUTPUTS))  # now that metrics and TensorBoard files are closed
     return summary
 
 
@@ -131,22 +132,25 @@ def _of_the_run(config: Config, runtime: Runtime, final: dict[str, Policy]) -> d
 def finish(config: Config, shown: Report, runtime: Runtime, final: dict[str, Policy], summary: dict[str, Any]) -> None:
     """Write summary.json, report.png and, if asked for, Hugging Face folders of the last policies; print the table."""
     root, say = runtime.workdir.root, runtime.writer.report
-    report.write_summary(root / "summary.json", summary, shown)
+    if hosts.is_first():
+        report.write_summary(root / "summary.json", summary, shown)
     say(f"{report.table(summary, shown)}\n\n{report.legend(summary, shown)}\n")
-    if config.log.report:
+    if config.log.report and hosts.is_first():
         shown.draw(summary, root / "report.png")
         say(f"picture: {root / 'report.png'}")
     if config.log.hf_export:
         for arm, policy in final.items():
-            out = export(
-                runtime.params(policy),
-                runtime.cfg,
-                root / "huggingface" / arm,
-                source=config.model.model_name_or_path or None,
-                tokenizer_dir=root / "tokenizer",
-                overwrite=True,
-            )
-            say(f"Hugging Face checkpoint of {arm}: {out}")
+            params = fetch(runtime.params(policy))  # each process holds them whole for it
+            if hosts.is_first():
+                out = export(
+                    params,
+                    runtime.cfg,
+                    root / "huggingface" / arm,
+                    source=config.model.model_name_or_path or None,
+                    tokenizer_dir=root / "tokenizer",
+                    overwrite=True,
+                )
+                say(f"Hugging Face checkpoint of {arm}: {out}")
     say(f"summary: {root / 'summary.json'}")
 
 
@@ -160,6 +164,7 @@ def _besides_inputs(config: Config, mesh: Mesh) -> dict[str, Any]:
         "mesh": dict(mesh.shape),
         "device": mesh.devices.flat[0].device_kind,
         "processor": _processor(),
+        **({"processes": hosts.count()} if hosts.count() > 1 else {}),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
 

@@ -74,7 +74,7 @@ def read_corpus(config: Config, workdir: Workdir, say: Callable[[str], None]) ->
 def make_world_files(config: Config, method: Method, workdir: Workdir) -> tuple[DataGroup, ModelGroup, str]:
     """Write the embedded world's files; data and model groups that point to them, and the held-out prompts' file."""
     spec = world.WorldSpec(seed=config.seed, **dataclasses.asdict(config.world))
-    product = workdir.phase("world", dataclasses.asdict(spec), lambda folder: _write_world(spec, folder))
+    product = workdir.phase("world", dataclasses.asdict(spec), lambda folder: _write_world(spec, folder), alone=True)
     folder = product.path / "files"
     files = {field: str(folder / file) for field, file in method.sources.items()}
     if not spec.prompts:
@@ -132,7 +132,7 @@ def open_tokenizer(data: DataGroup, model: ModelGroup, workdir: Workdir, method:
 
     contents = {field: _contents(spec, f"config.data.{field}") for field, spec in sources.items()}
     inputs = sources | {"vocab_size": model.vocab_size, "contents": contents}
-    folder = workdir.phase("tokenizer", inputs, produce).path / "tokenizer"
+    folder = workdir.phase("tokenizer", inputs, produce, alone=True).path / "tokenizer"
     return Tokenizer.load(folder, data.chat_template, add_bos=data.add_bos), str(folder)
 
 

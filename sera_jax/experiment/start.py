@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from sera_jax import hosts
 from sera_jax.checkpoint.phases import file_digest
 from sera_jax.config import Config
 from sera_jax.experiment.assembly import check_shape
@@ -60,7 +61,8 @@ def params_sha256(policy: Policy) -> str:
 
 
 def _identity_of(folder: str, runtime: Runtime) -> dict[str, Any]:
-    return folder_identity(folder, runtime.workdir.root / "model_folders.json", runtime.writer.announce)
+    record = runtime.workdir.root / "model_folders.json"
+    return hosts.on_first(lambda: folder_identity(folder, record, runtime.writer.announce))
 
 
 def _base_policy(config: Config, runtime: Runtime, corpus: Corpus, origin: Origin) -> Policy:

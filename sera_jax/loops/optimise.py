@@ -17,6 +17,7 @@ from sera_jax.core import Mean
 from sera_jax.loops import cost
 from sera_jax.loops.restartable import Span, run_to_end
 from sera_jax.loops.runtime import NonFinite, Policy, Runtime, part_of
+from sera_jax.mesh import host_to_global
 from sera_jax.models.critic import critic_params
 from sera_jax.training.optimizer import init_optimizer, make_optimizer, schedule
 from sera_jax.training.step import Objective, TrainState, abstract_state, init_state, make_step, place_batch
@@ -211,7 +212,7 @@ class _Optimisation:
         training = self.training
         good = int(jax.device_get(state.step))
         failed = next(made for made in self.waiting if made.number == good + 1)
-        state = dataclasses.replace(state, ok=jax.device_put(np.ones((), bool), state.ok.sharding))
+        state = dataclasses.replace(state, ok=host_to_global(np.ones((), bool), state.ok.sharding))
         ids = ", ".join(failed.ids[:20]) + (" ..." if len(failed.ids) > 20 else "")
         return NonFinite(
             f"{training.name}: the loss or gradient of update {good + 1} is not finite. Records of its batch: {ids}. "

@@ -19,7 +19,7 @@ from sera_jax.data.packing import Packed, rounded_window
 from sera_jax.data.rollouts import PromptSchedule, lay_response_values, lay_rollouts, lay_token_values
 from sera_jax.loops.ppo_checks import check_rewards, check_updates
 from sera_jax.loops.srppo_study import PpoArm, SrppoStudy
-from sera_jax.mesh import host_to_global, rows_sharding
+from sera_jax.mesh import fetch, host_to_global, rows_sharding
 from sera_jax.models.critic import without_value_head
 from sera_jax.sampling import Candidates, Sample, grouped
 from sera_jax.training.optimizer import schedule
@@ -261,7 +261,7 @@ class Learner:
             return
         sums: dict[tuple[int, int], dict[str, float]] = {}
         for part, found in zip(rollouts.parts, scored, strict=True):
-            logp, sft, base = jax.device_get([found[name] for name in ("logp", "sft_logp", "base_logp")])
+            logp, sft, base = fetch([found[name] for name in ("logp", "sft_logp", "base_logp")])
             for r, k in np.argwhere(part.item >= 0):
                 here = part.rows.slot[r] == k
                 reward, kl = float((sft - base)[r, here].sum()), float((logp - sft)[r, here].sum())

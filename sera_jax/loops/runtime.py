@@ -16,7 +16,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from sera_jax import hosts
 from sera_jax.checkpoint import Workdir, save_tree
+from sera_jax.checkpoint.phases import write_jsonl
 from sera_jax.config import SamplingGroup, TrainGroup
 from sera_jax.data.batches import PairLoader, ScoreBatches, score_batches
 from sera_jax.data.items import Item, items_digest
@@ -258,7 +260,8 @@ class Runtime:
                 f"{name}: the {'score' if policy.scalar else 'log-prob'} of record {bad[0]!r} is not finite; look at "
                 f"the parameters of {policy.path}"
             )
-        np.save(folder / "logps.npy", np.concatenate(scores) if items else np.zeros(0, np.float32))
+        if hosts.is_first():
+            np.save(folder / "logps.npy", np.concatenate(scores) if items else np.zeros(0, np.float32))
 
     # ---- sample
 
@@ -293,10 +296,11 @@ class Runtime:
                 samples = self.generate(
                     self.params(policy), prompts, num_samples, settings, round_=round_, on_progress=advance
                 )
-            with (folder / "samples.jsonl").open("w") as file:
-                for s in samples:
-                    row = {"prompt": s.prompt, "sample": s.sample, "finished": s.finished, "tokens": s.tokens.tolist()}
-                    file.write(json.dumps(row) + "\n")
+            rows = (
+                {"prompt": s.prompt, "sample": s.sample, "finished": s.finished, "tokens": s.tokens.tolist()}
+                for s in samples
+            )
+            write_jsonl(folder / "samples.jsonl", rows)
 
         product = self.workdir.phase(name, inputs, produce, LOWER_SLOTS)
         rows = map(json.loads, (product.path / "samples.jsonl").read_text().splitlines())

@@ -1,0 +1,106 @@
+"""Several processes that run one job end as one process with as many devices does.
+
+The real command in processes of their own, on simulated devices, and real signals.
+"""
+
+import signal
+import socket
+
+import jax
+import numpy as np
+import pytest
+
+from sera_jax.experiment.saved import find_policy
+from sera_jax.mesh import make_mesh
+from tests.loops import kills
+from tests.loops.alike import assert_alike, run_on
+from tests.loops.kills import finish, metrics, signal_when
+from tests.loops.tiny import TINY, TINY_SRPPO, tiny_config, tiny_flags
+from tests.tolerances import TOLERANCES
+
+SAVING = {f"{group}.save_steps": 1 for group in ("pretrain", "sft", "train")}
+SERA = {**TINY, **SAVING, "world.pretrain": 64, "sera.arms": ("sera",), "sera.rounds": 2, "sampling.temperature": 0.0}
+SRPPO = {**TINY_SRPPO, **SAVING, "world.pretrain": 64}
+METHODS = {"SeRA": (SERA, "sera/round2/1"), "Self-Rewarding PPO": (SRPPO, "srppo/iteration2/1")}
+
+
+def start(workdir, tiny, processes, devices):
+    """The processes of a job, each with so many devices."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    flags = tiny_flags(workdir, tiny=tiny)
+    if processes == 1:
+        return [kills.start(flags, devices)]
+    joined = [*flags, f"--coordinator_address={address}", f"--num_processes={processes}"]
+    return [kills.start([*joined, f"--process_id={index}"], devices) for index in range(processes)]
+
+
+def ends(job):
+    """The exit codes, and what the processes said."""
+    codes, said = zip(*map(finish, job), strict=True)
+    return list(codes), "\n".join(said)
+
+
+def assert_ends_as(workdir, whole):
+    """All as on as many devices of one process; losses and parameters closer than that."""
+    assert_alike(workdir, whole)
+    close = TOLERANCES["processes"]
+    theirs = metrics(whole)
+    for at, line in metrics(workdir).items():
+        if "loss" in line:
+            np.testing.assert_allclose(line["loss"], theirs[at]["loss"], rtol=close["rtol"], err_msg=str(at))
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    for checksums in (whole / "phases").rglob("params/checksums.json"):
+        name = checksums.parent.parent.relative_to(whole / "phases")
+        found = (find_policy(root / "phases" / name).params(mesh) for root in (workdir, whole))
+        for ours, other in zip(*map(jax.tree.leaves, map(jax.device_get, found)), strict=True):
+            assert np.linalg.norm(ours - other) <= close["rtol"] * np.linalg.norm(other), name
+
+
+def test_a_job_of_two_processes_of_which_one_is_stopped_goes_on_and_ends_as_one_process(tmp_path):
+    whole, workdir = tmp_path / "whole", tmp_path / "job"
+    run_on(4, tiny_config(whole, tiny=SERA))
+    job = start(workdir, SERA, 2, 2)
+    assert signal_when(job[1], (workdir / "checkpoints" / "pretrain" / "1").exists, signal.SIGTERM)
+    codes, said = ends(job)
+    assert codes == [75, 75], said
+    assert "the same command goes on" in said
+    codes, said = ends(start(workdir, SERA, 2, 2))
+    assert codes == [0, 0], said
+    assert "Traceback" not in said
+    assert_ends_as(workdir, whole)
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def run(request, tmp_path_factory):
+    """(the fields, a checkpoint amid its training, the work directory of the whole run in one process)."""
+    tiny, amid = METHODS[request.param]
+    whole = tmp_path_factory.mktemp("whole")
+    codes, said = ends(start(whole, tiny, 1, 4))
+    assert codes == [0], said
+    return tiny, amid, whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "devices"), [(2, 2), (4, 1)])
+def test_a_job_of_several_processes_ends_as_one_process(run, tmp_path, processes, devices):
+    tiny, _, whole = run
+    codes, said = ends(start(tmp_path, tiny, processes, devices))
+    assert set(codes) == {0}, said
+    assert_ends_as(tmp_path, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "stopped"), [(signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)])
+@pytest.mark.parametrize("then", [(2, 2), (1, 4)])
+def test_a_job_whose_second_process_is_hit_goes_on_also_with_another_count(run, tmp_path, number, stopped, then):
+    tiny, amid, whole = run
+    job = start(tmp_path, tiny, 2, 2)
+    assert signal_when(job[1], (tmp_path / "checkpoints" / amid).exists, number)
+    codes, said = ends(job)
+    assert codes[1] == stopped, said
+    assert codes[0] == 75 if number == signal.SIGTERM else codes[0] not in (0, 75), said
+    codes, said = ends(start(tmp_path, tiny, *then))
+    assert set(codes) == {0}, said
+    assert_ends_as(tmp_path, whole)
