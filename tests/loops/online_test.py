@@ -3,7 +3,8 @@
 import copy
 import dataclasses
 import json
-from typing import NamedTuple
+import types
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,9 +13,10 @@ import pytest
 from sera_jax import experiment
 from sera_jax.checkpoint import Workdir
 from sera_jax.config import Config
+from sera_jax.data.items import Item, PairItem
 from sera_jax.experiment.methods import METHODS, online_dpo
 from sera_jax.experiment.methods.online_dpo import ARMS
-from sera_jax.loops.online import online, self_made
+from sera_jax.loops.online import _metrics, online, self_made
 from sera_jax.loops.rewards import implicit
 from sera_jax.loops.runtime import Policy, Preempted
 from sera_jax.loops.sera_study import SeraStudy
@@ -123,19 +125,21 @@ def test_what_is_said_of_the_pairs_adds_up(lab):
 RANKINGS = {"implicit": {}, "likelihood": {"likelihood_weight": 1.0, "reduction": "mean"}}
 
 
-def test_pairs_of_prompts_without_a_gold_reward_weigh_nothing_in_what_is_said_of_gold(lab, tmp_path):
-    without = {item.prompt.tobytes() for item in lab.study.prompts[::2]}
+def test_pairs_of_prompts_without_a_gold_reward_weigh_nothing_in_what_is_said_of_gold():
+    def of_prompt(name, *lengths):
+        return PairItem(Item(name, np.arange(3), tuple(map(np.zeros, lengths))), ((0, 1), (1, 2)))
 
-    def gold(item, tokens):
-        return np.nan if item.prompt.tobytes() in without else float(len(tokens))
+    def said(pairs):
+        study: Any = types.SimpleNamespace(gold=lambda item, tokens: np.nan if item.id == "new" else len(tokens))
+        found = _metrics(study, pairs, np.ones(2 * len(pairs), np.float32), [])
+        assert found["bootstrap/pairs"].value() == 2 * len(pairs)
+        return {name: (m.value(), m.weight) for name, m in found.items() if "/gold_" in name}
 
-    batch = first_batch(study_in(lab, tmp_path, gold=gold), lab.policy("round1"))
-    known = [metric for name, metric in batch.metrics.items() if name.startswith("bootstrap/gold_")]
-    prompts = [i.partition("#")[0] for i in batch.ids]
-    ids = {item.id for item in lab.study.prompts if item.prompt.tobytes() not in without}
-    assert len(known) == 3 and 0 < sum(name in ids for name in prompts) < len(prompts)
-    assert {float(metric.weight) for metric in known} == {sum(name in ids for name in prompts)}
-    assert sum(metric.value() for metric in known) == pytest.approx(1)
+    new = of_prompt("new", 3, 2, 1)
+    shares = {"agree": 0.25, "disagree": 0.5, "tie": 0.25}
+    expected = {f"bootstrap/gold_{name}": (share, 4) for name, share in shares.items()}
+    assert said([of_prompt("a", 3, 2, 2), new, of_prompt("b", 1, 2, 3)]) == expected
+    assert said([new]) == {}
 
 
 @pytest.mark.parametrize("ranking", RANKINGS)

@@ -47,11 +47,10 @@ def command(monkeypatch, capsys):
             workdir.begin()
             workdir._lock.close()
             shutil.move(root / "aside", root / "phases")
-        monkeypatch.setattr(main, "_CONFIG", types.SimpleNamespace(value=raw))
-        monkeypatch.setattr(main, "_TRACEBACK", types.SimpleNamespace(value=False))
-        monkeypatch.setattr(main, "_OTHER_VERSIONS", types.SimpleNamespace(value=False))
-        monkeypatch.setattr(main, "_VERIFY", types.SimpleNamespace(value=False))
-        monkeypatch.setattr(main, "_SHARED_PHASES", types.SimpleNamespace(value=""))
+        flags = {"_CONFIG": raw, "_TRACEBACK": False, "_OTHER_VERSIONS": False, "_VERIFY": False, "_SHARED_PHASES": ""}
+        flags |= {"_COORDINATOR": None, "_PROCESSES": None, "_PROCESS": None, "_CONNECT_SECONDS": 300}
+        for name, value in flags.items():
+            monkeypatch.setattr(main, name, types.SimpleNamespace(value=value))
         monkeypatch.setattr(experiment, "make_mesh", one_device)
         with pytest.raises(SystemExit) as stopped:
             main.main(["main"])
