@@ -11,7 +11,7 @@ from sera_jax.experiment.method import Arm
 
 # Candidates are ranked by their mean log-prob, whatever the group says of its ranking.
 _BY_LIKELIHOOD: dict[str, Any] = {"judge": "policy", "likelihood_weight": 1.0, "ranking_reduction": "mean"}
-# What we recommend. So far from trials on a few seeds.
+# What we recommend: studies/embedded_plane.py and embedded_gentle.py say why.
 RECOMMENDED: dict[str, Any] = {**_BY_LIKELIHOOD, "bootstrap_from": "policy"}
 _NO_SELECTION: dict[str, Any] = {"selection": "none", "threshold": None}
 _NO_BOOTSTRAP: dict[str, Any] = {"bootstrap_fraction": 0.0}
