@@ -57,6 +57,13 @@ def test_what_a_config_sets_may_be_unset_as_another_field_demands(tmp_path):
     assert "the disk is full" in refused(second), "the config is taken"
 
 
+def test_a_process_that_the_others_leave_alone_says_so_in_a_line(tmp_path):
+    joined = ["--coordinator_address=localhost:1", "--num_processes=2", "--process_id=1", "--connect_seconds=1"]
+    line = refused(start("--config=configs/quickstart.py", f"--config.workdir={tmp_path}", *joined))
+    assert line.startswith("process 1 of 2 at localhost:1: not all processes were there within 1 seconds")
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="asks Linux which signals are heard")
 def test_a_signal_is_heard_before_the_libraries_are_loaded_and_nothing_is_begun(tmp_path):
     process = start("--config=configs/quickstart.py", f"--config.workdir={tmp_path / 'run'}")

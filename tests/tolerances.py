@@ -23,9 +23,9 @@ TOLERANCES: dict[str, dict] = {
     ),
     "processes": dict(
         rtol=1e-5,
-        atol=0.0,
+        atol=1e-6,
         reason="losses, and each array of parameters in norm, of a run on as many devices in several processes: sums "
-        "over devices in another order",
+        "over devices in another order; a loss of PPO is a sum of both signs near 0",
     ),
     "microbatch": dict(rtol=1e-4, atol=1e-6, reason="gradients summed in another order, float32"),
     "huggingface_logits": dict(rtol=1e-4, atol=1e-4, reason="float32 matmuls of another library; the issue's bound"),
