@@ -49,8 +49,7 @@ def assert_ends_as(workdir, whole):
     theirs = metrics(whole)
     for at, line in metrics(workdir).items():
         if "loss" in line:
-            near = dict(rtol=close["rtol"], atol=close["atol"], err_msg=str(at))
-            np.testing.assert_allclose(line["loss"], theirs[at]["loss"], **near)
+            np.testing.assert_allclose(line["loss"], theirs[at]["loss"], close["rtol"], close["atol"], err_msg=str(at))
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     for checksums in (whole / "phases").rglob("params/checksums.json"):
         name = checksums.parent.parent.relative_to(whole / "phases")
