@@ -129,6 +129,8 @@ def test_the_command_hands_the_permission_on(monkeypatch, tmp_path, allow):
     monkeypatch.setattr(experiment, "run", lambda config, **how: handed.update(how))
     monkeypatch.setattr(methods, "parse", lambda raw: tiny_config(tmp_path))
     monkeypatch.setattr(main, "_CONFIG", types.SimpleNamespace(value=None))
+    for name in ("_COORDINATOR", "_PROCESSES", "_PROCESS", "_CONNECT_SECONDS"):
+        monkeypatch.setattr(main, name, types.SimpleNamespace(value=None))
     with flagsaver.as_parsed(verify="false", shared_phases="", allow_other_versions=str(allow).lower()):
         main.main(["main"])
     assert handed["allow_other_versions"] is allow

@@ -264,7 +264,8 @@ def test_another_arrangement_of_parts_rows_microbatches_and_devices_changes_noth
             close(left, right, "decoder_oracle", err_msg=field)
     assert other_metrics.keys() == metrics.keys()
     for name, value in metrics.items():
-        close(other_metrics[name], value, "decoder_oracle", err_msg=name)
+        if not name.startswith("cost/") or layout.get("share_prompt", True):  # a prompt that is laid twice costs twice
+            close(other_metrics[name], value, "decoder_oracle", err_msg=name)
     assert len(experience) == layout["parts"]
     for leaf in jax.tree.leaves(experience):
         assert leaf.shape[0] == microbatches

@@ -519,7 +519,8 @@ def test_an_iteration_on_eight_devices_finds_what_one_device_does_whatever_the_c
     close(jax.device_get(experience), jax.device_get(alone), "mesh")
     assert metrics.keys() == metrics_alone.keys()
     for name, value in metrics.items():
-        np.testing.assert_allclose(value, metrics_alone[name], rtol=1e-4, atol=1e-4, err_msg=name)
+        if not name.startswith("cost/"):  # below
+            np.testing.assert_allclose(value, metrics_alone[name], rtol=1e-4, atol=1e-4, err_msg=name)
     assert metrics["objective/kl"] == metrics["rollout/decode_score_gap"] == 0.0
     # passes: decoding, three scores, the critic's values; forward and backward (two) of the policy, and of the critic
     assert control.passes_tokens == (4 + 1 + 3 + 3) * laid
