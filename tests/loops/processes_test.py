@@ -21,7 +21,7 @@ from tests.tolerances import TOLERANCES
 SAVING = {f"{group}.save_steps": 1 for group in ("pretrain", "sft", "train")}
 SERA = {**TINY, **SAVING, "world.pretrain": 64, "sera.arms": ("sera",), "sera.rounds": 2, "sampling.temperature": 0.0}
 SRPPO = {**TINY_SRPPO, **SAVING, "world.pretrain": 64}
-METHODS = {"SeRA": (SERA, "sera/round2/1"), "Self-Rewarding PPO": (SRPPO, "srppo/iteration2/1")}
+METHODS = {"SeRA": (SERA, "pretrain/1"), "Self-Rewarding PPO": (SRPPO, "srppo/iteration2/1")}
 
 
 def start(workdir, tiny, processes, devices):
