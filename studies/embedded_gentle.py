@@ -6,28 +6,8 @@ That of studies/embedded_plane.py with a third of the updates: the policy has no
 """
 
 from sera_jax.studies.plan import Study
+from studies.embedded_plane import like
 
 
 def get_config() -> Study:
-    return Study(
-        base="configs/quickstart.py",
-        overrides={
-            "world.name": "wrong_habits",
-            "eval.temperature": 1.0,
-            "sera.arms": ("daa", "sera", "sera_recommended"),
-            "train.learning_rate": 3e-4,
-            "train.num_train_epochs": 1,
-        },
-        grid={"data.label_noise": (0.0, 0.2, 0.4)},
-        seeds=range(10, 20),
-        metrics=(
-            "gold_by_temperature/0:gold_by_temperature/*",  # greedily, against the baseline at its best temperature
-            *(f"gold_by_temperature/{t}" for t in ("0", "0.5", "1")),
-            "round3/flipped_fraction_kept",
-            *(f"round{n}/agreement/{share}" for n in (2, 3) for share in ("agree", "disagree")),
-            "response_tokens_mean",
-            "cost/passes_tokens",
-        ),
-        baseline="daa",
-        panels="data.label_noise",
-    )
+    return like({"train.num_train_epochs": 1})
