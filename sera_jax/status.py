@@ -7,7 +7,10 @@ silent, and named; 2 there is nothing to read. With --watch it looks until some 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import os
 import pathlib
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -27,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = root / stamps.FOLDER if (root / stamps.FOLDER).is_dir() else root
     if args.watch:
         return _watch(folder, args.processes, args.silent_seconds)
-    found = stamps.read(folder)
+    found = _read(folder)
     if not found:
         print(f"error: no process has left a sign of life in {folder}: only those of several do", file=sys.stderr)
         return EXIT_REFUSED
@@ -38,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _watch(folder: pathlib.Path, processes: int, seconds: float) -> int:
     began = time.time()
     while True:
-        found = {stamp.process: stamp for stamp in stamps.read(folder)}
+        found = {stamp.process: stamp for stamp in _read(folder)}
         unseen = [Stamp(index, processes, moved=began) for index in range(processes) if index not in found]
         every = [*found.values(), *unseen]
         if every and all(stamp.ended for stamp in every):
@@ -46,6 +49,25 @@ def _watch(folder: pathlib.Path, processes: int, seconds: float) -> int:
         if code := _named(every, seconds):
             return code
         time.sleep(_LOOK_SECONDS)
+
+
+def _read(folder: pathlib.Path) -> list[Stamp]:
+    """The stamps; of this host's processes, those that are no more have ended, though they did not say so."""
+    here = socket.gethostname()
+    return [
+        dataclasses.replace(one, ended=one.ended or (one.host == here and not _is_there(one.pid)))
+        for one in stamps.read(folder)
+    ]
+
+
+def _is_there(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _named(found: Sequence[Stamp], seconds: float) -> int:

@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import os
 import pathlib
+import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -140,6 +144,17 @@ def test_stamps_of_an_earlier_job_of_another_size_are_not_read(tmp_path):
     write(tmp_path, stamp(0), stamp(1), dataclasses.replace(stamp(2, wrote=500.0), processes=4))
     (tmp_path / "process-7.json").write_text('{"torn')
     assert [one.process for one in stamps.read(tmp_path)] == [0, 1]
+
+
+def test_a_process_of_this_host_that_is_no_more_has_ended(tmp_path):
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    for host, pid, code in (
+        (socket.gethostname(), gone.stdout, 0),
+        (socket.gethostname(), os.getpid(), 1),
+        ("h", 1, 1),
+    ):
+        write(tmp_path, Stamp(0, 2, host, int(pid)))
+        assert status.main([str(tmp_path)]) == code
 
 
 @pytest.fixture

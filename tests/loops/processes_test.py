@@ -3,18 +3,22 @@
 The real command in processes of their own, on simulated devices, and real signals.
 """
 
+import os
 import signal
 import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 
+from sera_jax import stamps
 from sera_jax.experiment.saved import find_policy
 from sera_jax.mesh import make_mesh
 from tests.loops import kills
 from tests.loops.alike import assert_alike, run_on
-from tests.loops.kills import finish, metrics, signal_when
+from tests.loops.kills import ROOT, finish, metrics, signal_when, wait_for
 from tests.loops.tiny import TINY, TINY_SRPPO, tiny_config, tiny_flags
 from tests.tolerances import TOLERANCES
 
@@ -89,6 +93,30 @@ def test_a_job_of_several_processes_ends_as_one_process(run, tmp_path, processes
     codes, said = ends(start(tmp_path, tiny, processes, devices))
     assert set(codes) == {0}, said
     assert_ends_as(tmp_path, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_job_of_which_a_process_hangs_is_ended_by_its_launcher_and_goes_on(run, tmp_path, index):
+    tiny, amid, whole = run
+    workdir, logs = tmp_path / "job", tmp_path / "logs"
+    environment = {"PYTHON": sys.executable, "LOGS": str(logs), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = [ROOT / "launch" / "local.sh", "--processes=2", "--silent_seconds=60", *tiny_flags(workdir, tiny=tiny)]
+
+    def launch():
+        return subprocess.Popen(command, env=os.environ | environment, stderr=subprocess.PIPE, text=True)
+
+    job = launch()
+    assert wait_for(job, (workdir / "checkpoints" / amid).exists)
+    pid = stamps.read(logs / "progress")[index].pid
+    os.kill(pid, signal.SIGSTOP)
+    code, said = finish(job)
+    assert code not in (0, 75), said
+    words = f"process {index} of 2 ({socket.gethostname()}, pid {pid}) gave no sign of life for"
+    assert words in said or f"process {index} has not ended with the others: killed" in said, said
+    code, said = finish(launch())
+    assert code == 0, said
+    assert_ends_as(workdir, whole)
 
 
 @pytest.mark.slow
