@@ -89,12 +89,12 @@ while :; do
       kill -KILL "${children[i]}" 2>/dev/null || true
     done
   fi
-  sleep 1 || true # which a signal may end
+  sleep 0.5 || true # which a signal may end
 done
 if [ -n "$watch" ]; then
   { kill "$watch" && wait "$watch"; } 2>/dev/null || true
 fi
-tail -n 1 "$logs/process-0.log" >&2
+tail -n 2 "$logs/process-0.log" >&2
 [ "$silent" -eq 0 ] || exit 1
 for code in "${codes[@]}"; do
   [ "$code" -eq 0 ] || exit "$code"

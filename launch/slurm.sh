@@ -36,10 +36,12 @@ done
 
 mkdir -p "$logs"
 submitted=$(mktemp)
+set -m # a group of its own: a signal to that of this script is not for sbatch
 sbatch --wait --parsable --requeue --open-mode=append --signal=TERM@300 --ntasks-per-node="$gpus" \
   --output="$logs/slurm-%j.log" "${options[@]}" \
   launch/slurm.sh --within-the-job "$logs" "$python" "$@" >"$submitted" &
 waiting=$!
+set +m
 # shellcheck disable=SC2329 # by the trap
 stop() {
   job=$(cut -d';' -f1 "$submitted")

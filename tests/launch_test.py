@@ -33,9 +33,8 @@ def bin_(tmp_path):
 
 def start(name, bin_, *flags, **environment):
     own = {"PATH": f"{bin_}:{os.environ['PATH']}", "LOGS": str(bin_.parent / "logs"), **environment}
-    return subprocess.Popen(
-        [LAUNCH / name, *flags], env=os.environ | own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([LAUNCH / name, *flags], env=os.environ | own, start_new_session=True, **pipes)
 
 
 def launched(name, bin_, *flags, **environment):
@@ -148,7 +147,7 @@ def test_a_signal_stops_all_and_the_launcher_ends_as_they_do(bin_):
     there = bin_.parent / "logs" / "progress"
     for index in range(2):
         wait_for(there / f"there-{index}")
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as a study does, and Ctrl-C
     assert end_of(process)[0] == 75
 
 
@@ -213,7 +212,7 @@ def test_a_signal_has_the_job_of_slurm_saved_and_not_queued_again(bin_):
     recorded(bin_, "scontrol")
     process = start("slurm.sh", bin_, "--gpus-per-node=1", "--config=a")
     wait_for(bin_ / "there")
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as a study does, and Ctrl-C
     assert end_of(process)[0] == 75
     assert asked(bin_.parent, "scontrol") == [["update", "JobId=77", "Requeue=0"]]
     assert asked(bin_.parent, "scancel")[-1] == ["--state=RUNNING", "--signal=TERM", "77"]
@@ -284,7 +283,7 @@ def test_a_signal_stops_every_worker_of_a_slice(bin_, slice_):
     for index in range(3):
         wait_for(workers / f"{index}" / "a folder" / ".launch" / "pid")
     time.sleep(0.5)  # till the traps are there
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as a study does, and Ctrl-C
     assert end_of(process)[0] == 75
 
 
@@ -372,7 +371,7 @@ def test_a_job_set_that_is_at_work_is_followed_and_one_that_ended_is_made_anew(b
 def test_a_signal_deletes_the_job_set_so_that_its_pods_save(bin_):
     process = on_gke(bin_, *GKE, "--config=a", ends="")
     wait_for(bin_ / "manifest-looks")
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as a study does, and Ctrl-C
     assert end_of(process)[0] == 75 and not (bin_ / "manifest").exists()
 
 
