@@ -76,7 +76,7 @@ manifest=$replaced
 kube() { kubectl ${namespace[@]+"${namespace[@]}"} "$@"; }
 ended() { # Completed, Failed, or nothing while it is at work
   kube get jobset "$name" --ignore-not-found \
-    -o 'jsonpath={.status.conditions[?(@.status=="True")].type}' | grep -oE 'Completed|Failed' || true
+    -o 'jsonpath={.status.conditions[?(@.status=="True")].type}' | grep -owE 'Completed|Failed' || true
 }
 there=$(kube get jobset "$name" --ignore-not-found -o name)
 if [ -n "$there" ] && [ -n "$(ended)" ]; then

@@ -76,7 +76,7 @@ while :; do
     code=0
     wait "$watch" || code=$?
     watch=
-    if [ "$code" -eq 1 ]; then # it has said which one is silent
+    if [ "$code" -eq 3 ]; then # it has said which one is silent
       echo "ending all; the same command goes on from what was saved" >&2
       silent=1
       kill -TERM "${children[@]}" 2>/dev/null || true

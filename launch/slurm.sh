@@ -11,6 +11,8 @@ set -eu
 if [ "${1:-}" = --within-the-job ]; then # as sbatch starts it: in the folder that it was called from
   logs=$2 python=$3
   shift 3
+  # srun does not take it from sbatch
+  [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
   code=0
   # 75 of one process must not have the others killed while they save, whatever the cluster's default is
   srun --kill-on-bad-exit=0 --open-mode=append --output="$logs/slurm-$SLURM_JOB_ID-process-%t.log" \

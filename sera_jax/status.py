@@ -1,7 +1,7 @@
 """`python -m sera_jax.status RUN`: where each process of a run of several is, and which one the others wait for.
 
-RUN is the work directory, or the folder that --progress_dir named. Exit codes: 0 all get on, or have ended; 1 some are
-silent, and named; 2 there is nothing to read. With --watch it looks until some are silent or all have ended.
+RUN is the work directory, or the folder that --progress_dir named. Exit codes: 0 all get on, or have ended; 2 there is
+nothing to read; 3 some are silent, and named. With --watch it looks until some are silent or all have ended.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sera_jax import stamps
 from sera_jax.stamps import Stamp
 from sera_jax.stop import EXIT_REFUSED
 
-EXIT_SILENT = 1
+EXIT_SILENT = 3  # a Python that broke ends with 1
 _LOOK_SECONDS = 1.0
 
 

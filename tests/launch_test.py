@@ -177,9 +177,9 @@ def recorded(bin_, name, body=""):
 
 
 SBATCH = """
-while [[ $1 == --* ]]; do case $1 in --output=*) ;; esac; shift; done
+while [[ $1 == --* ]]; do shift; done
 echo '77;cluster'
-SLURM_JOB_ID=77 exec bash "$@"
+SLURM_JOB_ID=77 SLURM_CPUS_PER_TASK=12 exec bash "$@"
 """
 SRUN = """
 while [[ $1 == --* ]]; do [[ $1 != --output=* ]] || output=${1#*=}; shift; done
@@ -192,11 +192,11 @@ def test_slurm_runs_a_process_for_each_gpu_and_queues_again_what_was_saved(bin_,
     recorded(bin_, "sbatch", SBATCH)
     recorded(bin_, "srun", SRUN)
     recorded(bin_, "scontrol")
-    recorded(bin_, "python", f"echo error: words; exit {code}")
+    recorded(bin_, "python", f"echo error: words on $SRUN_CPUS_PER_TASK cores; exit {code}")
     options = ["--nodes=2", "--gpus-per-node=a100:8", "--comment=a b"]
     ended, _, err = launched("slurm.sh", bin_, *options, *NASTY, PYTHON=str(bin_ / "python"))
     assert ended == code, err
-    assert f"job 77 ended with {code}" in err and "error: words" in err
+    assert f"job 77 ended with {code}" in err and "error: words on 12 cores" in err
     (given,) = asked(bin_.parent, "sbatch")
     before = given[: given.index("launch/slurm.sh")]
     assert before[-3:] == options
@@ -305,7 +305,8 @@ case "$*" in
   *delete*) rm -f "$STATE/manifest"* ;;
   *'get jobset'*name*) [ ! -e "$STATE/manifest" ] || echo jobset/first ;;
   *'get jobset'*) [ -e "$STATE/manifest" ] || exit 0
-    echo 1 >>"$STATE/manifest-looks"; [ "$(wc -l <"$STATE/manifest-looks")" -lt 2 ] || echo "Suspended $ENDS" ;;
+    echo 1 >>"$STATE/manifest-looks"
+    [ "$(wc -l <"$STATE/manifest-looks")" -lt 2 ] || echo "StartupPolicyCompleted $ENDS" ;;
   *exitCode*) echo "$CODES" ;;
   *'get pods'*) echo "first-slice-0-0 first-slice-0-1" ;;
   logs*) echo "log of $2" ;;

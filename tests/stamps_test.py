@@ -150,8 +150,8 @@ def test_a_process_of_this_host_that_is_no_more_has_ended(tmp_path):
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     for host, pid, code in (
         (socket.gethostname(), gone.stdout, 0),
-        (socket.gethostname(), os.getpid(), 1),
-        ("h", 1, 1),
+        (socket.gethostname(), os.getpid(), 3),
+        ("h", 1, 3),
     ):
         write(tmp_path, Stamp(0, 2, host, int(pid)))
         assert status.main([str(tmp_path)]) == code
@@ -165,7 +165,7 @@ def now(monkeypatch):
 def test_the_command_prints_a_table_and_names_the_silent_one(tmp_path, now, capsys):
     found = [stamp(0), stamp(1, moved=700.0, phase="the SFT model", step=12), stamp(2, ended=True)]
     write(tmp_path / "progress", *found)
-    assert status.main([str(tmp_path)]) == 1
+    assert status.main([str(tmp_path)]) == 3
     out, err = capsys.readouterr()
     assert [line.split()[:6] for line in out.splitlines()] == [
         ["process", "host", "pid", "wrote", "moved", "step"],
@@ -184,5 +184,5 @@ def test_watching_ends_when_all_have_ended_or_one_was_never_seen(tmp_path, monke
     moments = iter([NOW, NOW, NOW + 61])
     monkeypatch.setattr(status.time, "time", lambda: next(moments))
     monkeypatch.setattr(status.time, "sleep", lambda _: None)
-    assert status.main([str(tmp_path), "--watch", "--processes=3", "--silent_seconds=60"]) == 1
+    assert status.main([str(tmp_path), "--watch", "--processes=3", "--silent_seconds=60"]) == 3
     assert "process 2 of 3 gave no sign of life for 61 s" in capsys.readouterr().err
