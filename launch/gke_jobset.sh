@@ -37,6 +37,7 @@ quote() { # a string of JSON in which Kubernetes expands nothing: $replaced
   replace "$replaced" '"' '\"'
   replace "$replaced" $'\n' '\n'
   replace "$replaced" $'\t' '\t'
+  replace "$replaced" $'\r' '\r'
   replace "$replaced" \$ \$\$
   replaced=\"$replaced\"
 }

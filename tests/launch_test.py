@@ -160,7 +160,7 @@ NASTY = [
     "--config=configs/a b.py",
     '--config.data.train="a b;$(c)".jsonl',
     "--config.data.eval=it's `d` $HOME $$(e) $(PATH) &&\\n %s * ? \\",
-    "--config.workdir=two\nlines\tand é",
+    "--config.workdir=two\nlines\tand\ré",
     "--config.log.note=",
 ]
 RECORD = 'printf "%s\\0" "$@" >"{folder}/{name}-$$"; '
@@ -169,7 +169,7 @@ RECORD = 'printf "%s\\0" "$@" >"{folder}/{name}-$$"; '
 def asked(folder, name):
     """The arguments of every call of a recorded program, in their order."""
     calls = sorted(folder.glob(f"{name}-*"), key=lambda path: path.stat().st_mtime_ns)
-    return [path.read_text().split("\0")[:-1] for path in calls]
+    return [path.read_bytes().decode().split("\0")[:-1] for path in calls]
 
 
 def recorded(bin_, name, body=""):
