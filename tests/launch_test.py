@@ -306,7 +306,7 @@ case "$*" in
   *'get jobset'*name*) [ ! -e "$STATE/manifest" ] || echo jobset/first ;;
   *'get jobset'*) [ -e "$STATE/manifest" ] || exit 0
     echo 1 >>"$STATE/manifest-looks"
-    [ "$(wc -l <"$STATE/manifest-looks")" -lt 2 ] || echo "StartupPolicyCompleted $ENDS" ;;
+    echo "StartupPolicyCompleted $([ "$(wc -l <"$STATE/manifest-looks")" -lt 2 ] || echo "$ENDS")" ;;
   *exitCode*) echo "$CODES" ;;
   *'get pods'*) echo "first-slice-0-0 first-slice-0-1" ;;
   logs*) echo "log of $2" ;;
