@@ -147,7 +147,7 @@ def test_a_signal_stops_all_and_the_launcher_ends_as_they_do(bin_):
     there = bin_.parent / "logs" / "progress"
     for index in range(2):
         wait_for(there / f"there-{index}")
-    os.killpg(process.pid, signal.SIGTERM)  # as a study does, and Ctrl-C
+    process.send_signal(signal.SIGTERM)  # to the launcher alone
     assert end_of(process)[0] == 75
 
 
