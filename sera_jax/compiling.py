@@ -12,6 +12,8 @@ from typing import Any
 
 from jax import monitoring
 
+from sera_jax import stamps
+
 # Begins with a scalar of this name and ends with a duration of it; both say `fun_name`.
 _COMPILATION = "/jax/core/compile/backend_compile_duration"
 _WORDS = {
@@ -43,6 +45,7 @@ def said(say: Callable[[str], None], *, after_seconds: float = 2.0, again_second
 
     def begins(event: str, value: float, **details: Any) -> None:
         if event == _COMPILATION:
+            stamps.compiles(True)
             name = in_words(str(details.get("fun_name", "")))
             timer = timers[threading.get_ident()] = threading.Timer(after_seconds, notice, [name])
             timer.daemon = True
@@ -55,8 +58,10 @@ def said(say: Callable[[str], None], *, after_seconds: float = 2.0, again_second
             say(f"compiling {name} for shapes that are new ...")
 
     def ends(event: str, seconds: float, **details: Any) -> None:
-        if event == _COMPILATION and (timer := timers.pop(threading.get_ident(), None)):
-            timer.cancel()
+        if event == _COMPILATION:
+            stamps.compiles(False)
+            if timer := timers.pop(threading.get_ident(), None):
+                timer.cancel()
 
     monitoring.register_scalar_listener(begins)
     monitoring.register_event_duration_secs_listener(ends)

@@ -17,6 +17,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from sera_jax import stamps
+
 HEARTBEAT_SECONDS = 10  # after this long without a sign of one process, the others end
 SHUTDOWN_SECONDS = 20  # that a process which ends waits for the others
 _LATER = 60  # seconds after `give_up`, lest jax come before
@@ -41,6 +43,11 @@ _turns = itertools.count()  # of what the processes say to each other, in the or
 def count() -> int:
     """How many processes there are."""
     return _hosts.count
+
+
+def index() -> int:
+    """Which of them this process is."""
+    return _hosts.index
 
 
 def is_first() -> bool:
@@ -123,7 +130,7 @@ def on_first(act: Callable[[], Found]) -> Found:
     """
     if count() == 1:
         return act()
-    name = f"sera_jax/{next(_turns)}"
+    name = _turn()
     if is_first():
         try:
             outcome = act(), None
@@ -141,7 +148,7 @@ def on_first(act: Callable[[], Found]) -> Found:
 def barrier() -> None:
     """Returns when all processes have come here."""
     if count() > 1:
-        _client().wait_at_barrier(f"sera_jax/{next(_turns)}", _FOREVER_MS)
+        _client().wait_at_barrier(_turn(), _FOREVER_MS)
 
 
 def stopping_together(asked: Callable[[], bool]) -> Callable[[], bool]:
@@ -159,10 +166,17 @@ def stopping_together(asked: Callable[[], bool]) -> Callable[[], bool]:
         if asked() and not told:
             os.kill(os.getpid(), signal.SIGTERM)  # which jax listens to from `connect` on
             told = True
+        stamps.moved(turn=True)
         stopped = multihost_utils.reached_preemption_sync_point(next(calls)) or stopped
         return stopped
 
     return stop
+
+
+def _turn() -> str:
+    """A name that all processes give to what they do next."""
+    stamps.moved(turn=True)
+    return f"sera_jax/{next(_turns)}"
 
 
 def _client() -> Any:

@@ -47,6 +47,11 @@ _COORDINATOR = flags.DEFINE_string(
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes run this together; 1: this alone.", 1)
 _PROCESS = flags.DEFINE_integer("process_id", None, "Which of the processes this is, from 0.", 0)
 _CONNECT_SECONDS = flags.DEFINE_integer("connect_seconds", 300, "How long the processes wait for each other.", 1)
+_PROGRESS_DIR = flags.DEFINE_string(
+    "progress_dir",
+    "",
+    "Of several processes: the folder where each keeps its sign of life; default: progress/ in the work directory.",
+)
 _VERIFY = flags.DEFINE_bool(
     "verify",
     False,
@@ -81,6 +86,7 @@ def main(argv: list[str], *, stop_requested: Callable[[], bool] = lambda: False)
                 stop_requested=hosts.stopping_together(stop_requested),
                 allow_other_versions=_OTHER_VERSIONS.value,
                 shared_phases=_SHARED_PHASES.value,
+                progress_dir=_PROGRESS_DIR.value,
             )
     except (ValueError, OSError) as error:
         if _TRACEBACK.value:

@@ -100,11 +100,12 @@ def _job(study: Study, run: Run) -> Job:
         f"--shared_phases={root / 'shared'}",
         *run.flags(),
     ]
-    compiled = {
+    unless_set = {
+        "LOGS": str((workdir / "logs").absolute()),  # where a launcher puts those of its processes
         "JAX_COMPILATION_CACHE_DIR": str((root / "compiled").absolute()),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    return Job(run.name, [*program, *flags], workdir, run.start, compiled)
+    return Job(run.name, [*program, *flags], workdir, run.start, unless_set)
 
 
 def _compare(study: Study, rows: list[Row]) -> bool:
@@ -156,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     add("rows", str, "file of the rows")
     add("threads", int, "cores of each run")
     add("processes", int, "runs at a time; 0: as many as there are cores for")
-    add("launcher", str, "a command that takes the flags of sera_jax.main, as launch/local.sh does")
+    add("launcher", str, "a command that takes the flags of sera_jax.main, as those of launch/ do")
     return parser
 
 

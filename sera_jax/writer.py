@@ -26,7 +26,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sera_jax import hosts
+from sera_jax import hosts, stamps
 from sera_jax.board import RESERVED, Board
 from sera_jax.core import Mean
 from sera_jax.progress import Progress
@@ -169,6 +169,7 @@ class MetricWriter:
         Raises:
             ValueError: a metric takes the name of one of the line's own fields.
         """
+        stamps.moved(step=step if phase is None else None)
         if not self._on:
             return
         key = self._key(phase, arm, round)
@@ -190,6 +191,7 @@ class MetricWriter:
 
     def advance(self, step: int, *, tokens: int = 0, metrics: Mapping[str, Any] | None = None) -> None:
         """Moves the progress shown to `step` of the open span, without writing a line."""
+        stamps.moved(step=step)
         if self._on and self._stack:
             shown = {word: _number(metrics[name]) for name, word in NOTED.items() if metrics and name in metrics}
             note = "  ".join(f"{word} {value:.4g}" for word, value in shown.items())
@@ -201,6 +203,7 @@ class MetricWriter:
 
     def announce(self, text: str) -> None:
         """A line of its own on standard error: a heading, a remark."""
+        stamps.moved()
         if self._on:
             self._progress.say(text)
 

@@ -20,7 +20,7 @@ METHODS = {p.stem for p in (PACKAGE / "experiment" / "methods").glob("*.py") if 
 
 # From the top to the bottom; a unit may import what stands below it and, in its own layer, only what SIBLINGS names.
 LAYERS = [
-    ["main", "generate", "evaluate", "export", "study", "compare", "rankings"],
+    ["main", "generate", "evaluate", "export", "study", "compare", "rankings", "status"],
     ["studies"],
     ["experiment"],
     ["loops"],
@@ -32,6 +32,7 @@ LAYERS = [
     ["ops"],
     ["mesh"],
     ["core", "config", "progress", "memory", "compiling", "board", "stop", "hosts", "world_authors"],
+    ["stamps"],
 ]
 SIBLINGS = {
     ("world", "data"),  # the embedded world makes the same records that real data becomes

@@ -5,19 +5,18 @@ import pathlib
 import random
 import re
 import shutil
-import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import pytest
-from absl.testing import flagsaver
 
 from sera_jax import experiment, main
 from sera_jax.config import Config
 from sera_jax.experiment import methods
 from sera_jax.loops.runtime import Preempted, Runtime
 from sera_jax.mesh import make_mesh
+from tests.loops.flags import set_flags
 
 # The kind of a file, by the first pattern that its path in the work directory matches.
 KINDS = {
@@ -109,13 +108,11 @@ def command(config: Config, *asked: str, stop_requested: Callable[[], bool] = la
         patch.setattr(experiment, "make_mesh", one_device)
         patch.setattr(Runtime, "__post_init__", _share_programs)
         patch.setattr(methods, "parse", lambda raw: config)
-        patch.setattr(main, "_CONFIG", types.SimpleNamespace(value=None))
-        flags = {name: str(name in asked).lower() for name in ("verify", "traceback", "allow_other_versions")}
-        with flagsaver.as_parsed(shared_phases="", **flags):
-            try:
-                main.main(["main"], stop_requested=stop_requested)
-            except SystemExit as ended:
-                return int(str(ended.code))
+        set_flags(patch, **dict.fromkeys(asked, True))
+        try:
+            main.main(["main"], stop_requested=stop_requested)
+        except SystemExit as ended:
+            return int(str(ended.code))
     return 0
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import pytest
 from absl import flags
 
-from sera_jax import compare, evaluate, export, generate, main, rankings, study
+from sera_jax import compare, evaluate, export, generate, main, rankings, status, study
 from sera_jax.config import Config, check_field
 from sera_jax.data import prepare
 from sera_jax.experiment.methods import parse
@@ -26,7 +26,7 @@ PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS = [file for folder in ("configs", "studies") for file in sorted((ROOT / folder).glob("*.py"))]
 SOURCE = {folder: "\n".join(p.read_text() for p in (ROOT / folder).rglob("*.py")) for folder in ("sera_jax", "tests")}
 GROUPS = [name for name, kind in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(kind)]
-ARGPARSE = {entry.__name__: entry for entry in (generate, evaluate, export, study, compare, rankings)}
+ARGPARSE = {entry.__name__: entry for entry in (generate, evaluate, export, study, compare, rankings, status)}
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LOOP = re.compile(r"^for (\w+) in (.+); do\n(.*?)^done$", re.MULTILINE | re.DOTALL)
 

@@ -46,6 +46,24 @@ def test_a_study_runs_everything_keeps_a_row_for_each_arm_and_says_the_differenc
     assert (lab.folder / "runs" / "comparison.png").exists()
 
 
+def test_runs_are_handed_to_a_launcher_with_its_own_flags(tmp_path, monkeypatch, capsys):
+    lab = Lab(tmp_path, seeds=(0,), launcher="launch/local.sh --processes=2", processes=1)
+    real = f"exec {sys.executable}"
+    is_watch = f'[ "$2" != sera_jax.status ] || {real} "$@"'
+    stand_in = f'shift 2\n{real} {tmp_path}/stand_in.py {lab.prepared} "$@"'
+    (tmp_path / "python").write_text(f"#!/bin/bash\n{is_watch}\n{stand_in}")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setenv("PYTHON", str(tmp_path / "python"))
+    assert study.main(lab.flags) == 0
+    assert sorted(lab.started()) == sorted([name for name in ALL if name.endswith("seed0")] * 2)
+    assert len(lab.rows()) == 6
+    assert len(list((tmp_path / "runs").glob("*/seed0/logs/process-1.log"))) == 2
+    (lab.prepared / "label_noise_0.25_seed0.fails").write_text("a loss was not finite")
+    (tmp_path / "rows.jsonl").unlink()
+    assert study.main(lab.flags) == 1
+    assert "failed: label_noise=0.25/seed0: error: a loss was not finite (exit code 2" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_smallest_study_of_the_repository_runs_from_its_command_to_its_table(tmp_path, capsys, monkeypatch):
     """Its runs are real ones, on one device."""

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from sera_jax import compiling, hosts
+from sera_jax import compiling, hosts, stamps
 from sera_jax import config as config_lib
 from sera_jax.checkpoint import Workdir, outputs
 from sera_jax.checkpoint.shared import SharedPhases
@@ -44,6 +44,7 @@ def run(
     stop_requested: Callable[[], bool] = lambda: False,
     allow_other_versions: bool = False,
     shared_phases: str = "",
+    progress_dir: str = "",
 ) -> dict[str, Any]:
     """Run, or go on with, the experiment of `config`; returns the summary that it also writes to the work directory.
 
@@ -51,6 +52,7 @@ def run(
         stop_requested: asked between steps; True stops with everything saved.
         allow_other_versions: go on with what other versions made (`Workdir`).
         shared_phases: a folder where the phases up to the SFT model are looked for, and left for other runs; "": none.
+        progress_dir: where each of several processes keeps its sign of life; "": in the work directory.
 
     Raises:
         ValueError: what was asked for cannot be done; the message says the way out.
@@ -67,6 +69,7 @@ def run(
         workdir.shared = SharedPhases(pathlib.Path(shared_phases), START_PHASES, _besides_inputs(config, mesh))
     text = json.dumps(config_lib.to_dict(config), indent=1, default=str)
     with (
+        stamps.kept(pathlib.Path(progress_dir or root / stamps.FOLDER), hosts.index(), hosts.count()),
         MetricWriter(root, is_host0=hosts.is_first(), tensorboard=config.log.tensorboard, config_text=text) as writer,
         compiling.said(writer.announce),
         jax.set_mesh(mesh),

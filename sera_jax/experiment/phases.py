@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 
+from sera_jax import stamps
+
 # What a phase does, by the last part of its name; what precedes it is the policy. `\1` is who scores.
 _DOES = {
     r"init": "drawing random parameters",
@@ -61,6 +63,7 @@ class Phases:
         self._found = 0  # in a row: made before, or taken
 
     def __call__(self, name: str, finished: bool) -> None:
+        stamps.moved(phase=in_words(name))
         if name in self._seen:
             return
         self._seen.add(name)

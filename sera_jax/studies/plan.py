@@ -44,7 +44,8 @@ class Study:
     workdir, rows: the folder of the runs, and the file of their rows; empty: `runs/NAME` and
         `studies/results/NAME.jsonl`.
     threads: cores of each run. processes: runs at a time; 0: as many as there are cores for.
-    launcher: a command that takes the flags of sera_jax.main; empty: this interpreter.
+    launcher: a command that takes the flags of sera_jax.main after its own, `launch/slurm.sh --gpus-per-node=8`; empty:
+        this interpreter.
     """
 
     base: str

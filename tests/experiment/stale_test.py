@@ -6,11 +6,9 @@ Whole runs, which must end in the same parameters as one in a fresh folder.
 import json
 import re
 import shutil
-import types
 
 import jax
 import pytest
-from absl.testing import flagsaver
 
 from sera_jax import experiment, main, world
 from sera_jax.checkpoint import StaleWorkdir, Workdir
@@ -19,6 +17,7 @@ from sera_jax.experiment.assembly import open_tokenizer
 from sera_jax.experiment.methods import METHODS
 from sera_jax.loops.runtime import Preempted
 from sera_jax.mesh import make_mesh
+from tests.loops.flags import set_flags
 from tests.loops.tiny import tiny_config
 
 SHORT = {
@@ -128,11 +127,8 @@ def test_the_command_hands_the_permission_on(monkeypatch, tmp_path, allow):
     handed = {}
     monkeypatch.setattr(experiment, "run", lambda config, **how: handed.update(how))
     monkeypatch.setattr(methods, "parse", lambda raw: tiny_config(tmp_path))
-    monkeypatch.setattr(main, "_CONFIG", types.SimpleNamespace(value=None))
-    for name in ("_COORDINATOR", "_PROCESSES", "_PROCESS", "_CONNECT_SECONDS"):
-        monkeypatch.setattr(main, name, types.SimpleNamespace(value=None))
-    with flagsaver.as_parsed(verify="false", shared_phases="", allow_other_versions=str(allow).lower()):
-        main.main(["main"])
+    set_flags(monkeypatch, allow_other_versions=allow)
+    main.main(["main"])
     assert handed["allow_other_versions"] is allow
 
 

@@ -48,14 +48,21 @@ def finish(process):
     return process.returncode, err
 
 
-def signal_when(process, there, number, delay=0.0):
-    """Send `number` as soon as `there()` is true, or so many seconds after; False if the process ended before."""
+def wait_for(process, there):
+    """Whether `there()` came true before the process ended."""
     deadline = time.monotonic() + DEADLINE_SECONDS
     while not there():
         if process.poll() is not None:
             return False
         assert time.monotonic() < deadline, "the moment to kill at never came"
         time.sleep(0.002)
+    return True
+
+
+def signal_when(process, there, number, delay=0.0):
+    """Send `number` as soon as `there()` is true, or so many seconds after; False if the process ended before."""
+    if not wait_for(process, there):
+        return False
     time.sleep(delay)
     process.send_signal(number)
     return True

@@ -5,7 +5,6 @@ import json
 import math
 import pathlib
 import shutil
-import types
 
 import jax
 import pytest
@@ -23,6 +22,7 @@ from sera_jax.loops.ppo_checks import CLIPPED, STALLED, Watch, check_rewards
 from sera_jax.loops.runtime import NonFinite, Preempted
 from sera_jax.loops.srppo import SRPPO_ARM, iterate
 from sera_jax.writer import read_records
+from tests.loops.flags import set_flags
 from tests.loops.srppo_lab import EVERY, MINI_BATCHES, checksums, one_device, ppo_lines, run_arm, study_of
 from tests.loops.tiny import tiny_srppo
 
@@ -36,7 +36,7 @@ FINE = {
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(capsys):
     """The command with a ConfigDict in place of its flags: (exit code, standard error)."""
 
     def run(raw):
@@ -47,13 +47,11 @@ def command(monkeypatch, capsys):
             workdir.begin()
             workdir._lock.close()
             shutil.move(root / "aside", root / "phases")
-        flags = {"_CONFIG": raw, "_TRACEBACK": False, "_OTHER_VERSIONS": False, "_VERIFY": False, "_SHARED_PHASES": ""}
-        flags |= {"_COORDINATOR": None, "_PROCESSES": None, "_PROCESS": None, "_CONNECT_SECONDS": 300}
-        for name, value in flags.items():
-            monkeypatch.setattr(main, name, types.SimpleNamespace(value=value))
-        monkeypatch.setattr(experiment, "make_mesh", one_device)
-        with pytest.raises(SystemExit) as stopped:
-            main.main(["main"])
+        with pytest.MonkeyPatch.context() as patch:
+            set_flags(patch, raw)
+            patch.setattr(experiment, "make_mesh", one_device)
+            with pytest.raises(SystemExit) as stopped:
+                main.main(["main"])
         return stopped.value.code, capsys.readouterr().err
 
     return run

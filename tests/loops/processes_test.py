@@ -3,18 +3,22 @@
 The real command in processes of their own, on simulated devices, and real signals.
 """
 
+import os
 import signal
 import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 
+from sera_jax import stamps
 from sera_jax.experiment.saved import find_policy
 from sera_jax.mesh import make_mesh
 from tests.loops import kills
 from tests.loops.alike import assert_alike, run_on
-from tests.loops.kills import finish, metrics, signal_when
+from tests.loops.kills import ROOT, finish, metrics, signal_when, wait_for
 from tests.loops.tiny import TINY, TINY_SRPPO, tiny_config, tiny_flags
 from tests.tolerances import TOLERANCES
 
@@ -34,6 +38,13 @@ def start(workdir, tiny, processes, devices):
         return [kills.start(flags, devices)]
     joined = [*flags, f"--coordinator_address={address}", f"--num_processes={processes}"]
     return [kills.start([*joined, f"--process_id={index}"], devices) for index in range(processes)]
+
+
+def launch(workdir, tiny, **environment):
+    """Two processes of two devices by launch/local.sh, which waits a minute for one that is silent."""
+    own = {"PYTHON": sys.executable, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", **environment}
+    command = [ROOT / "launch" / "local.sh", "--processes=2", "--silent_seconds=60", *tiny_flags(workdir, tiny=tiny)]
+    return subprocess.Popen(command, env=os.environ | own, stderr=subprocess.PIPE, text=True)
 
 
 def ends(job):
@@ -65,6 +76,7 @@ def test_a_job_of_two_processes_of_which_one_is_stopped_goes_on_and_ends_as_one_
     assert signal_when(job[1], (workdir / "checkpoints" / "pretrain" / "1").exists, signal.SIGTERM)
     codes, said = ends(job)
     assert codes == [75, 75], said
+    assert [(one.process, one.ended) for one in stamps.read(workdir / "progress")] == [(0, True), (1, True)]
     assert "the same command goes on" in said
     codes, said = ends(start(workdir, SERA, 2, 2))
     assert codes == [0, 0], said
@@ -89,6 +101,57 @@ def test_a_job_of_several_processes_ends_as_one_process(run, tmp_path, processes
     codes, said = ends(start(tmp_path, tiny, processes, devices))
     assert set(codes) == {0}, said
     assert_ends_as(tmp_path, whole)
+
+
+# sera_jax.main, but process 1 waits for ever where it should ask whether to stop, once a file is there.
+STUCK = """
+import os, runpy, sys, time
+from sera_jax import hosts
+together = hosts.stopping_together
+def stuck_together(asked):
+    stop = together(asked)
+    def ask():
+        while hosts.index() == 1 and os.path.exists({there!r}):
+            time.sleep(1)
+        return stop()
+    return ask
+hosts.stopping_together = stuck_together
+sys.argv = sys.argv[2:]
+runpy.run_module("sera_jax.main", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_is_alive_but_stuck_is_the_one_that_is_named(tmp_path):
+    """Nothing else notices it: its threads go on, and so do JAX's heartbeats."""
+    workdir = tmp_path / "job"
+    (tmp_path / "stuck.py").write_text(STUCK.format(there=str(workdir / "checkpoints" / METHODS["SeRA"][1])))
+    watch = f'[ "$2" != sera_jax.status ] || exec {sys.executable} "$@"'
+    (tmp_path / "python").write_text(f'#!/bin/bash\n{watch}\nexec {sys.executable} {tmp_path}/stuck.py "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    job = launch(workdir, SERA, PYTHON=str(tmp_path / "python"), LOGS=str(tmp_path / "logs"), PYTHONPATH=str(ROOT))
+    code, said = finish(job)
+    assert code == 1, said
+    (line,) = [line for line in said.splitlines() if line.startswith("process ") and " is alive but " in line]
+    assert line.startswith("process 1 of 2 (") and "pretraining the base model" in line, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_job_of_which_a_process_hangs_is_ended_by_its_launcher_and_goes_on(run, tmp_path, index):
+    tiny, amid, whole = run
+    workdir, logs = tmp_path / "job", tmp_path / "logs"
+    job = launch(workdir, tiny, LOGS=str(logs))
+    assert wait_for(job, (workdir / "checkpoints" / amid).exists)
+    pid = stamps.read(logs / "progress")[index].pid
+    os.kill(pid, signal.SIGSTOP)
+    code, said = finish(job)
+    assert code not in (0, 75), said
+    words = f"process {index} of 2 ({socket.gethostname()}, pid {pid}) gave no sign of life for"
+    assert words in said or f"process {index} has not ended with the others: killed" in said, said
+    code, said = finish(launch(workdir, tiny, LOGS=str(logs)))
+    assert code == 0, said
+    assert_ends_as(workdir, whole)
 
 
 @pytest.mark.slow
