@@ -10,7 +10,7 @@ block tells that attention itself.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
@@ -38,6 +38,14 @@ class Attend(Protocol):
     def __call__(
         self, q: jax.Array, k: jax.Array, v: jax.Array, cache: Any, **of_model: Any
     ) -> tuple[jax.Array, Any]: ...
+
+
+class Carried(NamedTuple):
+    """A cache of all layers that goes through the loop over them and is changed in place: `attend` is given it with the
+    layer's number i32[] and keeps it as it is after that layer."""
+
+    cache: Any
+    layer: jax.Array | None = None
 
 
 def rotary_frequencies(cfg: ModelConfig) -> np.ndarray:
@@ -134,10 +142,12 @@ def blocks(
 
     Args:
         x: [R, T, D]; positions: i32[R, T].
-        caches: what `attend` is given of each layer: arrays with a leading axis L for a scan, a tuple for a loop.
+        caches: what `attend` is given of each layer: arrays with a leading axis L, or one `Carried`, for a scan; a
+            tuple for a loop.
 
     Returns:
-        x [R, T, D], and what `attend` kept of each layer, in the form that `caches` have.
+        x [R, T, D], and what `attend` kept of each layer, in the form that `caches` have; of `Carried` what it kept of
+        the last.
     """
     tables = rotary_tables(cfg, positions)
 
@@ -147,6 +157,14 @@ def blocks(
         return out
 
     layers = params["layers"]
+    if isinstance(caches, Carried):
+
+        def turn(carry: tuple[jax.Array, Any], given: tuple[Params, jax.Array]) -> tuple[tuple[jax.Array, Any], None]:
+            own, number = given
+            return layer(carry[0], (own, Carried(carry[1], number))), None
+
+        start, numbers = (x, caches.cache), jnp.arange(cfg.num_hidden_layers)
+        return jax.lax.scan(turn, start, (layers["block"], numbers))[0]
     if not isinstance(layers, tuple):
         return jax.lax.scan(_rematerialised(cfg, layer, x.shape[1]), x, (layers["block"], caches))
     kept = []
@@ -229,16 +247,22 @@ def hidden_states(cfg: ModelConfig, params: Params, rows: Rows, *, window: int |
     return forward(cfg, params, rows.tokens, rows.positions, attend)[0]
 
 
-def unstacked(cfg: ModelConfig, params: Params) -> Params:
-    """The parameters as a step of decoding wants them: a tree per layer, the head made, all in the compute dtype.
-
-    Slicing the stacked parameters in every step would cost a CPU as much as reading them for the matmuls does. The
-    price is a second copy of them while samples are drawn.
-    """
+def in_compute_dtype(cfg: ModelConfig, params: Params) -> Params:
+    """The parameters as the sampler wants them: the head made, all in the compute dtype."""
     params = jax.tree.map(lambda x: x.astype(cfg.dtype), params)
+    return {**params, "head": head_matrix(cfg, params)}
+
+
+def unstacked(cfg: ModelConfig, params: Params) -> Params:
+    """`in_compute_dtype`, with a tree per layer.
+
+    Slicing the stacked parameters in every step of decoding would cost a CPU as much as reading them for the matmuls
+    does.
+    """
+    params = in_compute_dtype(cfg, params)
     stacked = params["layers"]["block"]
     layers = tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(cfg.num_hidden_layers))
-    return {**params, "layers": layers, "head": head_matrix(cfg, params)}
+    return {**params, "layers": layers}
 
 
 class _Layer(nn.Module):
