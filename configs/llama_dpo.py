@@ -51,7 +51,7 @@ def get_config() -> ConfigDict:
 
     c.train.batch_size = 64
     c.train.gradient_accumulation_steps = 4
-    c.train.logits_chunk_tokens = 2048  # as compiled for TPUs, whose memory takes more at a time than the default
+    c.train.logits_chunk_tokens = 512
     c.train.learning_rate = 5e-7
 
     c.mesh.data = 1

@@ -213,6 +213,21 @@ def constrain_rows(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(ROW_AXES))
 
 
+def constrain_layers(stacked: Any) -> Any:
+    """Stacked parameters of the layers, as they were made of what `RULES` lay: they lie alike, and are gathered in the
+    dtype that they are in now. Where no mesh is set, or sizes do not fit it, nothing is done."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return stacked
+
+    def constrain(path: tuple, x: jax.Array) -> jax.Array:
+        spec = _matching_rules(f"layers/block/{path_name(path)}")[0][1]
+        fits = all(axis is None or size % mesh.shape[axis] == 0 for size, axis in zip(x.shape, spec, strict=True))
+        return jax.lax.with_sharding_constraint(x, spec) if fits else x
+
+    return jax.tree_util.tree_map_with_path(constrain, stacked)
+
+
 def constrain_table(table: jax.Array) -> jax.Array:
     """Gather an embedding table [V, D] over `fsdp` before rows look things up in it, as `constrain_rows` does.
 
