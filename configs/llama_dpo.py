@@ -43,7 +43,7 @@ def get_config() -> ConfigDict:
     c.loss.name = "dpo"
 
     c.sampling.max_new_tokens = 1024
-    c.sampling.slots = 256
+    c.sampling.slots = 128  # a slot of 2048 tokens takes 1 GiB, of all devices together
 
     c.sft.batch_size = 64
     c.sft.gradient_accumulation_steps = 4
@@ -51,7 +51,7 @@ def get_config() -> ConfigDict:
 
     c.train.batch_size = 64
     c.train.gradient_accumulation_steps = 4
-    c.train.logits_chunk_tokens = 2048  # as compiled for TPUs, whose memory takes more at a time than the default
+    c.train.logits_chunk_tokens = 512
     c.train.learning_rate = 5e-7
 
     c.mesh.data = 1

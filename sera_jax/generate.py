@@ -29,7 +29,7 @@ from sera_jax.experiment.ends import ends_in_words
 from sera_jax.experiment.saved import MAX_NEW_TOKENS, MAX_PROMPT_LENGTH, SavedPolicy, find_policy
 from sera_jax.mesh import make_mesh
 from sera_jax.progress import Progress
-from sera_jax.sampling import Draws, Sample, SamplingParams, generate
+from sera_jax.sampling import Draws, Sample, SamplingParams, generate, mesh_for
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,7 +97,7 @@ def _run(args: argparse.Namespace) -> None:
 def _answer(
     args: argparse.Namespace, saved: SavedPolicy, items: Sequence[Item], sampling: SamplingParams
 ) -> list[Sample]:
-    mesh = make_mesh(1, -1, args.tensor)
+    mesh = make_mesh(1, -1, 1)
     progress, before = Progress(), 0
 
     def update(done: int, total: int, tokens: int) -> None:
@@ -118,7 +118,7 @@ def _answer(
                 Draws.of_items(items, args.num_samples, seed=args.seed, round=0),
                 sampling,
                 slots=args.slots,
-                mesh=mesh,
+                mesh=mesh_for(saved.cfg, mesh, args.tensor),
                 on_progress=update,
             )
     finally:
@@ -158,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--dtype", default="", choices=("", "float32", "bfloat16"), help="compute dtype; default: the run's, or float32"
     )
-    add("--tensor", type=int, default=1, help="size of the mesh's tensor axis")
+    add("--tensor", type=int, default=0, help="devices that share a copy of the model; 0: as its size asks for")
     return parser
 
 

@@ -52,6 +52,14 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequen
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def decoding_mesh(mesh: Mesh, tensor: int) -> Mesh:
+    """The same devices in the same order, `tensor` of them for each part of a weight and the rest for `data`.
+
+    Nothing lies over `fsdp`: what does is gathered where it is used, which in decoding is once for every token.
+    """
+    return Mesh(mesh.devices.reshape(-1, 1, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
 def mesh_shape(data: int, fsdp: int, tensor: int, device_count: int) -> tuple[int, int, int]:
     """The sizes with -1 filled in. Raises ValueError where they do not multiply to `device_count`."""
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
@@ -205,6 +213,21 @@ def constrain_rows(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(ROW_AXES))
 
 
+def constrain_layers(stacked: Any) -> Any:
+    """Stacked parameters of the layers, as they were made of what `RULES` lay: they lie alike, and are gathered in the
+    dtype that they are in now. Where no mesh is set, or sizes do not fit it, nothing is done."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return stacked
+
+    def constrain(path: tuple, x: jax.Array) -> jax.Array:
+        spec = _matching_rules(f"layers/block/{path_name(path)}")[0][1]
+        fits = all(axis is None or size % mesh.shape[axis] == 0 for size, axis in zip(x.shape, spec, strict=True))
+        return jax.lax.with_sharding_constraint(x, spec) if fits else x
+
+    return jax.tree_util.tree_map_with_path(constrain, stacked)
+
+
 def constrain_table(table: jax.Array) -> jax.Array:
     """Gather an embedding table [V, D] over `fsdp` before rows look things up in it, as `constrain_rows` does.
 
@@ -214,6 +237,20 @@ def constrain_table(table: jax.Array) -> jax.Array:
     if mesh.empty or table.shape[0] % mesh.shape["tensor"]:
         return table
     return jax.lax.with_sharding_constraint(table, P("tensor", None))
+
+
+def constrain_choice(logits: jax.Array) -> jax.Array:
+    """Logits [S, V] of a step of decoding, made where the parts of the head lie, and then each slot's on one device.
+
+    Otherwise the compiler gathers the head, or adds over the vocabulary in every step of choosing a token.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    slots, vocabulary = logits.shape
+    if mesh.empty or mesh.shape["tensor"] == 1 or vocabulary % mesh.shape["tensor"]:
+        return logits
+    rows = ROW_AXES if slots % row_shards(mesh) == 0 else None
+    logits = jax.lax.with_sharding_constraint(logits, P(rows, "tensor"))
+    return logits if slots % mesh.size else jax.lax.with_sharding_constraint(logits, P(AXES))
 
 
 def path_name(path: tuple) -> str:

@@ -23,7 +23,9 @@ from sera_jax.losses.preference import resolve
 from sera_jax.mesh import ROW_AXES, make_mesh, row_shards, rows_sharding
 from sera_jax.models.decoder import abstract_params
 from sera_jax.sampling import SamplingParams
+from sera_jax.sampling.cache import Stacked
 from sera_jax.sampling.decode import programs
+from sera_jax.sampling.engine import mesh_for
 from sera_jax.training.objectives import align_objective, sft_objective
 from sera_jax.training.optimizer import make_optimizer
 from sera_jax.training.score import make_score
@@ -34,6 +36,7 @@ from tests.lowering import (
     bytes_on_a_device,
     largest_logits,
     params_on,
+    result_of,
     shapes,
     tokenizer_without_gaps,
 )
@@ -95,7 +98,7 @@ def sampler(mesh):
         min_new_tokens=CONFIG.sampling.min_new_tokens,
         stop_ids=(2,),
     )
-    return programs(CFG, sampling, mesh, CONFIG.sampling.slots)
+    return programs(CFG, sampling, mesh_for(CFG, mesh), CONFIG.sampling.slots, Stacked)
 
 
 def test_the_config_has_the_size_it_is_named_after(mesh):
@@ -162,30 +165,22 @@ def test_the_scorer_lowers_and_returns_a_number_per_response(mesh):
     assert lowered.out_info.dtype == np.float32
 
 
-def sampler_shapes(mesh, sampler):
-    """(prepared parameters, slots) as shapes on the mesh."""
+def test_prefill_and_decode_lower_with_weights_and_cache_split_over_the_heads(mesh, sampler):
     columns = CONFIG.data.max_prompt_length + CONFIG.sampling.max_new_tokens
-    prepared = jax.eval_shape(sampler.prepare, params_on(CFG, mesh))
-    slots = sampler.empty.lower(CONFIG.sampling.slots, columns).out_info
-    return prepared, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), slots)
-
-
-def test_prefill_and_decode_lower_with_the_cache_split_over_the_slots(mesh, sampler):
-    prepared, slots = sampler_shapes(mesh, sampler)
-    limit = jax.ShapeDtypeStruct((), np.int32)
-    prompts = jax.ShapeDtypeStruct((2, CONFIG.data.max_prompt_length), np.int32)
-    with jax.set_mesh(mesh):
-        prefill = sampler.prefill.lower(params_on(CFG, mesh), prompts)
-        decode = sampler.decode.lower(prepared, slots, limit, limit)
-    heads, depth = CFG.num_key_value_heads, CFG.head_dim
-    keys, values = prefill.out_info
-    assert len(keys) == len(values) == CFG.num_hidden_layers
-    assert keys[0].shape == (2, heads, depth, CONFIG.data.max_prompt_length)
+    prompts = jax.ShapeDtypeStruct((16, CONFIG.data.max_prompt_length), np.int32)
+    with jax.set_mesh(mesh_for(CFG, mesh)):
+        prepared = result_of(sampler.prepare.lower(params_on(CFG, mesh)))
+        slots = sampler.empty.lower(CONFIG.sampling.slots, columns).out_info
+        prefill = sampler.prefill.lower(prepared, prompts)
+        decode = sampler.lower_decode(columns)
+    assert sum(map(bytes_on_a_device, jax.tree.leaves(prepared))) == pytest.approx(2 * PARAMETERS / DEVICES, rel=1e-3)
+    block = (CFG.num_hidden_layers, 16, prompts.shape[1], CFG.num_key_value_heads, CFG.head_dim)
+    assert prefill.out_info.keys.shape == block
     after, report = decode.out_info
     for old, new in zip(jax.tree.leaves(slots), jax.tree.leaves(after), strict=True):
-        assert (new.shape, new.dtype) == (old.shape, old.dtype)
-    cache = after.keys[0]
-    assert cache.sharding.shard_shape(cache.shape)[0] == CONFIG.sampling.slots // DEVICES
+        assert (new.shape, new.dtype, new.sharding) == (old.shape, old.dtype, old.sharding)
+    cache = after.cache.keys
+    assert cache.sharding.shard_shape(cache.shape)[3] == CFG.num_key_value_heads // DEVICES
     assert report.tokens.sharding.is_fully_replicated
 
 

@@ -24,7 +24,9 @@ from sera_jax.loops.srppo import SRPPO_ARM
 from sera_jax.mesh import make_mesh, row_shards, rows_sharding
 from sera_jax.models.critic import without_value_head
 from sera_jax.models.decoder import abstract_params
+from sera_jax.sampling.cache import Stacked
 from sera_jax.sampling.decode import programs as sampler_programs
+from sera_jax.sampling.engine import mesh_for
 from sera_jax.training.experience import Scored
 from tests.lowering import (
     assert_arguments_lie_as_asked,
@@ -247,21 +249,25 @@ def test_the_first_state_is_made_of_the_sft_model_where_it_will_lie(learner, mes
         assert (new.shape, new.dtype, new.sharding) == (old.shape, old.dtype, old.sharding), path
 
 
-def test_rollouts_lower_with_the_cache_split_over_the_slots(learner, mesh):
+def test_rollouts_lower_with_weights_and_cache_split_over_the_heads(learner, mesh):
     sampling = learner.study.run.sampling_params(learner.sampling)
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (1.0, 1.0, 0), "as the scorer scores"
     slots = min(CONFIG.sampling.slots, CONFIG.train.batch_size)
-    sampler, params = sampler_programs(CFG, sampling, mesh, slots), params_on(CFG, mesh)
-    limit, tokens = jax.ShapeDtypeStruct((), np.int32), jax.ShapeDtypeStruct((2, PROMPT), np.int32)
-    with jax.set_mesh(mesh):
+    own = mesh_for(CFG, mesh)
+    assert dict(own.shape) == {"data": 1, "fsdp": 1, "tensor": DEVICES}
+    sampler, params = sampler_programs(CFG, sampling, own, slots, Stacked), params_on(CFG, mesh)
+    tokens = jax.ShapeDtypeStruct((16, PROMPT), np.int32)
+    with jax.set_mesh(own):
         prepare = sampler.prepare.lower(params)
-        prefill = sampler.prefill.lower(params, tokens)
+        prefill = sampler.prefill.lower(result_of(prepare), tokens)
         empty = result_of(sampler.empty.lower(slots, PROMPT + RESPONSE))
-        decode = sampler.decode.lower(prepare.out_info, empty, limit, limit)
+        decode = sampler.lower_decode(PROMPT + RESPONSE)
     assert_arguments_lie_as_asked(prepare, params)
-    assert prefill.out_info[0][0].shape == (2, CFG.num_key_value_heads, CFG.head_dim, PROMPT)
+    block = (CFG.num_hidden_layers, 16, PROMPT, CFG.num_key_value_heads, CFG.head_dim)
+    assert prefill.out_info.keys.shape == block
+    assert_nothing_large_is_whole(result_of(prepare))
     assert_nothing_large_is_whole(empty)
-    assert empty.keys[0].sharding.shard_shape(empty.keys[0].shape)[0] == slots // DEVICES
+    assert empty.cache.keys.sharding.shard_shape(empty.cache.keys.shape)[3] == CFG.num_key_value_heads // DEVICES
     after, report = decode.out_info
     for old, new in zip(jax.tree.leaves(empty), jax.tree.leaves(after), strict=True):
         assert (new.shape, new.dtype, new.sharding) == (old.shape, old.dtype, old.sharding)

@@ -82,3 +82,15 @@ def largest_logits(lowered, vocab_size):
     """Most positions whose logits a lowered program holds at a time; 0 where it holds none."""
     found = re.findall(rf"tensor<(\d+)x(\d+)x{vocab_size}x", lowered.as_text())
     return max((int(rows) * int(columns) for rows, columns in found), default=0)
+
+
+def collectives(hlo):
+    """Bytes that each collective of a compiled program gives a device, by kind: {"all-gather": [1024]}."""
+    found = {}
+    size = {"bf16": 2, "f16": 2, "pred": 1, "u8": 1, "s8": 1}
+    pattern = r" = (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+    for shapes_, kind in re.findall(pattern, hlo):
+        parts = re.findall(r"(\w+)\[([\d,]*)\]", shapes_)
+        amount = sum(size.get(dtype, 4) * int(np.prod([int(n) for n in dims.split(",") if n])) for dtype, dims in parts)
+        found.setdefault(kind, []).append(amount)
+    return found

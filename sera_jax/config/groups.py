@@ -308,11 +308,16 @@ class TrainGroup:
 
 @dataclasses.dataclass(frozen=True)
 class MeshGroup:
-    """Device mesh; -1 takes the devices that remain."""
+    """Device mesh; -1 takes the devices that remain.
+
+    decode_tensor: while answers are drawn, the same devices are a mesh of data and tensor alone, with tensor of this
+        size; 0: 1 for models of at most 1 GiB in the compute dtype, else as many as devices and heads share.
+    """
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+    decode_tensor: int = at_least(0, 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,8 @@ class ModelGroup:
 
     dtype: of the matmuls. param_dtype: of the parameters as they are kept; see master_weights of `train` for bfloat16.
     remat: what the backward pass computes again instead of keeping it: `none`, `dots` (all but the matmuls), `full`
-        (all but the input of each layer), or `auto`, the least of these that keeps at most 1 GiB of a row.
+        (all but the input of each layer), `groups` (all but the input of every fourth layer, at the price of about one
+        more forward pass), or `auto`, the least of the first three that keeps at most 1 GiB of a row.
     """
 
     model_name_or_path: str = ""
@@ -39,5 +40,5 @@ class ModelGroup:
     dtype: str = one_of("float32", "bfloat16")
     param_dtype: str = one_of("float32", "bfloat16")
     logits_dtype: str = one_of("float32", "bfloat16")
-    remat: str = one_of("auto", "none", "full", "dots")
+    remat: str = one_of("auto", "none", "full", "dots", "groups")
     attn_implementation: str = one_of("xla")

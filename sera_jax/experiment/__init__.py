@@ -35,6 +35,7 @@ from sera_jax.experiment.start import phases as start_phases
 from sera_jax.experiment.verifying import OUTPUTS
 from sera_jax.loops.runtime import Policy, Runtime
 from sera_jax.mesh import fetch, make_mesh, meet, row_shards
+from sera_jax.sampling import mesh_for
 from sera_jax.writer import MetricWriter
 
 
@@ -80,6 +81,7 @@ def run(
         corpus = read_corpus(config, workdir, writer.announce)
         cfg, make_base = base_model(config.model, corpus.tokenizer, config.seed)
         check_positions(config, cfg)
+        mesh_for(cfg, mesh, config.mesh.decode_tensor)
         base_folder, sft_folder = config.model.model_name_or_path, config.model.sft_model_path
         ends = end_ids(corpus.tokenizer, sft_folder, base_folder)
         writer.announce(ends_in_words(corpus.tokenizer, ends))
@@ -100,6 +102,7 @@ def run(
             ),
             chunk_tokens=config.train.logits_chunk_tokens,
             stop_ids=ends,
+            decode_tensor=config.mesh.decode_tensor,
             logging_steps=config.log.logging_steps,
             stop_requested=stop_requested,
         )

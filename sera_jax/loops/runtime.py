@@ -30,7 +30,7 @@ from sera_jax.mesh import row_shards
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.critic import critic_config
 from sera_jax.models.decoder import Params
-from sera_jax.sampling import Candidates, Draws, Sample, SamplingParams, generate, grouped
+from sera_jax.sampling import Candidates, Draws, Sample, SamplingParams, generate, grouped, mesh_for
 from sera_jax.training.parameters import load_critic, load_params
 from sera_jax.training.ppo_steps import PpoPrograms
 from sera_jax.training.score import make_rewards, make_score, place_rows
@@ -100,6 +100,7 @@ class Runtime:
         layout: how items become rows on this mesh.
         chunk_tokens: logits of about this many tokens are alive at a time on each device.
         stop_ids: tokens that end a response.
+        decode_tensor: as in `sampling.engine.mesh_for`.
         logging_steps: metrics are written every so many updates.
         stop_requested: asked between steps; True makes the phase save what it can and raise Preempted.
     """
@@ -112,6 +113,7 @@ class Runtime:
     layout: Layout
     chunk_tokens: int
     stop_ids: tuple[int, ...]
+    decode_tensor: int = 0
     logging_steps: int = 10
     stop_requested: Callable[[], bool] = lambda: False
 
@@ -339,7 +341,7 @@ class Runtime:
             Draws.of_items(prompts, num_samples, seed=self.seed, round=round_),
             self.sampling_params(settings),
             slots=settings.slots,
-            mesh=self.mesh,
+            mesh=mesh_for(self.cfg, self.mesh, self.decode_tensor),
             max_prompt_tokens=max_prompt_tokens,
             on_progress=progress,
             way_out=LOWER_SLOTS,

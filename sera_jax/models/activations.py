@@ -26,10 +26,21 @@ def activation_bytes(cfg: ModelConfig, row_tokens: int) -> int:
     return _bytes(cfg, row_tokens, chosen_remat(cfg, row_tokens))
 
 
+def group_layers(cfg: ModelConfig) -> int:
+    """Layers of which `groups` keeps the first one's input: four, or fewer where that does not divide their number."""
+    return next(size for size in (4, 3, 2, 1) if cfg.num_hidden_layers % size == 0)
+
+
 def _bytes(cfg: ModelConfig, row_tokens: int, remat: str) -> int:
-    hidden, inner = cfg.hidden_size, cfg.intermediate_size
+    hidden, inner, layers = cfg.hidden_size, cfg.intermediate_size, cfg.num_hidden_layers
     projected = (cfg.num_attention_heads + 2 * cfg.num_key_value_heads) * cfg.head_dim
     layer = 5 * hidden + 5 * inner + 2 * projected  # in and out of norms, rotation, attention, gate and sums
-    kept = {"none": layer, "dots": 2 * hidden + 2 * inner + projected, "full": hidden}[remat]
+    group = group_layers(cfg)
+    kept = {
+        "none": layer * layers,
+        "dots": (2 * hidden + 2 * inner + projected) * layers,
+        "full": hidden * layers,
+        "groups": hidden * (layers // group + group),  # the inputs of groups, and of the layers of one
+    }[remat]
     working = 0 if remat == "none" else layer  # the layer whose forward pass is being repeated
-    return row_tokens * (kept * cfg.num_hidden_layers + working) * jnp.dtype(cfg.dtype).itemsize
+    return row_tokens * (kept + working) * jnp.dtype(cfg.dtype).itemsize

@@ -23,8 +23,9 @@ class ModelConfig:
         dtype: compute dtype of the matmuls; `param_dtype` that of the stored parameters; `logits_dtype` that of
             the vocabulary projection's output. Log-probs and sums over tokens are float32 always.
         export_dtype: dtype that an export writes unless told otherwise: that of the file the weights came from.
-        remat: what the backward pass recomputes: `none`, `full` (keep only layer inputs), `dots` (keep matmuls), or
-            `auto`, the least of them that bounds memory (`models.activations`).
+        remat: what the backward pass recomputes: `none`, `full` (keep only layer inputs), `dots` (keep matmuls),
+            `groups` (keep only the input of every fourth layer), or `auto`, the least that bounds memory
+            (`models.activations`).
         attn_implementation: a name in `ops.attention.ATTENTION`.
         absent_ids: ranges [first, last) of ids that the tokenizer does not have (padded embeddings): they have no
             probability, for who samples and for who scores alike. Not part of the model: an export knows nothing of it.
@@ -76,7 +77,7 @@ class ModelConfig:
             raise ValueError(f"remat={self.remat!r} is unknown; choose one of {', '.join(REMAT)}")
 
 
-REMAT = ("auto", "none", "full", "dots")
+REMAT = ("auto", "none", "full", "dots", "groups")
 DTYPES = ("float32", "bfloat16", "float16")
 SIZES = (
     "vocab_size",

@@ -9,8 +9,9 @@ block tells that attention itself.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
@@ -18,12 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from sera_jax.core import Rows
-from sera_jax.mesh import constrain_rows, constrain_table
-from sera_jax.models.activations import chosen_remat
+from sera_jax.mesh import constrain_layers, constrain_rows, constrain_table
+from sera_jax.models.activations import chosen_remat, group_layers
 from sera_jax.models.config import ModelConfig
 from sera_jax.ops.attention import ATTENTION, Places
 
 Params = dict[str, Any]
+COLUMNS = 1024  # of a row, whose hidden units in the feed-forward are alive at a time
 ABSENT = -1e38  # a logit without probability; finite, so that entropies (p log p) and their gradients are
 
 
@@ -38,6 +40,14 @@ class Attend(Protocol):
     def __call__(
         self, q: jax.Array, k: jax.Array, v: jax.Array, cache: Any, **of_model: Any
     ) -> tuple[jax.Array, Any]: ...
+
+
+class Carried(NamedTuple):
+    """A cache of all layers that goes through the loop over them and is changed in place: `attend` is given it with the
+    layer's number i32[] and keeps it as it is after that layer."""
+
+    cache: Any
+    layer: jax.Array | None = None
 
 
 def rotary_frequencies(cfg: ModelConfig) -> np.ndarray:
@@ -113,10 +123,29 @@ class Block(nn.Module):
         mixed, kept = attend(q, k, v, cache)
         x = x + Linear(cfg, cfg.hidden_size, name="o")(mixed.swapaxes(1, 2).reshape(rows, length, -1))
 
-        y = RMSNorm(cfg, name="mlp_norm")(x)
-        gate = nn.silu(Linear(cfg, cfg.intermediate_size, name="gate")(y))
-        up = Linear(cfg, cfg.intermediate_size, name="up")(y)
-        return x + Linear(cfg, cfg.hidden_size, name="down")(gate * up), kept
+        return x + self._feed_forward(RMSNorm(cfg, name="mlp_norm")(x)), kept
+
+    def _feed_forward(self, y: jax.Array) -> jax.Array:
+        """SwiGLU of [R, T, D]; where little is kept for the backward pass, of `COLUMNS` columns of T at a time, so that
+        hidden units are alive of so many alone."""
+        cfg = self.cfg
+
+        def swiglu(block: Block, y: jax.Array) -> jax.Array:
+            gate = nn.silu(Linear(cfg, cfg.intermediate_size, name="gate")(y))
+            up = Linear(cfg, cfg.intermediate_size, name="up")(y)
+            return Linear(cfg, cfg.hidden_size, name="down")(gate * up)
+
+        rows, length, width = y.shape
+        if length <= COLUMNS or length % COLUMNS or chosen_remat(cfg, length) not in ("full", "groups"):
+            return swiglu(self, y)
+        parts = y.reshape(rows, -1, COLUMNS, width).swapaxes(0, 1)
+        recomputed = nn.remat(swiglu, prevent_cse=False)
+        in_turn = nn.scan(
+            lambda block, _, part: (None, recomputed(block, constrain_rows(part))),
+            variable_broadcast="params",
+            split_rngs={"params": False},
+        )
+        return in_turn(self, None, parts)[1].swapaxes(0, 1).reshape(y.shape)
 
 
 def embed(cfg: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
@@ -134,10 +163,12 @@ def blocks(
 
     Args:
         x: [R, T, D]; positions: i32[R, T].
-        caches: what `attend` is given of each layer: arrays with a leading axis L for a scan, a tuple for a loop.
+        caches: what `attend` is given of each layer: arrays with a leading axis L, or one `Carried`, for a scan; a
+            tuple for a loop.
 
     Returns:
-        x [R, T, D], and what `attend` kept of each layer, in the form that `caches` have.
+        x [R, T, D], and what `attend` kept of each layer, in the form that `caches` have; of `Carried` what it kept of
+        the last.
     """
     tables = rotary_tables(cfg, positions)
 
@@ -148,7 +179,17 @@ def blocks(
 
     layers = params["layers"]
     if not isinstance(layers, tuple):
-        return jax.lax.scan(_rematerialised(cfg, layer, x.shape[1]), x, (layers["block"], caches))
+        layers = {"block": constrain_layers(_kernels_cast(cfg, layers["block"]))}
+    if isinstance(caches, Carried):
+
+        def turn(carry: tuple[jax.Array, Any], given: tuple[Params, jax.Array]) -> tuple[tuple[jax.Array, Any], None]:
+            own, number = given
+            return layer(carry[0], (own, Carried(carry[1], number))), None
+
+        start, numbers = (x, caches.cache), jnp.arange(cfg.num_hidden_layers)
+        return jax.lax.scan(turn, start, (layers["block"], numbers))[0]
+    if not isinstance(layers, tuple):
+        return _scan(cfg, layer, x, (layers["block"], caches))
     kept = []
     for given in zip(layers, caches or [None] * len(layers), strict=True):
         x, of_layer = layer(x, given)
@@ -156,13 +197,27 @@ def blocks(
     return x, tuple(kept)
 
 
-def _rematerialised(cfg: ModelConfig, layer: Callable, row_tokens: int) -> Callable:
-    """`layer` as the backward pass of rows of `row_tokens` shall see it (`ModelConfig.remat`)."""
-    remat = chosen_remat(cfg, row_tokens)
+def _kernels_cast(cfg: ModelConfig, stacked: Params) -> Params:
+    """Kernels [L, in, out] in the compute dtype, in which they are multiplied and gathered, before the loop over layers:
+    their gradients are in it too, of one microbatch at a time. Scales stay as they are."""
+    return jax.tree.map(lambda x: x.astype(cfg.dtype) if x.ndim > 2 else x, stacked)
+
+
+def _scan(cfg: ModelConfig, layer: Callable, x: jax.Array, given: Any) -> tuple[jax.Array, Any]:
+    """`layer` over all of what is `given` of each, as the backward pass of rows like x shall see it
+    (`ModelConfig.remat`)."""
+    remat = chosen_remat(cfg, x.shape[1])
     if remat == "none":
-        return layer
+        return jax.lax.scan(layer, x, given)
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
-    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+    layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+    if remat != "groups":
+        return jax.lax.scan(layer, x, given)
+    size = group_layers(cfg)
+    grouped = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), given)
+    group = jax.checkpoint(functools.partial(jax.lax.scan, layer), prevent_cse=False)
+    x, kept = jax.lax.scan(group, x, grouped)
+    return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), kept)
 
 
 def forward(
@@ -229,16 +284,22 @@ def hidden_states(cfg: ModelConfig, params: Params, rows: Rows, *, window: int |
     return forward(cfg, params, rows.tokens, rows.positions, attend)[0]
 
 
-def unstacked(cfg: ModelConfig, params: Params) -> Params:
-    """The parameters as a step of decoding wants them: a tree per layer, the head made, all in the compute dtype.
-
-    Slicing the stacked parameters in every step would cost a CPU as much as reading them for the matmuls does. The
-    price is a second copy of them while samples are drawn.
-    """
+def in_compute_dtype(cfg: ModelConfig, params: Params) -> Params:
+    """The parameters as the sampler wants them: the head made, all in the compute dtype."""
     params = jax.tree.map(lambda x: x.astype(cfg.dtype), params)
+    return {**params, "head": head_matrix(cfg, params)}
+
+
+def unstacked(cfg: ModelConfig, params: Params) -> Params:
+    """`in_compute_dtype`, with a tree per layer.
+
+    Slicing the stacked parameters in every step of decoding would cost a CPU as much as reading them for the matmuls
+    does.
+    """
+    params = in_compute_dtype(cfg, params)
     stacked = params["layers"]["block"]
     layers = tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(cfg.num_hidden_layers))
-    return {**params, "layers": layers, "head": head_matrix(cfg, params)}
+    return {**params, "layers": layers}
 
 
 class _Layer(nn.Module):

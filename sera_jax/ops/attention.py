@@ -178,29 +178,37 @@ def _bands(length: int, longest: int) -> list[tuple[int, int]]:
 
 def cached_attention(
     q: jax.Array,
-    keys_t: jax.Array,
-    values: jax.Array,
+    cached_keys: jax.Array,
+    cached_values: jax.Array,
     queries: Places,
     keys: Places,
     *,
+    orders: tuple[str, str],
     scale: float | None = None,
     soft_cap: float | None = None,
     sliding_window: int | None = None,
 ) -> jax.Array:
-    """`Attention` of one query per slot over a decoding cache of C columns, in the layouts a CPU reads fastest.
+    """`Attention` of one query per slot over a decoding cache of C columns.
 
     Args:
         q: [S, H, 1, d].
-        keys_t, values: [S, G, d, C], [S, G, C, d].
+        cached_keys, cached_values: slots s, key/value heads g, columns c and depth d, in the order of their axes that
+            `orders` names, such as "sgdc" for keys [S, G, d, C].
         queries, keys: i32[S, 1] and i32[S, C], or what broadcasts to them.
     """
     slots, heads, _, depth = q.shape
-    grouped = q.reshape(slots, values.shape[1], -1, depth)
-    products = jnp.einsum("sgrd,sgdc->sgrc", grouped, keys_t, preferred_element_type=jnp.float32)
+    of_keys, of_values = orders
+    grouped = q.reshape(slots, cached_keys.shape[of_keys.index("g")], -1, depth)
+    products = jnp.einsum(f"sgrd,{of_keys}->sgrc", grouped, cached_keys, preferred_element_type=jnp.float32)
     seen = visible(queries, keys, sliding_window=sliding_window)[:, None]
     scores = _scores(products, seen, depth=depth, scale=scale, soft_cap=soft_cap)
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-    mixed = jnp.einsum("sgrc,sgcd->sgrd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    mixed = jnp.einsum(
+        f"sgrc,{of_values}->sgrd",
+        weights.astype(cached_values.dtype),
+        cached_values,
+        preferred_element_type=jnp.float32,
+    )
     mixed /= jnp.sum(weights, axis=-1, keepdims=True)  # divided last: d numbers per query instead of C
     return mixed.astype(q.dtype).reshape(slots, heads, 1, depth)
 

@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sera_jax.core import Array
-from sera_jax.mesh import ROW_AXES, replicated, row_shards
+from sera_jax.mesh import ROW_AXES, constrain_choice, param_shardings, replicated, row_shards
 from sera_jax.models.config import ModelConfig
-from sera_jax.models.decoder import Params, forward, row_attention, unembedding, unstacked
-from sera_jax.ops.attention import Places, cached_attention
+from sera_jax.models.decoder import Params, abstract_params, forward, row_attention, unembedding
+from sera_jax.ops.attention import Places
+from sera_jax.sampling.cache import Cache, Split, Stacked
 from sera_jax.sampling.choose import choose
 from sera_jax.sampling.params import SamplingParams
 
@@ -33,8 +35,7 @@ class Slots:
     """What the decoder carries from step to step. C columns; a column is a token position of prompt + answer.
 
     Attributes:
-        keys: per layer [S, G, d, C], rotated; values: per layer [S, G, C, d]. The two layouts are those in which a CPU
-            reads them fastest.
+        cache: keys and values of what was fed so far.
         token: i32[S] the token to feed next; position: i32[S] its position, and so its column.
         count: i32[S] tokens chosen so far.
         active: bool[S]; finished: bool[S] a stop id was chosen.
@@ -42,8 +43,7 @@ class Slots:
         tokens, logps: i32 and f32 [S, max_new_tokens], valid up to `count`.
     """
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
+    cache: Cache
     token: jax.Array
     position: jax.Array
     count: jax.Array
@@ -70,19 +70,45 @@ class Report:
 class SamplerPrograms:
     """The compiled functions for one (model, sampling, mesh); each compiles once per set of shapes.
 
-    prepare(params) -> params with one subtree per layer, in the compute dtype.
+    prepare(params) -> params in the compute dtype, laid on the mesh as a step of decoding wants them.
     empty(slots, columns) -> Slots; both static.
-    prefill(params, tokens i32[b, T]) -> (keys, values): per layer [b, G, d, T], [b, G, T, d].
-    insert(slots, keys, values, base_key u32[...], placing: Placing) -> Slots (the old one is donated).
+    prefill(prepared, tokens i32[b, T]) -> Cache of b slots and T columns.
+    insert(slots, prompts: Cache, base_key u32[...], placing: Placing) -> Slots (the old one is donated).
     decode(prepared, slots, wake i32, limit i32) -> (Slots, Report) (the old one is donated); runs until `wake` slots
         are idle or `limit` steps are done.
+    prepare_as(formats) -> `prepare` to other layouts, where the compiler of `decode` chooses them.
     """
 
-    prepare: Callable[..., Any]
-    empty: Callable[..., Slots]
-    prefill: Callable[..., tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]]
-    insert: Callable[..., Slots]
-    decode: Callable[..., tuple[Slots, Report]]
+    cfg: ModelConfig
+    slots: int
+    prepare: Any
+    empty: Any
+    prefill: Any
+    insert: Any
+    decode: Any
+    prepare_as: Callable[..., Any] | None = None
+
+    def lower_decode(self, columns: int) -> Any:
+        """`decode` over a cache of so many columns, traced for shapes alone."""
+        prepared = jax.eval_shape(self.prepare, abstract_params(self.cfg))
+        slots = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+            self.empty.lower(self.slots, columns).out_info,
+        )
+        bound = jax.ShapeDtypeStruct((), jnp.int32)
+        return self.decode.lower(prepared, slots, bound, bound)
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019, as many as `programs` keeps
+    def decoder(self, columns: int) -> tuple[Callable[..., Any], Callable[..., tuple[Slots, Report]]]:
+        """`prepare` and `decode` for a cache of so many columns.
+
+        Where `decode` leaves the layout of the weights to the compiler, `prepare` lays them out as it found best: any
+        other would be copied in every call.
+        """
+        if self.prepare_as is None:
+            return self.prepare, self.decode
+        compiled = self.lower_decode(columns).compile()
+        return self.prepare_as(compiled.input_formats[0][0]), compiled
 
 
 @struct.dataclass
@@ -104,14 +130,11 @@ class Placing:
     sample: Array
 
 
-def empty_slots(cfg: ModelConfig, sampling: SamplingParams, slots: int, columns: int) -> Slots:
+def empty_slots(cfg: ModelConfig, sampling: SamplingParams, form: type[Cache], slots: int, columns: int) -> Slots:
     """All slots idle."""
-    shape = (slots, cfg.num_key_value_heads)
-    layers = range(cfg.num_hidden_layers)
     integers, booleans = (functools.partial(jnp.zeros, dtype=dtype) for dtype in (jnp.int32, jnp.bool_))
     return Slots(
-        keys=tuple(jnp.zeros((*shape, cfg.head_dim, columns), cfg.dtype) for _ in layers),
-        values=tuple(jnp.zeros((*shape, columns, cfg.head_dim), cfg.dtype) for _ in layers),
+        cache=form.empty(cfg, slots, columns),
         token=integers(slots),
         position=integers(slots),
         count=integers(slots),
@@ -123,21 +146,15 @@ def empty_slots(cfg: ModelConfig, sampling: SamplingParams, slots: int, columns:
     )
 
 
-def prefill(cfg: ModelConfig, params: Params, tokens: jax.Array) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+def prefill(cfg: ModelConfig, form: type[Cache], prepared: Params, tokens: jax.Array) -> Cache:
     """Keys and values of prompts i32[b, T], filled up on the right; what the filling computes is never read."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    attend = row_attention(cfg, Places.in_rows(jnp.ones_like(tokens), jnp.zeros_like(tokens), positions), keep_kv=True)
-    keys, values = forward(cfg, params, tokens, positions, attend)[1]
-    return tuple(keys.swapaxes(3, 4)), tuple(values)
+    places = Places.in_rows(jnp.ones_like(tokens), jnp.zeros_like(tokens), positions)
+    attend = row_attention(cfg, places, keep_kv=True)
+    return form.of_prompts(forward(cfg, prepared, tokens, positions, attend)[1])
 
 
-def insert(
-    slots: Slots,
-    keys: tuple[jax.Array, ...],
-    values: tuple[jax.Array, ...],
-    base_key: jax.Array,
-    placing: Placing,
-) -> Slots:
+def insert(slots: Slots, prompts: Cache, base_key: jax.Array, placing: Placing) -> Slots:
     """Start samples in slots. Columns beyond a prompt hold leftovers; they are written before they are read.
 
     Args:
@@ -145,7 +162,6 @@ def insert(
     """
     base = jax.random.wrap_key_data(base_key)
     where, source = placing.slot, placing.source
-    length = values[0].shape[2]
 
     def put(old: jax.Array, new: jax.Array | int | bool) -> jax.Array:
         return old.at[where].set(new, mode="drop")
@@ -155,8 +171,7 @@ def insert(
 
     return dataclasses.replace(
         slots,
-        keys=tuple(old.at[where, :, :, :length].set(new[source], mode="drop") for old, new in zip(slots.keys, keys)),
-        values=tuple(old.at[where, :, :length].set(new[source], mode="drop") for old, new in zip(slots.values, values)),
+        cache=slots.cache.insert(prompts, where, source),
         token=put(slots.token, placing.last_token),
         position=put(slots.position, placing.length - 1),
         count=put(slots.count, 0),
@@ -168,25 +183,10 @@ def insert(
 
 def step(cfg: ModelConfig, sampling: SamplingParams, prepared: Params, slots: Slots) -> Slots:
     """Feed every slot's token and choose its next one."""
-    slot, at, one = jnp.arange(slots.token.shape[0]), slots.position[:, None], jnp.ones((1, 1), jnp.int32)
-    column = jnp.arange(slots.values[0].shape[2], dtype=jnp.int32)[None]
-    # a slot is one item, and all of it is prompt to the token that comes next
-    query, columns = Places(one, 0 * one, at, at), Places(one, 0 * one, column, column)
-
-    # Written before it is attended to, so that the old cache has one reader and is updated in place.
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Any, **of_model: Any) -> tuple[jax.Array, Any]:
-        keys, values = cache
-        how = dict(mode="drop", unique_indices=True, indices_are_sorted=True)
-        keys = keys.at[slot, :, :, slots.position].set(k[:, :, 0], **how)
-        values = values.at[slot, :, slots.position].set(v[:, :, 0], **how)
-        return cached_attention(q, keys, values, query, columns, **of_model), (keys, values)
-
-    caches = tuple(zip(slots.keys, slots.values, strict=True))
-    hidden, caches = forward(cfg, prepared, slots.token[:, None], at, attend, caches)
-    keys, values = zip(*caches, strict=True)
-
+    attend = slots.cache.attend(slots.position)
+    hidden, kept = forward(cfg, prepared, slots.token[:, None], slots.position[:, None], attend, slots.cache.caches())
     token, logp = choose(
-        logits=unembedding(cfg, prepared)(hidden[:, 0]),
+        logits=constrain_choice(unembedding(cfg, prepared)(hidden[:, 0])),
         keys=slots.key,
         index=slots.count,
         temperature=sampling.temperature,
@@ -200,8 +200,7 @@ def step(cfg: ModelConfig, sampling: SamplingParams, prepared: Params, slots: Sl
     on = slots.active.astype(jnp.int32)
     return dataclasses.replace(
         slots,
-        keys=keys,
-        values=values,
+        cache=slots.cache.after(kept),
         token=jnp.where(slots.active, token, slots.token),
         position=slots.position + on,
         count=slots.count + on,
@@ -230,34 +229,64 @@ def decode(
     return slots, report
 
 
+def form_for(devices: Iterable[Any]) -> type[Cache]:
+    """The form of the cache that these devices read fastest."""
+    return Split if next(iter(devices)).platform == "cpu" else Stacked
+
+
 @functools.lru_cache(maxsize=8)
-def programs(cfg: ModelConfig, sampling: SamplingParams, mesh: Mesh | None, slots: int) -> SamplerPrograms:
+def programs(
+    cfg: ModelConfig, sampling: SamplingParams, mesh: Mesh | None, slots: int, form: type[Cache]
+) -> SamplerPrograms:
     """The compiled functions; the same object for the same arguments, so that nothing compiles twice.
 
-    With a mesh, slots are split over (data, fsdp) where their number allows it, and key/value heads over `tensor`.
+    With a mesh, as `decoding_mesh` makes it, slots are split over (data, fsdp) where their number allows it, and
+    key/value heads over `tensor`.
     """
+    prepare, by_compiler = functools.partial(form.prepare, cfg), {}
     if mesh is None:
-        state = block = whole = None
+        weights = state = block = whole = None
     else:
         whole = replicated(mesh)
         rows = ROW_AXES if slots % row_shards(mesh) == 0 else None
         heads = "tensor" if cfg.num_key_value_heads % mesh.shape["tensor"] == 0 else None
-        cache, flat = NamedSharding(mesh, P(rows, heads)), NamedSharding(mesh, P(rows))
+        flat = NamedSharding(mesh, P(rows))
         names = [field.name for field in dataclasses.fields(Slots)]  # a sharding stands for all arrays of its field
-        state = Slots(**{name: cache if name in ("keys", "values") else flat for name in names})
-        block = NamedSharding(mesh, P(None, heads))  # any slot may take any prompt of the block
+        state = Slots(**dict.fromkeys(names, flat) | {"cache": NamedSharding(mesh, form.spec(rows, heads))})
+        block = NamedSharding(mesh, form.spec(None, heads))  # any slot may take any prompt of the block
+        weights = prepared_shardings(cfg, mesh, form)
+        if form is Stacked:
+            by_compiler["in_shardings"] = (jax.tree.map(lambda x: Format(Layout.AUTO, x), weights), state, whole, whole)
     return SamplerPrograms(
-        prepare=jax.jit(functools.partial(unstacked, cfg)),
+        cfg,
+        slots,
+        prepare=jax.jit(prepare, out_shardings=weights),
         empty=jax.jit(
-            functools.partial(empty_slots, cfg, sampling),
+            functools.partial(empty_slots, cfg, sampling, form),
             static_argnums=(0, 1),
             out_shardings=state,
         ),
-        prefill=jax.jit(functools.partial(prefill, cfg), out_shardings=block),
+        prefill=jax.jit(functools.partial(prefill, cfg, form), out_shardings=block),
         insert=jax.jit(insert, donate_argnums=0, out_shardings=state),
         decode=jax.jit(
             functools.partial(decode, cfg, sampling),
             donate_argnums=1,
             out_shardings=None if mesh is None else (state, whole),
+            **by_compiler,
         ),
+        prepare_as=functools.partial(_jit_to, prepare) if by_compiler else None,
     )
+
+
+def _jit_to(function: Callable[..., Any], formats: Any) -> Callable[..., Any]:
+    return jax.jit(function, out_shardings=formats)
+
+
+def prepared_shardings(cfg: ModelConfig, mesh: Mesh, form: type[Cache]) -> Any:
+    """Where every prepared parameter lies: as `mesh.RULES` says of the stacked one it was made of."""
+    stacked = jax.eval_shape(functools.partial(Stacked.prepare, cfg), abstract_params(cfg))
+    found = param_shardings(mesh, stacked)
+    if form is Stacked:
+        return found
+    of_layer = jax.tree.map(lambda whole: NamedSharding(mesh, P(*whole.spec[1:])), found["layers"]["block"])
+    return {**found, "layers": (of_layer,) * cfg.num_hidden_layers}

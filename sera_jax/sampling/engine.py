@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -14,13 +15,16 @@ from jax.sharding import Mesh
 
 from sera_jax import memory
 from sera_jax.core import Stream, key_for
-from sera_jax.mesh import host_to_global, replicated
+from sera_jax.mesh import decoding_mesh, host_to_global, replicated, row_shards
 from sera_jax.models.config import ModelConfig
-from sera_jax.models.decoder import Params
-from sera_jax.sampling.decode import Placing, Report, SamplerPrograms, programs
+from sera_jax.models.decoder import Params, abstract_params
+from sera_jax.sampling.cache import Cache
+from sera_jax.sampling.decode import Placing, Report, SamplerPrograms, form_for, programs
 from sera_jax.sampling.params import Draws, Sample, SamplingParams
 
-PREFILL_TOKENS = 2048  # tokens of one prefill call at most, unless one prompt is longer
+# Tokens of one prefill call at most, unless one prompt is longer: of many devices together, and of few.
+PREFILL_TOKENS_PER_DEVICE, PREFILL_TOKENS = 1024, 2048
+WHOLE_BYTES = 2**30  # parameters in the compute dtype of at most this are decoded as a whole copy on each device
 COLUMN_STEP = 64  # prompt and cache lengths are rounded up to this, so that few shapes are compiled
 ANSWER_BYTES = 400  # what the host holds of an answer at least: a place in the queue, two arrays, their headers
 STEPS_PER_CALL = 64  # decode steps between two looks of the host, at most
@@ -62,6 +66,7 @@ def generate(
         params: stacked parameters on device, as `init_params` makes them; sharded if `mesh` is given. A second copy of
             them in the compute dtype lives until the call returns.
         slots: samples decoded at a time; split over the mesh's data and fsdp axes if they divide it.
+        mesh: that answers are decoded on, such as `mesh_for` makes; the parameters may lie on another of these devices.
         max_prompt_tokens: make room for prompts of this length; default the longest given.
         on_progress: called with (samples done, samples in all, new tokens so far) after each call of the decoder.
         stats: counts are added to it.
@@ -126,23 +131,25 @@ class _Engine:
         longest: int,
         stats: Stats,
     ) -> None:
-        self.params, self.mesh, self.stats = params, mesh, stats
+        self.mesh, self.stats = mesh, stats
         self.prompts = [np.asarray(prompt, np.int32) for prompt in draws.prompts]
         self.prompt_ids = [divmod(prompt_id, 2**32) for prompt_id in draws.ids]  # fold_in takes 32 bits
         self.base_key = self.put(_base_key(draws.seed, draws.round))
         self.prompt_columns = _round_up(max(longest - 1, 1), COLUMN_STEP)
         columns = cache_columns(longest, sampling.max_new_tokens)
-        self.programs: SamplerPrograms = programs(cfg, sampling, mesh, slots)
-        self.prepared = self.programs.prepare(params)
+        devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+        self.programs: SamplerPrograms = programs(cfg, sampling, mesh, slots, form_for(devices))
+        prepare, self.run = self.programs.decoder(columns)
+        self.prepared = prepare(params)
         self.slots = self.programs.empty(slots, columns)
         # Idle slots that are worth interrupting the decoder for: an eighth, so that a sixteenth idles on average.
         self.wake = max(1, slots // 8)
         # Prompts prefilled at a time. Not fewer when few are left: another shape could round differently.
-        self.block = max(1, min(slots, PREFILL_TOKENS // self.prompt_columns))
+        self.block = block_rows(self.prompt_columns, slots, mesh)
         self.queue = collections.deque((p, n) for p in range(len(self.prompts)) for n in range(draws.num_samples))
         self.owner: list[tuple[int, int] | None] = [None] * slots
         self.block_start = -self.block  # first prompt of the block that is prefilled now
-        self.block_kv: tuple[Any, Any] = ((), ())
+        self.block_cache: Cache | None = None
 
     def put(self, tree: Any) -> Any:
         """Onto the device or, whole, onto the mesh: explicitly, so that it passes a transfer guard."""
@@ -165,12 +172,12 @@ class _Engine:
             self._insert(places)
 
     def _prefill(self, start: int) -> None:
-        self.block_start, self.block_kv = start, ((), ())  # the old block is freed before the new one is made
+        self.block_start, self.block_cache = start, None  # the old block is freed before the new one is made
         block = self.prompts[start : start + self.block]
         tokens = np.zeros((self.block, self.prompt_columns), np.int32)
         for row, prompt in zip(tokens, block, strict=False):
             row[: len(prompt) - 1] = prompt[:-1]
-        self.block_kv = self.programs.prefill(self.params, self.put(tokens))
+        self.block_cache = self.programs.prefill(self.prepared, self.put(tokens))
         self.stats.prefill_calls += 1
         self.stats.prefilled_prompts += len(block)
 
@@ -179,14 +186,14 @@ class _Engine:
         columns = zip(*(places + [unused] * (self.wake - len(places))), strict=True)
         kinds = (np.int32,) * 4 + (np.uint32,) * 2
         placing = Placing(*(np.array(column, kind) for column, kind in zip(columns, kinds, strict=True)))
-        self.slots = self.programs.insert(self.slots, *self.block_kv, self.base_key, self.put(placing))
+        self.slots = self.programs.insert(self.slots, self.block_cache, self.base_key, self.put(placing))
         self.stats.insert_calls += 1
 
     def decode(self) -> Iterator[Sample]:
         """Run the decoder once; yields the samples that ended, whose slots are then idle."""
         wake = self.wake if self.queue else len(self.owner)
         bounds = self.put((np.int32(wake), np.int32(STEPS_PER_CALL)))
-        self.slots, device_report = self.programs.decode(self.prepared, self.slots, *bounds)
+        self.slots, device_report = self.run(self.prepared, self.slots, *bounds)
         report: Report = jax.device_get(device_report)
         self.stats.decode_calls += 1
         self.stats.decode_steps += int(report.steps)
@@ -203,6 +210,44 @@ class _Engine:
                 logps=report.logps[slot, :count].copy(),
                 finished=bool(report.finished[slot]),
             )
+
+
+def mesh_for(cfg: ModelConfig, mesh: Mesh, decode_tensor: int = 0) -> Mesh:
+    """The mesh that answers are decoded on, of the devices of a training mesh (`mesh.decoding_mesh`).
+
+    Args:
+        decode_tensor: devices that share a copy of the parameters. 0: a step reads every weight that lies on its device
+            once, so the more of them the faster, but for two sums over them in each layer. Small models lie whole on
+            every device, others in as many parts as devices and heads have in common.
+
+    Raises:
+        ValueError: `decode_tensor` does not divide the devices, or what is split.
+    """
+    split = {  # what `mesh.RULES` splits over `tensor`
+        "key/value heads": cfg.num_key_value_heads,
+        "attention heads": cfg.num_attention_heads,
+        "hidden units of the feed-forward": cfg.intermediate_size,
+        "ids of the vocabulary": cfg.vocab_size,
+    }
+    if not decode_tensor:
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(cfg)))
+        small = parameters * np.dtype(cfg.dtype).itemsize <= WHOLE_BYTES
+        return decoding_mesh(mesh, 1 if small else math.gcd(mesh.size, *split.values()))
+    for name, size in ({"devices": mesh.size} | split).items():
+        if size % decode_tensor:
+            raise ValueError(
+                f"mesh.decode_tensor={decode_tensor} does not divide the {size} {name}; "
+                "choose one that does, or 0 to have it chosen"
+            )
+    return decoding_mesh(mesh, decode_tensor)
+
+
+def block_rows(columns: int, slots: int, mesh: Mesh | None) -> int:
+    """How many prompts of so many columns are prefilled at a time: as many on each part of the rows of the mesh."""
+    devices, shards = (1, 1) if mesh is None else (mesh.size, row_shards(mesh))
+    tokens = max(PREFILL_TOKENS, devices * PREFILL_TOKENS_PER_DEVICE)
+    block = max(1, min(slots, tokens // columns))
+    return _round_up(block, shards) if slots % shards == 0 else block
 
 
 def cache_columns(longest: int, max_new_tokens: int) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from sera_jax.core import Rows
+from sera_jax.models import decoder
 from sera_jax.models.config import ModelConfig, RopeScaling
 from sera_jax.models.decoder import (
     abstract_params,
@@ -176,7 +177,7 @@ def test_rotation_depends_on_distance_only():
     np.testing.assert_allclose(products, products[0], rtol=1e-4)  # float32 angles of up to 311 radians
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "dots", "groups"])
 def test_rematerialisation_changes_memory_and_not_the_gradient(remat):
     cfg = dataclasses.replace(CFG, num_hidden_layers=6)
     rows = one_sequence(np.random.default_rng(3).integers(0, cfg.vocab_size, 64))
@@ -194,6 +195,39 @@ def test_rematerialisation_changes_memory_and_not_the_gradient(remat):
     plain, again = compiled(cfg), compiled(dataclasses.replace(cfg, remat=remat))
     jax.tree.map(functools.partial(close, kind="microbatch"), plain(params, rows), again(params, rows))
     assert memory(again) < 0.8 * memory(plain)
+
+
+@pytest.mark.parametrize("remat", ["full", "groups"])
+def test_the_feed_forward_of_a_few_columns_at_a_time_is_that_of_all(remat, monkeypatch):
+    cfg = dataclasses.replace(CFG, num_hidden_layers=4, remat=remat)
+    rows = one_sequence(np.random.default_rng(3).integers(0, cfg.vocab_size, 64))
+    params = random_params(cfg)
+
+    def loss(params):
+        return -token_logps(hidden_states(cfg, params, rows), unembedding(cfg, params), rows, chunk=32).mean()
+
+    def compiled():
+        return jax.jit(lambda params: jax.value_and_grad(loss)(params)).lower(params).compile()
+
+    whole = compiled()
+    monkeypatch.setattr(decoder, "COLUMNS", 16)
+    parts = compiled()
+    hidden = f"f32[1,64,{cfg.intermediate_size}]"
+    assert hidden in whole.as_text()
+    assert hidden not in parts.as_text()
+    jax.tree.map(functools.partial(close, kind="microbatch"), whole(params), parts(params))
+
+
+def test_kernels_are_multiplied_in_the_compute_dtype_and_their_gradients_come_in_that_of_the_parameters():
+    cfg = dataclasses.replace(CFG, dtype="bfloat16")
+    rows = one_sequence(np.random.default_rng(3).integers(0, cfg.vocab_size, 64))
+    params = random_params(cfg)
+    made = jax.make_jaxpr(lambda p: hidden_states(cfg, p, rows))(params)
+    scans = [eqn for eqn in made.eqns if eqn.primitive.name == "scan"]
+    given = [v.aval for v in scans[0].invars if v.aval.ndim == 3 and v.aval.shape[0] == cfg.num_hidden_layers]
+    assert len(given) == 7 and {aval.dtype for aval in given} == {jnp.dtype("bfloat16")}
+    grads = jax.eval_shape(jax.grad(lambda p: hidden_states(cfg, p, rows).astype(jnp.float32).sum()), params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
 
 
 def test_the_program_does_not_grow_with_the_number_of_layers():

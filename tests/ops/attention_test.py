@@ -174,8 +174,9 @@ def test_what_comes_later_changes_nothing_earlier(small_blocks):
         assert not np.array_equal(after[:, :, cut:], before[:, :, cut:])
 
 
+@pytest.mark.parametrize("orders", [("sgdc", "sgcd"), ("scgd", "scgd")], ids=str)
 @pytest.mark.parametrize("of_model", OF_MODEL, ids=str)
-def test_one_query_over_a_cache_mixes_what_it_does_in_its_row(of_model):
+def test_one_query_over_a_cache_mixes_what_it_does_in_its_row(of_model, orders):
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((3, h, 12, 6)), jnp.float32) for h in (4, 2, 2))
     ones, steps = np.ones((3, 12), np.int32), np.repeat(np.arange(12)[None], 3, 0)
@@ -183,7 +184,7 @@ def test_one_query_over_a_cache_mixes_what_it_does_in_its_row(of_model):
     position = np.array([11, 0, 6])
     want = np.asarray(blocked_attention(q, k, v, row, row, **of_model))[np.arange(3), :, position]
     query = Places(*(x[np.arange(3), position][:, None] for x in row))
-    got = cached_attention(
-        q[np.arange(3), :, position][:, :, None], k.swapaxes(2, 3), v, query, Places(*(x[:1] for x in row)), **of_model
-    )
+    cache = (jnp.einsum(f"sgcd->{order}", x) for order, x in zip(orders, (k, v), strict=True))
+    fed, columns = q[np.arange(3), :, position][:, :, None], Places(*(x[:1] for x in row))
+    got = cached_attention(fed, *cache, query, columns, orders=orders, **of_model)
     close(got[:, :, 0], want, "closed_form")

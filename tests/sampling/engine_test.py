@@ -12,14 +12,18 @@ import pytest
 from scipy import stats
 
 from sera_jax.core import Rows, Stream, key_for
-from sera_jax.mesh import make_mesh, param_shardings
+from sera_jax.mesh import make_mesh, param_shardings, placed_shapes, replicated
 from sera_jax.models import decoder
 from sera_jax.models.config import ModelConfig
-from sera_jax.models.decoder import hidden_states, init_params, unembedding
+from sera_jax.models.decoder import abstract_params, hidden_states, init_params, unembedding
+from sera_jax.models.parts import split
 from sera_jax.ops.logprob import token_logps
-from sera_jax.sampling import Draws, SamplingParams, Stats, generate
+from sera_jax.sampling import Draws, SamplingParams, Stats, engine, generate
+from sera_jax.sampling.cache import Split, Stacked
 from sera_jax.sampling.choose import choose
 from sera_jax.sampling.decode import programs
+from sera_jax.sampling.engine import mesh_for
+from tests.lowering import bytes_on_a_device, collectives, result_of
 from tests.tolerances import TOLERANCES
 
 # A wide initialisation, so that the distributions differ from token to token and some tokens are likely.
@@ -262,22 +266,78 @@ def test_a_stop_token_comes_after_the_least_length_and_nothing_after_the_greates
 def test_prompts_of_other_lengths_and_contents_compile_nothing_new(params, prompts):
     settings = dict(max_new_tokens=10, temperature=1.0, stop_ids=STOP)
     draw(params, prompts)
-    made = programs(CFG, SamplingParams(**settings), None, 4)
+    made = programs(CFG, SamplingParams(**settings), None, 4, Split)
     sizes = [made.decode._cache_size(), made.insert._cache_size(), made.prefill._cache_size()]
     draw(params, prompts[::-1], num_samples=4, seed=9)
     assert [made.decode._cache_size(), made.insert._cache_size(), made.prefill._cache_size()][:2] == sizes[:2]
     assert made.decode._cache_size() == 1
 
 
-def test_a_decode_step_copies_no_cache(params):
+@pytest.mark.parametrize("form", [Split, Stacked])
+def test_a_decode_step_copies_no_cache(params, form):
     sampling, slots, columns = SamplingParams(stop_ids=STOP), 5, 67
-    made = programs(CFG, sampling, None, slots)
+    made = programs(CFG, sampling, None, slots, form)
     state = made.empty(slots, columns)
     bound = jnp.int32(1)
     text = made.decode.lower(made.prepare(params), state, bound, bound).compile().as_text()
-    shapes = [",".join(map(str, cache.shape)) for cache in (state.keys[0], state.values[0])]
+    shapes = {",".join(map(str, array.shape)) for array in jax.tree.leaves(state.cache)}
     assert all(f"f32[{shape}]" in text for shape in shapes)
     assert not re.search(rf"f32\[({'|'.join(shapes)})\]\S* copy\(", text)
+
+
+@pytest.mark.parametrize("tensor", [0, 2])
+def test_an_accelerators_form_of_the_cache_draws_the_same_tokens(params, prompts, monkeypatch, tensor):
+    """Without a mesh, and on one whose weights are whole on each device or in two parts."""
+    one = draw(params, prompts, num_samples=2, slots=8)
+    monkeypatch.setattr(engine, "form_for", lambda devices: Stacked)
+    mesh, given = None, params
+    if tensor:
+        training = make_mesh(data=1, fsdp=-1)
+        mesh, given = mesh_for(CFG, training, tensor), jax.device_put(params, param_shardings(training, params))
+    other = draw(given, prompts, num_samples=2, slots=8, mesh=mesh)
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        np.testing.assert_allclose(a.logps, b.logps, **bounds("mesh"))
+
+
+@pytest.mark.parametrize("form", [Split, Stacked])
+def test_decoding_and_prefill_gather_no_weight(form):
+    """Of parameters split over all devices for training; what crosses between devices is activations and logits."""
+    cfg = dataclasses.replace(CFG, hidden_size=512, num_key_value_heads=4, vocab_size=512, intermediate_size=512)
+    training = make_mesh(data=1, fsdp=-1)
+    mesh = mesh_for(cfg, training, 4)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "tensor": 4}
+    made = programs(cfg, SamplingParams(stop_ids=STOP), mesh, 8, form)
+    tokens = jax.ShapeDtypeStruct((8, 16), np.int32, sharding=replicated(mesh))
+    with jax.set_mesh(mesh):
+        prepared = result_of(made.prepare.lower(placed_shapes(training, abstract_params(cfg))))
+        decode, prefill = made.lower_decode(64), made.prefill.lower(prepared, tokens)
+    kernels = split(prepared["layers"]["block"] if form is Stacked else prepared["layers"][0], ".*/kernel")[0]
+    smallest = min(map(bytes_on_a_device, jax.tree.leaves(kernels)))
+    for program in decode, prefill:
+        crossing = collectives(program.compile().as_text())
+        assert "all-reduce" in crossing, "what the parts of a weight give is added up"
+        assert max(crossing.get("all-gather", [0])) < smallest
+
+
+def test_small_models_are_decoded_whole_and_large_ones_in_as_many_parts_as_devices_and_heads_share():
+    llama = dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, head_dim=128, dtype="bfloat16")
+    llama |= dict(num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32)
+    mesh = make_mesh(data=1, fsdp=-1)
+    assert mesh_for(CFG, mesh).shape["tensor"] == 1
+    assert mesh_for(ModelConfig(**llama), mesh).shape["tensor"] == 8
+    grouped = mesh_for(ModelConfig(**llama | {"num_key_value_heads": 4}), mesh)
+    assert dict(grouped.shape) == {"data": 2, "fsdp": 1, "tensor": 4}
+    assert list(grouped.devices.flat) == list(mesh.devices.flat), "so that weights go over in one program"
+    assert mesh_for(ModelConfig(**llama | {"vocab_size": 32001}), mesh).shape["tensor"] == 1
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"), [(3, "=3 does not divide the 8 devices"), (4, "=4 .* 2 key/value heads")]
+)
+def test_a_number_of_parts_that_does_not_divide_what_is_split_is_refused(parts, message):
+    with pytest.raises(ValueError, match=message):
+        mesh_for(CFG, make_mesh(data=1, fsdp=-1), parts)
 
 
 def test_no_value_crosses_to_the_device_implicitly(params, prompts):
