@@ -19,6 +19,8 @@ class ModelGroup:
     remat: what the backward pass computes again instead of keeping it: `none`, `dots` (all but the matmuls), `full`
         (all but the input of each layer), `groups` (all but the input of every fourth layer, at the price of about one
         more forward pass), or `auto`, the least of the first three that keeps at most 1 GiB of a row.
+    attn_implementation: `xla`, or `xla_loop`, which holds less and compiles sooner where rows are long, for up to
+        twice the work of attention.
     """
 
     model_name_or_path: str = ""
@@ -41,4 +43,4 @@ class ModelGroup:
     param_dtype: str = one_of("float32", "bfloat16")
     logits_dtype: str = one_of("float32", "bfloat16")
     remat: str = one_of("auto", "none", "full", "dots", "groups")
-    attn_implementation: str = one_of("xla")
+    attn_implementation: str = one_of("xla", "xla_loop")

@@ -6,6 +6,7 @@ tokens before heads, and other back ends do not mind.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple, Protocol
 
 import jax
@@ -103,10 +104,14 @@ def blocked_attention(
     soft_cap: float | None = None,
     sliding_window: int | None = None,
     longest_item: int | None = None,
+    one_loop: bool = False,
 ) -> jax.Array:
     """`Attention` in plain XLA, `BLOCK` queries at a time; most keys that no query of a block sees are never touched.
 
     Blocks of a band run in a loop: their scores are alive one block at a time, and the program grows with the bands.
+
+    Args:
+        one_loop: all whole blocks in one band: the smallest program, which holds least, for up to twice the work.
     """
     rows, heads, length, depth = q.shape
     groups = k.shape[1]
@@ -151,7 +156,8 @@ def blocked_attention(
         out = jax.lax.map(lambda xs: one(*xs), blocks)
         return jnp.moveaxis(out, 0, 2).reshape(rows, heads, stop - start, depth)
 
-    bands = [band(start, stop) for start, stop in _bands(length, longest)]
+    parts = _bands(length, 0 if one_loop else longest)
+    bands = [band(start, stop) for start, stop in parts]
     return jnp.concatenate(bands, axis=2) if len(bands) > 1 else bands[0]
 
 
@@ -213,4 +219,7 @@ def cached_attention(
     return mixed.astype(q.dtype).reshape(slots, heads, 1, depth)
 
 
-ATTENTION: dict[str, Attention] = {"xla": blocked_attention}
+ATTENTION: dict[str, Attention] = {
+    "xla": blocked_attention,
+    "xla_loop": functools.partial(blocked_attention, one_loop=True),
+}

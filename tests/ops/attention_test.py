@@ -97,8 +97,9 @@ def test_each_token_mixes_exactly_the_tokens_it_may_see(share_prompt, of_model):
         close(got, want, "closed_form")
 
 
+@pytest.mark.parametrize("name", attention.ATTENTION)
 @pytest.mark.parametrize("bounded", [False, True])
-def test_blocks_and_bands_change_nothing(small_blocks, bounded):
+def test_blocks_and_bands_change_nothing(small_blocks, bounded, name):
     length = 53
     items, packed = packed_rows(row_tokens=length, count=14)
     rows, longest = packed.rows, max(item.tokens for item in items)
@@ -106,7 +107,7 @@ def test_blocks_and_bands_change_nothing(small_blocks, bounded):
     assert max(stop - start for start, stop in bands) > attention.BLOCK, "some blocks share a loop"
     plain = functools.partial(plain_attention, seen=whole_mask(rows, 7), soft_cap=2.0)
     blocked = functools.partial(
-        blocked_attention,
+        attention.ATTENTION[name],
         queries=places(rows),
         keys=places(rows),
         soft_cap=2.0,
@@ -149,6 +150,18 @@ def test_the_program_does_not_grow_with_rows_beyond_the_longest_item():
         return len(jax.jit(attend).lower(q, q, q, Places(*[ids] * 4), Places(*[ids] * 4)).as_text())
 
     assert size(8192) < 1.05 * size(1024)
+
+
+def test_one_loop_makes_a_smaller_program_of_long_rows():
+    def size(name):
+        length = 16 * attention.BLOCK
+        q = jax.ShapeDtypeStruct((1, 2, length, 4), jnp.float32)
+        at = jax.ShapeDtypeStruct((1, length), jnp.int32)
+        back_end = attention.ATTENTION[name]
+        mix = lambda q, at: back_end(q, q, q, Places(at, at, at, at), Places(at, at, at, at))
+        return len(jax.jit(mix).lower(q, at).as_text())
+
+    assert size("xla_loop") < 0.7 * size("xla")
 
 
 def test_padding_changes_nothing_and_stays_finite(small_blocks):
