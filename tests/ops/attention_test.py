@@ -158,7 +158,10 @@ def test_one_loop_makes_a_smaller_program_of_long_rows():
         q = jax.ShapeDtypeStruct((1, 2, length, 4), jnp.float32)
         at = jax.ShapeDtypeStruct((1, length), jnp.int32)
         back_end = attention.ATTENTION[name]
-        mix = lambda q, at: back_end(q, q, q, Places(at, at, at, at), Places(at, at, at, at))
+
+        def mix(q, at):
+            return back_end(q, q, q, Places(at, at, at, at), Places(at, at, at, at))
+
         return len(jax.jit(mix).lower(q, at).as_text())
 
     assert size("xla_loop") < 0.7 * size("xla")
