@@ -68,9 +68,7 @@ def _computations(hlo: str) -> tuple[str, dict[str, list[str]]]:
     return entry, bodies
 
 
-def _walk(
-    bodies: dict[str, list[str]], name: str, trips: int, endless: bool
-) -> Iterator[tuple[int, bool, str, str]]:
+def _walk(bodies: dict[str, list[str]], name: str, trips: int, endless: bool) -> Iterator[tuple[int, bool, str, str]]:
     """(how often it runs, whether each step of an endless loop, the line, a name of its place) of all that `name`
     calls."""
     for number, line in enumerate(bodies.get(name, ())):

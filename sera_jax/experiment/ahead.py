@@ -7,12 +7,10 @@ import dataclasses
 import gzip
 import pathlib
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
-from sera_jax.aot.measure import Row, measure_all
 from sera_jax.aot.programs import Program, full_items
 from sera_jax.aot.topology import Topology
 from sera_jax.config import Config
@@ -110,9 +108,7 @@ def _corpus(config: Config, tokenizer: Tokenizer, longest: int) -> Corpus:
     response = max(1, min(longest, room // 2))
     pairs = [
         PairItem(item)
-        for item in full_items(
-            max(config.train.batch_size, config.reward_model.batch_size), prompt, response, response
-        )
+        for item in full_items(max(config.train.batch_size, config.reward_model.batch_size), prompt, response, response)
     ]
     alone = min(data.max_completion_length, data.row_tokens - prompt)
     demonstrations = full_items(max(config.sft.batch_size, config.pretrain.batch_size), prompt, alone)

@@ -12,6 +12,7 @@ from sera_jax.evaluation.report import ARM, Report, number, percent, plain
 from sera_jax.experiment.corpus import Corpus, of_pairs
 from sera_jax.experiment.evaluator import phases as evaluated
 from sera_jax.experiment.method import Arm, Experiment, Method, Outcome, looks
+from sera_jax.experiment.methods.online_programs import online_programs
 from sera_jax.experiment.methods.sera import (
     PAIR_ARM_COLUMNS,
     PAIR_LEGEND,
@@ -22,7 +23,6 @@ from sera_jax.experiment.methods.sera import (
     refuse_unread,
     study_of,
 )
-from sera_jax.experiment.methods.online_programs import online_programs
 from sera_jax.experiment.planned import Planned
 from sera_jax.loops.brake import LIMITS
 from sera_jax.loops.online import offline, online, segments, self_made, with_reference

@@ -1,5 +1,6 @@
 """The programs of Self-Rewarding PPO ahead of time. An iteration's state (policy and critic with their moments) and the
-two frozen models stay in memory from its rollouts to its updates; SFT and evaluation have the devices for themselves."""
+two frozen models stay in memory from its rollouts to its updates; SFT and evaluation have the devices for
+themselves."""
 
 from __future__ import annotations
 
@@ -117,13 +118,21 @@ def _iteration(planned: Planned, study: SrppoStudy, arm: PpoArm, arms: int, rewa
     run, config = planned.given.runtime, planned.given.config
     learner, ppo = Learner(study, arm), config.ppo
     per_iteration = learner.schedule.per_iteration
-    rollouts = full_items(per_iteration, len(planned.prompt.prompt), *[config.sampling.max_new_tokens] * ppo.num_samples)
+    rollouts = full_items(
+        per_iteration, len(planned.prompt.prompt), *[config.sampling.max_new_tokens] * ppo.num_samples
+    )
     packed = lay_rollouts(rollouts, ppo.num_mini_batches, learner.layout, seed=0, iteration=1)
     parts = [on_mesh(part.rows, rows_sharding(run.mesh)) for part in packed]
     of = _Arm(planned, learner, parts, packed[0].rows, reward_model)
     programs, iterations = learner.programs, ppo.iterations * arms
     policy = without_value_head(programs.abstract.policy.params)
-    use = Use(f"{arm.name}: rollouts", run.sampling_params(learner.sampling), per_iteration, config.train.batch_size, iterations)
+    use = Use(
+        f"{arm.name}: rollouts",
+        run.sampling_params(learner.sampling),
+        per_iteration,
+        config.train.batch_size,
+        iterations,
+    )
     out = [
         Program(f"{arm.name}: first state", programs.start, lambda made: (params_on(run.cfg, run.mesh),), arms),
         *sampler(
