@@ -1,8 +1,8 @@
-"""What a chip can do: the largest rate of matmuls, the rate at which it reads its memory, and how much of that there is.
+"""What a chip can do: its peak rate of matmuls, and how fast it reads its memory.
 
-TPU: the vendor's pages, cloud.google.com/tpu/docs/NAME (v2 and v3: /system-architecture-tpu-vm). What a program may
-take there the compiler says itself, so memory stands here for GPUs alone. GPUs: the vendor's data sheets, dense bfloat16
-of the SXM boards; a program is not given all of it, JAX takes three quarters unless told otherwise.
+TPUs: the vendor's pages, cloud.google.com/tpu/docs/NAME (v2 and v3: /system-architecture-tpu-vm). What a program may
+take there the compiler says itself, so memory stands here for GPUs alone. GPUs: the vendor's data sheets, dense
+bfloat16 of the SXM boards; of their memory JAX takes three quarters unless told otherwise.
 """
 
 from __future__ import annotations

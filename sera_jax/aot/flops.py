@@ -14,7 +14,7 @@ BACKWARD = 2  # times the forward pass
 
 
 class Tokens(NamedTuple):
-    """What a forward pass is given: tokens, keys that their queries see together, and tokens whose log-prob is asked."""
+    """What a forward pass is given: tokens, keys that their queries see together, tokens whose log-prob is asked."""
 
     count: float
     keys: float

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,6 +32,7 @@ from sera_jax.training.parameters import drawing
 
 Made = Mapping[str, Any]  # what the programs so far return, as shapes on the mesh, by their names
 Beside = Mapping[str, Any]  # arrays, as shapes on the mesh, that are alive meanwhile, by what they are
+NOTHING: Beside = types.MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +99,7 @@ def first_parameters(run: Runtime, name: str) -> list[Program]:
 
 
 def training(
-    run: Runtime, given: Training, group: Any, field: str, *, updates: float, times: int = 1, beside: Beside = {}
+    run: Runtime, given: Training, group: Any, field: str, *, updates: float, times: int = 1, beside: Beside = NOTHING
 ) -> list[Program]:
     """The first state of a training and its update.
 
@@ -151,7 +153,7 @@ def scoring(
     count: float,
     params: Params | None = None,
     scalar: bool = False,
-    beside: Beside = {},
+    beside: Beside = NOTHING,
 ) -> Program:
     """Scoring `count` items like this one, in phases of their own."""
     in_a_row = run.layout.row_tokens // laid_tokens(item, run.layout.share_prompt)

@@ -78,9 +78,9 @@ def _assumptions(topology: Topology, shares: Shares, assumed: Sequence[str]) -> 
     out = [f"prompts and answers are {shares.length:.0%} as long as the config admits (--mean_length)"]
     if topology.chip is not None:
         out.append(
-            f"{shares.peak:.0%} of {topology.chip.flops / 1e12:.0f} TFLOP/s (--share_of_peak) or {shares.bandwidth:.0%} "
-            f"of {topology.chip.bandwidth / 1e9:.0f} GB/s (--share_of_bandwidth), whichever takes longer; nothing for "
-            "reading, writing and compiling"
+            f"{shares.peak:.0%} of {topology.chip.flops / 1e12:.0f} TFLOP/s a device (--share_of_peak) or "
+            f"{shares.bandwidth:.0%} of {topology.chip.bandwidth / 1e9:.0f} GB/s (--share_of_bandwidth), whichever "
+            "takes longer; nothing for reading, writing and compiling"
         )
     if assumed:
         out.append(f"1000 rows in each of {', '.join(assumed)}, which are not there: hours grow with them")

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from sera_jax.aot import flops
-from sera_jax.aot.programs import Beside, Made, Program
+from sera_jax.aot.programs import NOTHING, Beside, Made, Program
 from sera_jax.loops.runtime import Runtime
 from sera_jax.mesh import replicated
 from sera_jax.models.decoder import Params
@@ -38,7 +38,7 @@ class Use(NamedTuple):
 
 
 def sampler(
-    run: Runtime, uses: Sequence[Use], *, slots: int, longest: int, params: Params, beside: Beside = {}
+    run: Runtime, uses: Sequence[Use], *, slots: int, longest: int, params: Params, beside: Beside = NOTHING
 ) -> list[Program]:
     """Of sampling by `params`, which stay in memory, beside all else that does.
 

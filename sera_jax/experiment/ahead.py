@@ -1,5 +1,4 @@
-"""A run ahead of time: planned from its config alone, with rows as long as they may be, its programs measured, and, where
-one does not fit, the field that makes it fit."""
+"""A run ahead of time, from its config alone: rows as long as they may be, how many there are, and its programs."""
 
 from __future__ import annotations
 
