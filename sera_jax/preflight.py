@@ -13,7 +13,7 @@ from typing import Any
 
 from absl import app, flags
 
-from sera_jax.main import _CONFIG, parse_flags
+from sera_jax.main import CONFIG, parse_flags
 from sera_jax.stop import EXIT_REFUSED
 
 EXIT_MISFIT = 1
@@ -23,7 +23,7 @@ _TOPOLOGY = flags.DEFINE_string(
 )
 _OUT = flags.DEFINE_string("out", "", "A folder for the report as preflight.json and preflight.png.")
 _LIMIT = flags.DEFINE_float("limit_gib", None, "GiB of each device, in place of what the compiler or the host has.", 0)
-_ONLY = flags.DEFINE_list("only", [], "Phases to look at, by a part of their names; all else is left out.")
+_ONLY = flags.DEFINE_list("only", [], "Phases to look at, by the beginning of their names; all else is left out.")
 _SEARCH = flags.DEFINE_bool(
     "search", True, "Look for an override where a phase does not fit; each try is a compilation."
 )
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     from sera_jax.experiment.methods import parse
 
     try:
-        config = parse(_CONFIG.value)
+        config = parse(CONFIG.value)
         limit = None if _LIMIT.value is None else int(_LIMIT.value * GIB)
         facts = look(config, topology.find(_TOPOLOGY.value or "", limit))
     except (ValueError, OSError) as error:
@@ -59,14 +59,15 @@ def look(config: Any, topology: Any) -> dict[str, Any]:
 
     programs, mesh, planned = programs_of(config, topology)
     names = [program.name for program in programs]
-    wanted = {name for name in names if not _ONLY.value or any(part in name for part in _ONLY.value)}
+    wanted = {name for name in names if not _ONLY.value or name.startswith(tuple(_ONLY.value))}
     if not wanted:
         raise ValueError(f"--only={','.join(_ONLY.value)} names none of the phases: {'; '.join(names)}")
     rows = measure_all(programs, topology, mesh, wanted=wanted.__contains__, say=_say)
     shares = report.Shares(_PEAK.value, _BANDWIDTH.value, _LENGTH.value)
     facts = report.report(rows, topology, shares, config=_named(), assumed=planned.sizes.assumed)
     print("\n".join([report.table(facts), "", *report.verdict(facts)]), flush=True)
-    failing = [row.name for row in rows if not row.fits]
+    misfits = {row.name for row in rows if not row.fits}
+    failing = [program for program in programs if program.name in misfits]
     if failing and _SEARCH.value:
         changes, stuck = search(config, topology, failing, _say)
         facts["overrides"] = [f"--config.{change.field}={change.value}" for change in changes]

@@ -87,7 +87,7 @@ def config_of(*arguments: str) -> Config:
         patch.setattr(sys, "argv", command)  # where ml_collections looks for overrides
         patch.chdir(ROOT)
         assert main.parse_flags(command) == command[:1], "a word that is no flag"
-        return parse(main._CONFIG.value)
+        return parse(main.CONFIG.value)
 
 
 def anchors(page: pathlib.Path) -> set[str]:
@@ -102,7 +102,7 @@ CALLS = [(name, *call) for name, lines in SHOWN.items() for line in lines if (ca
 
 @pytest.mark.parametrize("name, module, arguments", CALLS, ids=[f"{p} {m} {' '.join(a)}" for p, m, a in CALLS])
 def test_every_command_is_understood_by_its_program(name, module, arguments):
-    if module == "sera_jax.main":
+    if module in ("sera_jax.main", "sera_jax.preflight"):
         config_of(*arguments)
     elif module in ARGPARSE:
         ARGPARSE[module]._parser().parse_args(arguments)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 _KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|ragged-all-to-all|collective-broadcast"
 _COLLECTIVE = re.compile(rf" = (.*?) ({_KINDS})(-start)?\(")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=\{?((?:%?[\w.\-]+(?:, )?)+)\}?")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition)=(%?[\w.\-]+)|branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 _BYTES |= {"s64": 8, "u64": 8, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1}
@@ -77,8 +77,8 @@ def _walk(bodies: dict[str, list[str]], name: str, trips: int, endless: bool) ->
         if " while(" in line:
             known = _TRIPS.search(line)
             within, without_end = (trips * int(known[1]), endless) if known else (trips, True)
-        for called in _CALLED.findall(line):
-            for other in re.findall(r"[\w.\-]+", called):
+        for one, several in _CALLED.findall(line):
+            for other in re.findall(r"[\w.\-]+", one or several):
                 yield from _walk(bodies, other, within, without_end)
 
 

@@ -157,15 +157,15 @@ def scoring(
 ) -> Program:
     """Scoring `count` items like this one, in phases of their own."""
     in_a_row = run.layout.row_tokens // laid_tokens(item, run.layout.share_prompt)
-    size = run.batches_to_score([item])[0].rows.tokens.shape[0]
-    rows = run.batches_to_score([item] * in_a_row * size)[0].rows
+    rows = run.batches_to_score([item] * in_a_row)[0].rows  # one of them is full, as all are meant to be
+    size = rows.tokens.shape[0]
     given = params_on(run.cfg, run.mesh) if params is None else params
     return Program(
         name,
         run.scorer(run.layout.window([item]), scalar),
         lambda made: (given, on_mesh(rows, rows_sharding(run.mesh))),
         math.ceil(count / in_a_row / size),
-        flops.forward(run.cfg, flops.of_rows(rows), vocabulary=not scalar),
+        flops.forward(run.cfg, flops.of_rows(rows).times(size), vocabulary=not scalar),
         beside=lambda made: beside,
         working=activations(run, rows, 1, run.chunk_tokens) / run.cfg.num_hidden_layers,
         levers=("train.logits_chunk_tokens", "data.row_tokens"),

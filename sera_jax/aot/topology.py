@@ -77,8 +77,10 @@ def find(name: str, limit: int | None = None) -> Topology:
 
 
 def _simulated(count: int) -> list[Any]:
-    with contextlib.suppress(RuntimeError):  # a back end has been started, perhaps with enough
-        jax.config.update("jax_num_cpu_devices", count)
+    asked = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    if asked is None or int(asked[1]) < count:
+        with contextlib.suppress(RuntimeError):  # a back end has been started, perhaps with enough
+            jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise ValueError(f"{count} simulated devices are asked for, but JAX has started with {len(devices)} already")

@@ -112,15 +112,16 @@ def _corpus(config: Config, tokenizer: Tokenizer, longest: int) -> Corpus:
     alone = min(data.max_completion_length, data.row_tokens - prompt)
     demonstrations = full_items(max(config.sft.batch_size, config.pretrain.batch_size), prompt, alone)
     prompts = [dataclasses.replace(item, responses=()) for item in demonstrations]
+    by_pairs = METHODS[config.method].texts[0] == "preference"
     answered = config.world.name or data.eval or data.eval_fraction
     return Corpus(
         tokenizer=tokenizer,
         tokenizer_dir="",
         train=pairs,
-        heldout=pairs[:1],
+        heldout=pairs[:1] if by_pairs else [],
         demonstrations=demonstrations,
         demonstrations_are="",
-        heldout_demonstrations=demonstrations[:1],
+        heldout_demonstrations=[] if by_pairs else demonstrations[:1],
         pretrain=[as_text(item) for item in demonstrations],
         prompts=prompts,
         prompts_left_out={},

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sera_jax.aot.measure import Row, measure_all
+from sera_jax.aot.programs import Program
 from sera_jax.aot.topology import Topology
 from sera_jax.config import Config, to_config_dict
 from sera_jax.experiment.ahead import programs_of
@@ -26,18 +27,16 @@ class Change:
 
 
 def search(
-    config: Config, topology: Topology, failing: Sequence[str], say: Callable[[str], None]
+    config: Config, topology: Topology, failing: Sequence[Program], say: Callable[[str], None]
 ) -> tuple[list[Change], list[str]]:
     """The changes that make the failing phases fit, and those phases that none does.
 
     Each phase names its levers; phases with the same are dealt with together, and a later group is looked at with the
     changes of the earlier. A try is a compilation of the phases at hand, unless their arguments are too much already.
     """
-    programs, _, _ = programs_of(config, topology)
     groups: dict[tuple[str, ...], list[str]] = {}
-    for program in programs:
-        if program.name in failing:
-            groups.setdefault(program.levers, []).append(program.name)
+    for program in failing:
+        groups.setdefault(program.levers, []).append(program.name)
     changes, stuck = [], []
     for levers, names in groups.items():
         found = next(filter(None, (_least(config, topology, lever, names, say) for lever in levers)), None)
