@@ -141,11 +141,12 @@ def test_a_phase_that_does_not_fit_ends_with_1_and_an_override_that_fits(compile
 
 def test_an_update_that_does_not_fit_is_accumulated(folder):
     """On GPUs, whose figures are an estimate: nothing is compiled."""
-    how = ["--topology=gpu:h100:2", "--only=train", "--config.train.gradient_accumulation_steps=1"]
-    _, report = looked(folder / "gpu", *tiny_flags(folder), *how)
+    flags_ = tiny_flags(folder, train__batch_size=4, train__gradient_accumulation_steps=1)
+    how = [*flags_, "--topology=gpu:h100:2", "--only=train"]
+    _, report = looked(folder / "gpu", *how)
     assert report["estimate"] and all(row["compile_seconds"] is None for row in report["rows"])
     limit = report["rows"][-1]["total_gib"] * 0.999
-    code, report = looked(folder / "gpu_less", *tiny_flags(folder), *how, f"--limit_gib={limit}")
+    code, report = looked(folder / "gpu_less", *how, f"--limit_gib={limit}")
     assert (code, report["overrides"]) == (1, ["--config.train.gradient_accumulation_steps=2"])
 
 

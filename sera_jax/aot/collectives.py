@@ -24,7 +24,7 @@ class Collective(NamedTuple):
     """One kind. `each_step`: of a loop that does not say how many trips it makes."""
 
     kind: str
-    count: int
+    times: int
     bytes: int
     each_step: bool = False
 

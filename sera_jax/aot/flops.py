@@ -16,7 +16,7 @@ BACKWARD = 2  # times the forward pass
 class Tokens(NamedTuple):
     """What a forward pass is given: tokens, keys that their queries see together, tokens whose log-prob is asked."""
 
-    count: float
+    number: float
     keys: float
     scored: float = 0
 
@@ -41,7 +41,7 @@ def forward(cfg: ModelConfig, tokens: Tokens, *, vocabulary: bool = True) -> flo
     heads = cfg.num_attention_heads * cfg.head_dim
     of_head = cfg.vocab_size if vocabulary else 1
     return (
-        2 * tokens.count * cfg.num_hidden_layers * layer_parameters(cfg)
+        2 * tokens.number * cfg.num_hidden_layers * layer_parameters(cfg)
         + 4 * tokens.keys * cfg.num_hidden_layers * heads  # q.k and the weighted sum of v
         + 2 * tokens.scored * cfg.hidden_size * of_head
     )

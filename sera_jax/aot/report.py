@@ -114,7 +114,7 @@ def table(facts: Mapping[str, Any]) -> str:
         of = [
             ("phase", lambda row: row["phase"]),
             ("collective", lambda row: row["kind"]),
-            ("times", lambda row: str(row["count"])),
+            ("times", lambda row: str(row["times"])),
             ("MiB of a device", lambda row: f"{row['bytes'] / 2**20:.1f}"),
             ("per", lambda row: "step" if row["each_step"] else "call"),
         ]

@@ -5,7 +5,7 @@ All that is known of the sampler's interface ahead of time stands here, as `samp
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -44,7 +44,7 @@ def sampler(
 
     Args:
         uses: of the same `max_new_tokens`, so that one cache serves all; a decoder is compiled for each way to draw.
-        slots, longest: as `sampling.generate` takes them; `longest` tokens has the longest prompt.
+        slots, longest: as `sampling.generate` takes them (tokens of the longest prompt).
     """
     mesh, cfg, whole, name, sampling = run.mesh, run.cfg, replicated(run.mesh), uses[0].name, uses[0].how
     made_of = programs(cfg, sampling, mesh, slots)
@@ -56,11 +56,6 @@ def sampler(
     def host(shape: tuple[int, ...], kind: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, kind, sharding=whole)
 
-    words = (jnp.uint32, jnp.uint32)
-    placing = Placing(
-        *(host((wake,)) for _ in range(4)), *(host((wake, *more), kind) for more, kind in zip(((2,), ()), words))
-    )
-    key = host(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape, jnp.uint32)
     names = {part: f"{name}: {part}" for part in ("prepare", "empty cache", "prefill", "insert")}
 
     def also(*parts: str) -> Any:
@@ -77,13 +72,7 @@ def sampler(
 
         return of
 
-    def steps(of: Sequence[Use]) -> float:
-        return sum(use.phases * max(use.answers / slots, 1) * sampling.max_new_tokens for use in of)
-
     phases = sum(use.phases for use in uses)
-    decoders: dict[SamplingParams, list[Use]] = {}
-    for use in uses:
-        decoders.setdefault(use.how, []).append(use)
     answered = flops.Tokens(slots, slots * (longest + sampling.max_new_tokens / 2), slots)
     return [
         Program(names["prepare"], made_of.prepare, lambda made: (params,), phases, beside=also()),
@@ -107,7 +96,7 @@ def sampler(
         Program(
             names["insert"],
             made_of.insert,
-            lambda made: (made[names["empty cache"]], *made[names["prefill"]], key, placing),
+            lambda made: (made[names["empty cache"]], *made[names["prefill"]], *_placing(host, wake)),
             sum(use.phases * use.answers for use in uses) / wake,
             beside=also("parameters", "decoder's weights"),
             loops=True,
@@ -118,12 +107,26 @@ def sampler(
                 f"{those[0].name}: decode",
                 programs(cfg, how, mesh, slots).decode,
                 lambda made: (made[names["prepare"]], made[names["empty cache"]], host(()), host(())),
-                steps(those),
+                sum(use.phases * max(use.answers / slots, 1) for use in those) * sampling.max_new_tokens,
                 flops.forward(cfg, answered),
                 beside=also("parameters", "prefilled"),
                 loops=True,
                 levers=LEVERS,
             )
-            for how, those in decoders.items()
+            for how, those in _by_how(uses).items()
         ),
     ]
+
+
+def _by_how(uses: Sequence[Use]) -> dict[SamplingParams, list[Use]]:
+    return {how: [use for use in uses if use.how == how] for how in dict.fromkeys(use.how for use in uses)}
+
+
+def _placing(host: Callable[..., Any], places: int) -> tuple[Any, Placing]:
+    """The shapes of what `insert` is told: the data of a key, and what goes where."""
+    key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    return host(key.shape, key.dtype), Placing(
+        *(host((places,)) for _ in range(4)),
+        prompt_id=host((places, 2), jnp.uint32),
+        sample=host((places,), jnp.uint32),
+    )
