@@ -1,12 +1,14 @@
 """`python -m sera_jax.preflight --config=configs/NAME.py --topology=v5e:4x4 [--config.group.field=value ...]`: what
 every phase of a run takes of devices that need not be there, and about how long it runs. Nothing is run.
 
-Exit codes: 0 every phase fits; 1 one does not, with the override that makes it fit where there is one; 2 the flags, the
-config or the topology are refused, or the TPU compiler is not installed.
+Exit codes: 0 every phase fits; 1 one does not, with the override that makes it fit where there is one, or a law does
+not hold on a tiny copy of the config; 2 the flags, the config or the topology are refused, or the TPU compiler is not
+installed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import sys
 from typing import Any
@@ -27,6 +29,9 @@ _ONLY = flags.DEFINE_list("only", [], "Phases to look at, by the beginning of th
 _SEARCH = flags.DEFINE_bool(
     "search", True, "Look for an override where a phase does not fit; each try is a compilation."
 )
+_CHECK = flags.DEFINE_bool(
+    "check", True, "Try on a tiny copy of the config, and on the first rows, what must hold of it."
+)
 _PEAK = flags.DEFINE_float("share_of_peak", 0.4, "Share of the chip's FLOP/s that is assumed to be reached.", 0.001, 1)
 _BANDWIDTH = flags.DEFINE_float("share_of_bandwidth", 0.6, "The same of its memory's bandwidth.", 0.001, 1)
 _LENGTH = flags.DEFINE_float("mean_length", 1.0, "Mean length of rows' texts, of the longest admitted.", 0.001, 1)
@@ -45,7 +50,7 @@ def main(argv: list[str]) -> None:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_REFUSED)
-    if not facts["fits"]:
+    if not facts["fits"] or not all(law["holds"] for law in facts["laws"]):
         sys.exit(EXIT_MISFIT)
 
 
@@ -56,6 +61,7 @@ def look(config: Any, topology: Any) -> dict[str, Any]:
     from sera_jax.checkpoint.phases import write_json
     from sera_jax.experiment.ahead import programs_of
     from sera_jax.experiment.levers import search
+    from sera_jax.experiment.rehearsal import rehearse, said
 
     programs, mesh, planned = programs_of(config, topology)
     names = [program.name for program in programs]
@@ -77,6 +83,9 @@ def look(config: Any, topology: Any) -> dict[str, Any]:
                 print(f"  {row.name}: {row.total / 2**30:.2f} GiB")
         if stuck:
             print(f"no override makes {', '.join(stuck)} fit; take more devices, or another mesh")
+    laws = rehearse(planned) if _CHECK.value else []
+    said(laws, print)
+    facts["laws"] = [dataclasses.asdict(law) for law in laws]
     if _OUT.value:
         folder = pathlib.Path(_OUT.value)
         folder.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -13,13 +14,15 @@ import numpy as np
 import pytest
 from absl import flags
 
-from sera_jax import main, preflight
+from sera_jax import main, preflight, world
 from sera_jax.aot import flops, topology
 from sera_jax.aot.collectives import Collective, collectives
 from sera_jax.aot.programs import held
 from sera_jax.data.items import Item
 from sera_jax.data.packing import Layout
 from sera_jax.data.rollouts import lay_rollouts
+from sera_jax.data.tokenizing import Tokenizer
+from sera_jax.experiment import rehearsal
 from sera_jax.experiment.ahead import programs_of, sizes_of
 from sera_jax.experiment.levers import smaller
 from sera_jax.experiment.methods import METHODS, parse
@@ -30,9 +33,9 @@ from tests.loops.tiny import tiny_config, tiny_flags, tiny_srppo
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-def looked(folder, *arguments):
+def looked(folder, *arguments, check=False):
     """(Exit code, the report) of the command with these arguments."""
-    command = ["sera_jax.preflight", *arguments, f"--out={folder}"]
+    command = ["sera_jax.preflight", *arguments, f"--out={folder}", f"--{'' if check else 'no'}check"]
     known = set(flags.FLAGS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", command)
@@ -81,8 +84,6 @@ def test_every_phase_of_a_run_has_its_programs():
         r".*/generations_by_.*": "score answers",
         r".*/heldout_demonstrations": "score answers",
     }
-    import re
-
     for config in (tiny_config("runs/tiny"), tiny_srppo("runs/tiny")):
         programs, _, planned = programs_of(config, topology.find("gpu:h100:2"))
         names = {program.name: program for program in programs}
@@ -182,7 +183,7 @@ def test_without_the_tpu_compiler_it_says_what_to_install(folder, capsys, monkey
 def test_a_tiny_scorer_is_compiled_for_a_tpu(folder):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("the TPU compiler is not installed: pip install libtpu")
-    how = ["--topology=v5e:2x2", "--only=score pairs", f"--out={folder / 'tpu'}"]
+    how = ["--topology=v5e:2x2", "--only=score pairs", "--nocheck", f"--out={folder / 'tpu'}"]
     command = [sys.executable, "-m", "sera_jax.preflight", *tiny_flags(folder), *how]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)  # libtpu changes its process
     assert done.returncode == 0, done.stderr
@@ -287,3 +288,38 @@ def test_shipped_configs_are_planned(path):
     programs, _, _ = programs_of(parse(module.get_config()), topology.find("gpu:h100:8"))
     assert all(jax.tree.leaves(program.arguments({})) for program in programs if program.name.endswith("first state"))
     assert sum(program.flops * program.calls for program in programs) > 0
+
+
+def test_laws_are_tried_on_the_first_rows_by_the_users_own_tokenizer(tmp_path, folder):
+    world.write_world(world.WorldSpec(name="habits", pretrain=1, demonstrations=2, preferences=20), tmp_path / "world")
+    own = {
+        "world__name": "",
+        "data__train": str(tmp_path / "world" / "preferences.jsonl"),
+        "model__tokenizer_name_or_path": str(tmp_path / "world" / "tokenizer"),
+    }
+    how = ["--topology=gpu:h100:2", "--only=init"]
+    code, report = looked(folder / "laws", *tiny_flags(folder, **own), *how, check=True)
+    assert code == 0
+    assert {law["law"]: law["holds"] for law in report["laws"]} == {
+        "packed = padded": True,
+        "step-0 reward = 0": True,
+        "step-0 loss = log 2": True,
+        "answers alone are scored": True,
+        "BOS once or never": True,
+        "answers end": True,
+    }
+    assert "preferences.jsonl" in report["laws"][0]["seen"]
+    assert "16 of 16" in report["laws"][-1]["seen"], "eight rows, two answers each"
+
+
+def test_a_law_that_does_not_hold_is_told_and_ends_with_1(folder, capsys, monkeypatch):
+    """A prompt with BOS twice, and answers without an end."""
+    tokenizer = Tokenizer.load(world.write_tokenizer(folder / "tokenizer"))
+    bos = np.array([tokenizer.bos_id, tokenizer.bos_id], np.int32)
+    broken = [Item("a", bos, (np.array([7, 8], np.int32),))]
+    findings = rehearsal._ends(broken, tokenizer, "")
+    assert [one.holds for one in findings] == [False, False]
+    monkeypatch.setattr(rehearsal, "rehearse", lambda planned: findings)
+    code, _ = looked(folder / "broken", *tiny_flags(folder), "--topology=gpu:h100:2", "--only=init", check=True)
+    assert code == 1
+    assert "DOES NOT HOLD: BOS once or never (1 of 1 prompts begin with it, 1 twice)" in capsys.readouterr().out

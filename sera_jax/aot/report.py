@@ -42,6 +42,7 @@ def report(
         "chip_hours": None if hours is None else hours * topology.chips,
         "assumptions": _assumptions(topology, shares, assumed),
         "overrides": [],
+        "laws": [],
     }
 
 
