@@ -244,6 +244,16 @@ HLO = """HloModule jit_step, entry_computation_layout={()->f32[]}
   ROOT %less = pred[] compare(%i, %n), direction=LT
 }
 
+%bound (p: (s32[], f32[8])) -> pred[] {
+  %seven = s32[]{:T(128)} constant(7)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %seven), direction=LT
+}
+
+%scan (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %t = f32[6]{0} all-to-all(%a), channel_id=6
+}
+
 %decode (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %r = (f32[2]{0}, s32[2]{0}) all-reduce(%a, %b), channel_id=3, to_apply=%add
 }
@@ -251,6 +261,7 @@ HLO = """HloModule jit_step, entry_computation_layout={()->f32[]}
 ENTRY %main (w: f32[4]) -> f32[] {
   %loop = (s32[], f32[8]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"}}
   %endless = (s32[], f32[8]) while(%t), condition=%cond, body=%decode
+  %noteless = (s32[], f32[8]) while(%t), condition=%bound, body=%scan
   %p = f32[10]{0} collective-permute(%w), channel_id=4
   ROOT %all = f32[] all-reduce(%x), channel_id=5, to_apply=%add
 }
@@ -260,6 +271,7 @@ ENTRY %main (w: f32[4]) -> f32[] {
 def test_collectives_count_once_a_trip_where_the_trips_are_known():
     assert collectives(HLO) == [
         Collective("all-gather", 5 + 5 * 3, 5 * 16 * 128 * 2 + 15 * 8 * 4),
+        Collective("all-to-all", 7, 7 * 24),
         Collective("collective-permute", 1, 40),
         Collective("all-reduce", 1, 16, each_step=True),
         Collective("all-reduce", 1, 4),

@@ -16,6 +16,8 @@ _COLLECTIVE = re.compile(rf" = (.*?) ({_KINDS})(-start)?\(")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=(%?[\w.\-]+)|branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_BOUND = re.compile(r" = s32\[\]\S* constant\((\d+)\)")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 _BYTES |= {"s64": 8, "u64": 8, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1}
 
@@ -75,11 +77,23 @@ def _walk(bodies: dict[str, list[str]], name: str, trips: int, endless: bool) ->
         yield trips, endless, line, f"{name}:{number}"
         within, without_end = trips, endless
         if " while(" in line:
-            known = _TRIPS.search(line)
-            within, without_end = (trips * int(known[1]), endless) if known else (trips, True)
+            known = _trips(bodies, line)
+            within, without_end = (trips, True) if known is None else (trips * known, endless)
         for one, several in _CALLED.findall(line):
             for other in re.findall(r"[\w.\-]+", one or several):
                 yield from _walk(bodies, other, within, without_end)
+
+
+def _trips(bodies: dict[str, list[str]], line: str) -> int | None:
+    """How many trips a loop makes: as the compiler notes them or, where it keeps no notes (TPUs), the bound of a
+    condition that is nothing but one, as of a scan, which counts from 0."""
+    if noted := _TRIPS.search(line):
+        return int(noted[1])
+    named = _CONDITION.search(line)
+    condition = bodies.get(named[1], []) if named else []
+    bounds = [found[1] for text in condition if (found := _BOUND.search(text))]
+    counts = [text for text in condition if "ROOT" in text and " compare(" in text and "direction=LT" in text]
+    return int(bounds[0]) if len(bounds) == 1 and counts else None
 
 
 def _size(kind: str, dims: str) -> int:
