@@ -20,6 +20,7 @@ PAGES = [  # in the order of the side bar; titles are the pages' own
     "docs/answers",
     "docs/restart",
     "docs/accelerators",
+    "docs/preflight",
     "docs/performance",
     "docs/results",
     "docs/faq",

@@ -24,7 +24,7 @@ from sera_jax.stop import EXIT_PREEMPTED, EXIT_REFUSED, StopOnSignal
 
 MAX_WORDS = 800  # letters of what is wrong with a flag
 
-_CONFIG = config_flags.DEFINE_config_file(
+CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="A file of configs/; override its fields with --config.a.b=value."
 )
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where a refusal was raised, not only its message.")
@@ -71,7 +71,7 @@ def main(argv: list[str], *, stop_requested: Callable[[], bool] = lambda: False)
     try:
         if stop_requested():
             raise Preempted("stopped before anything was done; the same command starts it")
-        config = parse(_CONFIG.value)
+        config = parse(CONFIG.value)
         if _VERIFY.value:
             for flag in (_SHARED_PHASES, _OTHER_VERSIONS):
                 if flag.value:
@@ -140,8 +140,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(arguments)
         if len(rest) > 1:
             raise ValueError(f"{rest[1]!r} is not understood; overrides look like --config.train.learning_rate=1e-6")
-        getattr(_CONFIG.value, "workdir", "")  # raises where the file could not be loaded
-        _CONFIG.value.update_from_flattened_dict(dict.fromkeys(unset))
+        getattr(CONFIG.value, "workdir", "")  # raises where the file could not be loaded
+        CONFIG.value.update_from_flattened_dict(dict.fromkeys(unset))
         return rest
     except Exception as error:  # a config file is a program, and may raise anything
         print(

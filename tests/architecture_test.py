@@ -20,9 +20,10 @@ METHODS = {p.stem for p in (PACKAGE / "experiment" / "methods").glob("*.py") if 
 
 # From the top to the bottom; a unit may import what stands below it and, in its own layer, only what SIBLINGS names.
 LAYERS = [
-    ["main", "generate", "evaluate", "export", "study", "compare", "rankings", "status"],
+    ["main", "preflight", "generate", "evaluate", "export", "study", "compare", "rankings", "status"],
     ["studies"],
     ["experiment"],
+    ["aot"],
     ["loops"],
     ["evaluation"],
     ["training", "sampling"],
@@ -37,6 +38,7 @@ LAYERS = [
 SIBLINGS = {
     ("world", "data"),  # the embedded world makes the same records that real data becomes
     ("data", "world"),  # and `prepare` can lay it down as a data set
+    ("preflight", "main"),  # the same flags name the config
 }
 DEPTH = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer}
 

@@ -1,139 +1,97 @@
 """configs/llama_srppo.py at its full size: every compiled program of a PPO iteration is traced and lowered for a mesh
 of 8; nothing is allocated and nothing is compiled.
 
-What is lowered is what a run would compile: the config as parsed, the programs and settings of its Learner, rows as
-`lay_rollouts` makes them of 256 rollouts of full length. Each program is given what the one before it returns.
+What is lowered is what a run would compile, as the preflight plans it: the config as parsed, the programs and settings
+of its Learner, rows as `lay_rollouts` makes them of 256 rollouts of full length. Each program is given what the one
+before it returns.
 """
 
-import types
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs.llama_srppo import get_config
-from sera_jax.data.items import Item
-from sera_jax.data.packing import Layout
-from sera_jax.data.rollouts import lay_rollouts
-from sera_jax.experiment.assembly import model_config
+from sera_jax.aot.programs import params_on
 from sera_jax.experiment.methods import parse
+from sera_jax.experiment.methods.srppo import study_of
 from sera_jax.loops.ppo import Learner
-from sera_jax.loops.runtime import Runtime
 from sera_jax.loops.srppo import SRPPO_ARM
-from sera_jax.mesh import make_mesh, row_shards, rows_sharding
 from sera_jax.models.critic import without_value_head
 from sera_jax.models.decoder import abstract_params
-from sera_jax.sampling.cache import Stacked
-from sera_jax.sampling.decode import programs as sampler_programs
-from sera_jax.sampling.engine import mesh_for
-from sera_jax.training.experience import Scored
 from tests.lowering import (
     assert_arguments_lie_as_asked,
     assert_state_returns_in_place,
     bytes_on_a_device,
     largest_logits,
-    params_on,
+    lowered_by_name,
+    programs_for_eight,
     result_of,
-    shapes,
-    tokenizer_without_gaps,
 )
 
 CONFIG = parse(get_config())
-CFG = model_config(CONFIG.model, tokenizer_without_gaps(CONFIG.model.vocab_size))
 PARAMETERS = 8_030_261_248  # Llama 3 8B
 DEVICES = 8
 T = CONFIG.data.row_tokens
 PROMPT, RESPONSE = CONFIG.data.max_prompt_length, CONFIG.sampling.max_new_tokens
 LOGITS = CONFIG.train.logits_chunk_tokens * DEVICES
-EOT = 128001
 SMALL = 2**20  # bytes; norm scales and counters are whole on every device, nothing larger is
 
 
-def prompts(count):
-    return [Item(str(i), np.full(PROMPT, i, np.int32), ()) for i in range(count)]
+REWARDS = "srppo: rewards and advantages"
 
 
 @pytest.fixture(scope="module")
-def learner():
-    mesh = make_mesh(CONFIG.mesh.data, CONFIG.mesh.fsdp, CONFIG.mesh.tensor)
-    assert dict(mesh.shape) == {"data": 1, "fsdp": DEVICES, "tensor": 1}
-    layout = Layout(T, CONFIG.data.share_prompt, shards=row_shards(mesh))
-    run = Runtime(CFG, mesh, None, None, CONFIG.seed, layout, CONFIG.train.logits_chunk_tokens, (EOT,))
-    study = types.SimpleNamespace(
-        run=run,
-        ppo=CONFIG.ppo,
-        reward=CONFIG.reward,
-        train=CONFIG.train,
-        sampling=CONFIG.sampling,
-        demonstrations=prompts(2),
-        prompts=prompts(2),
-    )
-    return Learner(study, SRPPO_ARM)
+def planned():
+    return programs_for_eight(CONFIG)
 
 
 @pytest.fixture(scope="module")
-def mesh(learner):
-    return learner.study.run.mesh
+def mesh(planned):
+    assert dict(planned[1].shape) == {"data": 1, "fsdp": DEVICES, "tensor": 1}
+    return planned[1]
 
 
 @pytest.fixture(scope="module")
-def parts(learner, mesh):
-    """The shapes of an iteration's minibatches: every prompt and every response as long as the config admits."""
-    rollouts = [
-        Item(str(i), np.ones(PROMPT, np.int32), (np.ones(RESPONSE, np.int32),) * CONFIG.ppo.num_samples)
-        for i in range(learner.schedule.per_iteration)
-    ]
-    packed = lay_rollouts(
-        rollouts,
-        CONFIG.ppo.num_mini_batches,
-        learner.layout,
-        seed=0,
-        iteration=1,
-    )
-    return [shapes(part.rows, rows_sharding(mesh)) for part in packed]
+def learner(planned):
+    given = planned[2].given
+    return Learner(study_of(given, given.evaluator(base=given.base)), SRPPO_ARM)
 
 
 @pytest.fixture(scope="module")
-def score(learner, mesh, parts):
-    with jax.set_mesh(mesh):
-        return learner.programs.score.lower(params_on(CFG, mesh), parts[0])
+def cfg(learner):
+    return learner.study.run.cfg
 
 
 @pytest.fixture(scope="module")
-def values(learner, mesh, parts):
-    with jax.set_mesh(mesh):
-        return learner.programs.values.lower(learner.programs.abstract.critic.params, parts[0])
+def lowered(planned, mesh):
+    """(The lowered program, its arguments) of what an iteration scores, by name."""
+    return lowered_by_name(planned[0], mesh, ["srppo: score", "srppo: values", REWARDS])
 
 
 @pytest.fixture(scope="module")
-def scored(mesh, parts, score, values):
-    """What the rewards are made of."""
-
-    def of_response(dtype):
-        rows = parts[0]
-        return jax.ShapeDtypeStruct((rows.slot.shape[0], rows.num_slots), dtype, sharding=rows_sharding(mesh))
-
-    logp, value = result_of(score), result_of(values)
-    return [
-        Scored(
-            rows=rows,
-            logp=logp,
-            sft_logp=logp,
-            base_logp=logp,
-            sampled_logp=logp,
-            value=value,
-            finished=of_response(jnp.bool_),
-            given=of_response(jnp.float32),
-        )
-        for rows in parts
-    ]
+def scored(lowered):
+    """What the rewards are made of: the minibatches, every prompt and every response as long as the config admits."""
+    return lowered[REWARDS][1][0]
 
 
 @pytest.fixture(scope="module")
-def experience(learner, mesh, scored):
-    with jax.set_mesh(mesh):
-        return learner.programs.experience.lower(scored, learner.programs.abstract.control)
+def parts(scored):
+    return [part.rows for part in scored]
+
+
+@pytest.fixture(scope="module")
+def score(lowered):
+    return lowered["srppo: score"][0]
+
+
+@pytest.fixture(scope="module")
+def values(lowered):
+    return lowered["srppo: values"][0]
+
+
+@pytest.fixture(scope="module")
+def experience(lowered):
+    return lowered[REWARDS][0]
 
 
 def assert_nothing_large_is_whole(*arguments):
@@ -143,18 +101,18 @@ def assert_nothing_large_is_whole(*arguments):
             assert bytes_on_a_device(leaf) == share, jax.tree_util.keystr(path)
 
 
-def test_the_config_has_the_size_it_is_named_after(learner):
-    assert sum(leaf.size for leaf in jax.tree.leaves(abstract_params(CFG))) == PARAMETERS
+def test_the_config_has_the_size_it_is_named_after(learner, cfg):
+    assert sum(leaf.size for leaf in jax.tree.leaves(abstract_params(cfg))) == PARAMETERS
     assert learner.schedule.per_iteration * CONFIG.ppo.num_samples == CONFIG.train.batch_size == 256
     assert learner.longest_prompt + learner.sampling.max_new_tokens == learner.window == 2048
 
 
-def test_all_four_models_and_both_optimisers_are_split_over_all_devices(learner, mesh):
-    state, frozen = learner.programs.abstract, params_on(CFG, mesh)
+def test_all_four_models_and_both_optimisers_are_split_over_all_devices(learner, mesh, cfg):
+    state, frozen = learner.programs.abstract, params_on(cfg, mesh)
     assert_nothing_large_is_whole(state, frozen)
-    head = CFG.vocab_size * CFG.hidden_size
+    head = cfg.vocab_size * cfg.hidden_size
     trained = (
-        PARAMETERS + PARAMETERS - head + CFG.hidden_size
+        PARAMETERS + PARAMETERS - head + cfg.hidden_size
     )  # the critic has a scalar head in place of the vocabulary
     held = sum(map(bytes_on_a_device, jax.tree.leaves([state, frozen, frozen])))
     assert held == pytest.approx((3 * 4 * trained + 2 * 4 * PARAMETERS) / DEVICES, rel=1e-3)
@@ -169,22 +127,22 @@ def test_a_minibatch_lies_in_full_rows_spread_over_all_devices(learner, parts):
     assert parts[0].tokens.shape[0] % learner.layout.dealt == 0, "microbatches of as many rows on every device"
 
 
-def test_one_scorer_serves_policy_sft_model_and_base(learner, mesh, parts, score):
+def test_one_scorer_serves_policy_sft_model_and_base(learner, mesh, parts, score, cfg):
     policy = without_value_head(learner.programs.abstract.policy.params)
-    frozen = params_on(CFG, mesh)
+    frozen = params_on(cfg, mesh)
     assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), policy) == jax.tree.map(
         lambda x: (x.shape, x.dtype, x.sharding), frozen
     ), "the same shapes and layout: one compilation"
     assert_arguments_lie_as_asked(score, frozen, parts[0])
     assert_nothing_large_is_whole(frozen, parts[0])
     assert (score.out_info.shape, score.out_info.dtype) == (parts[0].slot.shape, np.float32)
-    assert 0 < largest_logits(score, CFG.vocab_size) <= LOGITS, "logits of one chunk of positions at a time"
+    assert 0 < largest_logits(score, cfg.vocab_size) <= LOGITS, "logits of one chunk of positions at a time"
 
 
-def test_the_critic_says_a_value_for_every_scored_token_and_holds_no_logits(learner, mesh, parts, values):
+def test_the_critic_says_a_value_for_every_scored_token_and_holds_no_logits(learner, mesh, parts, values, cfg):
     assert_arguments_lie_as_asked(values, learner.programs.abstract.critic.params, parts[0], unread={"target"})
     assert (values.out_info.shape, values.out_info.dtype) == (parts[0].slot.shape, np.float32)
-    assert f"x{CFG.vocab_size}x" not in values.as_text(), "its only array of that size is the embedding table"
+    assert f"x{cfg.vocab_size}x" not in values.as_text(), "its only array of that size is the embedding table"
 
 
 def test_rewards_and_advantages_stay_spread_as_the_rows_are(learner, scored, experience):
@@ -211,7 +169,9 @@ def test_rewards_and_advantages_stay_spread_as_the_rows_are(learner, scored, exp
         ("critic", {"target", "old_logp", "sft_logp", "advantage", "kl_coef", "old_value"}),
     ],
 )
-def test_an_update_lowers_gives_its_state_back_in_place_and_exports_for_a_tpu(learner, mesh, experience, name, unread):
+def test_an_update_lowers_gives_its_state_back_in_place_and_exports_for_a_tpu(
+    learner, mesh, experience, name, unread, cfg
+):
     step, state = getattr(learner.programs, f"{name}_step"), getattr(learner.programs.abstract, name)
     batch = result_of(experience)[0][0]
     with jax.set_mesh(mesh):
@@ -222,15 +182,15 @@ def test_an_update_lowers_gives_its_state_back_in_place_and_exports_for_a_tpu(le
     after, metrics = lowered.out_info
     assert_state_returns_in_place(lowered, state, after)
     assert metrics["loss"].total.sharding.is_fully_replicated
-    positions = largest_logits(lowered, CFG.vocab_size)
+    positions = largest_logits(lowered, cfg.vocab_size)
     assert 0 < positions <= LOGITS if name == "policy" else positions == 0
     assert (exported.platforms, exported.nr_devices) == (("tpu",), DEVICES)
 
 
-def test_scoring_and_rewards_export_for_a_tpu(learner, mesh, parts, scored):
+def test_scoring_and_rewards_export_for_a_tpu(learner, mesh, parts, scored, cfg):
     programs = learner.programs
     given = {
-        programs.score: (params_on(CFG, mesh), parts[0]),
+        programs.score: (params_on(cfg, mesh), parts[0]),
         programs.values: (programs.abstract.critic.params, parts[0]),
         programs.experience: (scored, programs.abstract.control),
     }
@@ -240,8 +200,8 @@ def test_scoring_and_rewards_export_for_a_tpu(learner, mesh, parts, scored):
             assert (exported.platforms, exported.nr_devices) == (("tpu",), DEVICES)
 
 
-def test_the_first_state_is_made_of_the_sft_model_where_it_will_lie(learner, mesh):
-    sft, state = params_on(CFG, mesh), learner.programs.abstract
+def test_the_first_state_is_made_of_the_sft_model_where_it_will_lie(learner, mesh, cfg):
+    sft, state = params_on(cfg, mesh), learner.programs.abstract
     with jax.set_mesh(mesh):
         lowered = learner.programs.start.lower(sft)
     assert_arguments_lie_as_asked(lowered, sft)
@@ -249,25 +209,20 @@ def test_the_first_state_is_made_of_the_sft_model_where_it_will_lie(learner, mes
         assert (new.shape, new.dtype, new.sharding) == (old.shape, old.dtype, old.sharding), path
 
 
-def test_rollouts_lower_with_weights_and_cache_split_over_the_heads(learner, mesh):
+def test_rollouts_lower_with_weights_and_cache_split_over_the_heads(learner, planned, mesh, cfg):
     sampling = learner.study.run.sampling_params(learner.sampling)
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (1.0, 1.0, 0), "as the scorer scores"
-    slots = min(CONFIG.sampling.slots, CONFIG.train.batch_size)
-    own = mesh_for(CFG, mesh)
-    assert dict(own.shape) == {"data": 1, "fsdp": 1, "tensor": DEVICES}
-    sampler, params = sampler_programs(CFG, sampling, own, slots, Stacked), params_on(CFG, mesh)
-    tokens = jax.ShapeDtypeStruct((16, PROMPT), np.int32)
-    with jax.set_mesh(own):
-        prepare = sampler.prepare.lower(params)
-        prefill = sampler.prefill.lower(result_of(prepare), tokens)
-        empty = result_of(sampler.empty.lower(slots, PROMPT + RESPONSE))
-        decode = sampler.lower_decode(PROMPT + RESPONSE)
+    name = "srppo: rollouts"
+    steps = [f"{name}: {part}" for part in ("prepare", "empty cache", "prefill", "insert", "decode")]
+    lowered = lowered_by_name(planned[0], mesh, steps)
+    (prepare, (params,)), (decode, (_, empty, *_)) = lowered[steps[0]], lowered[steps[-1]]
+    prefill = lowered[steps[2]][0]
     assert_arguments_lie_as_asked(prepare, params)
-    block = (CFG.num_hidden_layers, 16, PROMPT, CFG.num_key_value_heads, CFG.head_dim)
-    assert prefill.out_info.keys.shape == block
+    assert prefill.out_info.keys[0].shape == (DEVICES, cfg.num_key_value_heads, cfg.head_dim, PROMPT)
     assert_nothing_large_is_whole(result_of(prepare))
     assert_nothing_large_is_whole(empty)
-    assert empty.cache.keys.sharding.shard_shape(empty.cache.keys.shape)[3] == CFG.num_key_value_heads // DEVICES
+    keys = empty.cache.keys[0]
+    assert keys.sharding.shard_shape(keys.shape)[1] == cfg.num_key_value_heads // DEVICES
     after, report = decode.out_info
     for old, new in zip(jax.tree.leaves(empty), jax.tree.leaves(after), strict=True):
         assert (new.shape, new.dtype, new.sharding) == (old.shape, old.dtype, old.sharding)

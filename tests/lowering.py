@@ -1,36 +1,30 @@
 """Programs at full size without arrays: shapes on a mesh to lower them with, and what a lowered program says."""
 
 import re
-import types
 
 import jax
 import numpy as np
 
-from sera_jax.mesh import param_shardings, path_name
-from sera_jax.models.decoder import abstract_params
+from sera_jax.aot import topology
+from sera_jax.experiment.ahead import programs_of
+from sera_jax.mesh import path_name
 
 
-def tokenizer_without_gaps(vocab_size):
-    """What `model_config` asks of a tokenizer, for one that knows every id."""
-    return types.SimpleNamespace(vocab_size=vocab_size, vocabulary=lambda: {str(id_): id_ for id_ in range(vocab_size)})
+def programs_for_eight(config):
+    """All programs of the run of a config on 8 devices, by name; their mesh; and the run, as the preflight plans it."""
+    programs, mesh, planned = programs_of(config, topology.find("cpu:8"))
+    return {program.name: program for program in programs}, mesh, planned
 
 
-def shapes(tree, sharding, microbatches=0):
-    """Host arrays as shapes on the mesh; as microbatches [A, R / A, ...] where asked for."""
-
-    def of(x):
-        split = (microbatches, x.shape[0] // microbatches, *x.shape[1:]) if microbatches else x.shape
-        return jax.ShapeDtypeStruct(split, x.dtype, sharding=sharding)
-
-    return jax.tree.map(of, tree)
-
-
-def params_on(cfg, mesh):
-    """Shapes of the decoder's parameters as mesh.RULES lay them."""
-    tree = abstract_params(cfg)
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, param_shardings(mesh, tree)
-    )
+def lowered_by_name(programs, mesh, names):
+    """These programs lowered, each given what those before it return; and their arguments."""
+    made, lowered = {}, {}
+    for name in names:
+        with jax.set_mesh(programs[name].mesh or mesh):
+            arguments = programs[name].arguments(made)
+            found = programs[name].jitted.lower(*arguments)
+            made[name], lowered[name] = result_of(found), (found, arguments)
+    return lowered
 
 
 def result_of(lowered):
@@ -82,15 +76,3 @@ def largest_logits(lowered, vocab_size):
     """Most positions whose logits a lowered program holds at a time; 0 where it holds none."""
     found = re.findall(rf"tensor<(\d+)x(\d+)x{vocab_size}x", lowered.as_text())
     return max((int(rows) * int(columns) for rows, columns in found), default=0)
-
-
-def collectives(hlo):
-    """Bytes that each collective of a compiled program gives a device, by kind: {"all-gather": [1024]}."""
-    found = {}
-    size = {"bf16": 2, "f16": 2, "pred": 1, "u8": 1, "s8": 1}
-    pattern = r" = (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
-    for shapes_, kind in re.findall(pattern, hlo):
-        parts = re.findall(r"(\w+)\[([\d,]*)\]", shapes_)
-        amount = sum(size.get(dtype, 4) * int(np.prod([int(n) for n in dims.split(",") if n])) for dtype, dims in parts)
-        found.setdefault(kind, []).append(amount)
-    return found

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from sera_jax.aot.programs import Program
 from sera_jax.config import Config, DataGroup
 from sera_jax.evaluation.look import ArmLook
 from sera_jax.evaluation.report import Report
@@ -84,6 +85,8 @@ class Method:
         phases: names of all phases of `run`.
         run: all arms of the config.
         report: how its summary is checked and shown.
+        programs: all that it compiles, of a run as planned (`experiment.planned.Planned`), for a look ahead of time.
+        samples_pairs: whether it trains on pairs of its own answers, which may be longer than those of the data.
     """
 
     name: str
@@ -100,6 +103,8 @@ class Method:
     phases: Callable[[Config, Corpus], list[str]]
     run: Callable[[Experiment], Outcome]
     report: Report
+    programs: Callable[[Any], list[Program]]
+    samples_pairs: Callable[[Config], bool] = lambda config: False
 
     def check_arms(self, config: Config) -> None:
         """Raises ValueError for an arm that is unknown or named twice, and for none."""

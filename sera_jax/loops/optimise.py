@@ -107,6 +107,45 @@ def optimise(run: Runtime, training: Training) -> Policy:
     return Policy(training.name, product.path, product.digest, training.target.scalar)
 
 
+@dataclasses.dataclass(frozen=True)
+class UpdatePrograms:
+    """The compiled functions of a training.
+
+    Attributes:
+        of_params: from a decoder's parameters to those that are trained.
+        init: (params) -> optimiser state. join: (params, optimiser state) -> the first state, in their buffers.
+        update: (state, batch) -> (state, metrics), see `make_step`; shared by all that compute the same.
+        abstract: shapes, dtypes and shardings of the state.
+    """
+
+    of_params: Callable[[Any], Any]
+    init: Callable[..., Any]
+    join: Callable[..., TrainState]
+    update: Callable[..., tuple[TrainState, dict[str, Any]]]
+    abstract: TrainState
+
+
+def update_programs(run: Runtime, training: Training) -> UpdatePrograms:
+    """What `optimise` runs; nothing is compiled before it is called."""
+    group, target, planned = training.group, training.target, training.updates.planned
+    optimizer, master = make_optimizer(group, planned), dict(master_weights=group.master_weights)
+    of_params = critic_params if target.scalar else lambda params: params
+    abstract = abstract_state(run.cfg, optimizer, run.mesh, of_params, **master)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return UpdatePrograms(
+        of_params=of_params,
+        init=jax.jit(functools.partial(init_optimizer, optimizer, **master), out_shardings=shardings.opt_state),
+        # through jit, so that the buffers are the device's own, as the step donates them; donated, so that there is one
+        # copy of them
+        join=jax.jit(init_state, donate_argnums=(0, 1), out_shardings=shardings),
+        update=run.compiled(
+            ("update", target.computes, target.window, group, planned),
+            lambda: make_step(target.make(), optimizer, abstract, run.mesh),
+        ),
+        abstract=abstract,
+    )
+
+
 class _Waiting(NamedTuple):
     """An update of which no line is written yet; its metrics may be on the device."""
 
@@ -125,32 +164,20 @@ class _Optimisation:
 
     def __init__(self, run: Runtime, training: Training) -> None:
         self.run, self.training = run, training
-        group, target, planned = training.group, training.target, training.updates.planned
-        self.optimizer = make_optimizer(group, planned)
-        self.of_params = critic_params if target.scalar else lambda params: params
-        self.abstract = abstract_state(
-            run.cfg, self.optimizer, run.mesh, self.of_params, master_weights=group.master_weights
-        )
-        self.update = run.compiled(
-            ("update", target.computes, target.window, group, planned),
-            lambda: make_step(target.make(), self.optimizer, self.abstract, run.mesh),
-        )
+        self.programs, group = update_programs(run, training), training.group
+        self.abstract = self.programs.abstract
         self.steps, self.span = training.updates.count, training.span
         self.save_steps, self.keep = group.save_steps, group.save_total_limit
         self.waiting: list[_Waiting] = []
 
     def fresh(self) -> TrainState:
         run, before = self.run, self.training.continue_from
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
-        params = self.of_params(run.take(self.training.start))
+        params = self.programs.of_params(run.take(self.training.start))
         if before is None:
-            init = functools.partial(init_optimizer, self.optimizer, master_weights=self.training.group.master_weights)
-            opt_state = jax.jit(init, out_shardings=shardings.opt_state)(params)
+            opt_state = self.programs.init(params)
         else:
             opt_state = load_tree(before.path / "optimizer", self.abstract.opt_state)
-        # through jit, so that the buffers are the device's own, as the step donates them; donated, so that there is one
-        # copy of them
-        return jax.jit(init_state, donate_argnums=(0, 1), out_shardings=shardings)(params, opt_state)
+        return self.programs.join(params, opt_state)
 
     def done(self, state: TrainState) -> int:
         return int(jax.device_get(state.step))
@@ -159,7 +186,7 @@ class _Optimisation:
         run, group = self.run, self.training.group
         batch = self.training.batches(state, number)
         parts = run.microbatches(group, batch.tokens)
-        state, metrics = self.update(state, place_batch(batch.arrays, parts, run.mesh))
+        state, metrics = self.programs.update(state, place_batch(batch.arrays, parts, run.mesh))
         metrics = {**metrics, **batch.metrics}
         self.waiting.append(_Waiting(number, batch.ids, batch.tokens, batch.real_tokens, metrics))
         run.writer.advance(number, tokens=batch.real_tokens)

@@ -60,6 +60,11 @@ def reward_model(study: SrppoStudy) -> RewardModel:
 
 def train_reward_model(study: SrppoStudy) -> Policy:
     """The SFT model with a scalar head, trained on `study.pairs`; a phase."""
+    return optimise(study.run, reward_model_training(study))
+
+
+def reward_model_training(study: SrppoStudy) -> Training:
+    """What `train_reward_model` does, not yet done."""
     run, group = study.run, study.reward_model
     loader = PairLoader(
         study.pairs,
@@ -70,7 +75,7 @@ def train_reward_model(study: SrppoStudy) -> Policy:
     )
     window = run.layout.window([pair.item for pair in study.pairs])
     updates = group.max_steps or group.num_train_epochs * loader.steps_per_epoch
-    training = Training(
+    return Training(
         name=NAME,
         start=study.sft,
         batches=lambda state, update: loader.batch(update - 1),
@@ -86,7 +91,6 @@ def train_reward_model(study: SrppoStudy) -> Policy:
         updates=Updates(updates, planned=updates),
         span=Span(NAME),
     )
-    return optimise(run, training)
 
 
 def own_answers(study: SrppoStudy, model: Policy) -> tuple[list[Candidates], list[np.ndarray]]:

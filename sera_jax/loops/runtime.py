@@ -250,9 +250,13 @@ class Runtime:
                 self.writer.advance(step, tokens=int((packed.rows.segment > 0).sum()))
         return gather_scores(values, batches, items)
 
-    def _score(self, folder: pathlib.Path, name: str, policy: Policy, items: Sequence[Item]) -> None:
+    def batches_to_score(self, items: Sequence[Item]) -> ScoreBatches:
+        """The rows of items that are scored in a phase of their own."""
         rows = max(1, SCORE_TOKENS // self.layout.row_tokens) * row_shards(self.mesh)
-        batches = score_batches(items, self.layout, rows)
+        return score_batches(items, self.layout, rows)
+
+    def _score(self, folder: pathlib.Path, name: str, policy: Policy, items: Sequence[Item]) -> None:
+        batches = self.batches_to_score(items)
         with self.writer.span(name, total_steps=len(batches)):
             # window and shapes come from the items alone, so that a restart computes the same numbers to the bit
             score = self.scorer(self.layout.window(items), policy.scalar)

@@ -70,8 +70,12 @@ def pair_margins(loss: ResolvedLoss, pair: PairItem, logp: np.ndarray) -> np.nda
 
 def updates_per_round(study: SeraStudy) -> int:
     """The same in every round and arm: `max_steps`, or the epochs over the offline pairs."""
-    per_epoch = -(-sum(len(pair.pairs) for pair in study.pool) // study.train.batch_size)
-    return study.train.max_steps or study.train.num_train_epochs * per_epoch
+    return updates_of(study.train, sum(len(pair.pairs) for pair in study.pool))
+
+
+def updates_of(group: TrainGroup, entries: int) -> int:
+    """Of a training on so many entries (pairs, demonstrations): `max_steps`, or its epochs over them."""
+    return group.max_steps or group.num_train_epochs * -(-entries // group.batch_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +116,24 @@ def train_round(
     ordered: bool = False,
 ) -> Policy:
     """DAA updates on `pairs`, as many in every round and every arm; `ordered` pairs are trained on as they stand."""
+    run, training = study.run, round_training(study, settings, before, pairs, round_, ordered=ordered)
+    looked_at = training.name in run.workdir.done  # by another arm, whose round 1 is the same
+    policy = optimise(run, training)
+    if training.name in run.workdir.fresh and not looked_at:
+        warn_of_still_margins(run, training.span, study.loss, study.train.learning_rate)
+    return policy
+
+
+def round_training(
+    study: SeraStudy,
+    settings: SeraGroup,
+    before: Policy,
+    pairs: Sequence[PairItem],
+    round_: Round,
+    *,
+    ordered: bool = False,
+) -> Training:
+    """What `train_round` does, not yet done."""
     run, group = study.run, study.train
     updates = updates_per_round(study)
     continues = round_.number > 1 and not settings.reset_optimizer
@@ -125,7 +147,7 @@ def train_round(
         order="given" if ordered else "shuffle",
     )
     run.pair_shapes.note(loader, run.layout.window([pair.item for pair in pairs]))
-    training = Training(
+    return Training(
         name=round_.name,
         start=before,
         batches=lambda state, update: loader.batch(update - 1),
@@ -141,11 +163,6 @@ def train_round(
         continue_from=before if continues else None,
         span=round_.span(updates),
     )
-    looked_at = training.name in run.workdir.done  # by another arm, whose round 1 is the same
-    policy = optimise(run, training)
-    if training.name in run.workdir.fresh and not looked_at:
-        warn_of_still_margins(run, training.span, study.loss, group.learning_rate)
-    return policy
 
 
 def pair_target(run: Runtime, loss: ResolvedLoss, window: int) -> Target:

@@ -18,6 +18,11 @@ from sera_jax.training.objectives import sft_objective
 
 def sft(run: Runtime, name: str, start: Policy, items: Sequence[Item], group: TrainGroup) -> Policy:
     """Train `start` on the responses of `items` by maximum likelihood (every response token counts the same)."""
+    return optimise(run, sft_training(run, name, start, items, group))
+
+
+def sft_training(run: Runtime, name: str, start: Policy, items: Sequence[Item], group: TrainGroup) -> Training:
+    """What `sft` does, not yet done."""
     loader = ItemLoader(
         items,
         run.layout.accumulated(group.gradient_accumulation_steps),
@@ -28,7 +33,7 @@ def sft(run: Runtime, name: str, start: Policy, items: Sequence[Item], group: Tr
     shards, chunk = row_shards(run.mesh), run.chunk_tokens
     window = window_for(items, run.layout.row_tokens)
     updates = group.max_steps or group.num_train_epochs * loader.steps_per_epoch
-    training = Training(
+    return Training(
         name=name,
         start=start,
         batches=lambda state, update: loader.batch(update - 1),
@@ -43,4 +48,3 @@ def sft(run: Runtime, name: str, start: Policy, items: Sequence[Item], group: Tr
         updates=Updates(updates, planned=updates),
         span=Span(name),
     )
-    return optimise(run, training)

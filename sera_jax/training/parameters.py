@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
+from typing import Any
 
 import jax
 from jax.extend.core import jaxpr_as_fun
@@ -33,7 +34,7 @@ def load_params(cfg: ModelConfig, mesh: Mesh, origin: Origin) -> Params:
         ValueError, FileNotFoundError: as `load_tree` and `load_pretrained`; a sharding rule that does not fit.
     """
     if isinstance(origin, jax.Array):
-        return _fresh(cfg, mesh, origin)
+        return jax.tree.map(lambda draw: draw(origin), drawing(cfg, mesh, origin))
     folder = pathlib.Path(origin)
     if not (folder / "config.json").is_file():
         return load_tree(folder, placed_shapes(mesh, abstract_params(cfg)))
@@ -48,13 +49,14 @@ def load_critic(cfg: ModelConfig, mesh: Mesh, folder: pathlib.Path) -> Params:
     return load_tree(folder, placed_shapes(mesh, jax.eval_shape(critic_params, abstract_params(cfg))))
 
 
-def _fresh(cfg: ModelConfig, mesh: Mesh, key: jax.Array) -> Params:
-    """One program for each parameter: drawing all in one would hold the random bits of all at once."""
+def drawing(cfg: ModelConfig, mesh: Mesh, key: jax.Array) -> Params:
+    """For each fresh parameter the jitted (key) -> that parameter: drawing all in one would hold the random bits of all
+    at once. Of `key` only the kind is asked."""
     leaves, tree = jax.tree.flatten(placed_shapes(mesh, abstract_params(cfg)))
     # traced once; each program drops what it does not return
     draw = jaxpr_as_fun(jax.make_jaxpr(functools.partial(init_params, cfg))(key))
 
-    def one(place: int, sharding: NamedSharding) -> jax.Array:
-        return jax.jit(lambda key: draw(key)[place], out_shardings=sharding)(key)
+    def one(place: int, sharding: NamedSharding) -> Any:
+        return jax.jit(lambda key: draw(key)[place], out_shardings=sharding)
 
     return tree.unflatten([one(place, leaf.sharding) for place, leaf in enumerate(leaves)])

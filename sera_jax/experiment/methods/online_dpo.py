@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sera_jax.aot.programs import Program
 from sera_jax.config import Config
 from sera_jax.evaluation import look, picture
 from sera_jax.evaluation.look import ArmLook
@@ -11,6 +12,7 @@ from sera_jax.evaluation.report import ARM, Report, number, percent, plain
 from sera_jax.experiment.corpus import Corpus, of_pairs
 from sera_jax.experiment.evaluator import phases as evaluated
 from sera_jax.experiment.method import Arm, Experiment, Method, Outcome, looks
+from sera_jax.experiment.methods.online_programs import online_programs
 from sera_jax.experiment.methods.sera import (
     PAIR_ARM_COLUMNS,
     PAIR_LEGEND,
@@ -21,6 +23,7 @@ from sera_jax.experiment.methods.sera import (
     refuse_unread,
     study_of,
 )
+from sera_jax.experiment.planned import Planned
 from sera_jax.loops.brake import LIMITS
 from sera_jax.loops.online import offline, online, segments, self_made, with_reference
 
@@ -79,6 +82,17 @@ def check(config: Config) -> None:
         check_sampled_pairs(config)
 
 
+def _samples(config: Config) -> bool:
+    return any(ARMS[arm].how is self_made for arm in config.online.arms)
+
+
+def programs(planned: Planned) -> list[Program]:
+    """All that it compiles."""
+    config = planned.given.config
+    study = study_of(planned.given, loss_of(config), None)
+    return online_programs(planned, study, samples=_samples(config), trainings=len(config.online.arms))
+
+
 ONLINE_DPO = Method(
     name="online_dpo",
     says="a direct alignment loss, an update at a time, on pairs that the policy has just sampled and ranked itself",
@@ -106,4 +120,6 @@ ONLINE_DPO = Method(
         legend=PAIR_LEGEND,
         draw=lambda summary, path: picture.draw_rounds(summary, path, looks(ARMS)),
     ),
+    programs=programs,
+    samples_pairs=_samples,
 )

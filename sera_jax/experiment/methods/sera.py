@@ -26,6 +26,7 @@ from sera_jax.experiment.corpus import Corpus, of_pairs
 from sera_jax.experiment.evaluator import phases as evaluated
 from sera_jax.experiment.method import Experiment, Method, Outcome, looks
 from sera_jax.experiment.methods.sera_arms import ARMS, DEFAULTS, NOISE_AWARE, OF_THE_REWARD, SMOOTHING
+from sera_jax.experiment.methods.sera_programs import sera_programs
 from sera_jax.guards import REASONS
 from sera_jax.loops import cost
 from sera_jax.loops.rewards import Reward, implicit
@@ -333,4 +334,6 @@ SERA = Method(
     phases=phases,
     run=run,
     report=REPORT,
+    programs=lambda planned: sera_programs(planned, study_of(planned.given, loss_of(planned.given.config), None)),
+    samples_pairs=lambda config: config.sera.rounds > 1 and config.sera.bootstrap_fraction > 0,
 )

@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from sera_jax.aot.programs import Program
 from sera_jax.config import Config, DataGroup
 from sera_jax.data.items import unique_prompts
 from sera_jax.evaluation import iterations, look
@@ -29,14 +30,18 @@ from sera_jax.experiment.corpus import Corpus, Reader, of_demonstrations
 from sera_jax.experiment.evaluator import Evaluator
 from sera_jax.experiment.evaluator import phases as evaluated
 from sera_jax.experiment.method import Arm, Experiment, Method, Outcome, looks
+from sera_jax.experiment.methods.srppo_programs import srppo_programs
 from sera_jax.experiment.methods.srppo_rules import REWARD_MODEL, check
+from sera_jax.experiment.planned import Planned
 from sera_jax.loops import cost
 from sera_jax.loops.controls import best_of_n, sft_equal_compute, sft_longer
 from sera_jax.loops.reward_model import pair_accuracy, reward_model, reward_model_phases
 from sera_jax.loops.runtime import Policy
+from sera_jax.loops.sera_study import updates_of
 from sera_jax.loops.srppo import RANDOM_REWARD, REINFORCE, REWARD_MODEL_ARM, SRPPO_ARM, segments, srppo
 from sera_jax.loops.srppo_study import PpoArm, SrppoStudy
 from sera_jax.sampling import Sample
+from sera_jax.training.ppo_steps import TRAIN_PASSES
 from sera_jax.writer import METRICS, RESERVED, read_records
 
 
@@ -139,6 +144,13 @@ ARMS: dict[str, Arm] = {
         ArmLook("SFT, equal compute", look.SKY, dashes=(0, (1, 1.2))),
         as_much_sft,
     ),
+}
+# Those that PPO trains.
+PPO_ARMS = {
+    "srppo": SRPPO_ARM,
+    "random_reward": RANDOM_REWARD,
+    "reinforce": REINFORCE,
+    REWARD_MODEL: REWARD_MODEL_ARM,
 }
 _SFT_LOOK = ArmLook("SFT", look.GREY, dashes=(0, (4, 3)))
 
@@ -247,6 +259,24 @@ def iteration_metrics(phases: Iterable[pathlib.Path]) -> list[dict[str, Any]]:
     return out
 
 
+def programs(planned: Planned) -> list[Program]:
+    """All that it compiles."""
+    config, sizes = planned.given.config, planned.sizes
+    study = study_of(planned.given, planned.given.evaluator(base=planned.given.base))
+    own = updates_of(config.sft, sizes.demonstrations)
+    # a sampling, four scorings and two trainings in each epoch, against the one training of SFT
+    passes = 5 + 2 * TRAIN_PASSES * config.ppo.num_ppo_epochs
+    more = config.ppo.iterations * config.train.batch_size * passes / (TRAIN_PASSES * config.sft.batch_size)
+    costs = {"sft_longer": config.ppo.sft_longer_factor * own, "sft_equal_compute": own + more}
+    return srppo_programs(
+        planned,
+        study,
+        {name: PPO_ARMS[name] for name in config.ppo.arms if name in PPO_ARMS},
+        more_sft={name: costs[name] for name in config.ppo.arms if name in costs},
+        pays=REWARD_MODEL,
+    )
+
+
 REPORT = Report(
     arm_columns=[
         ARM,
@@ -322,4 +352,5 @@ SRPPO = Method(
     phases=phases,
     run=run,
     report=REPORT,
+    programs=programs,
 )

@@ -1,0 +1,248 @@
+"""The programs of Self-Rewarding PPO ahead of time. An iteration's state (policy and critic with their moments) and the
+two frozen models stay in memory from its rollouts to its updates; SFT and evaluation have the devices for
+themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sera_jax.aot import flops
+from sera_jax.aot.programs import (
+    Made,
+    Program,
+    activations,
+    full_items,
+    gradients,
+    held,
+    on_mesh,
+    params_on,
+    scoring,
+    training,
+)
+from sera_jax.aot.sampler import Use, sampler
+from sera_jax.core import Rows
+from sera_jax.data.rollouts import lay_rollouts
+from sera_jax.experiment.planned import Planned, answering, sampling_programs, starting_programs
+from sera_jax.loops.ppo import Learner
+from sera_jax.loops.ppo_segment import SPARE_BYTES
+from sera_jax.loops.reward_model import OWN_ANSWERS, reward_model_training
+from sera_jax.loops.sera_study import updates_of
+from sera_jax.loops.srppo_study import PpoArm, SrppoStudy
+from sera_jax.mesh import rows_sharding
+from sera_jax.models.critic import without_value_head
+from sera_jax.training.step import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class _Arm:
+    """The programs of one PPO arm, and what it holds: shapes on the mesh by what they are."""
+
+    planned: Planned
+    learner: Learner
+    parts: list[Rows]
+    host_rows: Rows
+    reward_model: Any
+
+    @property
+    def run(self) -> Any:
+        return self.planned.given.runtime
+
+    def holds(self, *without: str) -> dict[str, Any]:
+        """All that is alive in an iteration but the arguments of the program at hand."""
+        state = self.learner.programs.abstract
+        frozen = params_on(self.run.cfg, self.run.mesh)
+        own: dict[str, Any] = {
+            "policy": state.policy.params,
+            "policy's moments": _moments(state.policy),
+            "critic": None if state.critic is None else state.critic.params,
+            "critic's moments": None if state.critic is None else _moments(state.critic),
+            "SFT model": frozen,
+            "base model": frozen,
+            "reward model": self.reward_model,
+            "spare state": state if held(state, self.run.mesh.size) <= SPARE_BYTES else None,
+        }
+        return {name: tree for name, tree in own.items() if tree is not None and name not in without}
+
+
+def srppo_programs(
+    planned: Planned, study: SrppoStudy, arms: Mapping[str, PpoArm], *, more_sft: Mapping[str, float], pays: str
+) -> list[Program]:
+    """In the order of the run.
+
+    Args:
+        arms: those of the config that PPO trains. more_sft: by arm, how many SFT updates it makes.
+        pays: the arm that a reward model pays.
+    """
+    config, sizes = planned.given.config, planned.sizes
+    run = planned.given.runtime
+    out = starting_programs(planned, more_sft=sum(more_sft.values()))
+    reward_params = None
+    if pays in arms:
+        trained = reward_model_training(study)
+        updates = updates_of(study.reward_model, sizes.pairs)
+        out += training(run, trained, study.reward_model, "reward_model", updates=updates)
+        reward_params = jax.tree.map(lambda x: x, out[-1].arguments({})[0].params)
+    kinds: dict[tuple, list[str]] = {}  # arms whose programs take the same
+    for name, arm in arms.items():
+        kinds.setdefault((arm.baseline, name == pays), []).append(name)
+    for (_, paid), names in kinds.items():
+        out += _iteration(planned, study, arms[names[0]], len(names), reward_params if paid else None)
+    answers = config.ppo.best_of * sizes.eval_prompts
+    how = dataclasses.replace(answering(planned)[1], temperature=config.sampling.temperature)
+    own = min(OWN_ANSWERS, config.ppo.iterations * (config.train.batch_size // config.ppo.num_samples))
+    out += sampling_programs(
+        planned,
+        [
+            answering(planned),
+            ("best of n", how, sizes.eval_prompts, answers, planned.count("candidates")),
+            ("answers of the SFT model", config.sampling, own, own, planned.count("answers")),
+        ],
+    )
+    answer = planned.answered(1, how.max_new_tokens)
+    scored = (
+        planned.count("heldout_demonstrations") * sizes.heldout
+        + planned.count("generations_by_.*") * sizes.eval_prompts
+        + planned.count("candidates_by_.*") * answers
+        + planned.count("answers_by_.*") * own
+    )
+    return [*out, scoring(run, "score answers", answer, count=scored)]
+
+
+def _iteration(planned: Planned, study: SrppoStudy, arm: PpoArm, arms: int, reward_model: Any) -> list[Program]:
+    """Of the iterations of `arms` arms of this kind."""
+    run, config = planned.given.runtime, planned.given.config
+    learner, ppo = Learner(study, arm), config.ppo
+    per_iteration = learner.schedule.per_iteration
+    rollouts = full_items(
+        per_iteration, len(planned.prompt.prompt), *[config.sampling.max_new_tokens] * ppo.num_samples
+    )
+    packed = lay_rollouts(rollouts, ppo.num_mini_batches, learner.layout, seed=0, iteration=1)
+    parts = [on_mesh(part.rows, rows_sharding(run.mesh)) for part in packed]
+    of = _Arm(planned, learner, parts, packed[0].rows, reward_model)
+    programs, iterations = learner.programs, ppo.iterations * arms
+    policy = without_value_head(programs.abstract.policy.params)
+    use = Use(
+        f"{arm.name}: rollouts",
+        run.sampling_params(learner.sampling),
+        per_iteration,
+        config.train.batch_size,
+        iterations,
+    )
+    out = [
+        Program(f"{arm.name}: first state", programs.start, lambda made: (params_on(run.cfg, run.mesh),), arms),
+        *sampler(
+            run,
+            [use],
+            slots=learner.sampling.slots,
+            longest=learner.longest_prompt,
+            params=policy,
+            beside=of.holds("policy"),
+        ),
+    ]
+    return out + _scoring(of, policy, iterations) + _updates(of, iterations)
+
+
+def _scoring(of: _Arm, policy: Any, iterations: int) -> list[Program]:
+    """Log-probs by three models, values, and what is made of them."""
+    run, programs, name = of.run, of.learner.programs, of.learner.arm.name
+    tokens, calls = flops.of_rows(of.host_rows), iterations * len(of.parts)
+    working = activations(run, of.host_rows, 1, run.chunk_tokens) / run.cfg.num_hidden_layers
+    levers = ("train.logits_chunk_tokens", "data.row_tokens")
+    score, values = f"{name}: score", f"{name}: values"
+    out = [
+        Program(
+            score,
+            programs.score,
+            lambda made: (policy, of.parts[0]),
+            3 * calls,
+            flops.forward(run.cfg, tokens),
+            beside=lambda made: of.holds("policy"),
+            working=working,
+            levers=levers,
+        )
+    ]
+    if programs.values is not None:
+        state = programs.abstract
+        critic, which = (state.policy.params, "policy") if state.critic is None else (state.critic.params, "critic")
+        out.append(
+            Program(
+                values,
+                programs.values,
+                lambda made: (critic, of.parts[0]),
+                calls,
+                flops.forward(run.cfg, tokens, vocabulary=False),
+                beside=lambda made: of.holds(which),
+                working=working,
+                levers=levers,
+            )
+        )
+
+    def experience(made: Made) -> tuple:
+        return _scored(of, made[score], made.get(values)), programs.abstract.control
+
+    out.append(
+        Program(
+            f"{name}: rewards and advantages",
+            programs.experience,
+            experience,
+            iterations,
+            beside=lambda made: of.holds(),
+        )
+    )
+    return out
+
+
+def _scored(of: _Arm, logp: Any, value: Any) -> list[Any]:
+    """The scored minibatches, as shapes."""
+    from sera_jax.training.rewards import Scored
+
+    def of_response(kind: Any) -> jax.ShapeDtypeStruct:
+        rows = of.parts[0]
+        return jax.ShapeDtypeStruct((rows.slot.shape[0], rows.num_slots), kind, sharding=rows_sharding(of.run.mesh))
+
+    one = dict(logp=logp, sft_logp=logp, base_logp=logp, sampled_logp=logp, value=value)
+    responses = dict(finished=of_response(jnp.bool_), given=of_response(jnp.float32))
+    return [Scored(rows=rows, **one, **responses) for rows in of.parts]
+
+
+def _updates(of: _Arm, iterations: int) -> list[Program]:
+    """Of the critic and of the policy."""
+    run, programs, name = of.run, of.learner.programs, of.learner.arm.name
+    config, state = of.planned.given.config, programs.abstract
+    ppo, group = config.ppo, config.train
+    tokens, each = flops.of_rows(of.host_rows), ppo.num_ppo_epochs * ppo.num_mini_batches
+    rewards = f"{name}: rewards and advantages"
+
+    def update(what: str, step: Any, trained: TrainState, updates: float, which: str, vocabulary: bool) -> Program:
+        def arguments(made: Made) -> tuple:
+            return trained, made[rewards][0][0]
+
+        parts = run.microbatches(group, of.host_rows.tokens.size)
+        return Program(
+            f"{name}: {what} update",
+            step,
+            arguments,
+            updates,
+            flops.update(run.cfg, tokens, vocabulary=vocabulary),
+            beside=lambda made: {**of.holds(which, f"{which}'s moments"), "experience": made[rewards][0][1:]},
+            working=gradients(run, trained.params, parts) + activations(run, of.host_rows, parts, run.chunk_tokens),
+            levers=("train.gradient_accumulation_steps", "train.logits_chunk_tokens", "data.row_tokens"),
+        )
+
+    out = []
+    warming = min(ppo.critic_warmup_iterations * iterations // ppo.iterations, iterations)
+    if programs.critic_step is not None and state.critic is not None:
+        out.append(update("critic", programs.critic_step, state.critic, iterations * each, "critic", False))
+    elif programs.critic_step is not None and warming:
+        out.append(update("value head", programs.critic_step, state.policy, warming * each, "policy", False))
+    policy = update("policy", programs.policy_step, state.policy, (iterations - warming) * each, "policy", True)
+    return [*out, policy]
+
+
+def _moments(state: TrainState) -> Any:
+    return state.opt_state
