@@ -178,23 +178,21 @@ def blocks(
         return out
 
     layers = params["layers"]
-    if not isinstance(layers, tuple):
-        layers = {"block": constrain_layers(_kernels_cast(cfg, layers["block"]))}
-    if isinstance(caches, Carried):
+    if isinstance(layers, tuple):
+        kept = []
+        for given in zip(layers, caches or [None] * len(layers), strict=True):
+            x, of_layer = layer(x, given)
+            kept.append(of_layer)
+        return x, tuple(kept)
+    stacked = constrain_layers(_kernels_cast(cfg, layers["block"]))
+    if not isinstance(caches, Carried):
+        return _scan(cfg, layer, x, (stacked, caches))
 
-        def turn(carry: tuple[jax.Array, Any], given: tuple[Params, jax.Array]) -> tuple[tuple[jax.Array, Any], None]:
-            own, number = given
-            return layer(carry[0], (own, Carried(carry[1], number))), None
+    def turn(carry: tuple[jax.Array, Any], given: tuple[Params, jax.Array]) -> tuple[tuple[jax.Array, Any], None]:
+        own, number = given
+        return layer(carry[0], (own, Carried(carry[1], number))), None
 
-        start, numbers = (x, caches.cache), jnp.arange(cfg.num_hidden_layers)
-        return jax.lax.scan(turn, start, (layers["block"], numbers))[0]
-    if not isinstance(layers, tuple):
-        return _scan(cfg, layer, x, (layers["block"], caches))
-    kept = []
-    for given in zip(layers, caches or [None] * len(layers), strict=True):
-        x, of_layer = layer(x, given)
-        kept.append(of_layer)
-    return x, tuple(kept)
+    return jax.lax.scan(turn, (x, caches.cache), (stacked, jnp.arange(cfg.num_hidden_layers)))[0]
 
 
 def _kernels_cast(cfg: ModelConfig, stacked: Params) -> Params:

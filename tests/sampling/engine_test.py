@@ -304,7 +304,7 @@ def test_an_accelerators_form_of_the_cache_draws_the_same_tokens(params, prompts
 @pytest.mark.parametrize("form", [Split, Stacked])
 def test_decoding_and_prefill_gather_no_weight(form):
     """Of parameters split over all devices for training; what crosses between devices is activations and logits."""
-    cfg = dataclasses.replace(CFG, hidden_size=512, num_key_value_heads=4, vocab_size=512, intermediate_size=512)
+    cfg = dataclasses.replace(CFG, hidden_size=1024, num_key_value_heads=4, vocab_size=512, intermediate_size=512)
     training = make_mesh(data=1, fsdp=-1)
     mesh = mesh_for(cfg, training, 4)
     assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "tensor": 4}
