@@ -70,7 +70,8 @@ def look(config: Any, topology: Any) -> dict[str, Any]:
         raise ValueError(f"--only={','.join(_ONLY.value)} names none of the phases: {'; '.join(names)}")
     rows = measure_all(programs, topology, mesh, wanted=wanted.__contains__, say=_say)
     shares = report.Shares(_PEAK.value, _BANDWIDTH.value, _LENGTH.value)
-    facts = report.report(rows, topology, shares, config=_named(), assumed=planned.sizes.assumed)
+    known = dict(config=_named(), assumed=planned.sizes.assumed, left_out=len(names) - len(rows))
+    facts = report.report(rows, topology, shares, **known)
     print("\n".join([report.table(facts), "", *report.verdict(facts)]), flush=True)
     misfits = {row.name for row in rows if not row.fits}
     failing = [program for program in programs if program.name in misfits]

@@ -25,9 +25,19 @@ class Shares:
 
 
 def report(
-    rows: Sequence[Row], topology: Topology, shares: Shares, *, config: str, assumed: Sequence[str]
+    rows: Sequence[Row],
+    topology: Topology,
+    shares: Shares,
+    *,
+    config: str,
+    assumed: Sequence[str] = (),
+    left_out: int = 0,
 ) -> dict[str, Any]:
-    """All that is known, JSON-able; `config` names it, `assumed` says of what the number of rows is not known."""
+    """All that is known, JSON-able.
+
+    Args:
+        config: its name. assumed: of what the number of rows is not known. left_out: phases that were not looked at.
+    """
     hours = _hours(rows, topology, shares)
     return {
         "config": config,
@@ -36,6 +46,7 @@ def report(
         "chips": topology.chips,
         "limit_gib": topology.limit / GIB,
         "estimate": not topology.compiles,
+        "left_out": left_out,
         "fits": all(row.fits for row in rows),
         "rows": [_row(row, topology, shares) for row in rows],
         "hours": hours,
@@ -136,9 +147,13 @@ def verdict(facts: Mapping[str, Any]) -> list[str]:
                 + (f"; beside it {beside})" if beside else ")")
             )
     if facts["fits"]:
-        out.append(f"every phase fits {facts['topology']}")
+        which = "each of these phases" if facts["left_out"] else "every phase"
+        out.append(f"{which} fits {facts['topology']}")
+    if facts["left_out"]:
+        out.append(f"{facts['left_out']} other phases were not looked at")
     if facts["hours"] is not None:
-        out.append(f"expected: {facts['hours']:.2f} hours, {facts['chip_hours']:.1f} chip-hours, where")
+        alone = " of these phases alone" if facts["left_out"] else ""
+        out.append(f"expected{alone}: {facts['hours']:.2f} hours, {facts['chip_hours']:.1f} chip-hours, where")
         out += [f"  {line}" for line in facts["assumptions"]]
     return out
 

@@ -10,7 +10,7 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from sera_jax import memory
 from sera_jax.aot.chips import GIB, GPU_SHARE, GPUS, TPUS, Chip
 
 _TOO_LARGE = 2**42  # bytes that no chip has
-HAVE = re.compile(r"(?:exceeds available HBM \(| of )([\d.]+)G")
+_HAVE = re.compile(r"(?:exceeds available HBM \(| of )([\d.]+)G")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,20 +128,7 @@ def _limit_of(device: Any) -> int:
     try:
         jax.jit(lambda x: x + 1).lower(shape).compile()
     except jax.errors.JaxRuntimeError as error:
-        if found := HAVE.search(str(error)):
+        if found := _HAVE.search(str(error)):
             return int(float(found[1]) * GIB)
         raise
     raise AssertionError("no chip holds 4 TiB")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Libraries that write to the process's own stderr are not heard within."""
-    with open(os.devnull, "wb") as nowhere:
-        before = os.dup(2)
-        os.dup2(nowhere.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(before, 2)
-            os.close(before)

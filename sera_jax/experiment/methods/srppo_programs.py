@@ -35,6 +35,7 @@ from sera_jax.loops.sera_study import updates_of
 from sera_jax.loops.srppo_study import PpoArm, SrppoStudy
 from sera_jax.mesh import rows_sharding
 from sera_jax.models.critic import without_value_head
+from sera_jax.training.rewards import Scored
 from sera_jax.training.step import TrainState
 
 
@@ -58,9 +59,9 @@ class _Arm:
         frozen = params_on(self.run.cfg, self.run.mesh)
         own: dict[str, Any] = {
             "policy": state.policy.params,
-            "policy's moments": _moments(state.policy),
+            "policy's moments": state.policy.opt_state,
             "critic": None if state.critic is None else state.critic.params,
-            "critic's moments": None if state.critic is None else _moments(state.critic),
+            "critic's moments": None if state.critic is None else state.critic.opt_state,
             "SFT model": frozen,
             "base model": frozen,
             "reward model": self.reward_model,
@@ -86,7 +87,7 @@ def srppo_programs(
         trained = reward_model_training(study)
         updates = updates_of(study.reward_model, sizes.pairs)
         out += training(run, trained, study.reward_model, "reward_model", updates=updates)
-        reward_params = jax.tree.map(lambda x: x, out[-1].arguments({})[0].params)
+        reward_params = out[-1].arguments({})[0].params
     kinds: dict[tuple, list[str]] = {}  # arms whose programs take the same
     for name, arm in arms.items():
         kinds.setdefault((arm.baseline, name == pays), []).append(name)
@@ -199,7 +200,6 @@ def _scoring(of: _Arm, policy: Any, iterations: int) -> list[Program]:
 
 def _scored(of: _Arm, logp: Any, value: Any) -> list[Any]:
     """The scored minibatches, as shapes."""
-    from sera_jax.training.rewards import Scored
 
     def of_response(kind: Any) -> jax.ShapeDtypeStruct:
         rows = of.parts[0]
@@ -242,7 +242,3 @@ def _updates(of: _Arm, iterations: int) -> list[Program]:
         out.append(update("value head", programs.critic_step, state.policy, warming * each, "policy", False))
     policy = update("policy", programs.policy_step, state.policy, (iterations - warming) * each, "policy", True)
     return [*out, policy]
-
-
-def _moments(state: TrainState) -> Any:
-    return state.opt_state
