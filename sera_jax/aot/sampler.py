@@ -19,7 +19,7 @@ from sera_jax.mesh import replicated
 from sera_jax.models.decoder import Params
 from sera_jax.sampling import SamplingParams
 from sera_jax.sampling.decode import Placing, form_for, programs
-from sera_jax.sampling.engine import COLUMN_STEP, block_rows, cache_columns, mesh_for
+from sera_jax.sampling.engine import block_rows, cache_columns, mesh_for, prompt_columns, slots_at_a_time
 
 LEVERS = ("sampling.slots",)
 
@@ -51,10 +51,8 @@ def sampler(
     mesh = mesh_for(cfg, run.mesh, run.decode_tensor)
     whole, form = replicated(mesh), form_for(mesh.devices.flat)
     made_of = programs(cfg, sampling, mesh, slots, form)
-    prompt_columns = -(-max(longest - 1, 1) // COLUMN_STEP) * COLUMN_STEP
-    columns = cache_columns(longest, sampling.max_new_tokens)
-    block = block_rows(prompt_columns, slots, mesh)
-    wake = max(1, slots // 8)
+    prompt, columns = prompt_columns(longest), cache_columns(longest, sampling.max_new_tokens)
+    block, wake = block_rows(prompt, slots, mesh), slots_at_a_time(slots)
 
     def host(shape: tuple[int, ...], kind: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, kind, sharding=whole)
@@ -90,9 +88,9 @@ def sampler(
         Program(
             names["prefill"],
             made_of.prefill,
-            lambda made: (made[names["prepare"]], host((block, prompt_columns))),
+            lambda made: (made[names["prepare"]], host((block, prompt))),
             sum(use.phases * use.prompts for use in uses) / block,
-            flops.forward(cfg, flops.of_prompts(block, prompt_columns)),
+            flops.forward(cfg, flops.of_prompts(block, prompt)),
             beside=also("parameters", "cache"),
             levers=LEVERS,
         ),

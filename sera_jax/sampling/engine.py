@@ -135,15 +135,14 @@ class _Engine:
         self.prompts = [np.asarray(prompt, np.int32) for prompt in draws.prompts]
         self.prompt_ids = [divmod(prompt_id, 2**32) for prompt_id in draws.ids]  # fold_in takes 32 bits
         self.base_key = self.put(_base_key(draws.seed, draws.round))
-        self.prompt_columns = _round_up(max(longest - 1, 1), COLUMN_STEP)
+        self.prompt_columns = prompt_columns(longest)
         columns = cache_columns(longest, sampling.max_new_tokens)
         devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
         self.programs: SamplerPrograms = programs(cfg, sampling, mesh, slots, form_for(devices))
         prepare, self.run = self.programs.decoder(columns)
         self.prepared = prepare(params)
         self.slots = self.programs.empty(slots, columns)
-        # Idle slots that are worth interrupting the decoder for: an eighth, so that a sixteenth idles on average.
-        self.wake = max(1, slots // 8)
+        self.wake = slots_at_a_time(slots)
         # Prompts prefilled at a time. Not fewer when few are left: another shape could round differently.
         self.block = block_rows(self.prompt_columns, slots, mesh)
         self.queue = collections.deque((p, n) for p in range(len(self.prompts)) for n in range(draws.num_samples))
@@ -248,6 +247,16 @@ def block_rows(columns: int, slots: int, mesh: Mesh | None) -> int:
     tokens = max(PREFILL_TOKENS, devices * PREFILL_TOKENS_PER_DEVICE)
     block = max(1, min(slots, tokens // columns))
     return _round_up(block, shards) if slots % shards == 0 else block
+
+
+def slots_at_a_time(slots: int) -> int:
+    """Idle slots that are worth interrupting the decoder for: an eighth, so that a sixteenth idles on average."""
+    return max(1, slots // 8)
+
+
+def prompt_columns(longest: int) -> int:
+    """Token positions that are prefilled of a prompt, of at most `longest` tokens."""
+    return _round_up(max(longest - 1, 1), COLUMN_STEP)
 
 
 def cache_columns(longest: int, max_new_tokens: int) -> int:
