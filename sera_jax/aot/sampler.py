@@ -49,13 +49,13 @@ def sampler(
     """
     cfg, name, sampling = run.cfg, uses[0].name, uses[0].how
     mesh = mesh_for(cfg, run.mesh, run.decode_tensor)
-    whole, form = replicated(mesh), form_for(mesh.devices.flat)
+    form = form_for(mesh.devices.flat)
     made_of = programs(cfg, sampling, mesh, slots, form)
     prompt, columns = prompt_columns(longest), cache_columns(longest, sampling.max_new_tokens)
     block, wake = block_rows(prompt, slots, mesh), slots_at_a_time(slots)
 
     def host(shape: tuple[int, ...], kind: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, kind, sharding=whole)
+        return jax.ShapeDtypeStruct(shape, kind, sharding=replicated(mesh))
 
     names = {part: f"{name}: {part}" for part in ("prepare", "empty cache", "prefill", "insert")}
 
@@ -63,12 +63,8 @@ def sampler(
         """What lies beside a program: `parts` of what the sampler holds."""
 
         def of(made: Made) -> Mapping[str, Any]:
-            own = {
-                "parameters": params,
-                "decoder's weights": made.get(names["prepare"]),
-                "cache": made.get(names["empty cache"]),
-                "prefilled": made.get(names["prefill"]),
-            }
+            own = {"parameters": params, "decoder's weights": made.get(names["prepare"])}
+            own |= {"cache": made.get(names["empty cache"]), "prefilled": made.get(names["prefill"])}
             return {**beside, **{part: own[part] for part in parts}}
 
         return of
