@@ -94,6 +94,15 @@ def test_every_phase_of_a_run_has_its_programs():
             assert named[rule] is None or names[named[rule]].calls > 0, phase
 
 
+@pytest.mark.parametrize(("asked", "tensor"), [(0, 1), (2, 2)])
+def test_answers_are_looked_at_on_the_mesh_that_decodes_them(asked, tensor):
+    config = tiny_config("runs/tiny", mesh__decode_tensor=asked)
+    programs, mesh, _ = programs_of(config, topology.find("gpu:h100:2"))
+    meshes = {program.name: dict((program.mesh or mesh).shape) for program in programs}
+    assert meshes["candidates: decode"] == {"data": 2 // tensor, "fsdp": 1, "tensor": tensor}
+    assert meshes["train: update"] == {"data": 1, "fsdp": 2, "tensor": 1}
+
+
 def test_the_command_compiles_what_it_is_asked_for_and_prints_what_it_writes(compiled, folder):
     code, report, said = compiled
     assert code == 0 and report["fits"]

@@ -60,7 +60,8 @@ def plan(config: Config, mesh: Mesh) -> Planned:
     )
     stop = (cfg.vocab_size - 1,)
     # no workdir and no writer: nothing is run
-    run = Runtime(cfg, mesh, None, None, config.seed, layout, config.train.logits_chunk_tokens, stop)  # type: ignore[arg-type]
+    chunk, parts = config.train.logits_chunk_tokens, config.mesh.decode_tensor
+    run = Runtime(cfg, mesh, None, None, config.seed, layout, chunk, stop, parts)  # type: ignore[arg-type]
     if method.samples_pairs(config):
         longest = max(longest, config.sampling.max_new_tokens)
     start = Policy("sft", pathlib.Path(), "sft")
