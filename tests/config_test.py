@@ -238,6 +238,8 @@ def test_a_threshold_belongs_to_the_threshold_rule_and_the_rule_needs_it():
     "changes, words",
     [
         ({"workdir": ""}, ["config.workdir", "--config.workdir="]),
+        ({"workdir": "gs://bucket/run"}, ["config.workdir=gs://bucket/run is an address", "mount the bucket"]),
+        ({"model__sft_model_path": "hf://me/sft"}, ["config.model.sft_model_path=hf://me/sft is an address"]),
         ({"data__train": ""}, ["config.data.train", "--config.data.train="]),
         ({"world__name": "habits"}, ["config.data.train='pairs.jsonl'", "config.world.name='habits'", "empty one"]),
         ({"sampling__min_new_tokens": 300}, ["min_new_tokens=300", "max_new_tokens=256"]),

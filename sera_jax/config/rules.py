@@ -13,6 +13,7 @@ def check_together(config: Config) -> None:
         raise ValueError(
             "config.workdir is empty; give a folder for checkpoints and results: --config.workdir=runs/NAME"
         )
+    _check_folders(config)
     _check_lengths(config)
     _check_chunks(config)
     _check_pattern(config.eval.answer_pattern)
@@ -27,6 +28,20 @@ def check_together(config: Config) -> None:
             f"config.world.heldout_tasks={config.world.heldout_tasks!r} is not read without config.world.name, as real "
             "rows have no tasks; empty it, or name a world"
         )
+
+
+def _check_folders(config: Config) -> None:
+    """Folders are of a file system: an address would be made one of, by the name of its scheme."""
+    fields = {f"model.{name}": getattr(config.model, name) for name in _MODEL_FOLDERS} | {"workdir": config.workdir}
+    for name, folder in fields.items():
+        if "://" in folder:
+            raise ValueError(
+                f"config.{name}={folder} is an address and no folder; mount the bucket (gcsfuse, for one) on every host "
+                "and give the folder where it lies"
+            )
+
+
+_MODEL_FOLDERS = ("model_name_or_path", "sft_model_path", "tokenizer_name_or_path")
 
 
 def _check_lengths(config: Config) -> None:

@@ -135,7 +135,7 @@ def blocked_attention(
         low = max(0, start - longest + 1)  # the first key that any of these queries may see
         across = min(stop - low, longest - 1 + block)  # keys that each block is given: its own and those before it
         if one_loop and 2 * across > stop - low:
-            across = stop - low  # a slice of the keys for each block costs memory; half of them are worth it
+            across = stop - low  # slices cost memory: they must leave out half of the keys
         k_near, v_near, keys_near = k[:, :, low:stop], v[:, :, low:stop], Places(*(x[:, low:stop] for x in keys))
         q_own, queries_own = q[:, :, start:stop], Places(*(x[:, start:stop] for x in queries))
 
