@@ -36,7 +36,7 @@ def _check_folders(config: Config) -> None:
     for name, folder in fields.items():
         if "://" in folder:
             raise ValueError(
-                f"config.{name}={folder} is an address and no folder; mount the bucket (gcsfuse, for one) on every host "
+                f"config.{name}={folder} is an address and no folder; mount the bucket (gcsfuse, say) on every host "
                 "and give the folder where it lies"
             )
 
