@@ -332,6 +332,9 @@ def test_laws_are_tried_on_the_first_rows_by_the_users_own_tokenizer(tmp_path, f
     }
     assert "preferences.jsonl" in report["laws"][0]["seen"]
     assert "16 of 16" in report["laws"][-1]["seen"], "eight rows, two answers each"
+    code, report = looked(folder / "none", *tiny_flags(folder, **own | {"data__train": "none.jsonl"}), *how, check=True)
+    assert code == 0
+    assert "answers end" not in {law["law"] for law in report["laws"]}, "made-up rows say nothing of the tokenizer"
 
 
 def test_a_law_that_does_not_hold_is_told_and_ends_with_1(folder, capsys, monkeypatch):

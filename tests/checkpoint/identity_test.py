@@ -13,7 +13,7 @@ from sera_jax.config.parsing import CHOICES
 
 MAY_CHANGE = {
     "workdir",
-    *(f"mesh.{axis}" for axis in ("data", "fsdp", "tensor")),
+    *(f"mesh.{axis}" for axis in ("data", "fsdp", "tensor", "decode_tensor")),
     *(f"log.{field}" for field in ("logging_steps", "rollout_iterations", "tensorboard", "report", "hf_export")),
 }
 
