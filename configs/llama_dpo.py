@@ -7,7 +7,9 @@ Name the weights and the rows on the command line:
 
 Without `model_name_or_path` the same shape starts from scratch, which serves to compile and to measure. All parameters,
 gradients and moments are split over `mesh.fsdp`; the compute dtype is bfloat16, parameters, log-probs and sums are
-float32.
+float32. Every phase fits 16 chips of v5e (docs/preflight.md):
+
+    python -m sera_jax.preflight --config=configs/llama_dpo.py --topology=v5e:4x4
 """
 
 from typing import Any

@@ -20,6 +20,10 @@ takes another 69 GB while sampling (`sampling.slots` sets how many are drawn at 
 Rows come in multiples of chips x `gradient_accumulation_steps`. A minibatch of 64 answers fills at most 32 rows, and
 far fewer where answers are short: on few chips accumulate, on many raise `train.batch_size` with them, or most rows
 are filling (`rollout/padding_fraction`). Each evaluation saves a policy and the whole training state, about 190 GB.
+
+PPO's phases fit 16 chips of v6e (docs/preflight.md):
+
+    python -m sera_jax.preflight --config=configs/llama_srppo.py --topology=v6e:4x4
 """
 
 from typing import Any
