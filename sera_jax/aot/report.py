@@ -13,6 +13,8 @@ from sera_jax.aot.topology import Topology
 from sera_jax.evaluation import look
 from sera_jax.evaluation.report import aligned
 
+ASSUMED_ROWS = 1000  # of a source that is not there
+
 
 @dataclasses.dataclass(frozen=True)
 class Shares:
@@ -95,7 +97,7 @@ def _assumptions(topology: Topology, shares: Shares, assumed: Sequence[str]) -> 
             "takes longer; nothing for reading, writing and compiling"
         )
     if assumed:
-        out.append(f"1000 rows in each of {', '.join(assumed)}, which are not there: hours grow with them")
+        out.append(f"{ASSUMED_ROWS} rows in each of {', '.join(assumed)}, which are not there: hours grow with them")
     if not topology.compiles:
         out.append("estimated from arrays alone: no compiler has seen it")
     return out

@@ -20,10 +20,9 @@ from sera_jax import config as config_lib
 from sera_jax.checkpoint import Workdir, outputs
 from sera_jax.checkpoint.shared import SharedPhases
 from sera_jax.config import Config
-from sera_jax.data.packing import Layout
 from sera_jax.evaluation import report
 from sera_jax.evaluation.report import Report
-from sera_jax.experiment.assembly import base_model, check_positions, check_sources, read_corpus
+from sera_jax.experiment.assembly import base_model, check_positions, check_sources, layout_of, read_corpus
 from sera_jax.experiment.ends import end_ids, ends_in_words
 from sera_jax.experiment.method import Experiment
 from sera_jax.experiment.methods import METHODS
@@ -34,7 +33,7 @@ from sera_jax.experiment.start import START_PHASES, params_sha256, starting_poli
 from sera_jax.experiment.start import phases as start_phases
 from sera_jax.experiment.verifying import OUTPUTS
 from sera_jax.loops.runtime import Policy, Runtime
-from sera_jax.mesh import fetch, make_mesh, meet, row_shards
+from sera_jax.mesh import fetch, make_mesh, meet
 from sera_jax.sampling import mesh_for
 from sera_jax.writer import MetricWriter
 
@@ -93,13 +92,7 @@ def run(
             workdir=workdir,
             writer=writer,
             seed=config.seed,
-            layout=Layout(
-                row_tokens=config.data.row_tokens,
-                share_prompt=config.data.share_prompt,
-                multiple=config.data.row_multiple,
-                shards=row_shards(mesh),
-                max_shapes=config.data.max_row_shapes,
-            ),
+            layout=layout_of(config.data, mesh),
             chunk_tokens=config.train.logits_chunk_tokens,
             stop_ids=ends,
             decode_tensor=config.mesh.decode_tensor,

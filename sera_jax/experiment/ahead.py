@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from jax.sharding import Mesh
 
 from sera_jax.aot.programs import Program, full_items
+from sera_jax.aot.report import ASSUMED_ROWS
 from sera_jax.aot.topology import Topology
 from sera_jax.config import Config
 from sera_jax.data.items import PairItem
-from sera_jax.data.packing import Layout
 from sera_jax.data.sources import parse_mixture
 from sera_jax.data.tokenizing import Tokenizer
-from sera_jax.experiment.assembly import base_model, check_positions
+from sera_jax.experiment.assembly import base_model, check_positions, layout_of
 from sera_jax.experiment.corpus import Corpus, as_text
 from sera_jax.experiment.folders import has_tokenizer
 from sera_jax.experiment.method import Experiment
@@ -25,12 +25,10 @@ from sera_jax.experiment.methods import METHODS
 from sera_jax.experiment.planned import Planned, Sizes
 from sera_jax.experiment.start import phases as start_phases
 from sera_jax.loops.runtime import Policy, Runtime
-from sera_jax.mesh import make_mesh, row_shards
+from sera_jax.mesh import make_mesh
 from sera_jax.models.families import config_from_hf
 from sera_jax.models.folder import read_config
 from sera_jax.world import VOCABULARY
-
-ASSUMED_ROWS = 1000  # of a source that is not there
 
 
 def programs_of(config: Config, topology: Topology) -> tuple[list[Program], Mesh, Planned]:
@@ -51,13 +49,7 @@ def plan(config: Config, mesh: Mesh) -> Planned:
     tokenizer = _tokenizer(config)
     cfg, _ = base_model(config.model, tokenizer, config.seed)
     check_positions(config, cfg)
-    layout = Layout(
-        row_tokens=data.row_tokens,
-        share_prompt=data.share_prompt,
-        multiple=data.row_multiple,
-        shards=row_shards(mesh),
-        max_shapes=data.max_row_shapes,
-    )
+    layout = layout_of(data, mesh)
     stop = (cfg.vocab_size - 1,)
     # no workdir and no writer: nothing is run
     chunk, parts = config.train.logits_chunk_tokens, config.mesh.decode_tensor

@@ -8,6 +8,8 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from jax.sharding import Mesh
+
 from sera_jax import world
 from sera_jax.checkpoint import Workdir
 from sera_jax.config import Config, DataGroup, ModelGroup
@@ -15,6 +17,7 @@ from sera_jax.core import Stream, key_for
 from sera_jax.data.bpe import train_bpe
 from sera_jax.data.items import Item
 from sera_jax.data.loading import Limits, load_records
+from sera_jax.data.packing import Layout
 from sera_jax.data.sources import content_hash, parse_mixture
 from sera_jax.data.tokenizing import Tokenizer
 from sera_jax.evaluation.gold import LIKENESS
@@ -23,6 +26,7 @@ from sera_jax.experiment.folders import check_two_models, has_tokenizer
 from sera_jax.experiment.method import Method
 from sera_jax.experiment.methods import METHODS
 from sera_jax.loops.sera_study import Gold
+from sera_jax.mesh import row_shards
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.families import config_from_hf, mathematics
 from sera_jax.models.folder import read_config
@@ -174,6 +178,17 @@ def with_vocabulary(cfg: ModelConfig, tokenizer: Tokenizer, model: str, *, field
     known = sorted({-1, *tokenizer.vocabulary().values(), cfg.vocab_size})
     gaps = tuple((below + 1, above) for below, above in itertools.pairwise(known) if above > below + 1)
     return dataclasses.replace(cfg, absent_ids=gaps)
+
+
+def layout_of(data: DataGroup, mesh: Mesh) -> Layout:
+    """How a config's items become rows on the mesh."""
+    return Layout(
+        row_tokens=data.row_tokens,
+        share_prompt=data.share_prompt,
+        multiple=data.row_multiple,
+        shards=row_shards(mesh),
+        max_shapes=data.max_row_shapes,
+    )
 
 
 def check_positions(config: Config, cfg: ModelConfig) -> None:
