@@ -10,7 +10,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -383,6 +383,13 @@ def _tensor(host: Params, cfg: ModelConfig, place: _Place, name: str, dtype: str
         if dtype == "float16" and np.isinf(out).any() and not np.isinf(value).any():
             raise ValueError(f"tensor {name} has values beyond float16's 65504; export as bfloat16 or float32")
     return out
+
+
+def file_tensors(cfg: ModelConfig, params: Params) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and float32 value of every tensor of a checkpoint with these parameters, or of what lies as they do."""
+    host = jax.device_get(params)
+    for name, place in _places(cfg).items():
+        yield name, _tensor(host, cfg, place, name, "float32")
 
 
 def _split(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
