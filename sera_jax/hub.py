@@ -23,6 +23,18 @@ from typing import Any
 
 from sera_jax import stamps
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
 _ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(@(?P<revision>.+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHOWN = 12  # names listed in a message
@@ -124,7 +136,7 @@ def _fetched(repository: Repository, revision: str, files: Sequence[str]) -> pat
     import huggingface_hub
 
     with _said(repository):
-        folder = pathlib.Path(
+        return pathlib.Path(
             huggingface_hub.snapshot_download(
                 repository.id,
                 repo_type=repository.kind,
@@ -134,7 +146,6 @@ def _fetched(repository: Repository, revision: str, files: Sequence[str]) -> pat
                 library_name="sera_jax",
             )
         )
-    return folder
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""A small hub on this machine: what huggingface_hub asks of the real one, answered from a table, with faults on order."""
+"""A small hub on this machine: what huggingface_hub asks of the real one, from a table, with faults on order."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ import threading
 import urllib.parse
 from collections.abc import Iterator
 
-import pytest
-
 
 @dataclasses.dataclass
 class Repo:
-    """`revisions`: branch or tag -> commit; `commits`: commit -> file -> bytes. `token`: whose bearer alone may read."""
+    """`revisions`: branch or tag -> commit; `commits`: commit -> file -> bytes; `token`: whose bearer may read."""
 
     revisions: dict[str, str]
     commits: dict[str, dict[str, bytes]]
@@ -86,7 +84,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         bearer = self.headers.get("Authorization", "")
         if repo is None or (repo.token and bearer != f"Bearer {repo.token}"):
             return self._send(404 if bearer else 401, b"{}", {"X-Error-Code": "RepoNotFound"})
-        what, revision = (rest + ["", ""])[:2] if rest else ("revision", "main")
+        what, revision = [*rest, "", ""][:2] if rest else ("revision", "main")
         if what == "refs":
             heads = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": c} for n, c in repo.revisions.items()]
             return self._json({"branches": heads, "tags": [], "converts": []})
@@ -146,19 +144,3 @@ def serving() -> Iterator[Hub]:
     finally:
         server.shutdown()
         server.server_close()
-
-
-@pytest.fixture
-def server(monkeypatch, tmp_path):
-    """The hub, asked with an empty cache of its own and no token."""
-    from huggingface_hub import constants
-
-    with serving() as found:
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "ENDPOINT", found.url)
-        template = "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", found.url + template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        yield found

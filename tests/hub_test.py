@@ -6,7 +6,6 @@ import pathlib
 import pytest
 
 from sera_jax import hub
-from tests.hub_server import server  # noqa: F401 (a fixture)
 
 SMALL = ("config.json", ".gitattributes")
 FILES = {"config.json": b"{}", "a.safetensors": bytes(range(256)) * 400, "b/c.txt": b"text", ".gitattributes": b"\n"}
@@ -90,7 +89,7 @@ def test_a_transfer_that_stays_cut_is_told_and_what_is_whole_is_kept(server, mon
     snapshot = hub.look(hub.Repository("org/name"), SMALL)
     hub.fetch(snapshot, ["b/c.txt"])
     server.cuts = 1000
-    with pytest.raises(ValueError, match="transfer of org/name was cut .* start again: files that are whole are kept"):
+    with pytest.raises(ValueError, match=r"transfer of org/name was cut .* start again: files that are whole are kept"):
         hub.fetch(snapshot, ["b/c.txt", "a.safetensors"])
     assert not (snapshot.folder / "a.safetensors").exists(), "half a file has no name"
     server.cuts = 0

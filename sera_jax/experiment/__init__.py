@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -18,10 +17,12 @@ from jax.sharding import Mesh
 from sera_jax import compiling, hosts, stamps
 from sera_jax import config as config_lib
 from sera_jax.checkpoint import Workdir, outputs
+from sera_jax.checkpoint.phases import read_json, write_json
 from sera_jax.checkpoint.shared import SharedPhases
 from sera_jax.config import Config
 from sera_jax.evaluation import report
 from sera_jax.evaluation.report import Report
+from sera_jax.experiment import brought
 from sera_jax.experiment.assembly import base_model, check_positions, check_sources, layout_of, read_corpus
 from sera_jax.experiment.ends import end_ids, ends_in_words
 from sera_jax.experiment.method import Experiment
@@ -63,11 +64,13 @@ def run(
     workdir = Workdir(root, config_lib.to_dict(config), allow_other_versions=allow_other_versions)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     meet(mesh)
+    text = json.dumps(config_lib.to_dict(config), indent=1, default=str)
+    asked, found = config, brought.survey(config, read_json(root / brought.RECORD))
+    config = found.config
     check_sources(config.data, config.model)
     check_memory(config, mesh)
     if shared_phases:
         workdir.shared = SharedPhases(pathlib.Path(shared_phases), START_PHASES, _besides_inputs(config, mesh))
-    text = json.dumps(config_lib.to_dict(config), indent=1, default=str)
     with (
         stamps.kept(pathlib.Path(progress_dir or root / stamps.FOLDER), hosts.index(), hosts.count()),
         MetricWriter(root, is_host0=hosts.is_first(), tensorboard=config.log.tensorboard, config_text=text) as writer,
@@ -77,6 +80,9 @@ def run(
         for note in workdir.notes:
             writer.announce(note)
         writer.announce(method.announce(config))
+        brought.bring(found, writer.announce)
+        if found.commits:
+            write_json(root / brought.RECORD, found.commits)
         corpus = read_corpus(config, workdir, writer.announce)
         cfg, make_base = base_model(config.model, corpus.tokenizer, config.seed)
         check_positions(config, cfg)
@@ -107,7 +113,9 @@ def run(
             writer.announce(f"taken from {shared_phases}: {', '.join(workdir.taken)}")
         final, facts = method.run(Experiment(config, runtime, corpus, start, base))
         phases.end()
-        summary = {**facts, **_of_the_run(config, runtime, final), "held_out_rows": corpus.held_out_rows}
+        summary = {**facts, **_of_the_run(asked, runtime, final), "held_out_rows": corpus.held_out_rows}
+        if found.commits:
+            summary["hub"] = found.commits
         finish(config, method.report, runtime, final, summary)
     hosts.on_first(lambda: outputs.record(root, OUTPUTS))  # now that metrics and TensorBoard files are closed
     return summary
@@ -158,7 +166,7 @@ def _besides_inputs(config: Config, mesh: Mesh) -> dict[str, Any]:
     within a work directory, and the machine, which sets the order of sums."""
     layout = ("share_prompt", "row_multiple", "max_row_shapes")
     return {
-        "model": dataclasses.asdict(config.model),
+        "model": brought.named(config.model),
         "layout": {name: getattr(config.data, name) for name in layout},
         "mesh": dict(mesh.shape),
         "device": mesh.devices.flat[0].device_kind,

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from sera_jax.checkpoint.phases import file_digest, load_sealed, sealed, write_json
 from sera_jax.data.tokenizing import Tokenizer
+from sera_jax.experiment.brought import model_folder
 from sera_jax.experiment.ends import GENERATION, end_ids, generation_config, named_ends
 from sera_jax.experiment.folders import has_tokenizer
 from sera_jax.models.config import ModelConfig, RopeScaling
@@ -138,14 +139,15 @@ def find_policy(path: str | os.PathLike, *, dtype: str = "", param_dtype: str = 
     """The policy at a path.
 
     Args:
-        path: `WORKDIR/phases/NAME` (for instance runs/quickstart/phases/sera/round3), or a Hugging Face folder.
+        path: `WORKDIR/phases/NAME` (for instance runs/quickstart/phases/sera/round3), a Hugging Face folder, or
+            `org/name[@revision]` of the hub, which is fetched.
         dtype: compute dtype; "" for that of the run, and float32 for a Hugging Face folder.
         param_dtype: dtype of the parameters of a Hugging Face folder; a run's are as it trained them.
 
     Raises:
         ValueError: neither is there; the message lists the policies nearby.
     """
-    folder = pathlib.Path(path)
+    folder = pathlib.Path(model_folder(str(path)))
     if (folder / "params" / "checksums.json").is_file():
         root = _root_of(folder)
         if root is None:

@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
+from sera_jax.hub import TOKENIZER_FILES
 from sera_jax.mesh import make_mesh, path_name, placed_shapes
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import Params, abstract_params
@@ -36,18 +37,6 @@ from sera_jax.models.folder import (
 
 MAX_SHARD_BYTES = 5 * 10**9
 _TIED_ROWS = 4096  # of two tables that are compared at a time
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
 
 
 @dataclasses.dataclass(frozen=True)
