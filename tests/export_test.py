@@ -125,3 +125,21 @@ def test_the_user_is_told_where_answers_end_and_which_end_is_ordinary_text(folde
     tokenizer = Tokenizer.load(folder)
     assert ends_in_words(tokenizer, (0, 1)) == "answers end at 0 '<eos>', 1 '<turn>', in training, sampling and exports"
     assert "warning: 5 is ordinary text" in ends_in_words(tokenizer, (0, 5))
+
+
+def test_an_export_holds_one_tensor_at_a_time(tmp_path, monkeypatch):
+    """What is written is what is held, whatever mesh it lies on; no more than a tensor of it is brought to the host."""
+    from sera_jax.mesh import make_mesh
+    from sera_jax.models import huggingface
+    from sera_jax.training.parameters import load_params
+
+    plain = save_pretrained(tmp_path / "plain", CFG, init_params(CFG, jax.random.key(0)))
+    sizes, tensor = [], huggingface._tensor
+    monkeypatch.setattr(huggingface, "_tensor", lambda *args: (out := tensor(*args), sizes.append(out.nbytes))[0])
+    monkeypatch.setattr(jax, "device_get", None)
+    mesh = make_mesh(2, 4, 1)
+    out = save_pretrained(tmp_path / "out", CFG, load_params(CFG, mesh, plain), max_shard_bytes=1500)
+    assert len(list(out.glob("*.safetensors"))) > 1
+    assert len(sizes) == len(read_source(out).dtypes)
+    assert max(sizes) * 3 < sum(sizes)
+    jax.tree.map(np.testing.assert_array_equal, load_pretrained(out)[1], load_pretrained(plain)[1])

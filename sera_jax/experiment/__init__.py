@@ -147,7 +147,8 @@ def finish(config: Config, shown: Report, runtime: Runtime, final: dict[str, Pol
         say(f"picture: {root / 'report.png'}")
     if config.log.hf_export:
         for arm, policy in final.items():
-            params = fetch(runtime.params(policy))  # each process holds them whole for it
+            params = runtime.params(policy)
+            params = fetch(params) if hosts.count() > 1 else params  # of several, each holds them whole for it
             if hosts.is_first():
                 out = export(
                     params,

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from safetensors.numpy import save_file
 
 from sera_jax.hub import TOKENIZER_FILES
 from sera_jax.mesh import make_mesh, path_name, placed_shapes
@@ -33,6 +32,7 @@ from sera_jax.models.folder import (
     some,
     whole_or_nothing,
     write_json,
+    write_tensors,
 )
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -132,7 +132,8 @@ def save_pretrained(
 
     Args:
         path: the folder to make.
-        params: arrays that this process can read whole (jax or numpy).
+        params: arrays that this process can read whole (jax or numpy); one tensor after the other is, so that no second
+            copy of them is held.
         dtype: dtype of the files; default that of the source, tensor by tensor where `source_dtypes` is given,
             else `cfg.export_dtype`.
         max_shard_bytes: a file is begun anew when it would grow beyond this.
@@ -316,23 +317,24 @@ def _special_ids(tokenizer_dir: str | os.PathLike | None) -> dict[str, int | Non
 def _write_weights(
     folder: pathlib.Path, cfg: ModelConfig, params: Params, dtypes: Mapping[str, str], max_shard_bytes: int
 ) -> None:
-    host, places = jax.device_get(params), _places(cfg)
+    places = _places(cfg)
     head, embed = family_of(cfg.family).tied
     places.setdefault(head, places[embed])  # written only where `dtypes` names it
     sizes = {name: math.prod(places[name].shape) * np.dtype(kind).itemsize for name, kind in dtypes.items()}
     shards = _split(sizes, max_shard_bytes)
     for number, names in enumerate(shards, start=1):
-        tensors = {name: _tensor(host, places[name], name, dtypes[name]) for name in names}
-        save_file(tensors, folder / _shard_name(number, len(shards)), metadata={"format": "pt"})
+        about = {name: (dtypes[name], places[name].shape) for name in names}
+        tensors = (_tensor(params, places[name], name, dtypes[name]) for name in names)
+        write_tensors(folder / _shard_name(number, len(shards)), about, tensors)
     if len(shards) > 1:
         weight_map = {name: _shard_name(n, len(shards)) for n, names in enumerate(shards, 1) for name in names}
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
 
 
-def _tensor(host: Params, place: _Place, name: str, dtype: str) -> np.ndarray:
-    """One tensor as it lies in the file."""
-    value = _leaf(host, place.tensor.path)
-    value = value if place.layer is None else value[place.layer]
+def _tensor(params: Params, place: _Place, name: str, dtype: str) -> np.ndarray:
+    """One tensor as it lies in the file; of a device's arrays it alone is brought to the host."""
+    value = _leaf(params, place.tensor.path)
+    value = np.asarray(value if place.layer is None else value[place.layer])
     value = value.T if place.tensor.transpose else value
     with np.errstate(over="ignore"):
         out = np.ascontiguousarray(value.astype(dtype))
