@@ -125,6 +125,34 @@ def fetch(snapshot: Snapshot, files: Sequence[str], say: Callable[[str], None] =
     return paths
 
 
+def check_push(id: str) -> None:
+    """Raises ValueError where `push` to that name surely cannot succeed, before anything is written for it."""
+    from huggingface_hub import constants, get_token
+
+    match = _ID.fullmatch(id)
+    if not match or "/" not in id or match["revision"]:
+        raise ValueError(f"--push_to_hub={id!r} is no name of a repository; write org/name")
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError(f"--push_to_hub={id}: HF_HUB_OFFLINE is set; unset it, or leave --push_to_hub out")
+    if not get_token():
+        raise ValueError(f"--push_to_hub={id}: no token is given; set HF_TOKEN to one that may write there")
+
+
+def push(folder: str | os.PathLike, id: str) -> str:
+    """Make the repository, a private one where it is new, and put the folder's files there as one commit; its address.
+
+    Raises:
+        ValueError: one line on what is wrong and the way out.
+    """
+    import huggingface_hub
+
+    api = huggingface_hub.HfApi(library_name="sera_jax")
+    with _said(Repository(id), writing=True):
+        url = api.create_repo(id, private=True, exist_ok=True)
+        api.upload_folder(repo_id=id, folder_path=folder, commit_message="Export of sera_jax")
+    return str(url)
+
+
 def some(names: Sequence[str]) -> str:
     """The first few of a list, and how many more there are."""
     more = len(names) - _SHOWN
@@ -165,7 +193,7 @@ def _bar() -> Any:
 
 
 @contextlib.contextmanager
-def _said(repository: Repository) -> Iterator[None]:
+def _said(repository: Repository, *, writing: bool = False) -> Iterator[None]:
     """What goes wrong within, as a ValueError of one line."""
     from huggingface_hub import errors
 
@@ -174,7 +202,13 @@ def _said(repository: Repository) -> Iterator[None]:
     except Exception as error:
         # of a look into the cache that failed, too, the cause is what the server or the network said
         cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
-        text = _of_the_server(repository, cause) or _of_the_way(repository, cause)
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if writing and status in (401, 403, 404):
+            text = f"the hub answers {status} to writing {repository.id}; set HF_TOKEN to a token that may write there"
+        elif writing and status is None and type(cause).__module__.startswith(("httpx", "httpcore")):
+            text = f"{repository.id}: the hub cannot be reached ({type(cause).__name__}); push again later"
+        else:
+            text = _of_the_server(repository, cause) or _of_the_way(repository, cause)
         if not text:
             raise
         raise ValueError(text) from error

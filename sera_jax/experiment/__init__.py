@@ -24,6 +24,7 @@ from sera_jax.evaluation import report
 from sera_jax.evaluation.report import Report
 from sera_jax.experiment import brought
 from sera_jax.experiment.assembly import base_model, check_positions, check_sources, layout_of, read_corpus
+from sera_jax.experiment.card import card
 from sera_jax.experiment.ends import end_ids, ends_in_words
 from sera_jax.experiment.method import Experiment
 from sera_jax.experiment.methods import METHODS
@@ -157,6 +158,7 @@ def finish(config: Config, shown: Report, runtime: Runtime, final: dict[str, Pol
                     source=config.model.model_name_or_path or None,
                     tokenizer_dir=root / "tokenizer",
                     overwrite=True,
+                    card=card(root, policy.path),
                 )
                 say(f"Hugging Face checkpoint of {arm}: {out}")
     say(f"summary: {root / 'summary.json'}")

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from sera_jax.checkpoint.phases import file_digest, load_sealed, sealed, write_json
 from sera_jax.data.tokenizing import Tokenizer
 from sera_jax.experiment.brought import model_folder
+from sera_jax.experiment.card import card as card_of
 from sera_jax.experiment.ends import GENERATION, end_ids, generation_config, named_ends
 from sera_jax.experiment.folders import has_tokenizer
 from sera_jax.models.config import ModelConfig, RopeScaling
@@ -83,6 +84,11 @@ class SavedPolicy:
     def params(self, mesh: Mesh) -> Params:
         """The parameters, on the mesh."""
         return load_params(self.cfg, mesh, self.folder / "params" if self.is_phase else self.folder)
+
+    def card(self) -> str:
+        """The model card of a run's policy; "" for a Hugging Face folder."""
+        root = _root_of(self.folder) if self.is_phase else None
+        return card_of(root, self.folder.absolute()) if root else ""
 
     def digests(self) -> dict[str, str]:
         """sha256 of the files that say what the parameters are; those of a phase hold a checksum of each array."""
@@ -179,6 +185,7 @@ def export(
     tokenizer_dir: str | os.PathLike | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
+    card: str = "",
 ) -> pathlib.Path:
     """Write `out` as a Hugging Face folder: weights, config.json, generation_config.json, tokenizer files.
 
@@ -190,13 +197,14 @@ def export(
             tensors get its names and dtypes one by one.
         tokenizer_dir: folder whose tokenizer files are copied.
         overwrite: replace an existing folder.
+        card: text of its README.md; "" for none.
 
     Raises:
         ValueError, FileExistsError: as `huggingface.save_pretrained`; ValueError as `ends.named_ends`.
     """
     described = read_source(source) if source else None
     ends = _ends_of_folders(tokenizer_dir or "", source or "")
-    return save_pretrained(
+    written = save_pretrained(
         out,
         cfg,
         params,
@@ -208,6 +216,9 @@ def export(
         generation=generation_config(ends, tokenizer_dir or "", source or "") if ends else None,
         overwrite=overwrite,
     )
+    if card:
+        (written / "README.md").write_text(card, encoding="utf-8")
+    return written
 
 
 def _ends_of_folders(tokenizer_dir: str | os.PathLike, source: str | os.PathLike) -> tuple[int, ...]:

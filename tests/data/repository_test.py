@@ -73,7 +73,10 @@ configs:
 """
     more = {"README.md": readme.encode(), "data/x/y/a.jsonl": b"h", "b1.jsonl": b"i", "b10.jsonl": b"j"}
     server.add("datasets/org/rows", {**LAYOUT, **more})
-    find = lambda parts: list(repository.find(f"hub:org/rows{parts}", SUFFIXES).files)
+
+    def find(parts):
+        return list(repository.find(f"hub:org/rows{parts}", SUFFIXES).files)
+
     assert find(":first") == [f"data/train-0000{i}-of-00002.parquet" for i in (0, 1)]
     assert find(":first:held") == ["b1.jsonl", "data/x/y/a.jsonl"]
     assert find(":second") == ["extra/train.jsonl.gz"]

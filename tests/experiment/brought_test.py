@@ -5,11 +5,13 @@ import json
 import pathlib
 
 import pytest
+import yaml
 
 from sera_jax import experiment, hub, world
 from sera_jax.config import ModelGroup
 from sera_jax.core import Stream, key_for
 from sera_jax.experiment import brought
+from sera_jax.experiment.card import card
 from sera_jax.experiment.saved import find_policy
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import init_params
@@ -56,11 +58,20 @@ def test_a_run_records_the_commits_and_a_restart_goes_on_with_them(server, made,
     summary = experiment.run(config)
     assert summary["hub"] == {"model org/base": model, "data set org/rows": rows}
     assert summary["config"]["model"]["model_name_or_path"] == "org/base", "as it was asked for"
-    said = capsys.readouterr().out
+    said = "".join(capsys.readouterr())
     assert f"model org/base: commit {model}" in said
     inputs = json.loads((tmp_path / "run" / "phases" / "base" / "manifest.json").read_text())["inputs"]
     assert inputs["model"]["model_name_or_path"] == f"org/base@{model}", "wherever the cache lies"
     assert "revision" not in inputs["model"], "a field at its neutral value changes no inputs of before"
+    text = card(tmp_path / "run", tmp_path / "run" / "phases" / "sft")
+    head = yaml.safe_load(text.split("---")[1])
+    assert (head["base_model"], head["datasets"], head["tags"]) == (
+        "org/base",
+        ["org/rows"],
+        ["sera_jax", "sera", "dpo"],
+    )
+    facts = (f"org/base at commit {model}", f"| data.train: hub:org/rows | commit {rows} |", "| jax |", "| heldout")
+    assert all(fact in text for fact in facts), text
     server.add("models/org/base", {**made[0], "README.md": b"newer"})
     server.down = 503
     again = experiment.run(config)
@@ -72,7 +83,7 @@ def test_a_revision_is_of_the_model_wherever_it_is_named(server, made, tmp_path)
     old = server.add("models/org/base", made[0])
     server.repos["models/org/base"].revisions["v1"] = old
     server.add("models/org/base", {**made[0], "README.md": b"newer"})
-    fields = {"model__revision": "v1", "model__sft_model_path": "org/base", "data__train": ""}
+    fields = {"model__revision": "v1", "model__sft_model_path": "org/base", "data__train": "a.jsonl"}
     found = brought.survey(config_of(tmp_path / "run", **fields))
     assert set(found.commits.values()) == {old}
     local = found.config.model
@@ -88,7 +99,7 @@ def test_a_revision_is_of_the_model_wherever_it_is_named(server, made, tmp_path)
 def test_a_revision_of_no_repository_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     pathlib.Path("here/model").mkdir(parents=True)
-    fields = {"model__revision": "v1", "model__model_name_or_path": name, "data__train": ""}
+    fields = {"model__revision": "v1", "model__model_name_or_path": name, "data__train": "a.jsonl"}
     with pytest.raises(ValueError, match="of a repository of the hub only"):
         brought.survey(config_of(tmp_path / "run", **fields))
 
