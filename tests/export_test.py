@@ -1,6 +1,7 @@
 """The export entry, run as a user runs it but in this process."""
 
 import json
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -148,7 +149,7 @@ def test_an_export_holds_one_tensor_at_a_time(tmp_path, monkeypatch):
 class Api:
     """huggingface_hub's own, which does not speak to a server; `pushed` holds what it would have sent."""
 
-    pushed: dict = {}
+    pushed: ClassVar[dict] = {}
 
     def __init__(self, **_):
         pass

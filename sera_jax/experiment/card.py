@@ -1,4 +1,4 @@
-"""The model card of an export: what trained the policy, on what, how it did and by which versions, in the hub's form."""
+"""The model card of an export, in the hub's form: what trained the policy, on what, how it did, by which versions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sera_jax.checkpoint.phases import file_digest, read_json
+from sera_jax.data.repository import parse
 from sera_jax.data.sources import content_hash, parse_mixture
 from sera_jax.experiment.brought import SOURCES
 
@@ -38,19 +39,18 @@ def card(root: pathlib.Path, folder: pathlib.Path) -> str:
 
 def _head(run: Mapping[str, Any], hub: Mapping[str, str]) -> dict[str, Any]:
     """What the hub reads of a card."""
-    names = {kind: [key.removeprefix(kind).split("@")[0] for key in hub if key.startswith(kind)] for kind in _KINDS}
-    head = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    bases, sets = ([name.strip() for name in names[kind]] for kind in _KINDS)
+    bases, sets = (
+        [key.removeprefix(kind).split("@")[0] for key in hub if key.startswith(kind)]
+        for kind in ("model ", "data set ")
+    )
     tags = ["sera_jax", run.get("method"), (run.get("loss") or {}).get("name")]
     return {
-        **head,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
         "tags": [tag for tag in tags if tag],
         **({"base_model": bases[0]} if bases else {}),
         **({"datasets": sets} if sets else {}),
     }
-
-
-_KINDS = ("model ", "data set ")
 
 
 def _training(run: Mapping[str, Any], hub: Mapping[str, str]) -> dict[str, Any]:
@@ -84,9 +84,7 @@ def _data(run: Mapping[str, Any], hub: Mapping[str, str]) -> dict[str, str]:
 
 def _digest(path: str, hub: Mapping[str, str]) -> str:
     if path.startswith("hub:"):
-        from sera_jax.data import repository
-
-        return f"commit {hub.get(f'data set {repository.parse(path)[0]}', 'not recorded')}"
+        return f"commit {hub.get(f'data set {parse(path)[0]}', 'not recorded')}"
     try:
         return f"sha256 {content_hash(path)[:_DIGITS]}"
     except ValueError:
