@@ -149,7 +149,7 @@ def push(folder: str | os.PathLike, id: str) -> str:
     api = huggingface_hub.HfApi(library_name="sera_jax")
     with _said(Repository(id), writing=True):
         url = api.create_repo(id, private=True, exist_ok=True)
-        api.upload_folder(repo_id=id, folder_path=folder, commit_message="Export of sera_jax")
+        api.upload_folder(repo_id=id, folder_path=str(folder), commit_message="Export of sera_jax")
     return str(url)
 
 

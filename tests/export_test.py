@@ -1,6 +1,7 @@
 """The export entry, run as a user runs it but in this process."""
 
 import json
+import pathlib
 from typing import ClassVar
 
 import jax
@@ -159,7 +160,7 @@ class Api:
         return f"https://hub/{id}"
 
     def upload_folder(self, *, repo_id, folder_path, commit_message):
-        names = {file.name for file in folder_path.iterdir()}
+        names = {file.name for file in pathlib.Path(folder_path).iterdir()}
         self.pushed.update(repo_id=repo_id, names=names, commit_message=commit_message)
 
 

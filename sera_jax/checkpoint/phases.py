@@ -336,8 +336,7 @@ def check_config(root: pathlib.Path, config: dict[str, Any]) -> list[str]:
         )
     way_out = "put back what the run was started with, or choose another --config.workdir"
     differ = _differences(load_json(path, way_out), config)
-    differ = {k: v for k, v in differ.items() if not (v[0] is None and is_as_before(k, v[1]))}
-    changed = [k for k in differ if is_identity(k)]
+    changed = [k for k, (old, new) in differ.items() if is_identity(k) and not (old is None and is_as_before(k, new))]
     if changed:
         shown = "; ".join("{}: {!r} there, {!r} now".format(k, *differ[k]) for k in changed[:5])
         raise StaleWorkdir(

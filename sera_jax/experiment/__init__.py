@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 from sera_jax import compiling, hosts, stamps
 from sera_jax import config as config_lib
 from sera_jax.checkpoint import Workdir, outputs
-from sera_jax.checkpoint.phases import read_json, write_json
 from sera_jax.checkpoint.shared import SharedPhases
 from sera_jax.config import Config
 from sera_jax.evaluation import report
@@ -66,8 +65,8 @@ def run(
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     meet(mesh)
     text = json.dumps(config_lib.to_dict(config), indent=1, default=str)
-    asked, found = config, brought.survey(config, read_json(root / brought.RECORD))
-    config = found.config
+    found = brought.survey(config, root)
+    asked, config = config, found.config
     check_sources(config.data, config.model)
     check_memory(config, mesh)
     if shared_phases:
@@ -81,9 +80,7 @@ def run(
         for note in workdir.notes:
             writer.announce(note)
         writer.announce(method.announce(config))
-        brought.bring(found, writer.announce)
-        if found.commits:
-            write_json(root / brought.RECORD, found.commits)
+        brought.bring(found, root, writer.announce)
         corpus = read_corpus(config, workdir, writer.announce)
         cfg, make_base = base_model(config.model, corpus.tokenizer, config.seed)
         check_positions(config, cfg)
@@ -114,15 +111,13 @@ def run(
             writer.announce(f"taken from {shared_phases}: {', '.join(workdir.taken)}")
         final, facts = method.run(Experiment(config, runtime, corpus, start, base))
         phases.end()
-        summary = {**facts, **_of_the_run(asked, runtime, final), "held_out_rows": corpus.held_out_rows}
-        if found.commits:
-            summary["hub"] = found.commits
+        summary = {**facts, **_of_the_run(asked, found, runtime, final), "held_out_rows": corpus.held_out_rows}
         finish(config, method.report, runtime, final, summary)
     hosts.on_first(lambda: outputs.record(root, OUTPUTS))  # now that metrics and TensorBoard files are closed
     return summary
 
 
-def _of_the_run(config: Config, runtime: Runtime, final: dict[str, Policy]) -> dict[str, Any]:
+def _of_the_run(config: Config, found: brought.Brought, runtime: Runtime, final: dict[str, Policy]) -> dict[str, Any]:
     """What the summary of any method holds: what the run took, what it made, and what it was made by."""
     workdir = runtime.workdir
     return {
@@ -131,6 +126,7 @@ def _of_the_run(config: Config, runtime: Runtime, final: dict[str, Policy]) -> d
         "params_sha256": {arm: params_sha256(policy) for arm, policy in final.items()},
         "compilations": runtime.compilations(),
         "config": config_lib.to_dict(config),
+        **({"hub": found.commits} if found.commits else {}),
         "seed": config.seed,
         "versions": workdir.code[-1],
         "earlier_versions": workdir.code[:-1],

@@ -8,12 +8,14 @@ they share the cache.
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import re
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from sera_jax import hosts, hub
+from sera_jax.checkpoint.phases import read_json, write_json
 from sera_jax.config import Config, ModelGroup
 from sera_jax.config.identity import is_as_before
 from sera_jax.data import repository as data_sets
@@ -44,11 +46,11 @@ class Brought:
     rows: tuple[data_sets.Rows, ...] = ()
 
 
-def survey(config: Config, known: Pins | None = None, *, with_rows: bool = True) -> Brought:
+def survey(config: Config, root: pathlib.Path | None = None, *, with_rows: bool = True) -> Brought:
     """Look up what the config names of the hub; of models all but the weights is fetched, of data sets the README.
 
     Args:
-        known: commits of an earlier start (`RECORD`).
+        root: a work directory, whose commits of an earlier start are taken.
         with_rows: whether data sets are looked up, too.
 
     Raises:
@@ -57,15 +59,23 @@ def survey(config: Config, known: Pins | None = None, *, with_rows: bool = True)
     asked, specs = _models(config.model), _specs(config) if with_rows else {}
     if not asked and not specs:
         return Brought(config, {})
-    of_before = {key: commit for key, commit in (known or {}).items() if re.fullmatch("[0-9a-f]{40}", str(commit))}
+    known = read_json(root / RECORD) if root else {}
+    of_before = {key: commit for key, commit in known.items() if re.fullmatch("[0-9a-f]{40}", str(commit))}
     pins = hosts.on_first(lambda: _look(config, asked, specs, of_before).commits)
     return _look(config, asked, specs, pins)
 
 
-def bring(brought: Brought, say: Callable[[str], None]) -> None:
-    """Fetch what is not here, and say which commits are used. Raises ValueError as `hub.fetch`."""
+def bring(brought: Brought, root: pathlib.Path, say: Callable[[str], None]) -> None:
+    """Say which commits are used, write them down in the work directory, and fetch what is not here.
+
+    Raises:
+        ValueError: as `hub.fetch`.
+    """
+    if not brought.commits:
+        return
     for name, commit in brought.commits.items():
         say(f"{name}: commit {commit}")
+    write_json(root / RECORD, brought.commits)
 
     def fetch() -> None:
         for found in brought.models:
