@@ -9,6 +9,7 @@ from sera_jax.hub import TOKENIZER_FILES, Repository, Snapshot
 from sera_jax.models.folder import INDEX, SINGLE, read_object
 
 SMALL = ("config.json", INDEX, *TOKENIZER_FILES, ".gitattributes")  # the last is in every repository
+_NOT_READ = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
 
 
 def look(repository: Repository) -> Snapshot:
@@ -27,19 +28,17 @@ def look(repository: Repository) -> Snapshot:
     if config.get("auto_map"):
         raise ValueError(
             f"{repository} wants code of its own to be run (trust_remote_code: auto_map={config['auto_map']!r}), which "
-            "is never done; take a repository whose model_type transformers has itself, or, where this one's "
-            f"model_type={config.get('model_type')!r} is such, fetch it by `hf download {repository.id} --local-dir DIR`"
-            ", take auto_map out of DIR/config.json and name DIR"
+            "is never done; name a repository without it, or, where transformers has the "
+            f"model_type={config.get('model_type')!r} itself, fetch it by `hf download {repository.id} --local-dir DIR`,"
+            " take auto_map out of DIR/config.json and name DIR"
         )
     if SINGLE not in files and INDEX not in files:
-        pickles = [
-            name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf"))
-        ]
-        held = f"only {hub.some(pickles)}" if pickles else f"{hub.some(files)}"
+        pickles = [name for name in files if name.endswith(_NOT_READ)]
+        held = f"only {hub.some(pickles)}" if pickles else hub.some(files)
         raise ValueError(
-            f"{repository} has neither {SINGLE} nor {INDEX} ({held}); only safetensors are read, as the others may hold "
-            "code or another model: see whether its pull requests have them (NAME@refs/pr/NUMBER), or load it once with "
-            "transformers, save it with save_pretrained and name that folder"
+            f"{repository} has neither {SINGLE} nor {INDEX} ({held}); only safetensors are read, as the others may "
+            "hold code or another model: see whether its pull requests have them (NAME@refs/pr/NUMBER), or load it "
+            "once with transformers, save it with save_pretrained and name that folder"
         )
     return found
 
