@@ -29,8 +29,8 @@ def look(repository: Repository) -> Snapshot:
         raise ValueError(
             f"{repository} wants code of its own to be run (trust_remote_code: auto_map={config['auto_map']!r}), which "
             "is never done; name a repository without it, or, where transformers has the "
-            f"model_type={config.get('model_type')!r} itself, fetch it by `hf download {repository.id} --local-dir DIR`,"
-            " take auto_map out of DIR/config.json and name DIR"
+            f"model_type={config.get('model_type')!r} itself, fetch it by `hf download {repository.id} --local-dir DIR`"
+            ", take auto_map out of DIR/config.json and name DIR"
         )
     if SINGLE not in files and INDEX not in files:
         pickles = [name for name in files if name.endswith(_NOT_READ)]
