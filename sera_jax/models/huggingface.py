@@ -10,7 +10,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -367,14 +367,27 @@ def _tensor(params: Params, cfg: ModelConfig, place: _Place, name: str, dtype: s
     out = np.empty(place.shape, dtype)
     for tensor in place.tensors:
         value = _leaf(params, tensor.path)
-        value = np.asarray(value if place.layer is None else value[place.layer])
-        value = value.T if tensor.transpose else value
+        value = value if place.layer is None else value[place.layer]
+        shape = value.shape[::-1] if tensor.transpose else value.shape
+        into = out if tensor.rows is None else np.empty(shape, dtype)
         with np.errstate(over="ignore"):
-            cast = value.astype(dtype)
-        if dtype == "float16" and np.isinf(cast).any() and not np.isinf(value).any():
+            for index, part in _on_host(value):
+                (into.T if tensor.transpose else into)[index] = part
+        if dtype == "float16" and np.isinf(into).any() and not any(np.isinf(part).any() for _, part in _on_host(value)):
             raise ValueError(f"tensor {name} has values beyond float16's 65504; export as bfloat16 or float32")
-        out[slice(None) if tensor.rows is None else tensor.rows(cfg)] = cast
+        if tensor.rows is not None:
+            out[tensor.rows(cfg)] = into
     return out
+
+
+def _on_host(value: Any) -> Iterator[tuple[Any, np.ndarray]]:
+    """(where, values) of every part of an array, as it lies on its devices: an array as a whole would keep a copy."""
+    if not isinstance(value, jax.Array):
+        yield ..., value
+        return
+    for shard in value.addressable_shards:
+        if shard.replica_id == 0:
+            yield shard.index, np.asarray(shard.data)
 
 
 def _split(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:

@@ -8,7 +8,9 @@ import pytest
 import yaml
 
 from sera_jax import experiment, hub, world
-from sera_jax.config import ModelGroup
+from sera_jax.checkpoint import StaleWorkdir
+from sera_jax.checkpoint.phases import check_config, plain, write_json
+from sera_jax.config import ModelGroup, to_dict
 from sera_jax.core import Stream, key_for
 from sera_jax.experiment import brought
 from sera_jax.experiment.card import card
@@ -125,3 +127,12 @@ def test_a_policy_is_opened_by_its_name(server, made):
     found = find_policy("org/base")
     assert hub.name_of(str(found.folder)) == f"org/base@{commit}"
     assert found.cfg.hidden_size == CFG.hidden_size
+
+
+def test_a_work_directory_that_is_older_than_the_field_is_gone_on_with(tmp_path):
+    config = plain(to_dict(tiny_config(tmp_path / "run")))
+    before = {**config, "model": {k: v for k, v in config["model"].items() if k != "revision"}}
+    write_json(tmp_path / "config.json", before)
+    check_config(tmp_path, config)
+    with pytest.raises(StaleWorkdir, match=r"model\.revision: None there, 'v1' now"):
+        check_config(tmp_path, {**config, "model": {**config["model"], "revision": "v1"}})
