@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import jax
 
-from sera_jax import memory
+from sera_jax import hub, memory
 from sera_jax.experiment.saved import export, find_policy
 from sera_jax.mesh import make_mesh
 from sera_jax.models.folder import DTYPES
@@ -25,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line, export, say what was written; 2 where something is refused."""
     args = _parser().parse_args(argv)
     try:
+        if args.push_to_hub:
+            hub.check_push(args.push_to_hub)
         saved = find_policy(args.checkpoint)
         with memory.named(
             f"exporting --checkpoint={args.checkpoint}", "one device holds the whole model: take a larger"
@@ -39,12 +41,19 @@ def main(argv: Sequence[str] | None = None) -> int:
                 tokenizer_dir=args.tokenizer or saved.tokenizer_dir,
                 max_shard_bytes=args.max_shard_bytes,
                 overwrite=args.overwrite,
+                card=saved.card(),
             )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"wrote {count:,} parameters to {out}; load them with AutoModelForCausalLM.from_pretrained({str(out)!r})")
+    if args.push_to_hub:
+        try:
+            print(f"pushed to {hub.push(out, args.push_to_hub)}; a repository that this made is private")
+        except (ValueError, OSError) as error:
+            print(f"error: {out} is written, but not pushed: {error}", file=sys.stderr)
+            return 2
     return 0
 
 
@@ -53,12 +62,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m sera_jax.export", description="Write a checkpoint as a Hugging Face folder.", allow_abbrev=False
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, help="WORKDIR/phases/NAME, or a Hugging Face folder")
+    add("--checkpoint", required=True, help="WORKDIR/phases/NAME, a Hugging Face folder, or org/name of the hub")
     add("--out", required=True, help="folder to write; it appears whole or not at all")
     add("--dtype", choices=list(DTYPES.values()), help="of the weights; default: that of the weights trained from")
     add("--source", default="", help="Hugging Face folder whose config.json, names and dtypes to keep; default: found")
     add("--tokenizer", default="", help="folder with the tokenizer's files; default: the checkpoint's")
     add("--max_shard_bytes", type=int, default=MAX_SHARD_BYTES, help="begin a new file beyond this")
+    add("--push_to_hub", default="", help="org/name on the Hugging Face hub, where the folder is put, too; HF_TOKEN")
     add("--overwrite", action="store_true", help="replace the folder if it exists")
     return parser
 
