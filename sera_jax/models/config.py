@@ -95,7 +95,7 @@ class ModelConfig:
     no_rope_layers: tuple[int, ...] = ()
     rope_local_base_freq: float | None = None
     embedding_multiplier: float = 1.0
-    query_pre_attn_scalar: float | None = None
+    query_pre_attn_scalar: int | None = None
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     sliding_window: int | None = None

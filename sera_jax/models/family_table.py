@@ -469,7 +469,7 @@ FAMILIES: dict[str, Family] = {
             tensors=_tensors(_BOTH_NORMS),
             fields=_fields(
                 _ATTENTION_BIAS,
-                Field("query_pre_attn_scalar", float, 256.0),
+                Field("query_pre_attn_scalar", int, 256),
                 _softcap("attn_logit_softcapping", 50.0),
                 _softcap("final_logit_softcapping", 30.0),
                 act=_HIDDEN_ACTIVATION,
@@ -487,7 +487,7 @@ FAMILIES: dict[str, Family] = {
             tensors=_tensors(_BOTH_NORMS),
             fields=_fields(
                 _ATTENTION_BIAS,
-                Field("query_pre_attn_scalar", float, 256.0),
+                Field("query_pre_attn_scalar", int, 256),
                 _softcap("attn_logit_softcapping", None),
                 _softcap("final_logit_softcapping", None),
                 act=_HIDDEN_ACTIVATION,

@@ -146,7 +146,7 @@ SMALL = dict(
 
 def small(name, **fields):
     """A small config.json of a family."""
-    of_keys = {} if name == "gpt_neox" else {"num_key_value_heads": 2}
+    of_keys = {"rotary_pct": 0.5} if name == "gpt_neox" else {"num_key_value_heads": 2}
     return (
         {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
         | of_keys
