@@ -380,6 +380,12 @@ def _tensor(params: Params, cfg: ModelConfig, place: _Place, name: str, dtype: s
     return out
 
 
+def file_tensors(cfg: ModelConfig, params: Params) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and float32 value of every tensor of a checkpoint with these parameters, or of what lies as they do."""
+    for name, place in _places(cfg).items():
+        yield name, _tensor(params, cfg, place, name, "float32")
+
+
 def _on_host(value: Any) -> Iterator[tuple[Any, np.ndarray]]:
     """(where, values) of every part of an array, as it lies on its devices: an array as a whole would keep a copy."""
     if not isinstance(value, jax.Array):
