@@ -5,8 +5,8 @@
 Writes a model of that size (0.5e9 float32 or 1e9 bfloat16 parameters; --layers for another), loads it in a process of
 its own, exports it again, and prints in MB the bytes of the parameters as held and, as multiples of that, the largest
 resident sizes of the process in both, less what it had before; mapped files are not counted, the parameters are. The
-laws: loading stays below 1.3, exporting below 1.5 (no second copy); 1 is exited with where one does not hold. The simulated devices share the memory of the process,
-so the multiples are of all of them together.
+laws: loading stays below 1.3, exporting below 1.5 (no second copy); 1 is exited with where one does not hold. The
+simulated devices share the memory of the process, so the multiples are of all of them together.
 """
 
 from __future__ import annotations
