@@ -21,7 +21,9 @@ import numpy as np
 from sera_jax.core import Stream, rng_for
 from sera_jax.data import records as rec
 from sera_jax.data.items import Item, PairItem, content_key
-from sera_jax.data.records import BadRow, NoPreference, Prompt, Record
+from sera_jax.data.columns import Reading
+from sera_jax.data.reasons import BadRow, LeftOut
+from sera_jax.data.records import Prompt, Record
 from sera_jax.data.report import LoadReport, TooManyBadRows
 from sera_jax.data.sources import RawRow, open_source, parse_mixture
 
@@ -112,7 +114,7 @@ def load_preferences(
         spec: a source or a mixture, see sera_jax.data.sources.
         tokenizer: encodes prompts and responses; what it refuses with ValueError is a bad row.
         limits: lengths in tokens.
-        **options: of `read_items`: max_bad_fraction, workdir, name, seed, host, host_count.
+        **options: of `read_items`: max_bad_fraction, workdir, name, seed, host, host_count, reading.
 
     Returns:
         (pairs in file order, LoadReport).
@@ -143,7 +145,14 @@ def load_prompts(spec: str, tokenizer: EncodesText, *, limits: Limits, **options
 
 
 def read_records(
-    spec: str, parse: Callable[[dict], Record], report: LoadReport, *, seed: int = 0, host: int = 0, host_count: int = 1
+    spec: str,
+    parse: Callable[[dict, Reading], Record],
+    report: LoadReport,
+    *,
+    seed: int = 0,
+    host: int = 0,
+    host_count: int = 1,
+    reading: Reading = rec.AS_WRITTEN,
 ) -> Iterator[tuple[str, str, Record]]:
     """(source spec, `path:line`, record) of every good row of a mixture; the others are counted in `report`.
 
@@ -165,8 +174,9 @@ def read_records(
                 continue
             report.rows += 1
             counts["rows"] += 1
-            record = _parse(row, parse, report, where)
+            record = _parse(row, lambda value: parse(value, reading), report, where)
             if record is not None:
+                report.read_as(name, record.form, record.unread)
                 yield name, where, _unique(record, index == previous, contents, ids, report, where)
             previous = index
         if source.failure is not None:
@@ -178,7 +188,7 @@ def read_records(
 
 def read_items(
     spec: str,
-    parse: Callable[[dict], Record],
+    parse: Callable[[dict, Reading], Record],
     encode: Encode,
     *,
     max_bad_fraction: float = 0.05,
@@ -187,6 +197,7 @@ def read_items(
     seed: int = 0,
     host: int = 0,
     host_count: int = 1,
+    reading: Reading = rec.AS_WRITTEN,
 ) -> tuple[list[Any], LoadReport]:
     """Read, parse and encode every row of a mixture.
 
@@ -199,9 +210,10 @@ def read_items(
         name: field of the `data` group that `spec` was typed in; names the report.
         seed: of the shares that weights below 1 take.
         host, host_count: which rows this process reads (every host_count-th); ids are unique per host.
+        reading: of data.columns and data.thoughts.
     """
     report, items = LoadReport(name, spec), []
-    rows = read_records(spec, parse, report, seed=seed, host=host, host_count=host_count)
+    rows = read_records(spec, parse, report, seed=seed, host=host, host_count=host_count, reading=reading)
     while batch := list(itertools.islice(rows, _AT_ONCE)):
         results = encode([record for _, _, record in batch])
         for (source, where, record), result in zip(batch, results, strict=True):
@@ -330,8 +342,8 @@ def _parse(row: RawRow, parse: Callable[[dict], Record], report: LoadReport, whe
         return parse(row.value)
     except BadRow as bad:
         report.add("bad", bad.reason, where, bad.detail)
-    except NoPreference as alike:
-        report.add("dropped", "equal_scores", where, str(alike))
+    except LeftOut as left:
+        report.add("dropped", left.reason, where, str(left))
     return None
 
 
@@ -343,6 +355,10 @@ def _unique(record: Record, repeated: bool, contents: set, ids: dict, report: Lo
         report.add("noted", "duplicate_row", where)
     elif not repeated and record.id in ids:
         report.add("noted", "duplicate_id", where, record.id)
+    elif len(texts) == 3 and texts[0] is not None and not repeated:
+        swapped = hashlib.sha256(json.dumps([rec.prompt_key(record.prompt), texts[1], texts[0], None]).encode())
+        if swapped.hexdigest() in contents:
+            report.add("noted", "opposite_label", where)
     contents.add(content)
     name, seen = record.id, ids.get(record.id, 0)
     while name in ids:  # the next free one, in case a row brings an id such as "7#2" itself

@@ -13,7 +13,6 @@ source's `failure`. The spec of a source is one of
 from __future__ import annotations
 
 import collections
-import dataclasses
 import gzip
 import hashlib
 import json
@@ -27,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-LFS_PREFIX = b"version https://git-lfs.github.com/spec/"
+from sera_jax.data.rawrows import LFS_PREFIX, RawRow, Source, lfs_failure, row_of
+
 GZIP_MAGIC = b"\x1f\x8b"
 PARQUET_MAGIC = b"PAR1"
 MAX_ROW_BYTES = 4 << 20  # about a million tokens: a mistake in the file, not a row to train on
@@ -37,44 +37,6 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 _READ_AT_ONCE = 1024
 # NAME[:split]; a version after a colon (NAME:1.0.0) belongs to the name, a slice (train[1:3]) to the split
 _TFDS_SPEC = re.compile(r"(.+?)(?::([A-Za-z_]\w*(?:\[[^\]]*\])?(?:\+\w+(?:\[[^\]]*\])?)*))?")
-
-
-@dataclasses.dataclass(frozen=True)
-class RawRow:
-    """One row as it lies in its source.
-
-    Attributes:
-        path: file or directory it comes from.
-        line: 1-based line (JSONL) or row number.
-        value: the row's fields, or None where it could not be read.
-        error: reason why not (a key of `reasons.BAD_REASONS`, or `blank_line`), else None.
-        detail: what was seen, for the report.
-    """
-
-    path: str
-    line: int
-    value: dict[str, Any] | None
-    error: str | None = None
-    detail: str = ""
-
-
-class Source:
-    """Rows with a length and random access. `failure` is set when (part of) the whole source is unreadable."""
-
-    path: str
-    failure: RawRow | None = None
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def rows(self, indices: Sequence[int] | np.ndarray) -> Iterator[RawRow]:
-        """The rows at `indices` (0-based), in that order."""
-        raise NotImplementedError
-
-    def __getitem__(self, index: int) -> RawRow:
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {self.path}, which has {len(self)} rows")
-        return next(self.rows([index]))
 
 
 class JsonlSource(Source):
@@ -92,7 +54,7 @@ class JsonlSource(Source):
             else:
                 self._data = b""
         if self._data[: len(LFS_PREFIX)] == LFS_PREFIX:
-            self._data, self.failure = b"", _lfs_failure(path)
+            self._data, self.failure = b"", lfs_failure(path)
         elif not len(self._data) and self.failure is None:
             self.failure = RawRow(path, 1, None, "empty_file", "the file holds nothing")
         ends = np.flatnonzero(np.frombuffer(self._data, np.uint8) == ord("\n"))
@@ -161,7 +123,7 @@ class ParquetSource(Source):
         with open(path, "rb") as file:
             head = file.read(len(LFS_PREFIX))
         if head == LFS_PREFIX:
-            self.failure = _lfs_failure(path)
+            self.failure = lfs_failure(path)
         else:
             try:
                 self._file = pyarrow.parquet.ParquetFile(path)
@@ -188,11 +150,11 @@ class ParquetSource(Source):
                     raise self._table
                 (value,) = self._table.slice(index - first, 1).to_pylist()
             except UnicodeDecodeError as error:
-                yield _not_text(self.path, index + 1, error)
+                yield RawRow(self.path, index + 1, None, "non_utf8", f"byte {error.object[error.start]:#04x} of a text")
             except (ValueError, OSError, NotImplementedError) as error:  # as pyarrow names damage
                 yield RawRow(self.path, index + 1, None, "corrupt_parquet", str(error))
             else:
-                yield _row_of(self.path, index + 1, value)
+                yield row_of(self.path, index + 1, value)
 
     def _read(self, group: int) -> Any:
         """The group's table, or why it cannot be read: asked once, not for each of its rows."""
@@ -236,7 +198,7 @@ class TfdsSource(Source):
         for start in range(0, len(indices), _READ_AT_ONCE):  # single reads are several times slower than batches
             batch = [int(i) for i in indices[start : start + _READ_AT_ONCE]]
             for index, value in zip(batch, self._data.__getitems__(batch), strict=True):
-                yield _row_of(self.path, index + 1, value)
+                yield row_of(self.path, index + 1, value)
 
 
 def open_source(spec: str, *, field: str = "input") -> Source:
@@ -362,32 +324,3 @@ def _is_deep(value: Any) -> bool:
         if not level:
             return False
     return True
-
-
-def _lfs_failure(path: str) -> RawRow:
-    return RawRow(path, 1, None, "git_lfs_pointer", "a git-LFS pointer, not the data; run git lfs pull")
-
-
-def _row_of(path: str, line: int, value: dict[str, Any]) -> RawRow:
-    try:
-        return RawRow(path, line, _plain(value))
-    except UnicodeDecodeError as error:
-        return _not_text(path, line, error)
-
-
-def _not_text(path: str, line: int, error: UnicodeDecodeError) -> RawRow:
-    return RawRow(path, line, None, "non_utf8", f"byte {error.object[error.start]:#04x} of a text field")
-
-
-def _plain(value: Any) -> Any:
-    """Bytes -> str, numpy -> Python, through dicts and lists: what json.loads would have given."""
-    if isinstance(value, bytes):
-        return value.decode("utf-8")
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, np.ndarray | np.generic):
-        value = value.tolist()
-        return _plain(value) if isinstance(value, bytes | list) else value
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    return value
