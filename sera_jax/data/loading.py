@@ -273,6 +273,7 @@ def truncate_prompt(tokens: np.ndarray, *, limit: int, keep_end: bool, bos_id: i
 
 def _encoder(tokenizer: EncodesText, limits: Limits) -> Encode:
     """records -> items, tokenized together: per record an item with its notes, or the reason why not."""
+    spells = getattr(tokenizer, "spells_control", None)
 
     def encode(batch: Sequence[Record]) -> list[Encoded]:
         prompts = [record.prompt for record in batch]
@@ -289,12 +290,21 @@ def _encoder(tokenizer: EncodesText, limits: Limits) -> Encode:
                 if index in refused:
                     raise BadRow("template_refused", refused[index])
                 responses = [side[index] for side in sides.values()]
-                results.append(_item(record, encoded[index], responses, tokenizer, limits))
+                item, notes = _item(record, encoded[index], responses, tokenizer, limits)
+                if "carries_template" not in record.notes and spells is not None and any(map(spells, _texts(record))):
+                    notes = (*notes, "carries_template")
+                results.append((item, notes))
             except (BadRow, PromptTooLong) as reason:
                 results.append(reason)
         return results
 
     return encode
+
+
+def _texts(record: Record) -> list[str]:
+    """Everything that a record says."""
+    prompt = [record.prompt] if isinstance(record.prompt, str) else [turn["content"] for turn in record.prompt]
+    return prompt + [getattr(record, side) for side in ("chosen", "rejected", "response") if hasattr(record, side)]
 
 
 def _item(

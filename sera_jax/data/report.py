@@ -61,9 +61,9 @@ class LoadReport:
 
     def read_as(self, source: str, form: str, unread: Sequence[str]) -> None:
         """Count a row that was read as `form`, and the fields of it that nobody reads."""
-        forms = self.forms.setdefault(source, {})
+        forms, form = self.forms.setdefault(source, {}), _printable(form)
         forms[form] = forms.get(form, 0) + 1
-        for field in unread:
+        for field in map(_printable, unread):
             self.unread[field] = self.unread.get(field, 0) + 1
 
     @property
@@ -90,12 +90,12 @@ class LoadReport:
                 lines.append(f"  source  {source['rows']:7g}  rows taken of the {source['available']:g} of {spec}")
         for spec, forms in self.forms.items():
             said = ", ".join(f"{form} ({count})" for form, count in sorted(forms.items(), key=lambda f: -f[1]))
-            lines.append(_printable(f"  read as {said}: {spec}"))
+            lines.append(f"  read as {said}: {spec}")
         if self.unread:
             fields = sorted(self.unread.items(), key=lambda field: (-field[1], field[0]))
             more = f" and {len(fields) - SHOWN} more" if len(fields) > SHOWN else ""
             said = ", ".join(f"{name[:60]} ({count})" for name, count in fields[:SHOWN])
-            lines.append(_printable(f"  nobody reads the fields {said}{more}"))
+            lines.append(f"  nobody reads the fields {said}{more}")
         return "\n".join(lines)
 
     def write(self, workdir: pathlib.Path) -> pathlib.Path:

@@ -38,6 +38,7 @@ from sera_jax.data.escaping import EscapingEncoder, PromptRefused, Text
 
 POLICY = "sera_jax tokenizing 2"  # part of the fingerprint: raise it when the same text gives other tokens
 ADD_BOS = ("tokenizer", "always", "never")
+THOUGHT_MARKS = ("<think>", "</think>")
 
 
 class Tokenizer:
@@ -219,13 +220,13 @@ class Tokenizer:
     def _response_text(self, prompt: Prompt, text: str, complete: bool) -> Text:
         if self._chat is None:
             return Text(((False, text),), start=not _plain_prompt(prompt), end=self.end_id if complete else None)
-        shape, contents = self._chat.contents(_as_messages(prompt), text)
+        shape, said = self._answer(_as_messages(prompt), text)
         if self._end_of(shape) != self.end_id:
             raise PromptRefused(
                 "the chat template ends this answer with another token than others; use another template"
             )
-        pieces: list[tuple[bool, str]] = [(True, shape.lead), (False, contents[-1])]
         before_end, end = self._encoder.split(shape.after)
+        pieces = list(said)
         if complete and end is not None:
             pieces.append((True, before_end + end))
         # A control token right before the response conditions its first token (some tokenizers put a space there).
@@ -236,6 +237,53 @@ class Tokenizer:
             skip=1 if anchor else 0,
             end=self.end_id if complete and end is None else None,
         )
+
+    def _answer(self, prompt: chat.Messages, text: str) -> tuple[Shape, list[tuple[bool, str]]]:
+        """The prompt's shape, and what follows the generation prompt, up to the answer's end.
+
+        An answer that opens with its thoughts is what generation would write: the template's own rendering where that
+        shows them, else the thoughts from where the generation prompt leaves off. What a template writes in place of
+        thoughts (an empty pair of marks) stands before an answer without any.
+        """
+        assert self._chat is not None
+        shape = self._chat.shape(tuple(turn["role"] for turn in prompt))
+        if thinks := text.lstrip().startswith("<think>") and "</think>" in text:
+            if shape.opens and "<think>" not in shape.lead:
+                try:  # a template that does not look at thoughts
+                    return shape, [(True, shape.lead), (False, self._chat.contents(prompt, text)[1][-1])]
+                except PromptRefused:
+                    pass
+            written = self._chat.continuation(prompt, text).removesuffix(shape.after)
+            if "".join(written.split()) == "".join(text.split()):
+                text = written
+            before, _, rest = text.partition("<think>")
+            thought, _, rest = rest.partition("</think>")
+            opened = shape.prompt[-1].rstrip().endswith("<think>")
+            if opened and shape.prompt[-1].endswith("\n"):
+                thought = thought.removeprefix("\n")
+            lead = [] if opened else [(True, shape.lead.partition("<think>")[0]), (False, before), (True, "<think>")]
+            return shape, [*lead, (False, thought), (True, "</think>"), (False, rest)]
+        if not shape.opens and not thinks:
+            raise PromptRefused(
+                f"the chat template's generation prompt ends in {shape.prompt[-1][-40:]!r}, but its own rendering of an "
+                f"answer opens with {shape.full[-2][-40:]!r}: an answer would stand where the model is never asked for "
+                "one. Give answers that begin with <think>...</think>, or set data.chat_template to another template"
+            )
+        shape, contents = self._chat.contents(prompt, text)
+        return shape, [(True, shape.lead), (False, contents[-1])]
+
+    def spells_control(self, text: str) -> bool:
+        """Whether a content holds a control token's name, which is text there. (Marks of thoughts are not meant.)"""
+        before, name = self._encoder.split(text)
+        return name is not None and (
+            name not in THOUGHT_MARKS or self.spells_control(text[len(before) + len(name) :])
+        )
+
+    def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """i32[n] of texts for pretraining: no template, BOS where plain text gets it, and the end of a response."""
+        results = self._encode([Text(((False, text),), end=self.end_id) for text in texts])
+        bos = [] if self.bos_id is None or not self._bos_first else [np.array([self.bos_id], np.int32)]
+        return [np.concatenate([*bos, ids]) for ids in _settle(results, None)]
 
     def _encode(self, jobs: Sequence[Text | PromptRefused]) -> list[np.ndarray | PromptRefused]:
         encoded = iter(self._encoder.encode([job for job in jobs if isinstance(job, Text)]))
@@ -301,7 +349,10 @@ class Tokenizer:
     @functools.cached_property
     def _lead(self) -> str:
         """What decoding shows before an answer's own text: the template's, or a space of the tokenizer's."""
-        text = self._continuation(self._plain(self.encode_response("x", "a", complete=False)))
+        try:
+            text = self._continuation(self._plain(self.encode_response("x", "a", complete=False)))
+        except PromptRefused:  # no answer without thoughts can follow this generation prompt
+            return ""
         return text.removesuffix("a") if text.endswith("a") else ""
 
     @functools.cached_property
