@@ -37,7 +37,7 @@ def given_fields(value: Mapping[str, Any], record: PromptRecord) -> dict[str, An
     row = {key: part for key, part in record.extra.items() if key not in answers}
     own = value.get("prompt") is not None and PREPARED not in value and _is_own(value["prompt"], record)
     row["prompt"] = value["prompt"] if own else record.prompt
-    if own and isinstance(record.prompt, str):
+    if own:
         row |= {key: value[key] for key in ("chosen", "rejected") if key in value}
     given = [value.get("response"), value.get("completion"), _last_answer(value.get("messages"))]
     reference = next((answer for answer in given if answer is not None), None)

@@ -162,7 +162,9 @@ class ChatTemplate:
         )
         prompt, prompt_trims, order = _split(asked, marks[:-1], roles)
         # a system message that stands before the last user turn only while that is the last of all
-        lost = [k for k, role in enumerate(roles) if role == "system" and marks[k] in asked and marks[k] not in answered]
+        lost = [
+            k for k, role in enumerate(roles) if role == "system" and marks[k] in asked and marks[k] not in answered
+        ]
         full, full_trims, full_order = _split(answered, marks, (*roles, "assistant"), lost)
         if full_order[-1] != len(roles):
             raise _reorders(len(roles), (*roles, "assistant"))

@@ -41,6 +41,7 @@ _SCORES = tuple(
     (pattern.format("chosen"), pattern.format("rejected"))
     for pattern in ("score_{}", "{}_score", "{}_rating", "rating_{}", "{}-rating")
 )
+_ANSWERS = {"response", "completion", "chosen", "rejected", "output", "answer"}  # of a row of which the prompt is taken
 _TOOLS = ("tools", "functions")
 _THOUGHTS = ("reasoning_content", "thinking")
 _NOTHING = ("", "[]", "{}", "null", "None")  # tools as JSON in a text
@@ -110,6 +111,7 @@ class _Read:
         name = _identity(self.value, prompt, *texts)
         read = {"id", "source", "label", "kto_tag", *(field for fields in _SCORES for field in fields)}
         unread = {key for key, part in self.left.items() if key not in read and not turns.is_empty(part)}
+        unread -= _ANSWERS if kind is PromptRecord else set()
         extra = _stored(self.value, "extra", dict) if PREPARED in self.value else self.left
         unread = set() if PREPARED in self.value else unread | self.seen.unread
         notes, unread = tuple(sorted(self.seen.notes)), tuple(sorted(unread))
@@ -202,7 +204,11 @@ def _split_pair(row: _Read, answers: bool = True) -> tuple[Prompt, str, str]:
     own, seen = row.own, row.seen
     if "prompt" not in own and isinstance(own["chosen"], str) and turns.is_transcript(own["chosen"]):
         return _split_transcripts(row, answers)
-    if not answers and "prompt" in own and all(isinstance(turns.decoded(own[s], s), str) for s in ("chosen", "rejected")):
+    if (
+        not answers
+        and "prompt" in own
+        and all(isinstance(turns.decoded(own[s], s), str) for s in ("chosen", "rejected"))
+    ):
         return _in_context(_given_prompt(row)[0], row), "", ""
     chosen_turns, chosen = turns.response(own["chosen"], "chosen", seen)
     rejected_turns, rejected = turns.response(own["rejected"], "rejected", seen)
@@ -348,7 +354,9 @@ def _refuse_lost(row: _Read, prompt: Prompt) -> None:
         if isinstance(part, str) and part.strip() and " ".join(part.split()) not in text:
             if turns.is_transcript(part) and turns.parse_transcript(part)[0]["content"] in said:
                 continue
-            raise BadRow("differing_sources", f"{field} is {shorten(repr(part))}, which is not in the prompt that is read")
+            raise BadRow(
+                "differing_sources", f"{field} is {shorten(repr(part))}, which is not in the prompt that is read"
+            )
     for field in ("messages", "conversations", "conversation"):
         if isinstance(part := left.get(field), list) and part:
             _refuse_other_talk(part, field, said if isinstance(prompt, str) else prompt)
@@ -361,7 +369,9 @@ def _refuse_other_talk(raw: list[Any], field: str, said: Any) -> None:
     except BadRow:
         return  # of another shape: nobody reads it
     first = next((turn["content"] for turn in talk if turn["role"] == "user"), None)
-    asked = next((t if isinstance(t, str) else t["content"] for t in said if isinstance(t, str) or t["role"] == "user"), "")
+    asked = next(
+        (t if isinstance(t, str) else t["content"] for t in said if isinstance(t, str) or t["role"] == "user"), ""
+    )
     if first is not None and " ".join(first.split()) != " ".join(asked.split()):
         raise BadRow("differing_sources", f"{field} begins with {shorten(repr(first))}, the prompt is another")
 

@@ -275,9 +275,7 @@ class Tokenizer:
     def spells_control(self, text: str) -> bool:
         """Whether a content holds a control token's name, which is text there. (Marks of thoughts are not meant.)"""
         before, name = self._encoder.split(text)
-        return name is not None and (
-            name not in THOUGHT_MARKS or self.spells_control(text[len(before) + len(name) :])
-        )
+        return name is not None and (name not in THOUGHT_MARKS or self.spells_control(text[len(before) + len(name) :]))
 
     def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
         """i32[n] of texts for pretraining: no template, BOS where plain text gets it, and the end of a response."""

@@ -23,7 +23,9 @@ TOOL_FIELDS = ("tool_calls", "function_call", "tool_call_id")
 THOUGHT = re.compile(r"\A\s*<think>(.*?)</think>\s*", re.DOTALL)  # at the start of an answer
 
 _ROLE_OF = {role: role for role in ROLES} | {"developer": "system"}
-_ROLE_OF |= dict.fromkeys(("human", "prompter"), "user") | dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant")
+_ROLE_OF |= dict.fromkeys(("human", "prompter"), "user") | dict.fromkeys(
+    ("gpt", "chatgpt", "bot", "model"), "assistant"
+)
 _TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
 _ROLE_NAMES, _CONTENT_NAMES = ("role", "from"), ("content", "value", "text")
 _MARKER = re.compile(r"\n\n(Human|Assistant):")
@@ -56,7 +58,9 @@ class Seen:
 
 def is_empty(value: Any) -> bool:
     """Null, "" or white space, [] or {}: nothing that a model could see."""
-    return value is None or (not value.strip() if isinstance(value, str) else isinstance(value, list | dict) and not value)
+    return value is None or (
+        not value.strip() if isinstance(value, str) else isinstance(value, list | dict) and not value
+    )
 
 
 def check_text(raw: Any, field: str, seen: Seen) -> str:

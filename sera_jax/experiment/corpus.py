@@ -70,7 +70,7 @@ class Reader:
     Attributes:
         tokenizer, tokenizer_dir: as in Corpus.
         gold: the embedded world's. likeness: what eval.gold names.
-        options: of every load: limits, max_bad_fraction, workdir, seed.
+        options: of every load: limits, max_bad_fraction, workdir, seed, reading.
         say: takes a line for the user.
     """
 
