@@ -20,8 +20,8 @@ import numpy as np
 
 from sera_jax.core import Stream, rng_for
 from sera_jax.data import records as rec
-from sera_jax.data.items import Item, PairItem, content_key
 from sera_jax.data.columns import Reading
+from sera_jax.data.items import Item, PairItem, content_key
 from sera_jax.data.reasons import BadRow, LeftOut
 from sera_jax.data.records import Prompt, Record
 from sera_jax.data.report import LoadReport, TooManyBadRows
@@ -34,6 +34,7 @@ __all__ = [  # the report's names belong to this module's results and errors
     "flip_labels",
     "load_demonstrations",
     "load_preferences",
+    "load_pretrain",
     "load_prompts",
     "load_records",
     "read_items",
@@ -72,6 +73,8 @@ class EncodesText(Protocol):
         complete: bool = True,
         refused: MutableMapping[int, str] | None = None,
     ) -> list[np.ndarray]: ...
+
+    def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]: ...
 
     def decode(self, ids: np.ndarray) -> str: ...
 
@@ -132,6 +135,33 @@ def load_demonstrations(
 ) -> tuple[list[Item], LoadReport]:
     """Demonstrations as items with one response; the rest as load_preferences. Returns (list[Item], LoadReport)."""
     return read_items(spec, rec.parse_demonstration, _encoder(tokenizer, limits), **options)
+
+
+def load_pretrain(
+    spec: str, tokenizer: EncodesText, *, limits: Limits, **options: Any
+) -> tuple[list[Item], LoadReport]:
+    """Demonstrations, or texts as they are (`text`): of a text the first token is the prompt. Returns as the others."""
+    as_answers = _encoder(tokenizer, limits)
+
+    def encode(batch: Sequence[Record]) -> list[Encoded]:
+        texts = [record for record in batch if isinstance(record, rec.TextRecord)]
+        others = [record for record in batch if not isinstance(record, rec.TextRecord)]
+        encoded = iter(as_answers(others) if others else ())
+        tokens = iter(tokenizer.encode_texts([str(record.prompt) for record in texts]) if texts else ())
+        return [
+            _text_item(record, next(tokens), limits) if isinstance(record, rec.TextRecord) else next(encoded)
+            for record in batch
+        ]
+
+    return read_items(spec, rec.parse_pretrain, encode, **options)
+
+
+def _text_item(record: rec.TextRecord, tokens: np.ndarray, limits: Limits) -> Encoded:
+    if len(tokens) < 2:
+        return BadRow("empty_response", "the text has fewer than two tokens")
+    rest = tokens[1 : 1 + limits.max_completion_length]
+    notes = ("truncated_response",) if len(rest) + 1 < len(tokens) else ()
+    return Item(record.id, tokens[:1], (rest,), content_key(record.prompt)), notes
 
 
 def load_records(spec: str, kind: str, **options: Any) -> tuple[list[Any], LoadReport]:

@@ -93,6 +93,11 @@ class PromptRecord:
     unread: tuple[str, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class TextRecord(PromptRecord):
+    """A text for pretraining, which is its `prompt`."""
+
+
 Record = PreferenceRecord | DemonstrationRecord | PromptRecord
 
 
@@ -171,6 +176,24 @@ def parse_prompt(value: Mapping[str, Any], reading: Reading = AS_WRITTEN) -> Pro
     return row.record(PromptRecord, prompt)
 
 
+def parse_pretrain(value: Mapping[str, Any], reading: Reading = AS_WRITTEN) -> DemonstrationRecord | TextRecord:
+    """A text as it is, of a row that is nothing but a text, else a demonstration; raises BadRow or LeftOut."""
+    try:
+        return parse_demonstration(value, reading)
+    except BadRow as bad:
+        if bad.reason != "missing_field":
+            raise
+        try:
+            row = _read(value, "text", reading)
+        except BadRow:
+            raise bad from None
+    text = turns.check_text(row.own["text"], "text", row.seen)
+    row.seen.notes.discard("carries_template")  # a text is taken as it is
+    if not text.strip():
+        raise BadRow("empty_response", "the text is empty")
+    return row.record(TextRecord, text)
+
+
 PARSERS: dict[str, Callable[..., Record]] = {
     "preference": parse_preference,
     "demonstration": parse_demonstration,
@@ -234,8 +257,7 @@ def _split_pair(row: _Read, answers: bool = True) -> tuple[Prompt, str, str]:
 def _split_transcripts(row: _Read, answers: bool) -> tuple[Prompt, str, str]:
     texts = {side: turns.check_text(row.own[side], side, row.seen) for side in ("chosen", "rejected")}
     if not answers:  # a marker in an answer is no fault of the prompt
-        (said,) = [turns.parse_transcript(texts["chosen"])]
-        shared = _shared(said, turns.parse_transcript(texts["rejected"]))
+        shared = _shared(turns.parse_transcript(texts["chosen"]), turns.parse_transcript(texts["rejected"]))
         return _in_context(turns.as_prompt(shared, row.seen), row), "", ""
     (prompt, chosen), (other, rejected) = [
         turns.last_answer(turns.parse_transcript(text), side) for side, text in texts.items()

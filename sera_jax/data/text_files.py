@@ -40,7 +40,7 @@ def text_source(path: str, head: bytes) -> Source | None:
         return CsvSource(path, bytes(data), failure)
     if start.startswith(b"["):
         first = start.split(b"\n")[0].strip()
-        if not (_is_json(first) and b"\n" in start and data[len(data) - 1 :] != b"]"[:1] and _more_lines(data)):
+        if not (_is_json(first) and b"\n" in start and _more_lines(data)):
             spans, ended = _spans(data, 1)
             if failure is None and not ended:
                 line = len(spans) + 1
@@ -192,6 +192,8 @@ def _spans(data: bytes | mmap.mmap, depth_of_rows: int) -> tuple[list[tuple[int,
     spans, depth, start = [], 0, 0
     for match in _TOKEN.finditer(data):
         token, at = match.group(), match.start()
+        if token == b'"':  # of a text that never ends
+            return spans, False
         if token in (b"[", b"{"):
             if depth == depth_of_rows == 0:
                 start = at

@@ -15,8 +15,8 @@ from sera_jax.checkpoint import Workdir
 from sera_jax.config import Config, DataGroup, ModelGroup
 from sera_jax.core import Stream, key_for
 from sera_jax.data.bpe import train_bpe
-from sera_jax.data.items import Item
 from sera_jax.data.columns import Reading
+from sera_jax.data.items import Item
 from sera_jax.data.loading import Limits, load_records
 from sera_jax.data.packing import Layout
 from sera_jax.data.sources import content_hash, is_there, parse_mixture

@@ -20,8 +20,8 @@ import numpy as np
 from sera_jax.config import Config
 from sera_jax.core import Stream, key_for
 from sera_jax.data.batches import PairLoader, score_batches
-from sera_jax.data.items import Item, PairItem
 from sera_jax.data.columns import Reading
+from sera_jax.data.items import Item, PairItem
 from sera_jax.data.loading import Limits, load_demonstrations, load_preferences
 from sera_jax.data.packing import Layout, gather_scores, pack
 from sera_jax.data.sources import parse_mixture

@@ -30,6 +30,9 @@ class Bytes:
     def encode_responses(self, prompts, texts, complete=True, refused=None):
         return [np.array([*(b + OFFSET for b in t.encode()), *[EOS] * complete], np.int32) for t in texts]
 
+    def encode_texts(self, texts):
+        return [np.array([BOS, *(b + OFFSET for b in text.encode()), EOS], np.int32) for text in texts]
+
     def decode(self, ids):
         return bytes(int(i) - OFFSET for i in ids if i >= OFFSET).decode(errors="replace")
 
