@@ -31,7 +31,7 @@ def given_fields(value: Mapping[str, Any], record: PromptRecord) -> dict[str, An
     """The fields of a row: `prompt` to the letter, `reference` where the row had an answer, and all others.
 
     A row whose prompt is more than its own field has the messages that were taken for one; what they were taken from,
-    answers and conversations, is left out. An answer is the field `response` or `completion`, or the last of `messages`.
+    answers and conversations, is left out. An answer is `response` or `completion`, or the last of `messages`.
     """
     answers = {"messages", "response", "completion", "chosen", "rejected"}
     row = {key: part for key, part in record.extra.items() if key not in answers}

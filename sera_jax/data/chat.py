@@ -261,7 +261,7 @@ def _strip(text: str, trim: tuple[bool, bool]) -> str:
 
 
 def _without_thoughts(texts: Sequence[str], roles: Sequence[str]) -> list[str]:
-    """The contents as templates write them that take the thoughts out of earlier answers; a last answer keeps its own."""
+    """The contents as templates write them that take thoughts out of earlier answers; a last one keeps its own."""
     earlier = zip(texts, roles)  # the answer, if any, has no role
     said = [text.split("</think>")[-1].lstrip("\n") if role == "assistant" else text for text, role in earlier]
     return [*said, *texts[len(roles) :]]
@@ -269,8 +269,8 @@ def _without_thoughts(texts: Sequence[str], roles: Sequence[str]) -> list[str]:
 
 def _reorders(index: int, roles: Sequence[str]) -> PromptRefused:
     return PromptRefused(
-        f"the chat template reorders the content of message {index + 1} of {list(roles)}; set data.chat_template to 'hh' "
-        "or a template that writes every content once and the answer last"
+        f"the chat template reorders the content of message {index + 1} of {list(roles)}; set data.chat_template to "
+        "'hh' or a template that writes every content once and the answer last"
     )
 
 

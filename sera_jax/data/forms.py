@@ -219,8 +219,8 @@ def _arena(row: Fields) -> Row:
 
 
 def _arena_answers(row: Fields) -> Row:
-    both = (_judged_turns(row.take(f"conversation_{side}"), row) for side in "ab")
-    return judged.by_winner(*both, row.take("winner"), "winner")
+    first, second = (_judged_turns(row.take(f"conversation_{side}"), row) for side in "ab")
+    return judged.by_winner(first, second, row.take("winner"), "winner")
 
 
 def _kaggle(row: Fields) -> Row:
@@ -338,7 +338,7 @@ FORMS: tuple[Form, ...] = (
     Form("prompt, chosen, rejected", "preference", ("prompt", "chosen", "rejected"),
          _copy("prompt"), _copy("chosen", "rejected"), _PAIR, _PAIR, known="UltraFeedback (binarized), TRL's own"),
     Form("two conversations", "preference", ("chosen", "rejected"), nothing, _copy("chosen", "rejected"),
-         {"chosen": [_ASK, _BASIL], "rejected": [_ASK, _SAND]}, _TALK_PAIR, _two_talks, "dpo-mix, TRL's implicit prompt"),
+         {"chosen": [_ASK, _BASIL], "rejected": [_ASK, _SAND]}, _TALK_PAIR, _two_talks, "dpo-mix"),
     Form("HH transcripts", "preference", ("chosen", "rejected"), nothing, _copy("chosen", "rejected"),
          {"chosen": f"\n\nHuman: {_HERB}\n\nAssistant: Basil.", "rejected": f"\n\nHuman: {_HERB}\n\nAssistant: Sand."},
          _TALK_PAIR, _two_transcripts, "Anthropic's HH"),
@@ -480,8 +480,8 @@ def page() -> str:
         "# Forms of rows",
         "",
         "Every form that is read by itself, in the order in which forms are tried. The load report says which one a",
-        "source was read as. Of any form but a text the prompt can be taken, for `data.prompts`. Anything else is named",
-        "by [data.columns](data.md#other-names). This page is written by `python -m sera_jax.data.forms`.",
+        "source was read as. Of any form but a text the prompt can be taken, for `data.prompts`. Anything else is",
+        "named by [data.columns](data.md#other-names). This page is written by `python -m sera_jax.data.forms`.",
         "",
     ]
     for kind, plural in KINDS.items():

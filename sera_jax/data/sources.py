@@ -106,8 +106,8 @@ def open_file(path: str, field: str = "input") -> Source:
     source = text_source(path, head)
     if source is None:
         raise ValueError(
-            f"{field}: cannot tell what {path!r} holds (it begins with {head[:12]!r}); JSON Lines, JSON arrays, CSV with "
-            "a name that ends in .csv, Parquet and Arrow are read"
+            f"{field}: cannot tell what {path!r} holds (it begins with {head[:12]!r}); JSON Lines, JSON arrays, CSV "
+            "with a name that ends in .csv, Parquet and Arrow are read"
         )
     return source
 

@@ -265,9 +265,10 @@ class Tokenizer:
             return shape, [*lead, (False, thought), (True, "</think>"), (False, rest)]
         if not shape.opens and not thinks:
             raise PromptRefused(
-                f"the chat template's generation prompt ends in {shape.prompt[-1][-40:]!r}, but its own rendering of an "
-                f"answer opens with {shape.full[-2][-40:]!r}: an answer would stand where the model is never asked for "
-                "one. Give answers that begin with <think>...</think>, or set data.chat_template to another template"
+                f"the chat template's generation prompt ends in {shape.prompt[-1][-40:]!r}, but its own rendering of "
+                f"an answer opens with {shape.full[-2][-40:]!r}: an answer would stand where the model "
+                "is never asked for one. Give answers that begin with <think>...</think>, or choose another "
+                "data.chat_template"
             )
         shape, contents = self._chat.contents(prompt, text)
         return shape, [(True, shape.lead), (False, contents[-1])]

@@ -8,8 +8,8 @@ import pytest
 from sera_jax.data import forms
 from sera_jax.data.columns import Reading, parse_columns
 from sera_jax.data.loading import Limits, TooManyBadRows, load_preferences, load_pretrain, load_records
-from sera_jax.data.reasons import BAD_REASONS, DROPPED, BadRow, LeftOut
-from sera_jax.data.records import PARSERS, parse_demonstration, parse_preference, parse_prompt, parse_pretrain
+from sera_jax.data.reasons import BadRow, LeftOut
+from sera_jax.data.records import PARSERS, parse_demonstration, parse_preference, parse_pretrain, parse_prompt
 from tests.data.loading_test import WIDE, Bytes, texts, write
 
 ASK = {"role": "user", "content": "Name a herb."}
@@ -24,7 +24,6 @@ def outcome(parse, row, **reading):
     try:
         record = parse(row, Reading(**reading))
     except (BadRow, LeftOut) as why:
-        assert why.reason in BAD_REASONS or why.reason in DROPPED
         return why.reason
     return (
         record.prompt,
@@ -65,7 +64,8 @@ SYSTEM_PAIR = ((SYSTEM, ASK), "Basil.", "Sand.")
         ({"prompt": [SYSTEM, ASK], "system": "Be brief.", **PAIR}, SYSTEM_PAIR),
         ({"prompt": [SYSTEM, ASK], "system": "Be long.", **PAIR}, "differing_sources"),
         ({"prompt": "Name a herb.", "system": "Be brief.", "system_prompt": "Be long.", **PAIR}, "differing_sources"),
-        ({"chosen": [ASK, BASIL], "rejected": [ASK, {**BASIL, "content": "Sand."}], "system": "Be brief."}, SYSTEM_PAIR),
+        ({"chosen": [ASK, BASIL], "rejected": [ASK, {**BASIL, "content": "Sand."}], "system": "Be brief."},
+         SYSTEM_PAIR),
         ({"prompt": "And?", "history": [["Name a herb.", "Basil."]], **PAIR},
          ((ASK, BASIL, {"role": "user", "content": "And?"}), "Basil.", "Sand.")),
         ({"prompt": "Sort.", "input": "b, a", **PAIR}, "differing_sources"),
