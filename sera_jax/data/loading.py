@@ -12,14 +12,13 @@ import hashlib
 import itertools
 import json
 import pathlib
-import zlib
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from sera_jax.core import Stream, rng_for
 from sera_jax.data import records as rec
+from sera_jax.data.choices import flip_labels, split_heldout, weighted_rows
 from sera_jax.data.columns import Reading
 from sera_jax.data.items import Item, PairItem, content_key
 from sera_jax.data.reasons import BadRow, LeftOut
@@ -194,7 +193,7 @@ def read_records(
     for name, weight in parse_mixture(spec, field=f"data.{report.name}"):
         source = open_source(name, field=f"data.{report.name}")
         counts = report.sources[name] = {"weight": weight, "available": len(source), "rows": 0, "kept": 0}
-        indices = _weighted(len(source), weight, seed, name)[host::host_count]
+        indices = weighted_rows(len(source), weight, seed, name)[host::host_count]
         previous = -1
         for index, row in zip(indices, source.rows(indices), strict=True):
             where = f"{row.path}:{row.line}"
@@ -260,34 +259,6 @@ def read_items(
                     report.add("noted", note, where)
     report.finish(max_bad_fraction, workdir)
     return items, report
-
-
-def split_heldout(entries: Sequence[T], fraction: float, seed: int) -> tuple[list[T], list[T]]:
-    """(training, held-out): entries of one prompt stay together, whatever their order or company.
-
-    A prompt is held out if its hash with the seed falls into the first `fraction` of all hashes, so the share is met in
-    the mean only. Its content is hashed (`content_key`), so neither a tokenizer nor the prompt's form decides; of items
-    whose content is not known, the tokens.
-    """
-    if not 0 <= fraction < 1:
-        raise ValueError(f"the held-out fraction must be at least 0 and below 1, got {fraction}")
-    train, heldout = [], []
-    for entry in entries:
-        (heldout if _uniform("heldout", seed, _prompt_bytes(entry)) < fraction else train).append(entry)
-    return train, heldout
-
-
-def flip_labels(pairs: Sequence[PairItem], fraction: float, seed: int) -> list[PairItem]:
-    """Exchange chosen and rejected of exactly round(fraction * n) entries, marked `flipped`.
-
-    Those with the smallest hash of (seed, id): the choice does not depend on the order, and a larger fraction flips
-    the same ones and more.
-    """
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"data.label_noise must lie between 0 and 1, got {fraction}")
-    ranks = sorted(range(len(pairs)), key=lambda i: (_uniform("flip", seed, pairs[i].item.id.encode()), i))
-    flipped = set(ranks[: round(fraction * len(pairs))])
-    return [_flip(pair) if index in flipped else pair for index, pair in enumerate(pairs)]
 
 
 def truncate_prompt(tokens: np.ndarray, *, limit: int, keep_end: bool, bos_id: int | None) -> np.ndarray:
@@ -407,32 +378,3 @@ def _unique(record: Record, repeated: bool, contents: set, ids: dict, report: Lo
     ids[name] = 1
     ids[record.id] = max(seen, 1)
     return record if name == record.id else dataclasses.replace(record, id=name)
-
-
-def _weighted(rows: int, weight: float, seed: int, spec: str) -> np.ndarray:
-    """Sorted row indices of a source, each floor(weight) times and a share of them once more."""
-    times = np.full(rows, int(weight))
-    extra = round((weight - int(weight)) * rows)
-    if weight < 1 and rows:
-        extra = max(extra, 1)  # a source that was named is never left out by rounding
-    stream = rng_for(seed, Stream.SPLIT, zlib.crc32(pathlib.PurePath(spec).name.encode()))
-    times[stream.permutation(rows)[:extra]] += 1
-    return np.repeat(np.arange(rows), times)
-
-
-def _uniform(purpose: str, seed: int, key: bytes) -> float:
-    """A number in [0, 1) that depends on its arguments alone."""
-    digest = hashlib.sha256(f"{purpose}:{seed}:".encode() + key).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
-
-
-def _prompt_bytes(entry: Any) -> bytes:
-    entry = entry.item if isinstance(entry, PairItem) else entry
-    if not isinstance(entry, Item):
-        return content_key(entry.prompt).encode()
-    return entry.content.encode() or np.ascontiguousarray(entry.prompt, "<i4").tobytes()
-
-
-def _flip(pair: PairItem) -> PairItem:
-    exchanged = tuple((rejected, chosen) for chosen, rejected in pair.pairs)
-    return dataclasses.replace(pair, pairs=exchanged, flipped=not pair.flipped)

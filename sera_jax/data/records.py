@@ -29,22 +29,14 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sera_jax.data import forms, turns
+from sera_jax.data import beside, forms, turns
 from sera_jax.data.columns import Reading
-from sera_jax.data.reasons import BadRow, LeftOut, shorten
+from sera_jax.data.reasons import BadRow, shorten
 from sera_jax.data.turns import Message, Prompt, Seen
 
 PREPARED = "sera_prompt_format"  # marks rows that sera_jax.data.tfds_builders wrote, which are well formed
 AS_WRITTEN = Reading()
-
-_SCORES = tuple(
-    (pattern.format("chosen"), pattern.format("rejected"))
-    for pattern in ("score_{}", "{}_score", "{}_rating", "rating_{}", "{}-rating")
-)
 _ANSWERS = {"response", "completion", "chosen", "rejected", "output", "answer"}  # of a row of which the prompt is taken
-_TOOLS = ("tools", "functions")
-_THOUGHTS = ("reasoning_content", "thinking")
-_NOTHING = ("", "[]", "{}", "null", "None")  # tools as JSON in a text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,9 +104,9 @@ class _Read:
     seen: Seen
 
     def record(self, kind: Callable[..., Any], prompt: Prompt, *texts: str) -> Any:
-        _refuse_lost(self, prompt)
+        beside.refuse_lost(self.left, prompt, self.seen)
         name = _identity(self.value, prompt, *texts)
-        read = {"id", "source", "label", "kto_tag", *(field for fields in _SCORES for field in fields)}
+        read = {"id", "source", "label", "kto_tag", *(field for fields in beside.SCORES for field in fields)}
         unread = {key for key, part in self.left.items() if key not in read and not turns.is_empty(part)}
         unread -= _ANSWERS if kind is PromptRecord else set()
         extra = _stored(self.value, "extra", dict) if PREPARED in self.value else self.left
@@ -135,18 +127,19 @@ def parse_preference(value: Mapping[str, Any], reading: Reading = AS_WRITTEN) ->
         raise BadRow("identical_pair", shorten(chosen))
     if chosen.strip() == rejected.strip():
         raise BadRow("identical_after_strip", shorten(chosen))
-    _heed_scores(row)
+    scores = _stored(row.value, "extra", dict) if PREPARED in row.value else row.left
+    beside.heed_scores(scores, row.seen)
     return row.record(PreferenceRecord, prompt, chosen, rejected)
 
 
 def parse_demonstration(value: Mapping[str, Any], reading: Reading = AS_WRITTEN) -> DemonstrationRecord:
     """The demonstration record of a row; raises BadRow, or LeftOut where it is marked as not to be imitated."""
     row = _read(value, "demonstration", reading)
-    _heed_label(row)
+    beside.heed_label(row.left, "messages" in row.own)
     if "messages" in row.own:
         turns.refuse_weight(row.own["messages"], "messages")
         said, response = turns.last_answer(turns.messages(row.own["messages"], "messages", row.seen), "messages")
-        prompt = _in_context(turns.as_prompt(_without_nothing(said), row.seen), row)
+        prompt = beside.in_context(turns.as_prompt(_without_nothing(said), row.seen), row.own, row.seen)
     else:
         given, transcript = _given_prompt(row)
         earlier, response = turns.response(row.own["response"], "response", row.seen)
@@ -155,7 +148,7 @@ def parse_demonstration(value: Mapping[str, Any], reading: Reading = AS_WRITTEN)
             raise BadRow("prompt_prefix_mismatch", what)
         if transcript:
             response = turns.of_transcript(row.own["prompt"], response, "response")
-        prompt = _in_context(given, row)
+        prompt = beside.in_context(given, row.own, row.seen)
     response = _thoughts(response, reading, row.seen)
     if not response.strip():
         raise BadRow("empty_response")
@@ -170,9 +163,9 @@ def parse_prompt(value: Mapping[str, Any], reading: Reading = AS_WRITTEN) -> Pro
     elif "messages" in row.own:
         said = turns.messages(row.own["messages"], "messages", row.seen)
         said = said[:-1] if said[-1]["role"] == "assistant" else said
-        prompt = _in_context(turns.as_prompt(_without_nothing(said), row.seen), row)
+        prompt = beside.in_context(turns.as_prompt(_without_nothing(said), row.seen), row.own, row.seen)
     else:
-        prompt = _in_context(_given_prompt(row)[0], row)
+        prompt = beside.in_context(_given_prompt(row)[0], row.own, row.seen)
     return row.record(PromptRecord, prompt)
 
 
@@ -232,7 +225,7 @@ def _split_pair(row: _Read, answers: bool = True) -> tuple[Prompt, str, str]:
         and "prompt" in own
         and all(isinstance(turns.decoded(own[s], s), str) for s in ("chosen", "rejected"))
     ):
-        return _in_context(_given_prompt(row)[0], row), "", ""
+        return beside.in_context(_given_prompt(row)[0], row.own, row.seen), "", ""
     chosen_turns, chosen = turns.response(own["chosen"], "chosen", seen)
     rejected_turns, rejected = turns.response(own["rejected"], "rejected", seen)
     if chosen_turns != rejected_turns:
@@ -241,24 +234,28 @@ def _split_pair(row: _Read, answers: bool = True) -> tuple[Prompt, str, str]:
     if "prompt" not in own:
         if not chosen_turns:
             raise BadRow("missing_field", f"no prompt; the row has {', '.join(map(str, row.value))}")
-        return _in_context(turns.as_prompt(_without_nothing(chosen_turns), seen), row), chosen, rejected
+        return (
+            beside.in_context(turns.as_prompt(_without_nothing(chosen_turns), seen), row.own, row.seen),
+            chosen,
+            rejected,
+        )
     prompt, transcript = _given_prompt(row)
     if chosen_turns:  # a prompt field beside full conversations: they must tell the same
         repeated = turns.as_prompt(_without_nothing(chosen_turns), seen)
         if not _same(repeated, prompt):
             raise BadRow("prompt_prefix_mismatch", "the row's prompt is not what stands before the last messages")
-        return _in_context(repeated, row), chosen, rejected
+        return beside.in_context(repeated, row.own, row.seen), chosen, rejected
     if transcript and answers:
         chosen = turns.of_transcript(own["prompt"], chosen, "chosen")
         rejected = turns.of_transcript(own["prompt"], rejected, "rejected")
-    return _in_context(prompt, row), chosen, rejected
+    return beside.in_context(prompt, row.own, row.seen), chosen, rejected
 
 
 def _split_transcripts(row: _Read, answers: bool) -> tuple[Prompt, str, str]:
     texts = {side: turns.check_text(row.own[side], side, row.seen) for side in ("chosen", "rejected")}
     if not answers:  # a marker in an answer is no fault of the prompt
         shared = _shared(turns.parse_transcript(texts["chosen"]), turns.parse_transcript(texts["rejected"]))
-        return _in_context(turns.as_prompt(shared, row.seen), row), "", ""
+        return beside.in_context(turns.as_prompt(shared, row.seen), row.own, row.seen), "", ""
     (prompt, chosen), (other, rejected) = [
         turns.last_answer(turns.parse_transcript(text), side) for side, text in texts.items()
     ]
@@ -266,7 +263,7 @@ def _split_transcripts(row: _Read, answers: bool) -> tuple[Prompt, str, str]:
         raise BadRow("prompt_prefix_mismatch", f"chosen has {len(prompt)} earlier turns, rejected {len(other)}")
     turns.refuse_stray(chosen, "chosen")
     turns.refuse_stray(rejected, "rejected")
-    return _in_context(turns.as_prompt(prompt, row.seen), row), chosen, rejected
+    return beside.in_context(turns.as_prompt(prompt, row.seen), row.own, row.seen), chosen, rejected
 
 
 def _shared(first: tuple[Message, ...], second: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -315,89 +312,6 @@ def _without_nothing(said: tuple[Message, ...]) -> tuple[Message, ...]:
     return tuple(turn for turn in said if turn["role"] != "system" or turn["content"].strip()) or said
 
 
-def _in_context(prompt: Prompt, row: _Read) -> Prompt:
-    """The prompt after the row's system text and history; raises BadRow where the prompt has others already."""
-    own, seen = row.own, row.seen
-    systems = [own[name] for name in ("system", "system_prompt") if name in own]
-    for system in systems:
-        turns.check_text(system, "system", seen)
-    if len({system.strip() for system in systems}) > 1:
-        raise BadRow("differing_sources", "system and system_prompt say different things")
-    if not systems and "history" not in own:
-        return prompt
-    said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    has = [turn["content"].strip() for turn in said if turn["role"] == "system"]
-    if "history" in own:
-        said = _after(own["history"], said, seen)
-    if systems and has and has != [systems[0].strip()]:
-        raise BadRow("differing_sources", f"system is {shorten(repr(systems[0]))}, the prompt's own is {has[0]!r:.80}")
-    if systems and not has:
-        said = [{"role": "system", "content": systems[0]}, *said]
-    return turns.as_prompt(tuple(said), seen)
-
-
-def _after(history: Any, said: list[Message], seen: Seen) -> list[Message]:
-    """The turns after those of a history: [[question, answer], ...] or messages."""
-    if isinstance(history, list) and all(isinstance(p, list) and len(p) == 2 for p in history):
-        history = [text for pair in history for text in pair]
-    elif not isinstance(history, list):
-        raise BadRow("differing_sources", f"history is {shorten(repr(history))}, not a list of earlier turns")
-    earlier = list(turns.messages(history, "history", seen))
-    opening = [turn for turn in said if turn["role"] == "system"]
-    rest = [turn for turn in said if turn["role"] != "system"]
-    if rest[: len(earlier)] == earlier and len(rest) > len(earlier):
-        return said
-    if len(rest) > 1:
-        raise BadRow("differing_sources", "history and the prompt's own earlier turns say different things")
-    return [*opening, *earlier, *rest]
-
-
-def _refuse_lost(row: _Read, prompt: Prompt) -> None:
-    """Refuse a row that has more to say to the model than what is read of it."""
-    left, said = row.left, [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
-    for field in _TOOLS:
-        part = left.get(field)
-        if not turns.is_empty(part) and not (isinstance(part, str) and part.strip() in _NOTHING):
-            raise BadRow("tools", f"{field} is {shorten(repr(part))}")
-    for field in turns.TOOL_FIELDS:
-        if not turns.is_empty(part := left.get(field)):
-            raise BadRow("tool_calls", f"{field} is {shorten(repr(part))}")
-    for field in _THOUGHTS:
-        if not turns.is_empty(part := left.get(field)):
-            if not row.seen.drop_thoughts:
-                raise BadRow("reasoning_content", f"{field} is {shorten(repr(part))}")
-            row.seen.notes.add("thoughts_dropped")
-    weight = left.get("weight")
-    if isinstance(weight, int | float) and weight != 1:
-        raise BadRow("weight", f"weight is {shorten(repr(weight))}")
-    text = " ".join(" ".join(said).split())
-    for field in (*forms.ASKED, "context"):
-        part = left.get(field)
-        if isinstance(part, str) and part.strip() and " ".join(part.split()) not in text:
-            if turns.is_transcript(part) and turns.parse_transcript(part)[0]["content"] in said:
-                continue
-            raise BadRow(
-                "differing_sources", f"{field} is {shorten(repr(part))}, which is not in the prompt that is read"
-            )
-    for field in ("messages", "conversations", "conversation"):
-        if isinstance(part := left.get(field), list) and part:
-            _refuse_other_talk(part, field, said if isinstance(prompt, str) else prompt)
-
-
-def _refuse_other_talk(raw: list[Any], field: str, said: Any) -> None:
-    """Refuse a conversation beside the prompt that opens with another question."""
-    try:
-        talk = turns.messages(raw, field, Seen(True))
-    except BadRow:
-        return  # of another shape: nobody reads it
-    first = next((turn["content"] for turn in talk if turn["role"] == "user"), None)
-    asked = next(
-        (t if isinstance(t, str) else t["content"] for t in said if isinstance(t, str) or t["role"] == "user"), ""
-    )
-    if first is not None and " ".join(first.split()) != " ".join(asked.split()):
-        raise BadRow("differing_sources", f"{field} begins with {shorten(repr(first))}, the prompt is another")
-
-
 def _thoughts(text: str, reading: Reading, seen: Seen) -> str:
     """The answer with its thoughts as data.thoughts says; raises BadRow."""
     if reading.thoughts == "keep" or not (found := turns.THOUGHT.match(text)):
@@ -406,27 +320,6 @@ def _thoughts(text: str, reading: Reading, seen: Seen) -> str:
         raise BadRow("thoughts", shorten(repr(text)))
     seen.notes.add("thoughts_dropped")
     return text[found.end() :]
-
-
-def _heed_label(row: _Read) -> None:
-    """Leave out a row that says that its answer is not to be imitated (KTO): `label` or `kto_tag` is false."""
-    for field in ("label", "kto_tag"):
-        given = row.left.get(field)
-        plain = isinstance(given, int | float) and not isinstance(given, bool) and "messages" not in row.own
-        if given is False or (isinstance(given, str) and given.strip().lower() == "false") or (plain and given == 0):
-            raise LeftOut("undesirable", f"{field} is {given!r}")
-
-
-def _heed_scores(row: _Read) -> None:
-    """Leave out a pair of equal scores, note one whose chosen response has the lower one."""
-    scores = _stored(row.value, "extra", dict) if PREPARED in row.value else row.left
-    for fields in _SCORES:
-        first, second = (scores.get(field) for field in fields)
-        if isinstance(first, int | float) and isinstance(second, int | float):
-            if first == second:
-                raise LeftOut("equal_scores", f"{fields[0]} and {fields[1]} are {first!r}")
-            if first < second:
-                row.seen.notes.add("lower_score_chosen")
 
 
 def _stored(value: Mapping[str, Any], field: str, kind: type) -> Any:

@@ -24,9 +24,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import pathlib
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +33,8 @@ import tokenizers
 
 from sera_jax.data import chat
 from sera_jax.data.chat import Prompt, Shape
-from sera_jax.data.escaping import EscapingEncoder, PromptRefused, Text
+from sera_jax.data.escaping import EscapingEncoder, PromptRefused, Text, attempt, not_empty, settle
+from sera_jax.data.pretrained import from_pretrained
 
 POLICY = "sera_jax tokenizing 2"  # part of the fingerprint: raise it when the same text gives other tokens
 ADD_BOS = ("tokenizer", "always", "never")
@@ -93,7 +93,7 @@ class Tokenizer:
         Raises:
             ValueError: nothing usable there, or no token to end a response, with the way out.
         """
-        tokenizer = _from_pretrained(path_or_id)
+        tokenizer = from_pretrained(path_or_id)
         own = tokenizer.chat_template
         if isinstance(own, dict):
             if not chat_template and "default" not in own:
@@ -127,8 +127,8 @@ class Tokenizer:
             refused: where given, takes index -> reason of the prompts that cannot be encoded; their places in the
                 result are empty arrays. Otherwise the first of them raises.
         """
-        results = self._encode([_attempt(self._prompt_text, prompt) for prompt in prompts])
-        return _settle([self._with_bos(result) for result in results], refused)
+        results = self._encode([attempt(self._prompt_text, prompt) for prompt in prompts])
+        return settle([self._with_bos(result) for result in results], refused)
 
     def encode_response(self, prompt: Prompt, text: str, complete: bool = True) -> np.ndarray:
         """i32[n], n >= 1: the response as a continuation of the prompt; it ends in `end_id` if complete.
@@ -147,9 +147,9 @@ class Tokenizer:
     ) -> list[np.ndarray]:
         """`encode_response` of many, in batches; `refused` as for `encode_prompts`."""
         jobs = [
-            _attempt(self._response_text, prompt, text, complete) for prompt, text in zip(prompts, texts, strict=True)
+            attempt(self._response_text, prompt, text, complete) for prompt, text in zip(prompts, texts, strict=True)
         ]
-        return _settle([_not_empty(result, "the response has no tokens") for result in self._encode(jobs)], refused)
+        return settle([not_empty(result, "the response has no tokens") for result in self._encode(jobs)], refused)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of token ids, control tokens skipped; bytes that are no UTF-8 become U+FFFD."""
@@ -282,7 +282,7 @@ class Tokenizer:
         """i32[n] of texts for pretraining: no template, BOS where plain text gets it, and the end of a response."""
         results = self._encode([Text(((False, text),), end=self.end_id) for text in texts])
         bos = [] if self.bos_id is None or not self._bos_first else [np.array([self.bos_id], np.int32)]
-        return [np.concatenate([*bos, ids]) for ids in _settle(results, None)]
+        return [np.concatenate([*bos, ids]) for ids in settle(results, None)]
 
     def _encode(self, jobs: Sequence[Text | PromptRefused]) -> list[np.ndarray | PromptRefused]:
         encoded = iter(self._encoder.encode([job for job in jobs if isinstance(job, Text)]))
@@ -293,7 +293,7 @@ class Tokenizer:
             return ids
         if self._bos_first and self._chat is None:
             ids = np.concatenate([np.array([self.bos_id], np.int32), ids])
-        return _not_empty(ids, "the prompt has no tokens")
+        return not_empty(ids, "the prompt has no tokens")
 
     def _control_tokens(self) -> list[str]:
         """Special tokens, and other added tokens that the template itself writes around contents."""
@@ -366,35 +366,6 @@ class Tokenizer:
         )
 
 
-def _from_pretrained(path_or_id: str | pathlib.Path) -> Any:
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install torch, which nothing needs
-    import transformers  # here, since it takes a second to import and most of the data layer does not need it
-
-    name = str(path_or_id)
-    folder = pathlib.Path(name).expanduser()
-    local = folder.is_dir()
-    if not local and (folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ValueError(f"tokenizer {name!r} is not a folder; give the folder that holds tokenizer.json, or a hub id")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            str(folder) if local else name, trust_remote_code=False, local_files_only=local
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if "custom code" in reason:
-            way_out = "code that comes with a tokenizer is never run here; give a folder with a plain tokenizer.json"
-        elif local:
-            way_out = "the folder needs tokenizer.json and tokenizer_config.json"
-        else:
-            way_out = (
-                "check the name and the network (or HF_HUB_OFFLINE), or download the repository and give its folder"
-            )
-        raise ValueError(f"tokenizer {name!r} cannot be loaded: {reason}; {way_out}") from error
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"tokenizer {name!r} has no tokenizer.json form; convert it to a fast tokenizer first")
-    return tokenizer
-
-
 def _as_messages(prompt: Prompt) -> chat.Messages:
     return [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
 
@@ -414,28 +385,3 @@ def _plain_prompt(prompt: Prompt) -> str:
 def _interleaved(pieces: Sequence[str], contents: Sequence[str]) -> tuple[tuple[bool, str], ...]:
     pairs = zip(pieces, [*contents, ""], strict=True)
     return tuple(part for piece, content in pairs for part in ((True, piece), (False, content)) if part[1])
-
-
-def _attempt(make: Callable[..., Text], *args: Any) -> Text | PromptRefused:
-    try:
-        return make(*args)
-    except PromptRefused as error:
-        return error
-
-
-def _not_empty(ids: np.ndarray | PromptRefused, reason: str) -> np.ndarray | PromptRefused:
-    return ids if isinstance(ids, PromptRefused) or len(ids) else PromptRefused(reason)
-
-
-def _settle(
-    results: Sequence[np.ndarray | PromptRefused], refused: MutableMapping[int, str] | None
-) -> list[np.ndarray]:
-    settled = []
-    for index, result in enumerate(results):
-        if isinstance(result, PromptRefused):
-            if refused is None:
-                raise result
-            refused[index] = str(result)
-            result = np.zeros(0, np.int32)
-        settled.append(result)
-    return settled
