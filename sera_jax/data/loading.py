@@ -20,7 +20,7 @@ import numpy as np
 from sera_jax.data import records as rec
 from sera_jax.data.choices import flip_labels, split_heldout, weighted_rows
 from sera_jax.data.columns import Reading
-from sera_jax.data.items import Item, PairItem, content_key
+from sera_jax.data.items import Item, PairItem, content_key, openings_of
 from sera_jax.data.reasons import BadRow, LeftOut
 from sera_jax.data.records import Prompt, Record
 from sera_jax.data.report import LoadReport, TooManyBadRows
@@ -332,7 +332,7 @@ def _item(
         raise BadRow("response_truncated_to_nothing", f"of {max(map(len, whole))} tokens no text is left")
     if len(responses) == 2 and np.array_equal(*responses):
         raise BadRow("identical_after_truncation", f"the first {len(responses[0])} tokens")
-    item = Item(record.id, prompt, responses, content_key(record.prompt))
+    item = Item(record.id, prompt, responses, content_key(record.prompt), openings_of(record.prompt))
     copies = 1 if limits.share_prompt else max(len(responses), 1)
     if (length := item.tokens + (copies - 1) * len(prompt)) > limits.row_tokens:
         way_out = "raise data.row_tokens, or lower data.max_prompt_length or data.max_completion_length"

@@ -42,11 +42,13 @@ def text_source(path: str, head: bytes) -> Source | None:
         first = start.split(b"\n")[0].strip()
         if not (_is_json(first) and b"\n" in start and _more_lines(data)):
             spans, ended = _spans(data, 1)
+            if not ended and _has_object_lines(data):
+                return JsonSource(path, data, failure, None)
             if failure is None and not ended:
                 line = len(spans) + 1
                 failure = RawRow(path, line, None, "corrupt_array", f"the array is not closed after {len(spans)} rows")
             return JsonSource(path, data, failure, spans)
-    if start.split(b"\n")[0].strip() == b"{" and failure is None:
+    if start.split(b"\n")[0].strip() == b"{" and failure is None and not _has_object_lines(data):
         return JsonSource(path, data, None, _spans(data, 0)[0])
     if name.endswith((".jsonl", ".ndjson", ".json")) or start.startswith((b"{", b"[")) or failure is not None:
         return JsonSource(path, data, failure, None)
@@ -185,6 +187,12 @@ def _is_json(text: bytes) -> bool:
 def _more_lines(data: bytes | mmap.mmap) -> bool:
     """Whether the first line, JSON by itself, has others after it: JSON Lines of lists, and no array."""
     return bool(bytes(data[data.find(b"\n") :]).strip())
+
+
+def _has_object_lines(data: bytes | mmap.mmap) -> bool:
+    """Whether one of the first lines after the first is an object by itself: JSON Lines with a damaged first one."""
+    lines = bytes(data[: 1 << 20]).split(b"\n")[1:50]
+    return any(line.startswith(b"{") and _is_json(line) for line in lines)
 
 
 def _spans(data: bytes | mmap.mmap, depth_of_rows: int) -> tuple[list[tuple[int, int]], bool]:

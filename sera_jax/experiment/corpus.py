@@ -141,7 +141,10 @@ class HeldOut:
         Raises:
             ValueError: none is left.
         """
-        kept = [entry for entry in entries if not prompt_keys(_item_of(entry)) & self._keys]
+        held = self._keys
+        if source == "prompts":  # nor is an answer sampled to what a held-out conversation begins with
+            held = held | {key for entry in [*self.rows, *self.prompts] for key in _item_of(entry).openings}
+        kept = [entry for entry in entries if not prompt_keys(_item_of(entry)) & held]
         self.left_out[source] = len(entries) - len(kept)
         if self.left_out[source]:
             self.say(f"{source}: left out {self.left_out[source]} of {len(entries)} rows, whose prompts are held out")

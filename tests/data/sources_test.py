@@ -253,6 +253,9 @@ def test_a_damaged_array_stops_a_run_and_a_damaged_row_is_one_row(tmp_path):
         (2, "not_an_object"),
         (3, "invalid_json"),
     ]
+    for first in ("[[[", "{", "[1, 2]"):
+        found = errors(packed(str(tmp_path / "d.jsonl"), f"{first}\n{LINES}"))
+        assert [line for line, _ in found] == [1], "JSON Lines whose first line is damaged"
     assert errors(packed(str(tmp_path / "c.json"), "[]")) == [(1, "empty_file")]
 
 
