@@ -89,7 +89,7 @@ def refuse_lost(left: Mapping[str, Any], prompt: Prompt, seen: Seen) -> None:
 def _refuse_other_talk(raw: list[Any], field: str, said: Any) -> None:
     """Refuse a conversation beside the prompt that opens with another question."""
     try:
-        talk = turns.messages(raw, field, Seen(True))
+        talk = turns.messages(raw[:2], field, Seen(True))
     except BadRow:
         return  # of another shape: nobody reads it
     first = next((turn["content"] for turn in talk if turn["role"] == "user"), None)

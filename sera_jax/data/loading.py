@@ -362,15 +362,16 @@ def _unique(record: Record, repeated: bool, contents: set, ids: dict, report: Lo
     """The record with an id of its own; duplicates that the weights did not ask for are noted."""
     texts = [getattr(record, side, None) for side in ("chosen", "rejected", "response")]
     content = hashlib.sha256(json.dumps([rec.prompt_key(record.prompt), *texts]).encode()).hexdigest()
+    prompt = f"prompt {hash(rec.prompt_key(record.prompt))}"
     if not repeated and content in contents:
         report.add("noted", "duplicate_row", where)
     elif not repeated and record.id in ids:
         report.add("noted", "duplicate_id", where, record.id)
-    elif len(texts) == 3 and texts[0] is not None and not repeated:
+    elif not repeated and texts[0] is not None and prompt in contents:
         swapped = hashlib.sha256(json.dumps([rec.prompt_key(record.prompt), texts[1], texts[0], None]).encode())
         if swapped.hexdigest() in contents:
             report.add("noted", "opposite_label", where)
-    contents.add(content)
+    contents.update((content, prompt))
     name, seen = record.id, ids.get(record.id, 0)
     while name in ids:  # the next free one, in case a row brings an id such as "7#2" itself
         seen += 1

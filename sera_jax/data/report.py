@@ -61,9 +61,11 @@ class LoadReport:
 
     def read_as(self, source: str, form: str, unread: Sequence[str]) -> None:
         """Count a row that was read as `form`, and the fields of it that nobody reads."""
-        forms, form = self.forms.setdefault(source, {}), _printable(form)
+        forms = self.forms.setdefault(source, {})
+        form = form if form in forms else _printable(form)
         forms[form] = forms.get(form, 0) + 1
-        for field in map(_printable, unread):
+        for name in unread:
+            field = name if name in self.unread else _printable(name)
             self.unread[field] = self.unread.get(field, 0) + 1
 
     @property

@@ -78,7 +78,7 @@ def check_text(raw: Any, field: str, seen: Seen) -> str:
         seen.notes.add("replacement_char")
     if _CONTROL.search(raw):
         seen.notes.add("control_char")
-    if _TEMPLATE.search(raw):
+    if (("<" in raw and ("|>" in raw or "_" in raw or "SYS" in raw)) or "INST]" in raw) and _TEMPLATE.search(raw):
         seen.notes.add("carries_template")
     return raw
 
@@ -197,7 +197,7 @@ def parse_transcript(text: str) -> tuple[Message, ...]:
 
 def check_prompt_text(text: str, seen: Seen) -> None:
     """Note what a prompt that is plain text carries of a template; refuse a list that stands in it as JSON."""
-    if _ROLE_MARKS.search(text):
+    if any(mark in text for mark in ("Human:", "ASSISTANT:", "##")) and _ROLE_MARKS.search(text):
         seen.notes.add("carries_template")
     if text.lstrip().startswith("[") and text.rstrip().endswith("]"):
         try:

@@ -456,7 +456,8 @@ THINKS = (  # opens every last answer with thoughts, takes those of earlier ones
 )
 STRIPS = (  # a generation prompt that opens thoughts, which the template takes out of every answer
     "{% for m in messages %}{% if m.role == 'user' %}[U]{{ m.content }}{% else %}"
-    "[A]{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}[A]<think>\n{% endif %}"
+    "[A]{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[A]<think>\n{% endif %}"
 )
 
 
