@@ -14,6 +14,7 @@ PAGES = [  # in the order of the side bar; titles are the pages' own
     "docs/methods",
     "docs/losses",
     "docs/data",
+    "docs/forms",
     "docs/configuration",
     "docs/studies",
     "docs/metrics",

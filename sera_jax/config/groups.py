@@ -31,6 +31,10 @@ class DataGroup:
     add_bos: whether a prompt begins with BOS: as the `tokenizer` does it (where its own chat template writes BOS; with
         plain text or another template, where it puts BOS before text by itself), `always` (once), or `never` (none but
         what the chat template writes). An export begins prompts the same way.
+    columns: fields of other names, `prompt:question,system:meta.persona,chosen:answers.0` (NAME:FIELD, FIELD a dotted
+        path); `FIELD:` leaves a field out on purpose. A row that has none of them is read by its own form.
+    thoughts: <think>...</think> at the start of an answer: `keep` trains on it as generation would write it, `drop`
+        leaves it (and fields such as reasoning_content) out, `refuse` counts the row as bad.
     prompts: what bootstrapping samples on (empty: the prompts of `train`); new prompts of PPO, see ppo.prompt_overlap.
     """
 
@@ -50,6 +54,8 @@ class DataGroup:
     max_row_shapes: int = at_least(3, 1)
     max_bad_fraction: float = within(0.05, 0, 1)
     label_noise: float = within(0.0, 0, 1)
+    columns: str = ""
+    thoughts: str = one_of("keep", "drop", "refuse")
     chat_template: str = ""
     add_bos: str = one_of("tokenizer", "always", "never")
 

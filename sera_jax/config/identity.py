@@ -17,6 +17,8 @@ FREE: tuple[str, ...] = (
 # Fields that are younger than rows of studies/results/, each with the value at which a run computes what it did before
 # there was the field: where it has that value, rows of before are those of the same run.
 YOUNGER: dict[str, Any] = {
+    "data.columns": "",
+    "data.thoughts": "keep",
     "model.revision": "",
 }
 

@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from sera_jax.data.columns import Reading
 from sera_jax.data.loading import read_items
+from sera_jax.data.reasons import BadRow
 from sera_jax.data.records import PREPARED, PromptRecord, parse_prompt
 
 
@@ -17,8 +19,8 @@ def read_asked(spec: str, **options: Any) -> dict[str, dict[str, Any]]:
         options: of `loading.read_items`, the same as the prompts were loaded with.
     """
 
-    def parse(value: dict) -> PromptRecord:
-        record = parse_prompt(value)
+    def parse(value: dict, reading: Reading) -> PromptRecord:
+        record = parse_prompt(value, reading)
         return dataclasses.replace(record, extra=given_fields(value, record))
 
     records, _ = read_items(spec, parse, lambda batch: [(record, ()) for record in batch], **options)
@@ -28,20 +30,26 @@ def read_asked(spec: str, **options: Any) -> dict[str, dict[str, Any]]:
 def given_fields(value: Mapping[str, Any], record: PromptRecord) -> dict[str, Any]:
     """The fields of a row: `prompt` to the letter, `reference` where the row had an answer, and all others.
 
-    A row without a prompt of its own has the messages that were taken for one; the conversations that they were taken
-    from are left out. An answer is the field `response` or `completion`, or the last of `messages`.
+    A row whose prompt is more than its own field has the messages that were taken for one; what they were taken from,
+    answers and conversations, is left out. An answer is `response` or `completion`, or the last of `messages`.
     """
-    own = value.get("prompt") is not None
-    answers = {"messages", "response", "completion"}
-    left_out = answers if own else answers | {"chosen", "rejected"}
-    row = {key: part for key, part in value.items() if key not in left_out}
-    if PREPARED in value:
-        row = {key: part for key, part in row.items() if key not in (PREPARED, "extra")} | record.extra
-    if PREPARED in value or not own:
-        row["prompt"] = record.prompt
+    answers = {"messages", "response", "completion", "chosen", "rejected"}
+    row = {key: part for key, part in record.extra.items() if key not in answers}
+    own = value.get("prompt") is not None and PREPARED not in value and _is_own(value["prompt"], record)
+    row["prompt"] = value["prompt"] if own else record.prompt
+    if own:
+        row |= {key: value[key] for key in ("chosen", "rejected") if key in value}
     given = [value.get("response"), value.get("completion"), _last_answer(value.get("messages"))]
     reference = next((answer for answer in given if answer is not None), None)
     return row if reference is None else {"reference": reference} | row
+
+
+def _is_own(prompt: Any, record: PromptRecord) -> bool:
+    """Whether the record's prompt is the row's field and nothing else."""
+    try:
+        return parse_prompt({"prompt": prompt}).prompt == record.prompt
+    except BadRow:
+        return False
 
 
 def _last_answer(messages: Any) -> str | None:

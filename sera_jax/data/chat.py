@@ -57,19 +57,25 @@ class Shape:
         prompt: literal texts around the prompt's contents, one more than contents; the last ends with the
             generation prompt.
         full: the same with the assistant's answer as last content and without generation prompt.
+        order, full_order: which message each content is: a template may move the system message, or leave it out where
+            an answer follows.
         prompt_trims, full_trims: for each content, whether the template strips its (left, right) end.
         header: part of `prompt` that the template writes only before an answer, when it has no generation prompt.
         lead: what the template puts between the generation prompt and the answer (often nothing or a space).
         after: what the template puts after the answer.
+        opens: the generation prompt is how the template opens an answer.
     """
 
     prompt: tuple[str, ...]
     full: tuple[str, ...]
+    order: tuple[int, ...]
+    full_order: tuple[int, ...]
     prompt_trims: tuple[tuple[bool, bool], ...]
     full_trims: tuple[tuple[bool, bool], ...]
     header: str
     lead: str
     after: str
+    opens: bool
 
 
 class ChatTemplate:
@@ -114,15 +120,25 @@ class ChatTemplate:
         if answer is not None:
             texts.append(answer)
             turns.append(dict(role="assistant", content=answer))
-        pieces, trims = (shape.prompt, shape.prompt_trims) if answer is None else (shape.full, shape.full_trims)
-        stripped = [_strip(text, trim) for text, trim in zip(texts, trims, strict=True)]
+        pieces, trims, order = shape.prompt, shape.prompt_trims, shape.order
+        if answer is not None:
+            pieces, trims, order = shape.full, shape.full_trims, shape.full_order
         rendered = self._render(turns, answer is None) + (shape.header if answer is None else "")
-        if rendered != interleave(pieces, stripped):
-            raise PromptRefused(
-                f"the chat template rewrites the content of this conversation (roles {list(roles)}), so the "
-                "two cannot be told apart; drop the row, or set data.chat_template to 'hh' or a simpler template"
-            )
-        return shape, stripped
+        for said in (texts, _without_thoughts(texts, roles)):
+            stripped = [_strip(said[index], trim) for index, trim in zip(order, trims, strict=True)]
+            if rendered == interleave(pieces, stripped):
+                return shape, stripped
+        raise PromptRefused(
+            f"the chat template rewrites the content of this conversation (roles {list(roles)}), so the "
+            "two cannot be told apart; drop the row, or set data.chat_template to 'hh' or a simpler template"
+        )
+
+    def continuation(self, messages: Messages, answer: str) -> str:
+        """What the template's own rendering writes after the generation prompt; '' where it does not continue it."""
+        turns = [dict(role=turn["role"], content=turn["content"]) for turn in messages]
+        asked = self._render(turns, True)
+        answered = self._render([*turns, dict(role="assistant", content=answer)], False)
+        return answered.removeprefix(asked) if answered.startswith(asked) else ""
 
     def _render(self, messages: list[dict[str, str]], generation: bool) -> str:
         # Templates raise whatever they like (their own exceptions, jinja errors, TypeErrors on missing tokens).
@@ -144,18 +160,22 @@ class ChatTemplate:
         bare, asked, answered = _in_time(
             lambda: (self._render(turns[:-1], False), self._render(turns[:-1], True), self._render(turns, False))
         )
-        prompt, prompt_trims = _split(asked, marks[:-1], roles)
-        full, full_trims = _split(answered, marks, (*roles, "assistant"))
-        header = lead = ""
-        if full[: len(roles)] == prompt[:-1] and full[-2].startswith(prompt[-1]):
-            lead = full[-2].removeprefix(prompt[-1])
-            written = _split(bare, marks[:-1], roles)[0]
-            if written == prompt and lead.strip():
-                # No generation prompt: what the template writes before an answer is the prompt's, up to a last space.
-                header = lead.rstrip(" ")
-                lead = lead.removeprefix(header)
-                prompt = (*prompt[:-1], prompt[-1] + header)
-        return Shape(prompt, full, prompt_trims, full_trims, header, lead, full[-1])
+        prompt, prompt_trims, order = _split(asked, marks[:-1], roles)
+        # a system message that stands before the last user turn only while that is the last of all
+        lost = [
+            k for k, role in enumerate(roles) if role == "system" and marks[k] in asked and marks[k] not in answered
+        ]
+        full, full_trims, full_order = _split(answered, marks, (*roles, "assistant"), lost)
+        if full_order[-1] != len(roles):
+            raise _reorders(len(roles), (*roles, "assistant"))
+        opens = full[-2].startswith(prompt[-1])
+        header, lead = "", full[-2].removeprefix(prompt[-1]) if opens else ""
+        if full[: len(roles)] == prompt[:-1] and lead.strip() and _split(bare, marks[:-1], roles)[0] == prompt:
+            # No generation prompt: what the template writes before an answer is the prompt's, up to a last space.
+            header = lead.rstrip(" ")
+            lead = lead.removeprefix(header)
+            prompt = (*prompt[:-1], prompt[-1] + header)
+        return Shape(prompt, full, order, full_order, prompt_trims, full_trims, header, lead, full[-1], opens)
 
 
 def with_fixed_date(source: str) -> str:
@@ -240,23 +260,44 @@ def _strip(text: str, trim: tuple[bool, bool]) -> str:
     return text.rstrip() if right else text
 
 
+def _without_thoughts(texts: Sequence[str], roles: Sequence[str]) -> list[str]:
+    """The contents as templates write them that take thoughts out of earlier answers; a last one keeps its own."""
+    earlier = zip(texts, roles)  # the answer, if any, has no role
+    said = [text.split("</think>")[-1].lstrip("\n") if role == "assistant" else text for text, role in earlier]
+    return [*said, *texts[len(roles) :]]
+
+
+def _reorders(index: int, roles: Sequence[str]) -> PromptRefused:
+    return PromptRefused(
+        f"the chat template reorders the content of message {index + 1} of {list(roles)}; set data.chat_template to "
+        "'hh' or a template that writes every content once and the answer last"
+    )
+
+
 def _split(
-    text: str, marks: Sequence[str], roles: Sequence[str]
-) -> tuple[tuple[str, ...], tuple[tuple[bool, bool], ...]]:
-    """Cut a rendering at its placeholders; each must be there once and in order."""
+    text: str, marks: Sequence[str], roles: Sequence[str], lost: Sequence[int] = ()
+) -> tuple[tuple[str, ...], tuple[tuple[bool, bool], ...], tuple[int, ...]]:
+    """(pieces, trims, order) of a rendering cut at its placeholders; each must be there once, but those of `lost`. Only
+    system messages may stand at another place than their own."""
+    kept = [index for index in range(len(marks)) if index not in lost]
+    for index in kept:
+        if text.count(marks[index]) != 1:
+            verb = "leaves out or changes" if marks[index] not in text else "repeats"
+            raise PromptRefused(
+                f"the chat template {verb} the content of message {index + 1} of {list(roles)}; set data.chat_template "
+                "to 'hh' or a template that writes every content once and in order"
+            )
+    order = sorted(kept, key=lambda index: text.index(marks[index]))
+    spoken = [index for index in order if roles[index] != "system"]
+    if spoken != sorted(spoken):
+        raise _reorders(next(a for a, b in zip(spoken, sorted(spoken)) if a != b), roles)
     pieces, trims, start = [], [], 0
-    for index, mark in enumerate(marks):
-        where = f"message {index + 1} of {list(roles)}"
-        way_out = "set data.chat_template to 'hh' or a template that writes every content once and in order"
-        if text.count(mark) != 1:
-            verb = "leaves out or changes" if mark not in text else "repeats"
-            raise PromptRefused(f"the chat template {verb} the content of {where}; {way_out}")
+    for index in order:
+        mark = marks[index]
         at = text.index(mark)
-        if at < start:
-            raise PromptRefused(f"the chat template reorders the content of {where}; {way_out}")
         left = not text[:at].endswith(_SPACE)
         right = not text[at + len(mark) :].startswith(_SPACE)
         pieces.append(text[start : at if left else at - len(_SPACE)])
         start = at + len(mark) + (0 if right else len(_SPACE))
         trims.append((left, right))
-    return (*pieces, text[start:]), tuple(trims)
+    return (*pieces, text[start:]), tuple(trims), tuple(order)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -153,6 +153,30 @@ class EscapingEncoder:
         original = np.arange(max([*vocab.values(), *originals], default=0) + 1)
         original[list(originals)] = list(originals.values())
         return backend, original
+
+
+def attempt(make: Callable[..., Text], *args: Any) -> Text | PromptRefused:
+    """What `make` gives, or why not."""
+    try:
+        return make(*args)
+    except PromptRefused as error:
+        return error
+
+
+def not_empty(ids: np.ndarray | PromptRefused, reason: str) -> np.ndarray | PromptRefused:
+    return ids if isinstance(ids, PromptRefused) or len(ids) else PromptRefused(reason)
+
+
+def settle(results: Sequence[np.ndarray | PromptRefused], refused: MutableMapping[int, str] | None) -> list[np.ndarray]:
+    settled = []
+    for index, result in enumerate(results):
+        if isinstance(result, PromptRefused):
+            if refused is None:
+                raise result
+            refused[index] = str(result)
+            result = np.zeros(0, np.int32)
+        settled.append(result)
+    return settled
 
 
 def _unusable(text: Text) -> str | None:

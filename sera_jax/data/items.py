@@ -20,12 +20,14 @@ class Item:
         prompt: i32[P], P >= 1, exactly the tokens that generation is given.
         responses: i32[n_k] each, n_k >= 1; a complete response ends in EOS.
         content: the prompt's `content_key`, whatever the tokenizer and the limits made of it; "" where it is not known.
+        openings: the `content_key`s of the shorter prompts that the prompt begins with, see `openings_of`.
     """
 
     id: str
     prompt: np.ndarray
     responses: tuple[np.ndarray, ...]
     content: str = ""
+    openings: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -71,6 +73,16 @@ def content_key(prompt: str | Sequence[Mapping[str, str]]) -> str:
     turns = [("user", prompt)] if isinstance(prompt, str) else [(turn["role"], turn["content"]) for turn in prompt]
     said = [(role, " ".join(unicodedata.normalize("NFC", text).split())) for role, text in turns]
     return hashlib.sha256(json.dumps([turn for turn in said if turn[1]]).encode()).hexdigest()
+
+
+def openings_of(prompt: str | Sequence[Mapping[str, str]]) -> tuple[str, ...]:
+    """Keys of the prompts that a conversation begins with: up to each user turn, with and without system turns."""
+    turns = [] if isinstance(prompt, str) else list(prompt)
+    ends = [k + 1 for k, turn in enumerate(turns) if turn["role"] == "user"]
+    begun = [turns[:end] for end in ends]
+    begun += [[turn for turn in some if turn["role"] != "system"] for some in begun]
+    keys = dict.fromkeys(map(content_key, begun))
+    return tuple(key for key in keys if key != content_key(turns))
 
 
 def prompt_keys(item: Item) -> set[str | bytes]:

@@ -12,16 +12,17 @@ import hashlib
 import itertools
 import json
 import pathlib
-import zlib
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from sera_jax.core import Stream, rng_for
 from sera_jax.data import records as rec
-from sera_jax.data.items import Item, PairItem, content_key
-from sera_jax.data.records import BadRow, NoPreference, Prompt, Record
+from sera_jax.data.choices import flip_labels, split_heldout, weighted_rows
+from sera_jax.data.columns import Reading
+from sera_jax.data.items import Item, PairItem, content_key, openings_of
+from sera_jax.data.reasons import BadRow, LeftOut
+from sera_jax.data.records import Prompt, Record
 from sera_jax.data.report import LoadReport, TooManyBadRows
 from sera_jax.data.sources import RawRow, open_source, parse_mixture
 
@@ -32,6 +33,7 @@ __all__ = [  # the report's names belong to this module's results and errors
     "flip_labels",
     "load_demonstrations",
     "load_preferences",
+    "load_pretrain",
     "load_prompts",
     "load_records",
     "read_items",
@@ -70,6 +72,8 @@ class EncodesText(Protocol):
         complete: bool = True,
         refused: MutableMapping[int, str] | None = None,
     ) -> list[np.ndarray]: ...
+
+    def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]: ...
 
     def decode(self, ids: np.ndarray) -> str: ...
 
@@ -112,7 +116,7 @@ def load_preferences(
         spec: a source or a mixture, see sera_jax.data.sources.
         tokenizer: encodes prompts and responses; what it refuses with ValueError is a bad row.
         limits: lengths in tokens.
-        **options: of `read_items`: max_bad_fraction, workdir, name, seed, host, host_count.
+        **options: of `read_items`: max_bad_fraction, workdir, name, seed, host, host_count, reading.
 
     Returns:
         (pairs in file order, LoadReport).
@@ -132,6 +136,33 @@ def load_demonstrations(
     return read_items(spec, rec.parse_demonstration, _encoder(tokenizer, limits), **options)
 
 
+def load_pretrain(
+    spec: str, tokenizer: EncodesText, *, limits: Limits, **options: Any
+) -> tuple[list[Item], LoadReport]:
+    """Demonstrations, or texts as they are (`text`): of a text the first token is the prompt. Returns as the others."""
+    as_answers = _encoder(tokenizer, limits)
+
+    def encode(batch: Sequence[Record]) -> list[Encoded]:
+        texts = [record for record in batch if isinstance(record, rec.TextRecord)]
+        others = [record for record in batch if not isinstance(record, rec.TextRecord)]
+        encoded = iter(as_answers(others) if others else ())
+        tokens = iter(tokenizer.encode_texts([str(record.prompt) for record in texts]) if texts else ())
+        return [
+            _text_item(record, next(tokens), limits) if isinstance(record, rec.TextRecord) else next(encoded)
+            for record in batch
+        ]
+
+    return read_items(spec, rec.parse_pretrain, encode, **options)
+
+
+def _text_item(record: rec.TextRecord, tokens: np.ndarray, limits: Limits) -> Encoded:
+    if len(tokens) < 2:
+        return BadRow("empty_response", "the text has fewer than two tokens")
+    rest = tokens[1 : 1 + limits.max_completion_length]
+    notes = ("truncated_response",) if len(rest) + 1 < len(tokens) else ()
+    return Item(record.id, tokens[:1], (rest,), content_key(record.prompt)), notes
+
+
 def load_records(spec: str, kind: str, **options: Any) -> tuple[list[Any], LoadReport]:
     """The records themselves, not tokenized; `kind` is a key of records.PARSERS. Returns (list[Record], LoadReport)."""
     return read_items(spec, rec.PARSERS[kind], lambda batch: [(record, ()) for record in batch], **options)
@@ -143,7 +174,14 @@ def load_prompts(spec: str, tokenizer: EncodesText, *, limits: Limits, **options
 
 
 def read_records(
-    spec: str, parse: Callable[[dict], Record], report: LoadReport, *, seed: int = 0, host: int = 0, host_count: int = 1
+    spec: str,
+    parse: Callable[[dict, Reading], Record],
+    report: LoadReport,
+    *,
+    seed: int = 0,
+    host: int = 0,
+    host_count: int = 1,
+    reading: Reading = rec.AS_WRITTEN,
 ) -> Iterator[tuple[str, str, Record]]:
     """(source spec, `path:line`, record) of every good row of a mixture; the others are counted in `report`.
 
@@ -155,7 +193,7 @@ def read_records(
     for name, weight in parse_mixture(spec, field=f"data.{report.name}"):
         source = open_source(name, field=f"data.{report.name}")
         counts = report.sources[name] = {"weight": weight, "available": len(source), "rows": 0, "kept": 0}
-        indices = _weighted(len(source), weight, seed, name)[host::host_count]
+        indices = weighted_rows(len(source), weight, seed, name)[host::host_count]
         previous = -1
         for index, row in zip(indices, source.rows(indices), strict=True):
             where = f"{row.path}:{row.line}"
@@ -165,8 +203,9 @@ def read_records(
                 continue
             report.rows += 1
             counts["rows"] += 1
-            record = _parse(row, parse, report, where)
+            record = _parse(row, lambda value: parse(value, reading), report, where)
             if record is not None:
+                report.read_as(name, record.form, record.unread)
                 yield name, where, _unique(record, index == previous, contents, ids, report, where)
             previous = index
         if source.failure is not None:
@@ -178,7 +217,7 @@ def read_records(
 
 def read_items(
     spec: str,
-    parse: Callable[[dict], Record],
+    parse: Callable[[dict, Reading], Record],
     encode: Encode,
     *,
     max_bad_fraction: float = 0.05,
@@ -187,6 +226,7 @@ def read_items(
     seed: int = 0,
     host: int = 0,
     host_count: int = 1,
+    reading: Reading = rec.AS_WRITTEN,
 ) -> tuple[list[Any], LoadReport]:
     """Read, parse and encode every row of a mixture.
 
@@ -199,9 +239,10 @@ def read_items(
         name: field of the `data` group that `spec` was typed in; names the report.
         seed: of the shares that weights below 1 take.
         host, host_count: which rows this process reads (every host_count-th); ids are unique per host.
+        reading: of data.columns and data.thoughts.
     """
     report, items = LoadReport(name, spec), []
-    rows = read_records(spec, parse, report, seed=seed, host=host, host_count=host_count)
+    rows = read_records(spec, parse, report, seed=seed, host=host, host_count=host_count, reading=reading)
     while batch := list(itertools.islice(rows, _AT_ONCE)):
         results = encode([record for _, _, record in batch])
         for (source, where, record), result in zip(batch, results, strict=True):
@@ -220,34 +261,6 @@ def read_items(
     return items, report
 
 
-def split_heldout(entries: Sequence[T], fraction: float, seed: int) -> tuple[list[T], list[T]]:
-    """(training, held-out): entries of one prompt stay together, whatever their order or company.
-
-    A prompt is held out if its hash with the seed falls into the first `fraction` of all hashes, so the share is met in
-    the mean only. Its content is hashed (`content_key`), so neither a tokenizer nor the prompt's form decides; of items
-    whose content is not known, the tokens.
-    """
-    if not 0 <= fraction < 1:
-        raise ValueError(f"the held-out fraction must be at least 0 and below 1, got {fraction}")
-    train, heldout = [], []
-    for entry in entries:
-        (heldout if _uniform("heldout", seed, _prompt_bytes(entry)) < fraction else train).append(entry)
-    return train, heldout
-
-
-def flip_labels(pairs: Sequence[PairItem], fraction: float, seed: int) -> list[PairItem]:
-    """Exchange chosen and rejected of exactly round(fraction * n) entries, marked `flipped`.
-
-    Those with the smallest hash of (seed, id): the choice does not depend on the order, and a larger fraction flips
-    the same ones and more.
-    """
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"data.label_noise must lie between 0 and 1, got {fraction}")
-    ranks = sorted(range(len(pairs)), key=lambda i: (_uniform("flip", seed, pairs[i].item.id.encode()), i))
-    flipped = set(ranks[: round(fraction * len(pairs))])
-    return [_flip(pair) if index in flipped else pair for index, pair in enumerate(pairs)]
-
-
 def truncate_prompt(tokens: np.ndarray, *, limit: int, keep_end: bool, bos_id: int | None) -> np.ndarray:
     """At most `limit` of the i32[P] tokens, the last or the first ones; a leading BOS stays first."""
     if len(tokens) <= limit:
@@ -261,6 +274,7 @@ def truncate_prompt(tokens: np.ndarray, *, limit: int, keep_end: bool, bos_id: i
 
 def _encoder(tokenizer: EncodesText, limits: Limits) -> Encode:
     """records -> items, tokenized together: per record an item with its notes, or the reason why not."""
+    spells = getattr(tokenizer, "spells_control", None)
 
     def encode(batch: Sequence[Record]) -> list[Encoded]:
         prompts = [record.prompt for record in batch]
@@ -277,12 +291,21 @@ def _encoder(tokenizer: EncodesText, limits: Limits) -> Encode:
                 if index in refused:
                     raise BadRow("template_refused", refused[index])
                 responses = [side[index] for side in sides.values()]
-                results.append(_item(record, encoded[index], responses, tokenizer, limits))
+                item, notes = _item(record, encoded[index], responses, tokenizer, limits)
+                if "carries_template" not in record.notes and spells is not None and any(map(spells, _texts(record))):
+                    notes = (*notes, "carries_template")
+                results.append((item, notes))
             except (BadRow, PromptTooLong) as reason:
                 results.append(reason)
         return results
 
     return encode
+
+
+def _texts(record: Record) -> list[str]:
+    """Everything that a record says."""
+    prompt = [record.prompt] if isinstance(record.prompt, str) else [turn["content"] for turn in record.prompt]
+    return prompt + [getattr(record, side) for side in ("chosen", "rejected", "response") if hasattr(record, side)]
 
 
 def _item(
@@ -309,7 +332,7 @@ def _item(
         raise BadRow("response_truncated_to_nothing", f"of {max(map(len, whole))} tokens no text is left")
     if len(responses) == 2 and np.array_equal(*responses):
         raise BadRow("identical_after_truncation", f"the first {len(responses[0])} tokens")
-    item = Item(record.id, prompt, responses, content_key(record.prompt))
+    item = Item(record.id, prompt, responses, content_key(record.prompt), openings_of(record.prompt))
     copies = 1 if limits.share_prompt else max(len(responses), 1)
     if (length := item.tokens + (copies - 1) * len(prompt)) > limits.row_tokens:
         way_out = "raise data.row_tokens, or lower data.max_prompt_length or data.max_completion_length"
@@ -330,8 +353,8 @@ def _parse(row: RawRow, parse: Callable[[dict], Record], report: LoadReport, whe
         return parse(row.value)
     except BadRow as bad:
         report.add("bad", bad.reason, where, bad.detail)
-    except NoPreference as alike:
-        report.add("dropped", "equal_scores", where, str(alike))
+    except LeftOut as left:
+        report.add("dropped", left.reason, where, str(left))
     return None
 
 
@@ -339,11 +362,16 @@ def _unique(record: Record, repeated: bool, contents: set, ids: dict, report: Lo
     """The record with an id of its own; duplicates that the weights did not ask for are noted."""
     texts = [getattr(record, side, None) for side in ("chosen", "rejected", "response")]
     content = hashlib.sha256(json.dumps([rec.prompt_key(record.prompt), *texts]).encode()).hexdigest()
+    prompt = f"prompt {hash(rec.prompt_key(record.prompt))}"
     if not repeated and content in contents:
         report.add("noted", "duplicate_row", where)
     elif not repeated and record.id in ids:
         report.add("noted", "duplicate_id", where, record.id)
-    contents.add(content)
+    elif not repeated and texts[0] is not None and prompt in contents:
+        swapped = hashlib.sha256(json.dumps([rec.prompt_key(record.prompt), texts[1], texts[0], None]).encode())
+        if swapped.hexdigest() in contents:
+            report.add("noted", "opposite_label", where)
+    contents.update((content, prompt))
     name, seen = record.id, ids.get(record.id, 0)
     while name in ids:  # the next free one, in case a row brings an id such as "7#2" itself
         seen += 1
@@ -351,32 +379,3 @@ def _unique(record: Record, repeated: bool, contents: set, ids: dict, report: Lo
     ids[name] = 1
     ids[record.id] = max(seen, 1)
     return record if name == record.id else dataclasses.replace(record, id=name)
-
-
-def _weighted(rows: int, weight: float, seed: int, spec: str) -> np.ndarray:
-    """Sorted row indices of a source, each floor(weight) times and a share of them once more."""
-    times = np.full(rows, int(weight))
-    extra = round((weight - int(weight)) * rows)
-    if weight < 1 and rows:
-        extra = max(extra, 1)  # a source that was named is never left out by rounding
-    stream = rng_for(seed, Stream.SPLIT, zlib.crc32(pathlib.PurePath(spec).name.encode()))
-    times[stream.permutation(rows)[:extra]] += 1
-    return np.repeat(np.arange(rows), times)
-
-
-def _uniform(purpose: str, seed: int, key: bytes) -> float:
-    """A number in [0, 1) that depends on its arguments alone."""
-    digest = hashlib.sha256(f"{purpose}:{seed}:".encode() + key).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
-
-
-def _prompt_bytes(entry: Any) -> bytes:
-    entry = entry.item if isinstance(entry, PairItem) else entry
-    if not isinstance(entry, Item):
-        return content_key(entry.prompt).encode()
-    return entry.content.encode() or np.ascontiguousarray(entry.prompt, "<i4").tobytes()
-
-
-def _flip(pair: PairItem) -> PairItem:
-    exchanged = tuple((rejected, chosen) for chosen, rejected in pair.pairs)
-    return dataclasses.replace(pair, pairs=exchanged, flipped=not pair.flipped)

@@ -8,6 +8,7 @@ the contents: the same input is prepared once, a changed file never gives the ol
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -16,8 +17,9 @@ from collections.abc import Iterator
 
 from absl import app, flags
 
+from sera_jax.data.columns import THOUGHTS, Reading
 from sera_jax.data.loading import read_records
-from sera_jax.data.records import PARSERS, Record
+from sera_jax.data.records import AS_WRITTEN, PARSERS, Record
 from sera_jax.data.report import LoadReport
 from sera_jax.data.sources import content_hash, parse_mixture
 
@@ -26,7 +28,13 @@ REPORT_NAME = "prepare"
 
 
 def prepare(
-    spec: str, *, kind: str, data_dir: str | pathlib.Path, max_bad_fraction: float = 0.05, seed: int = 0
+    spec: str,
+    *,
+    kind: str,
+    data_dir: str | pathlib.Path,
+    max_bad_fraction: float = 0.05,
+    seed: int = 0,
+    reading: Reading = AS_WRITTEN,
 ) -> pathlib.Path:
     """Prepare a mixture, unless that was done before, and return its directory.
 
@@ -39,6 +47,7 @@ def prepare(
         data_dir: where prepared data sets lie.
         max_bad_fraction: more bad rows than this are an error.
         seed: of the shares that weights below 1 take.
+        reading: of data.columns and data.thoughts.
 
     Raises:
         ValueError: an input that cannot be read, or an unknown kind.
@@ -53,13 +62,14 @@ def prepare(
     parts = [
         [content_hash(name), weight, pathlib.PurePath(name).name if weight % 1 else ""] for name, weight in mixture
     ]
-    identity = json.dumps([tfds_builders.VERSION, kind, parts, seed if any(w % 1 for _, w in mixture) else None])
+    fraction = seed if any(w % 1 for _, w in mixture) else None
+    identity = json.dumps([tfds_builders.VERSION, kind, parts, fraction, dataclasses.asdict(reading)])
     digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
     report = LoadReport(REPORT_NAME, spec)
 
     def read() -> Iterator[Record]:
         records = []
-        for source, _, record in read_records(spec, PARSERS[kind], report, seed=seed):
+        for source, _, record in read_records(spec, PARSERS[kind], report, seed=seed, reading=reading):
             report.kept += 1
             report.sources[source]["kept"] += 1
             records.append(record)
@@ -90,6 +100,8 @@ def define_flags() -> None:
     flags.DEFINE_enum("kind", "preference", KINDS, "What the rows are.")
     flags.DEFINE_string("data_dir", None, "Directory for prepared data sets (local or mounted bucket).", required=True)
     flags.DEFINE_float("max_bad_fraction", 0.05, "More bad rows than this stop the preparation.", 0, 1)
+    flags.DEFINE_string("columns", "", "Fields of other names, as data.columns.")
+    flags.DEFINE_enum("thoughts", "keep", THOUGHTS, "As data.thoughts.")
     flags.DEFINE_integer("seed", 0, "Seed of the shares that weights below 1 take.")
 
 
@@ -106,6 +118,7 @@ def main(argv: list[str]) -> None:
                 data_dir=given.data_dir,
                 max_bad_fraction=given.max_bad_fraction,
                 seed=given.seed,
+                reading=Reading(given.columns, given.thoughts),
             )
     except ValueError as error:
         sys.exit(f"error: {error}")

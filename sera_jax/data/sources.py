@@ -1,11 +1,13 @@
-"""Where rows come from: JSONL (plain or gzip), Parquet, and tfds datasets read without TensorFlow.
+"""Where rows come from: JSON, CSV, Parquet and Arrow files, folders and globs of them, and tfds data sets.
 
 A source knows its length and reads any of its rows by index, so a host reads only its own. A row that cannot be read
 is a `RawRow` with `error` set, never an exception and never nothing; what makes a whole file unreadable is the
-source's `failure`. The spec of a source is one of
+source's `failure`. The contents of a file, not its name, tell what it is. The spec of a source is one of
 
-    path/to/rows.jsonl, rows.jsonl.gz     one JSON object a line, UTF-8
-    path/to/rows.parquet
+    path/to/rows                          JSON Lines, a JSON array of objects, Parquet, Arrow; JSON also as gzip or zstd
+    path/to/rows.csv, rows.tsv            with a header; also as gzip or zstd
+    path/to/train-*.parquet               all files of that name, in order
+    path/to/folder                        its files of one split; of `datasets.save_to_disk`, its Arrow files
     path/to/prepared                      a prepared tfds directory (it holds dataset_info.json)
     tfds:NAME[:split]                     a dataset of the tfds data directory; NAME may be a prepared directory
     hub:NAME[:CONFIG][:SPLIT][@REVISION]  a data set of the Hugging Face hub, see `repository`
@@ -13,194 +15,26 @@ source's `failure`. The spec of a source is one of
 
 from __future__ import annotations
 
-import collections
-import dataclasses
-import gzip
 import hashlib
-import json
 import math
-import mmap
 import pathlib
 import re
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-LFS_PREFIX = b"version https://git-lfs.github.com/spec/"
-GZIP_MAGIC = b"\x1f\x8b"
-PARQUET_MAGIC = b"PAR1"
-MAX_ROW_BYTES = 4 << 20  # about a million tokens: a mistake in the file, not a row to train on
-MAX_DEPTH = 100  # lists and objects within one another; Python's own recursion ends at some 900
+from sera_jax.data.folders import FilesSource, files_of, is_glob, is_saved_dataset, matching
+from sera_jax.data.rawrows import LFS_PREFIX, RawRow, Source, row_of
+from sera_jax.data.tables import ARROW_MAGICS, PARQUET_MAGIC, ArrowSource, ParquetSource
+from sera_jax.data.text_files import GZIP_MAGIC, MAX_DEPTH, MAX_ROW_BYTES, ZSTD_MAGIC, text_source
+
 MAX_WEIGHT = 100.0
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".json", ".csv", ".arrow")
 _READ_AT_ONCE = 1024
+__all__ = ["MAX_DEPTH", "MAX_ROW_BYTES", "RawRow", "Source", "open_source", "parse_mixture", "read_rows"]
 # NAME[:split]; a version after a colon (NAME:1.0.0) belongs to the name, a slice (train[1:3]) to the split
 _TFDS_SPEC = re.compile(r"(.+?)(?::([A-Za-z_]\w*(?:\[[^\]]*\])?(?:\+\w+(?:\[[^\]]*\])?)*))?")
-
-
-@dataclasses.dataclass(frozen=True)
-class RawRow:
-    """One row as it lies in its source.
-
-    Attributes:
-        path: file or directory it comes from.
-        line: 1-based line (JSONL) or row number.
-        value: the row's fields, or None where it could not be read.
-        error: reason why not (a key of `reasons.BAD_REASONS`, or `blank_line`), else None.
-        detail: what was seen, for the report.
-    """
-
-    path: str
-    line: int
-    value: dict[str, Any] | None
-    error: str | None = None
-    detail: str = ""
-
-
-class Source:
-    """Rows with a length and random access. `failure` is set when (part of) the whole source is unreadable."""
-
-    path: str
-    failure: RawRow | None = None
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def rows(self, indices: Sequence[int] | np.ndarray) -> Iterator[RawRow]:
-        """The rows at `indices` (0-based), in that order."""
-        raise NotImplementedError
-
-    def __getitem__(self, index: int) -> RawRow:
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {self.path}, which has {len(self)} rows")
-        return next(self.rows([index]))
-
-
-class JsonlSource(Source):
-    """One JSON object a line. The bytes, not the name, tell whether the file is compressed."""
-
-    def __init__(self, path: str):
-        self.path = path
-        with open(path, "rb") as file:
-            head = file.read(len(LFS_PREFIX))
-            file.seek(0)
-            if head.startswith(GZIP_MAGIC):
-                self._data: bytes | mmap.mmap = self._decompress(file)
-            elif head:
-                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            else:
-                self._data = b""
-        if self._data[: len(LFS_PREFIX)] == LFS_PREFIX:
-            self._data, self.failure = b"", _lfs_failure(path)
-        elif not len(self._data) and self.failure is None:
-            self.failure = RawRow(path, 1, None, "empty_file", "the file holds nothing")
-        ends = np.flatnonzero(np.frombuffer(self._data, np.uint8) == ord("\n"))
-        starts = np.concatenate([[0], ends + 1])
-        self._starts = starts[:-1] if starts[-1] == len(self._data) else starts
-
-    def _decompress(self, file: Any) -> bytes:
-        parts: list[bytes] = []
-        try:
-            with gzip.GzipFile(fileobj=file) as stream:
-                while part := stream.read(1 << 20):
-                    parts.append(part)
-        except (EOFError, OSError, zlib.error) as error:
-            line = sum(part.count(b"\n") for part in parts) + 1
-            self.failure = RawRow(self.path, line, None, "corrupt_gzip", str(error))
-        return b"".join(parts)
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def rows(self, indices: Sequence[int] | np.ndarray) -> Iterator[RawRow]:
-        for index in indices:
-            start = int(self._starts[index])
-            stop = int(self._starts[index + 1]) - 1 if index + 1 < len(self._starts) else len(self._data)
-            yield self._row(index + 1, start, stop)
-
-    def _row(self, line: int, start: int, stop: int) -> RawRow:
-        if stop - start > MAX_ROW_BYTES:
-            return RawRow(self.path, line, None, "enormous_row", f"{stop - start} bytes, at most {MAX_ROW_BYTES}")
-        raw = self._data[start:stop]
-        try:
-            text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            return RawRow(
-                self.path, line, None, "non_utf8", f"byte {raw[error.start]:#04x} at column {error.start + 1}"
-            )
-        if not text.strip():
-            return RawRow(self.path, line, None, "blank_line")
-        try:
-            value = json.loads(text, object_pairs_hook=_each_once)
-        except _Twice as error:
-            return RawRow(self.path, line, None, "duplicate_field", f"{str(error)[:60]!r}")
-        except RecursionError:
-            return RawRow(self.path, line, None, "deep_row", f"{text[:60]!r}")
-        except ValueError as error:
-            return RawRow(self.path, line, None, "invalid_json", f"{error} in {text[:60]!r}")
-        if not isinstance(value, dict):
-            return RawRow(self.path, line, None, "not_an_object", f"a JSON {type(value).__name__}: {text[:60]!r}")
-        if text.count("[") + text.count("{") > MAX_DEPTH and _is_deep(value):
-            return RawRow(self.path, line, None, "deep_row", f"{text[:60]!r}")
-        return RawRow(self.path, line, value)
-
-
-class ParquetSource(Source):
-    """A Parquet file, read by row group."""
-
-    def __init__(self, path: str):
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError as error:
-            raise ValueError(f"reading {path!r} needs pyarrow: pip install pyarrow, or convert it to .jsonl") from error
-        self.path = path
-        self._file: Any = None
-        groups: list[int] = []
-        with open(path, "rb") as file:
-            head = file.read(len(LFS_PREFIX))
-        if head == LFS_PREFIX:
-            self.failure = _lfs_failure(path)
-        else:
-            try:
-                self._file = pyarrow.parquet.ParquetFile(path)
-                groups = [self._file.metadata.row_group(g).num_rows for g in range(self._file.num_row_groups)]
-            except (pyarrow.ArrowException, OSError) as error:
-                self.failure = RawRow(path, 1, None, "corrupt_parquet", str(error))
-        self._stops = np.cumsum(groups, dtype=np.int64)
-        if self.failure is None and not len(self):
-            self.failure = RawRow(path, 1, None, "empty_file", "the file holds no row")
-        self._group = -1
-        self._table: Any = None
-
-    def __len__(self) -> int:
-        return int(self._stops[-1]) if len(self._stops) else 0
-
-    def rows(self, indices: Sequence[int] | np.ndarray) -> Iterator[RawRow]:
-        for index in indices:
-            group = int(np.searchsorted(self._stops, index, side="right"))
-            first = int(self._stops[group - 1]) if group else 0
-            if group != self._group:
-                self._table, self._group = self._read(group), group
-            try:
-                if isinstance(self._table, Exception):
-                    raise self._table
-                (value,) = self._table.slice(index - first, 1).to_pylist()
-            except UnicodeDecodeError as error:
-                yield _not_text(self.path, index + 1, error)
-            except (ValueError, OSError, NotImplementedError) as error:  # as pyarrow names damage
-                yield RawRow(self.path, index + 1, None, "corrupt_parquet", str(error))
-            else:
-                yield _row_of(self.path, index + 1, value)
-
-    def _read(self, group: int) -> Any:
-        """The group's table, or why it cannot be read: asked once, not for each of its rows."""
-        try:
-            return self._file.read_row_group(group)
-        except (ValueError, OSError, NotImplementedError) as error:
-            return error
 
 
 class TfdsSource(Source):
@@ -237,7 +71,7 @@ class TfdsSource(Source):
         for start in range(0, len(indices), _READ_AT_ONCE):  # single reads are several times slower than batches
             batch = [int(i) for i in indices[start : start + _READ_AT_ONCE]]
             for index, value in zip(batch, self._data.__getitems__(batch), strict=True):
-                yield _row_of(self.path, index + 1, value)
+                yield row_of(self.path, index + 1, value)
 
 
 def open_source(spec: str, *, field: str = "input") -> Source:
@@ -255,20 +89,37 @@ def open_source(spec: str, *, field: str = "input") -> Source:
     path = pathlib.Path(spec)
     if "://" in spec:
         raise ValueError(f"{field}: {spec!r} is a remote address; mount the bucket or copy the file, and give its path")
-    if not path.exists():
+    if not path.exists() and not is_glob(spec):
         raise ValueError(f"{field}: {spec!r} does not exist (looked in {path.absolute().parent})")
-    if path.is_dir():
-        if not (path / "dataset_info.json").is_file():
-            raise ValueError(
-                f"{field}: {spec!r} is a directory without dataset_info.json, so not a prepared tfds dataset; give the "
-                "file itself, several files separated by commas, or prepare them with python -m sera_jax.data.prepare"
-            )
+    if path.is_dir() and not is_saved_dataset(path) and (path / "dataset_info.json").is_file():
         return _open_tfds(f"tfds:{spec}", field)
-    if path.name.endswith(".parquet"):
-        return ParquetSource(spec)
-    if path.name.endswith(SUFFIXES):
-        return JsonlSource(spec)
-    raise ValueError(f"{field}: cannot tell what {spec!r} holds; its name must end in {', '.join(SUFFIXES)}")
+    files = [spec] if path.is_file() else [str(found) for found in files_of(spec, field)]
+    return open_file(files[0], field) if len(files) == 1 else FilesSource(spec, [open_file(f, field) for f in files])
+
+
+def open_file(path: str, field: str = "input") -> Source:
+    """The source of one file, by its contents; raises ValueError where they are of no kind that is read."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    name = path.lower()
+    if head.startswith(PARQUET_MAGIC) or (name.endswith(".parquet") and (not head or head.startswith(LFS_PREFIX))):
+        return ParquetSource(path)
+    if head.startswith(ARROW_MAGICS):
+        return ArrowSource(path)
+    if name.endswith((".parquet", ".arrow")) and not head.startswith((LFS_PREFIX, GZIP_MAGIC, ZSTD_MAGIC)):
+        return ParquetSource(path) if name.endswith(".parquet") else ArrowSource(path)
+    source = text_source(path, head)
+    if source is None:
+        raise ValueError(
+            f"{field}: cannot tell what {path!r} holds (it begins with {head[:12]!r}); JSON Lines, JSON arrays, CSV "
+            "with a name that ends in .csv, Parquet and Arrow are read"
+        )
+    return source
+
+
+def is_there(spec: str) -> bool:
+    """Whether there is a file, a folder, or a file of a glob; of a tfds name or an address nothing is asked."""
+    return spec.startswith(("tfds:", "hub:")) or pathlib.Path(spec).exists() or bool(is_glob(spec) and matching(spec))
 
 
 def read_rows(spec: str, *, host: int = 0, host_count: int = 1, field: str = "input") -> Iterator[RawRow]:
@@ -314,15 +165,18 @@ def parse_mixture(spec: str, *, field: str = "input") -> list[tuple[str, float]]
 
 
 def content_hash(spec: str, *, field: str = "input") -> str:
-    """sha256 over the bytes of the source (every file of a prepared directory, in name order)."""
+    """sha256 over the bytes of the source (of every file of a folder or glob, in order)."""
     source = open_source(spec, field=field)
     if parts := getattr(source, "parts", ()):
         return hashlib.sha256("".join(content_hash(part.path) for part in parts).encode()).hexdigest()
     digest = hashlib.sha256()
-    root = pathlib.Path(source.path.rpartition(":")[0] if isinstance(source, TfdsSource) else source.path)
     if isinstance(source, TfdsSource):
+        root = pathlib.Path(source.path.rpartition(":")[0])
         digest.update(source.path.rpartition(":")[2].encode())
-    for path in sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]:
+        files = sorted(path for path in root.rglob("*") if path.is_file())
+    else:
+        files = source.files()
+    for path in files:
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
@@ -346,54 +200,3 @@ def _open_tfds(spec: str, field: str) -> TfdsSource:
             "set TFDS_DATA_DIR to where it is prepared"
         ) from error
     return TfdsSource(builder, split, spec)
-
-
-class _Twice(ValueError):
-    """A field stands twice in an object: which of its values is meant?"""
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        counts = collections.Counter(name for name, _ in pairs)
-        raise _Twice(next(name for name, count in counts.items() if count > 1))
-    return found
-
-
-def _is_deep(value: Any) -> bool:
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [part for v in level for part in (v.values() if isinstance(v, dict) else v)]
-        level = [part for part in level if isinstance(part, dict | list)]
-        if not level:
-            return False
-    return True
-
-
-def _lfs_failure(path: str) -> RawRow:
-    return RawRow(path, 1, None, "git_lfs_pointer", "a git-LFS pointer, not the data; run git lfs pull")
-
-
-def _row_of(path: str, line: int, value: dict[str, Any]) -> RawRow:
-    try:
-        return RawRow(path, line, _plain(value))
-    except UnicodeDecodeError as error:
-        return _not_text(path, line, error)
-
-
-def _not_text(path: str, line: int, error: UnicodeDecodeError) -> RawRow:
-    return RawRow(path, line, None, "non_utf8", f"byte {error.object[error.start]:#04x} of a text field")
-
-
-def _plain(value: Any) -> Any:
-    """Bytes -> str, numpy -> Python, through dicts and lists: what json.loads would have given."""
-    if isinstance(value, bytes):
-        return value.decode("utf-8")
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, np.ndarray | np.generic):
-        value = value.tolist()
-        return _plain(value) if isinstance(value, bytes | list) else value
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    return value

@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 
 from sera_jax.data.records import PREPARED, Record
 
-VERSION = "1.0.0"
+VERSION = "1.1.0"  # raise it when the same files give other records
 
 
 class _Records(tfds.core.GeneratorBasedBuilder):

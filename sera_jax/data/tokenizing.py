@@ -24,21 +24,21 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import pathlib
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
 import tokenizers
 
-from sera_jax import hub
 from sera_jax.data import chat
 from sera_jax.data.chat import Prompt, Shape
-from sera_jax.data.escaping import EscapingEncoder, PromptRefused, Text
+from sera_jax.data.escaping import EscapingEncoder, PromptRefused, Text, attempt, not_empty, settle
+from sera_jax.data.pretrained import from_pretrained
 
 POLICY = "sera_jax tokenizing 2"  # part of the fingerprint: raise it when the same text gives other tokens
 ADD_BOS = ("tokenizer", "always", "never")
+THOUGHT_MARKS = ("<think>", "</think>")
 
 
 class Tokenizer:
@@ -93,7 +93,7 @@ class Tokenizer:
         Raises:
             ValueError: nothing usable there, or no token to end a response, with the way out.
         """
-        tokenizer = _from_pretrained(path_or_id)
+        tokenizer = from_pretrained(path_or_id)
         own = tokenizer.chat_template
         if isinstance(own, dict):
             if not chat_template and "default" not in own:
@@ -127,8 +127,8 @@ class Tokenizer:
             refused: where given, takes index -> reason of the prompts that cannot be encoded; their places in the
                 result are empty arrays. Otherwise the first of them raises.
         """
-        results = self._encode([_attempt(self._prompt_text, prompt) for prompt in prompts])
-        return _settle([self._with_bos(result) for result in results], refused)
+        results = self._encode([attempt(self._prompt_text, prompt) for prompt in prompts])
+        return settle([self._with_bos(result) for result in results], refused)
 
     def encode_response(self, prompt: Prompt, text: str, complete: bool = True) -> np.ndarray:
         """i32[n], n >= 1: the response as a continuation of the prompt; it ends in `end_id` if complete.
@@ -147,9 +147,9 @@ class Tokenizer:
     ) -> list[np.ndarray]:
         """`encode_response` of many, in batches; `refused` as for `encode_prompts`."""
         jobs = [
-            _attempt(self._response_text, prompt, text, complete) for prompt, text in zip(prompts, texts, strict=True)
+            attempt(self._response_text, prompt, text, complete) for prompt, text in zip(prompts, texts, strict=True)
         ]
-        return _settle([_not_empty(result, "the response has no tokens") for result in self._encode(jobs)], refused)
+        return settle([not_empty(result, "the response has no tokens") for result in self._encode(jobs)], refused)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of token ids, control tokens skipped; bytes that are no UTF-8 become U+FFFD."""
@@ -220,13 +220,13 @@ class Tokenizer:
     def _response_text(self, prompt: Prompt, text: str, complete: bool) -> Text:
         if self._chat is None:
             return Text(((False, text),), start=not _plain_prompt(prompt), end=self.end_id if complete else None)
-        shape, contents = self._chat.contents(_as_messages(prompt), text)
+        shape, said = self._answer(_as_messages(prompt), text)
         if self._end_of(shape) != self.end_id:
             raise PromptRefused(
                 "the chat template ends this answer with another token than others; use another template"
             )
-        pieces: list[tuple[bool, str]] = [(True, shape.lead), (False, contents[-1])]
         before_end, end = self._encoder.split(shape.after)
+        pieces = list(said)
         if complete and end is not None:
             pieces.append((True, before_end + end))
         # A control token right before the response conditions its first token (some tokenizers put a space there).
@@ -238,6 +238,52 @@ class Tokenizer:
             end=self.end_id if complete and end is None else None,
         )
 
+    def _answer(self, prompt: chat.Messages, text: str) -> tuple[Shape, list[tuple[bool, str]]]:
+        """The prompt's shape, and what follows the generation prompt, up to the answer's end.
+
+        An answer that opens with its thoughts is what generation would write: the template's own rendering where that
+        shows them, else the thoughts from where the generation prompt leaves off. What a template writes in place of
+        thoughts (an empty pair of marks) stands before an answer without any.
+        """
+        assert self._chat is not None
+        shape = self._chat.shape(tuple(turn["role"] for turn in prompt))
+        if thinks := text.lstrip().startswith("<think>") and "</think>" in text:
+            if shape.opens and "<think>" not in shape.lead:
+                try:  # a template that does not look at thoughts
+                    return shape, [(True, shape.lead), (False, self._chat.contents(prompt, text)[1][-1])]
+                except PromptRefused:
+                    pass
+            written = self._chat.continuation(prompt, text).removesuffix(shape.after)
+            if "".join(written.split()) == "".join(text.split()):
+                text = written
+            before, _, rest = text.partition("<think>")
+            thought, _, rest = rest.partition("</think>")
+            opened = shape.prompt[-1].rstrip().endswith("<think>")
+            if opened and shape.prompt[-1].endswith("\n"):
+                thought = thought.removeprefix("\n")
+            lead = [] if opened else [(True, shape.lead.partition("<think>")[0]), (False, before), (True, "<think>")]
+            return shape, [*lead, (False, thought), (True, "</think>"), (False, rest)]
+        if not shape.opens and not thinks:
+            raise PromptRefused(
+                f"the chat template's generation prompt ends in {shape.prompt[-1][-40:]!r}, but its own rendering of "
+                f"an answer opens with {shape.full[-2][-40:]!r}: an answer would stand where the model "
+                "is never asked for one. Give answers that begin with <think>...</think>, or choose another "
+                "data.chat_template"
+            )
+        shape, contents = self._chat.contents(prompt, text)
+        return shape, [(True, shape.lead), (False, contents[-1])]
+
+    def spells_control(self, text: str) -> bool:
+        """Whether a content holds a control token's name, which is text there. (Marks of thoughts are not meant.)"""
+        before, name = self._encoder.split(text)
+        return name is not None and (name not in THOUGHT_MARKS or self.spells_control(text[len(before) + len(name) :]))
+
+    def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """i32[n] of texts for pretraining: no template, BOS where plain text gets it, and the end of a response."""
+        results = self._encode([Text(((False, text),), end=self.end_id) for text in texts])
+        bos = [] if self.bos_id is None or not self._bos_first else [np.array([self.bos_id], np.int32)]
+        return [np.concatenate([*bos, ids]) for ids in settle(results, None)]
+
     def _encode(self, jobs: Sequence[Text | PromptRefused]) -> list[np.ndarray | PromptRefused]:
         encoded = iter(self._encoder.encode([job for job in jobs if isinstance(job, Text)]))
         return [next(encoded) if isinstance(job, Text) else job for job in jobs]
@@ -247,7 +293,7 @@ class Tokenizer:
             return ids
         if self._bos_first and self._chat is None:
             ids = np.concatenate([np.array([self.bos_id], np.int32), ids])
-        return _not_empty(ids, "the prompt has no tokens")
+        return not_empty(ids, "the prompt has no tokens")
 
     def _control_tokens(self) -> list[str]:
         """Special tokens, and other added tokens that the template itself writes around contents."""
@@ -302,7 +348,10 @@ class Tokenizer:
     @functools.cached_property
     def _lead(self) -> str:
         """What decoding shows before an answer's own text: the template's, or a space of the tokenizer's."""
-        text = self._continuation(self._plain(self.encode_response("x", "a", complete=False)))
+        try:
+            text = self._continuation(self._plain(self.encode_response("x", "a", complete=False)))
+        except PromptRefused:  # no answer without thoughts can follow this generation prompt
+            return ""
         return text.removesuffix("a") if text.endswith("a") else ""
 
     @functools.cached_property
@@ -315,36 +364,6 @@ class Tokenizer:
         return self._hf.apply_chat_template(
             messages, chat_template=source, add_generation_prompt=generation, tokenize=False, return_dict=False
         )
-
-
-def _from_pretrained(path_or_id: str | pathlib.Path) -> Any:
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install torch, which nothing needs
-    import transformers  # here, since it takes a second to import and most of the data layer does not need it
-
-    name = str(path_or_id)
-    folder = pathlib.Path(name).expanduser()
-    local = folder.is_dir()
-    if not local:
-        repository = hub.parse(name, bare=True)
-        if repository is None:
-            raise ValueError(
-                f"tokenizer {name!r} is not a folder; give the folder that holds tokenizer.json, or a hub id"
-            )
-        folder = hub.look(repository, (*hub.TOKENIZER_FILES, "config.json")).folder
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            str(folder), trust_remote_code=False, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if "custom code" in reason:
-            way_out = "code that comes with a tokenizer is never run here; give a folder with a plain tokenizer.json"
-        else:
-            way_out = "the folder needs tokenizer.json and tokenizer_config.json"
-        raise ValueError(f"tokenizer {name!r} cannot be loaded: {reason}; {way_out}") from error
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"tokenizer {name!r} has no tokenizer.json form; convert it to a fast tokenizer first")
-    return tokenizer
 
 
 def _as_messages(prompt: Prompt) -> chat.Messages:
@@ -366,28 +385,3 @@ def _plain_prompt(prompt: Prompt) -> str:
 def _interleaved(pieces: Sequence[str], contents: Sequence[str]) -> tuple[tuple[bool, str], ...]:
     pairs = zip(pieces, [*contents, ""], strict=True)
     return tuple(part for piece, content in pairs for part in ((True, piece), (False, content)) if part[1])
-
-
-def _attempt(make: Callable[..., Text], *args: Any) -> Text | PromptRefused:
-    try:
-        return make(*args)
-    except PromptRefused as error:
-        return error
-
-
-def _not_empty(ids: np.ndarray | PromptRefused, reason: str) -> np.ndarray | PromptRefused:
-    return ids if isinstance(ids, PromptRefused) or len(ids) else PromptRefused(reason)
-
-
-def _settle(
-    results: Sequence[np.ndarray | PromptRefused], refused: MutableMapping[int, str] | None
-) -> list[np.ndarray]:
-    settled = []
-    for index, result in enumerate(results):
-        if isinstance(result, PromptRefused):
-            if refused is None:
-                raise result
-            refused[index] = str(result)
-            result = np.zeros(0, np.int32)
-        settled.append(result)
-    return settled

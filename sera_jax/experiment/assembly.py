@@ -15,10 +15,11 @@ from sera_jax.checkpoint import Workdir
 from sera_jax.config import Config, DataGroup, ModelGroup
 from sera_jax.core import Stream, key_for
 from sera_jax.data.bpe import train_bpe
+from sera_jax.data.columns import Reading
 from sera_jax.data.items import Item
 from sera_jax.data.loading import Limits, load_records
 from sera_jax.data.packing import Layout
-from sera_jax.data.sources import content_hash, parse_mixture
+from sera_jax.data.sources import content_hash, is_there, parse_mixture
 from sera_jax.data.tokenizing import Tokenizer
 from sera_jax.evaluation.gold import LIKENESS
 from sera_jax.experiment.brought import SOURCES
@@ -58,6 +59,7 @@ def read_corpus(config: Config, workdir: Workdir, say: Callable[[str], None]) ->
     options: dict[str, Any] = {
         "limits": limits,
         "max_bad_fraction": data.max_bad_fraction,
+        "reading": Reading(data.columns, data.thoughts),
         "workdir": workdir.root,
         "seed": config.seed,
     }
@@ -96,7 +98,7 @@ def check_sources(data: DataGroup, model: ModelGroup) -> None:
     for name in SOURCES:
         spec = getattr(data, name)
         for path, _ in parse_mixture(spec, field=f"config.data.{name}") if spec else ():
-            if not path.startswith(("tfds:", "hub:")) and "://" not in path and not pathlib.Path(path).exists():
+            if "://" not in path and not is_there(path):
                 raise ValueError(f"config.data.{name}={spec!r}: {path!r} does not exist; give the path of a file")
     for name in ("model_name_or_path", "sft_model_path"):
         path = getattr(model, name)
@@ -122,10 +124,14 @@ def open_tokenizer(data: DataGroup, model: ModelGroup, workdir: Workdir, method:
     kind, fields = method.texts
     sources = {field: getattr(data, field) for field in fields}
 
+    reading = Reading(data.columns, data.thoughts)
+
     def texts() -> Iterator[str]:
         for field, spec in sources.items():
             if spec:
-                records, _ = load_records(spec, kind, max_bad_fraction=data.max_bad_fraction, name=field)
+                records, _ = load_records(
+                    spec, kind, max_bad_fraction=data.max_bad_fraction, name=field, reading=reading
+                )
                 for record in records:
                     yield _text_of(record.prompt)
                     yield from (record.chosen, record.rejected) if kind == "preference" else (record.response,)
@@ -135,6 +141,7 @@ def open_tokenizer(data: DataGroup, model: ModelGroup, workdir: Workdir, method:
 
     contents = {field: _contents(spec, f"config.data.{field}") for field, spec in sources.items()}
     inputs = sources | {"vocab_size": model.vocab_size, "contents": contents}
+    inputs |= {} if reading == Reading() else {"reading": dataclasses.asdict(reading)}
     folder = workdir.phase("tokenizer", inputs, produce, alone=True).path / "tokenizer"
     return Tokenizer.load(folder, data.chat_template, add_bos=data.add_bos), str(folder)
 

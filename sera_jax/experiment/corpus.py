@@ -17,7 +17,14 @@ import numpy as np
 
 from sera_jax.config import Config, DataGroup
 from sera_jax.data.items import Item, PairItem, prompt_keys, unique_prompts
-from sera_jax.data.loading import flip_labels, load_demonstrations, load_preferences, load_prompts, split_heldout
+from sera_jax.data.loading import (
+    flip_labels,
+    load_demonstrations,
+    load_preferences,
+    load_pretrain,
+    load_prompts,
+    split_heldout,
+)
 from sera_jax.data.tokenizing import Tokenizer
 from sera_jax.evaluation.gold import Likeness
 from sera_jax.loops.sera_study import Gold
@@ -70,7 +77,7 @@ class Reader:
     Attributes:
         tokenizer, tokenizer_dir: as in Corpus.
         gold: the embedded world's. likeness: what eval.gold names.
-        options: of every load: limits, max_bad_fraction, workdir, seed.
+        options: of every load: limits, max_bad_fraction, workdir, seed, reading.
         say: takes a line for the user.
     """
 
@@ -134,7 +141,10 @@ class HeldOut:
         Raises:
             ValueError: none is left.
         """
-        kept = [entry for entry in entries if not prompt_keys(_item_of(entry)) & self._keys]
+        held = self._keys
+        if source == "prompts":  # nor is an answer sampled to what a held-out conversation begins with
+            held = held | {key for entry in [*self.rows, *self.prompts] for key in _item_of(entry).openings}
+        kept = [entry for entry in entries if not prompt_keys(_item_of(entry)) & held]
         self.left_out[source] = len(entries) - len(kept)
         if self.left_out[source]:
             self.say(f"{source}: left out {self.left_out[source]} of {len(entries)} rows, whose prompts are held out")
@@ -193,7 +203,7 @@ def of_pairs(config: Config, data: DataGroup, heldout_prompts: str, read: Reader
         demonstrations = [_side(pair, pair.pairs[0][0]) for pair in noisy]
         origin = "the chosen responses of data.train" + (", after label noise" if data.label_noise else "")
     if data.pretrain:
-        pretrain = held.keep_out(read(load_demonstrations, data.pretrain, "pretrain"), "pretrain")
+        pretrain = held.keep_out(read(load_pretrain, data.pretrain, "pretrain"), "pretrain")
     elif data.demonstrations:
         pretrain = [as_text(item) for item in demonstrations]
     else:
@@ -232,7 +242,7 @@ def of_demonstrations(
     """
     demonstrations, held = main_source(data, heldout_prompts, read, load_demonstrations, "demonstrations")
     if data.pretrain:
-        pretrain = held.keep_out(read(load_demonstrations, data.pretrain, "pretrain"), "pretrain")
+        pretrain = held.keep_out(read(load_pretrain, data.pretrain, "pretrain"), "pretrain")
     else:
         pretrain = [as_text(item) for item in demonstrations]
     pairs, heldout_pairs = _reward_pairs(config, data, demonstrations, held, read) if with_pairs else ([], [])

@@ -20,6 +20,7 @@ import numpy as np
 from sera_jax.config import Config
 from sera_jax.core import Stream, key_for
 from sera_jax.data.batches import PairLoader, score_batches
+from sera_jax.data.columns import Reading
 from sera_jax.data.items import Item, PairItem
 from sera_jax.data.loading import Limits, load_demonstrations, load_preferences
 from sera_jax.data.packing import Layout, gather_scores, pack
@@ -102,7 +103,8 @@ def _items(config: Config, tokenizer: Any, vocabulary: int) -> tuple[list[Item],
         with tempfile.TemporaryDirectory() as folder, open(files[0], encoding="utf-8") as lines:
             first = pathlib.Path(folder) / "first.jsonl"
             first.write_text("".join(itertools.islice(lines, ROWS)), encoding="utf-8")
-            how = dict(max_bad_fraction=config.data.max_bad_fraction, name=fields[0], seed=config.seed)
+            how: dict[str, Any] = dict(max_bad_fraction=config.data.max_bad_fraction, name=fields[0], seed=config.seed)
+            how["reading"] = Reading(config.data.columns, config.data.thoughts)
             rows, _ = load(str(first), tokenizer, limits=limits, **how)
         return [row.item if isinstance(row, PairItem) else row for row in rows], f"the first rows of {files[0]}"
     rng = np.random.default_rng(config.seed)

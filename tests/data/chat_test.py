@@ -50,7 +50,32 @@ def test_without_a_generation_prompt_what_stands_before_an_answer_is_the_prompts
 def test_a_generation_prompt_that_answers_do_not_repeat_is_still_what_generation_is_given():
     shape, _ = cut(each("<{{ m.role }}>{{ m.content }}\n", "<assistant><think>")).contents(USER)
     assert shape.prompt[-1] == "\n<assistant><think>"
+    assert not shape.opens
     assert (shape.lead, shape.after) == ("", "\n")
+
+
+LATE = (
+    "{% set s = messages[0].content if messages[0].role == 'system' else '' %}"
+    "{% for m in messages %}{% if m.role == 'user' %}[I]{{ (s + '\\n\\n' if loop.last and s else '') + m.content }}[/I]"
+    "{% elif m.role == 'assistant' %} {{ m.content }}</s>{% endif %}{% endfor %}"
+)
+
+
+def test_a_template_that_puts_the_system_message_late_gives_the_prompt_that_generation_is_given():
+    said = [dict(role=role, content=text) for role, text in [("system", "S"), ("user", "A"), ("assistant", "B")]]
+    said.append({"role": "user", "content": "C"})
+    template = cut(LATE)
+    shape, contents = template.contents(said)
+    assert chat.interleave(shape.prompt, contents) == "[I]A[/I] B</s>[I]S\n\nC[/I]"
+    shape, contents = template.contents(said, "D")
+    assert (contents[-1], shape.lead, shape.after, shape.opens) == ("D", " ", "</s>", True)
+
+
+def test_a_template_that_takes_thoughts_out_of_earlier_answers_gives_what_generation_is_given():
+    template = cut(each("<{{ m.role }}>{{ m.content.split('</think>')[-1] }}\n", "<assistant>"))
+    said = [*USER, {"role": "assistant", "content": "<think>x</think>Yes"}, {"role": "user", "content": "And?"}]
+    shape, contents = template.contents(said)
+    assert chat.interleave(shape.prompt, contents) == "<user> Hi \n<assistant>Yes\n<user>And?\n<assistant>"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sera_jax.data import loading
-from sera_jax.data.items import Item, PairItem, content_key, stable_id
+from sera_jax.data.items import Item, PairItem, content_key, openings_of, stable_id
 from sera_jax.data.loading import Limits, TooManyBadRows, flip_labels, load_preferences, split_heldout
 from sera_jax.data.records import parse_demonstration, parse_preference, parse_prompt
 
@@ -29,6 +29,9 @@ class Bytes:
 
     def encode_responses(self, prompts, texts, complete=True, refused=None):
         return [np.array([*(b + OFFSET for b in t.encode()), *[EOS] * complete], np.int32) for t in texts]
+
+    def encode_texts(self, texts):
+        return [np.array([BOS, *(b + OFFSET for b in text.encode()), EOS], np.int32) for text in texts]
 
     def decode(self, ids):
         return bytes(int(i) - OFFSET for i in ids if i >= OFFSET).decode(errors="replace")
@@ -336,3 +339,11 @@ def test_a_field_name_that_is_no_text_does_not_break_the_report(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     load(str(tmp_path / "a.jsonl"), max_bad_fraction=1.0, workdir=tmp_path)
     assert "ud800" in json.loads((tmp_path / "data" / "train.json").read_text())["bad"]["missing_field"]["detail"]
+
+
+def test_a_conversation_knows_the_prompts_that_it_begins_with():
+    said = [("system", "S"), ("user", "A"), ("assistant", "B"), ("user", "C")]
+    talk = [{"role": role, "content": text} for role, text in said]
+    expected = {content_key(talk[:2]), content_key("A"), content_key(talk[1:])}
+    assert set(openings_of(talk)) == expected
+    assert openings_of("A") == openings_of(talk[1:2]) == ()

@@ -63,7 +63,8 @@ def check_report(report, path, lines, told):
     assert {reason for reason, _ in refused} <= {*BAD_REASONS, *DROPPED}
     table = report.table()
     table.encode()
-    assert len(table.splitlines()) == 1 + sum(map(len, (report.bad, report.dropped, report.noted)))
+    lines = 1 + sum(map(len, (report.bad, report.dropped, report.noted, report.forms))) + bool(report.unread)
+    assert len(table.splitlines()) == lines
 
 
 def check_texts(kind, path, items, tokenizer):

@@ -6,6 +6,8 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+from sera_jax.data import forms
+
 HUMAN = "\n\nHuman: Name a herb.\n\nAssistant: Basil.\n\nHuman: And a tree?\n\nAssistant:"
 TURNS = [
     {"role": "system", "content": "Be brief."},
@@ -15,7 +17,7 @@ TURNS = [
 ]
 OAK, SAND = {"role": "assistant", "content": "An oak, naïve 🌳."}, {"role": "assistant", "content": "Sand."}
 
-FORMS: dict[str, list[dict[str, Any]]] = {
+_OWN: dict[str, list[dict[str, Any]]] = {
     "preference": [
         {"prompt": "Name a tree.", "chosen": "An oak.", "rejected": "Sand.", "source": "a", "score_chosen": 5},
         {"prompt": TURNS, "chosen": [OAK], "rejected": [SAND]},
@@ -43,6 +45,10 @@ FORMS: dict[str, list[dict[str, Any]]] = {
         {"chosen": [*TURNS, OAK], "rejected": [*TURNS, SAND]},
     ],
 }
+FORMS: dict[str, list[dict[str, Any]]] = {
+    kind: rows + [form.example for form in forms.FORMS if kind in (form.kind, "prompt") and form.kind != "text"]
+    for kind, rows in _OWN.items()
+}
 
 
 def nested(depth: int, of: Any = 0) -> Any:
@@ -64,6 +70,19 @@ VALUES: list[Callable[[random.Random], Any]] = [
     lambda r: copy.deepcopy(r.choice(MESSAGES)),
 ]
 NAMES = ["prompt", "chosen", "rejected", "response", "messages", "id", "source", "preference", "role", "content"]
+NAMES += [
+    "conversations",
+    "system",
+    "history",
+    "tools",
+    "label",
+    "weight",
+    "from",
+    "value",
+    "rank",
+    "answers",
+    "winner",
+]
 NAMES += ["score_chosen", "score_rejected", "sera_prompt_format", "extra", "\ud800", "", "a\nb", "\x1b[2J", "x" * 3000]
 
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from sera_jax.data.columns import Reading
 from sera_jax.data.loading import TooManyBadRows, load_records
 from sera_jax.data.prepare import prepare
 from sera_jax.data.sources import content_hash, open_source, read_rows
@@ -47,6 +48,17 @@ def test_a_prepared_data_set_gives_the_records_of_its_files(tmp_path):
     ]
     with pytest.raises(ValueError, match="no split 'test'; its splits: train"):
         open_source(f"tfds:{directory}:test")
+
+
+def test_rows_of_any_form_and_of_other_names_are_prepared_as_they_are_read(tmp_path):
+    pair = {"system": "Be brief.", "question": "Name a herb.", "chosen": "Basil.", "rejected": "Sand."}
+    path = write(tmp_path / "a.jsonl", [pair])
+    directory = str(prepare(path, kind="preference", data_dir=tmp_path / "prepared"))
+    expected = facts(load_records(path, "preference")[0])
+    assert facts(load_records(directory, "preference")[0]) == expected
+    assert expected[0][1][0] == {"role": "system", "content": "Be brief."}
+    without = prepare(path, kind="preference", data_dir=tmp_path / "prepared", reading=Reading("system:"))
+    assert load_records(str(without), "preference")[0][0].prompt == "Name a herb."
 
 
 def test_prepared_rows_are_read_by_index_and_shared_among_hosts(tmp_path):

@@ -6,14 +6,8 @@ import json
 
 import pytest
 
-from sera_jax.data.reasons import BAD_REASONS, NOTES
-from sera_jax.data.records import (
-    BadRow,
-    NoPreference,
-    parse_demonstration,
-    parse_preference,
-    parse_prompt,
-)
+from sera_jax.data.reasons import BAD_REASONS, NOTES, BadRow, LeftOut
+from sera_jax.data.records import parse_demonstration, parse_preference, parse_prompt
 
 USER, OTHER = {"role": "user", "content": "Hi?"}, {"role": "user", "content": "And?"}
 YES, NO = {"role": "assistant", "content": "Yes."}, {"role": "assistant", "content": "No."}
@@ -141,8 +135,8 @@ def test_a_row_of_a_wrong_shape_says_which():
     assert reason(parse_preference, **{**pair, "chosen": 3}) == "wrong_type"
     assert reason(parse_preference, **{**pair, "prompt": 3}) == "wrong_type"
     assert reason(parse_preference, **{**pair, "prompt": []}) == "missing_field"
-    assert reason(parse_preference, **{**pair, "chosen": [{"role": "tool", "content": "x"}]}) == "bad_message"
-    assert reason(parse_preference, **{**pair, "chosen": [{"from": "gpt", "value": "x"}]}) == "bad_message"
+    assert reason(parse_preference, **{**pair, "chosen": [{"role": "tool", "content": "x"}]}) == "tool_calls"
+    assert reason(parse_preference, **{**pair, "chosen": [{"from": "robot", "value": "x"}]}) == "bad_message"
     assert reason(parse_preference, **{**pair, "chosen": [{"role": "assistant", "content": None}]}) == "bad_message"
     assert reason(parse_preference, **{**pair, "prompt": "\ud800"}) == "invalid_unicode"
     assert reason(parse_preference, prompt="Hi?", output_1="a", output_2="b", preference="x") == "wrong_type"
@@ -200,7 +194,7 @@ def test_numbers_and_names_that_are_no_text_are_refused_by_reason():
 @pytest.mark.parametrize("names", ["score_chosen score_rejected", "chosen_score rejected_score"])
 def test_a_pair_of_equal_scores_is_no_preference(names):
     first, second = names.split()
-    with pytest.raises(NoPreference, match=f"{first} and {second} are 4"):
+    with pytest.raises(LeftOut, match=f"{first} and {second} are 4"):
         parse_preference({"prompt": "q", "chosen": "a", "rejected": "b", first: 4.0, second: 4})
     for unequal in ({first: 4.5, second: 4.0}, {first: None, second: None}, {first: 4.0}):
         parse_preference({"prompt": "q", "chosen": "a", "rejected": "b", **unequal})

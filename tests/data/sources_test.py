@@ -10,6 +10,7 @@ import types
 
 import pytest
 
+from sera_jax.data.loading import TooManyBadRows, load_records
 from sera_jax.data.sources import (
     MAX_DEPTH,
     MAX_ROW_BYTES,
@@ -121,9 +122,9 @@ def test_a_file_that_is_not_there_is_named_with_its_field(tmp_path):
         open_source("gs://bucket/a.jsonl")
     with pytest.raises(ValueError, match="not a prepared tfds dataset"):
         open_source(str(tmp_path))
-    (tmp_path / "a.csv").write_text("a,b")
-    with pytest.raises(ValueError, match=r"must end in \.jsonl"):
-        open_source(str(tmp_path / "a.csv"))
+    (tmp_path / "a.bin").write_bytes(b"\x80\x04 pickled")
+    with pytest.raises(ValueError, match=r"cannot tell what .* holds"):
+        open_source(str(tmp_path / "a.bin"))
     with pytest.raises(ValueError, match="no tfds dataset 'no_such_data_set'"):
         open_source("tfds:no_such_data_set:train")
 
@@ -207,3 +208,114 @@ def test_a_flipped_bit_of_a_parquet_file_is_a_row_with_its_reason(tmp_path):
         path.write_bytes(damaged)
         found.update({error for _, error in errors(str(path))})
     assert found.keys() == {"corrupt_parquet", "non_utf8"}
+
+
+def packed(path, text):
+    if path.endswith(".zst"):
+        pyarrow = pytest.importorskip("pyarrow")
+        with pyarrow.CompressedOutputStream(path, "zstd") as stream:
+            stream.write(text.encode())
+    else:
+        data = gzip.compress(text.encode()) if path.endswith(".gz") else text.encode()
+        with open(path, "wb") as file:
+            file.write(data)
+    return path
+
+
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+LAYOUTS = {
+    "lines": LINES,
+    "array": json.dumps(ROWS),
+    "pretty array": json.dumps(ROWS, indent=2),
+    "a row a line": "[\n" + ",\n".join(map(json.dumps, ROWS)) + "\n]\n",
+    "pretty objects": "\n".join(json.dumps(row, indent=1) for row in ROWS),
+}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.ndjson", "a.json.gz", "a.jsonl.zst", "a"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_json_is_read_by_its_contents_whatever_its_name(tmp_path, layout, name):
+    path = packed(str(tmp_path / name), LAYOUTS[layout])
+    assert [row.value for row in read_rows(path)] == ROWS
+    assert open_source(path)[5].value == ROWS[5]
+
+
+def test_brackets_quotes_and_commas_in_a_text_do_not_cut_an_array(tmp_path):
+    rows = [{"prompt": text} for text in ('a "b], [', "back\\", "},{", '\\"')]
+    assert [r.value for r in read_rows(packed(str(tmp_path / "a.json"), json.dumps(rows)))] == rows
+
+
+def test_a_damaged_array_stops_a_run_and_a_damaged_row_is_one_row(tmp_path):
+    whole = json.dumps(ROWS)
+    for cut in (whole[:-1], whole[:-9], whole + "]", whole[:-40]):
+        assert errors(packed(str(tmp_path / "a.json"), cut))[-1][1] == "corrupt_array"
+    assert errors(packed(str(tmp_path / "b.json"), '[{"a": 1}, 7, {"a": }, {"a": 2}]')) == [
+        (2, "not_an_object"),
+        (3, "invalid_json"),
+    ]
+    for first in ("[[[", "{", "[1, 2]"):
+        found = errors(packed(str(tmp_path / "d.jsonl"), f"{first}\n{LINES}"))
+        assert [line for line, _ in found] == [1], "JSON Lines whose first line is damaged"
+    assert errors(packed(str(tmp_path / "c.json"), "[]")) == [(1, "empty_file")]
+
+
+def test_csv_is_read_with_its_quotes_and_lines_and_other_marks(tmp_path):
+    text = 'prompt,chosen,rejected\n"a, ""b""\nc",yes,no\nd,,no\n'
+    expected = [
+        {"prompt": 'a, "b"\nc', "chosen": "yes", "rejected": "no"},
+        {"prompt": "d", "chosen": "", "rejected": "no"},
+    ]
+    for name in ("a.csv", "a.csv.gz"):
+        assert [row.value for row in read_rows(packed(str(tmp_path / name), text))] == expected
+    tabs = packed(str(tmp_path / "a.tsv"), "prompt\tresponse\nHi, you\tYes\n")
+    assert [row.value for row in read_rows(tabs)] == [{"prompt": "Hi, you", "response": "Yes"}]
+    ragged = packed(str(tmp_path / "b.csv"), "a,b\n1,2\n1,2,3\n")
+    assert errors(ragged) == [(2, "ragged_csv")]
+
+
+def test_bytes_that_nobody_reads_are_left_alone(tmp_path):
+    path = write_parquet(
+        tmp_path / "a.parquet", [{"prompt": "p", "chosen": "a", "rejected": "b", "image": b"\xff\xd8"}]
+    )
+    records, _ = load_records(path, "preference")
+    assert records[0].prompt == "p"
+    bad = write_parquet(tmp_path / "b.parquet", [{"prompt": b"\xff\xd8", "chosen": "a", "rejected": "b"}])
+    with pytest.raises(TooManyBadRows, match=r"(?s)non_utf8.*prompt: byte 0xff"):
+        load_records(bad, "preference")
+
+
+def test_arrow_files_streams_and_saved_data_sets_give_the_same_rows(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.Table.from_pylist(ROWS)
+    for name, new in (("file", pyarrow.ipc.new_file), ("stream", pyarrow.ipc.new_stream)):
+        with new(str(tmp_path / f"{name}.arrow"), table.schema) as writer:
+            writer.write_table(table, max_chunksize=3)
+        assert [row.value for row in read_rows(str(tmp_path / f"{name}.arrow"))] == ROWS
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    (tmp_path / "stream.arrow").rename(folder / "data-00000-of-00001.arrow")
+    (folder / "dataset_info.json").write_text("{}")
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
+    assert [row.value for row in read_rows(str(folder))] == ROWS
+    (tmp_path / "file.arrow").write_bytes((tmp_path / "file.arrow").read_bytes()[:-50])
+    assert errors(str(tmp_path / "file.arrow")) == [(1, "corrupt_arrow")]
+
+
+def test_a_glob_or_folder_is_all_its_files_of_one_split(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number in range(3):
+        packed(str(folder / f"train-0000{number}-of-00003.jsonl"), json.dumps({"n": number}) + "\n")
+    (tmp_path / "README.md").write_text("a card")
+    for spec in (str(tmp_path), str(folder), f"{folder}/train-*.jsonl"):
+        assert [row.value for row in read_rows(spec)] == [{"n": 0}, {"n": 1}, {"n": 2}]
+        assert open_source(spec)[2].value == {"n": 2}
+        assert content_hash(spec) == content_hash(str(folder))
+    packed(str(folder / "test-00000-of-00001.jsonl"), "{}\n")
+    with pytest.raises(ValueError, match=r"several splits .*test-00000"):
+        open_source(str(tmp_path))
+    (folder / "train-00001-of-00003.jsonl").unlink()
+    with pytest.raises(ValueError, match="number 00001 is missing"):
+        open_source(f"{folder}/train-*.jsonl")
+    with pytest.raises(ValueError, match="no file is called"):
+        open_source(f"{folder}/none-*.jsonl")

@@ -443,3 +443,51 @@ def test_code_beside_a_tokenizer_is_not_run(tmp_path):
     with pytest.raises(ValueError, match="never run"):
         Tokenizer.load(folder)
     assert not mark.exists()
+
+
+THINKS = (  # opens every last answer with thoughts, takes those of earlier ones out
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% set said = m.content.split('</think>')[-1].lstrip('\\n') %}"
+    "{% set thought = m.content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}"
+    "{% set thought = thought if '</think>' in m.content else '' %}"
+    "<|im_start|>assistant\n{% if loop.last %}<think>\n{{ thought }}\n</think>\n\n{% endif %}{{ said }}<|im_end|>\n"
+    "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+STRIPS = (  # a generation prompt that opens thoughts, which the template takes out of every answer
+    "{% for m in messages %}{% if m.role == 'user' %}[U]{{ m.content }}{% else %}"
+    "[A]{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[A]<think>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "answer", "whole"),
+    [
+        (THINKS, "4", "<|im_start|>assistant\n<think>\n\n</think>\n\n4<|im_end|>"),
+        (THINKS, "<think>two</think>4", "<|im_start|>assistant\n<think>\ntwo\n</think>\n\n4<|im_end|>"),
+        (STRIPS, "<think>\ntwo\n</think>\n\n4", "[A]<think>\ntwo\n</think>\n\n4<|im_end|>"),
+        (CHATML, "<think>two</think>4", "<|im_start|>assistant\n<think>two</think>4<|im_end|>"),
+    ],
+)
+def test_thoughts_stand_where_generation_writes_them(real, template, answer, whole):
+    tokenizer = real("smollm2", template)
+    prompt = [{"role": "user", "content": "2+2?"}]
+    ids = np.concatenate([tokenizer.encode_prompt(prompt), tokenizer.encode_response(prompt, answer)])
+    assert tokenizer._hf.decode(ids).endswith("2+2?" + ("<|im_end|>\n" if template is not STRIPS else "") + whole)
+    assert ids[-1] == tokenizer.end_id
+
+
+def test_an_answer_where_the_model_is_never_asked_for_one_is_refused(real):
+    tokenizer = real("smollm2", STRIPS)
+    assert tokenizer.decode(tokenizer.encode_prompt("2+2?")).endswith("[A]<think>\n")
+    with pytest.raises(PromptRefused, match=r"generation prompt ends in '\[A\]<think>"):
+        tokenizer.encode_response("2+2?", "4")
+    assert tokenizer.decode_response(tokenizer.encode_response("2+2?", "<think>a</think>b")) == "a</think>b"
+
+
+def test_a_content_that_spells_a_control_token_is_noticed(real):
+    tokenizer = real("smollm2", CHATML)
+    assert tokenizer.spells_control("Hi<|im_end|>")
+    assert not tokenizer.spells_control("<think>a</think> b")
+    assert tokenizer.encode_texts(["Basil."])[0][-1] == tokenizer.end_id

@@ -11,7 +11,7 @@ from sera_jax.checkpoint import Workdir
 from sera_jax.data.items import Item
 from sera_jax.evaluation import gold
 from sera_jax.experiment.assembly import check_sources, read_corpus
-from sera_jax.experiment.corpus import as_text, new_prompts
+from sera_jax.experiment.corpus import HeldOut, as_text, new_prompts
 from tests.loops.tiny import tiny_config, tiny_srppo
 
 
@@ -325,6 +325,14 @@ def test_texts_for_the_base_that_have_a_split_off_prompt_are_left_out(read, rows
     left_out = 100 - len(corpus.pretrain)
     assert left_out >= len(corpus.heldout_demonstrations)
     assert f"pretrain: left out {left_out} of 100 rows" in said
+
+
+def test_a_prompt_that_opens_a_held_out_conversation_is_left_out_of_the_prompts_alone():
+    opening, other = Item("o", np.array([1]), (), "key of A"), Item("x", np.array([2]), (), "key of X")
+    talk = Item("t", np.array([1, 2, 3]), (), "key of A B C", ("key of A",))
+    held = HeldOut([talk], [], lambda line: None)
+    assert ids(held.keep_out([opening, other], "prompts")) == ["x"]
+    assert ids(held.keep_out([opening, other], "demonstrations")) == ["o", "x"]
 
 
 def test_new_prompts_are_those_that_no_demonstration_has_each_once(read, rows):
