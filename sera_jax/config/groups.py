@@ -271,6 +271,24 @@ class SamplingGroup:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraGroup:
+    """Low-rank adapters, trained in place of the model's parameters by all but `pretrain`. The base is frozen, held
+    once, and may be kept in model.param_dtype="bfloat16"; adapters and their optimiser state are float32.
+
+    rank: r; 0: none, all parameters are trained. alpha: the adapters' product is multiplied by alpha / rank, or with
+        use_rslora by alpha / sqrt(rank).
+    target_modules: what is adapted, by PEFT's names: `all-linear` (every linear layer but the output projection), names
+        such as `q_proj` or `self_attn.q_proj`, or, as one entry, a regular expression of whole names such as
+        `model.layers.0.mlp.up_proj` (which takes all layers or none).
+    """
+
+    rank: int = at_least(0, 0)
+    alpha: float = at_least(32.0, 0)
+    target_modules: tuple[str, ...] = ("all-linear",)
+    use_rslora: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainGroup:
     """One optimisation. Used for `pretrain`, `sft` (batches in demonstrations), `train` and `reward_model` (batches in
     pairs; the latter is read by the arm `ppo_reward_model` of SRPPO alone).
@@ -285,6 +303,8 @@ class TrainGroup:
     master_weights: with model.param_dtype="bfloat16" the optimiser state holds what is trained in float32 as well; the
         updates go there, and the parameters are its rounded values. Without it most updates of a small rate round to
         nothing. Parameters in float32 have no second copy.
+    trainable: regular expressions of whole parameter paths, such as `layers/block/.*_norm/scale`; what none matches is
+        frozen, and is in no state, checkpoint or saved policy. Empty: everything is trained.
     """
 
     batch_size: int = at_least(64, 1)
@@ -301,6 +321,7 @@ class TrainGroup:
     adam_epsilon: float = above(1e-8, 0, 1)
     max_grad_norm: float = above(1.0, 0)
     master_weights: bool = True
+    trainable: tuple[str, ...] = ()
     logits_chunk_tokens: int = at_least(0, 0)
     save_steps: int = at_least(200, 0)
     save_total_limit: int = at_least(1, 1)
@@ -365,6 +386,7 @@ class Config:
     seed: int = within(0, 0, 2**31 - 1)
     method: str = "sera"
     model: ModelGroup = dataclasses.field(default_factory=ModelGroup)
+    lora: LoraGroup = LoraGroup()
     data: DataGroup = DataGroup()
     loss: LossGroup = LossGroup()
     sera: SeraGroup = SeraGroup()

@@ -16,7 +16,13 @@ FREE: tuple[str, ...] = (
 
 # Fields that are younger than rows of studies/results/, each with the value at which a run computes what it did before
 # there was the field: where it has that value, rows of before are those of the same run.
-YOUNGER: dict[str, Any] = {}
+YOUNGER: dict[str, Any] = {
+    "lora.rank": 0,
+    "lora.alpha": 32.0,  # read where there is a rank, as the others
+    "lora.target_modules": ["all-linear"],
+    "lora.use_rslora": False,
+    **{f"{group}.trainable": [] for group in ("pretrain", "sft", "train", "reward_model")},
+}
 
 
 def is_identity(field: str) -> bool:

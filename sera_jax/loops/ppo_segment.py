@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from sera_jax.checkpoint import load_tree
 from sera_jax.checkpoint.phases import write_json
+from sera_jax.core import Stream, key_for
 from sera_jax.data.items import items_digest
 from sera_jax.loops import cost
 from sera_jax.loops.ppo import Learner
@@ -63,12 +64,15 @@ def train_segment(
         "stop_ids": study.run.stop_ids,
         "rows": [layout.row_tokens, layout.share_prompt],
     }
+    if not learner.trained.whole:
+        inputs["trained"] = dataclasses.asdict(learner.trained)
     if (paying := learner.arm.reward_model) is not None:
         inputs["reward_model"] = [paying.model.digest, paying.shift, paying.scale]
     name = f"{arm}/iteration{segment.last}"
     product = run_to_end(study.run, name, inputs, lambda: _Iterations(learner, iterate, segment, previous))
     study.run.ledger.note(name, cost.of_lines(read_records(product.path / METRICS)[0]))
-    return Policy(name, product.path, product.digest), product.json("spent.json")
+    policy = Policy(name, product.path, product.digest, trained=learner.trained, over=learner.over)
+    return policy, product.json("spent.json")
 
 
 class _Iterations:
@@ -100,7 +104,8 @@ class _Iterations:
         learner, previous = self.learner, self.previous
         if self.segment.first > 1:
             return _state_after(previous, self.abstract)
-        return learner.programs.start(learner.study.run.params(previous))
+        params, key = learner.study.run.params(previous), key_for(learner.study.run.seed, Stream.ADAPTERS)
+        return learner.programs.start(learner.trained.adapted(params, key))
 
     def done(self, state: PpoState) -> int:
         return int(jax.device_get(state.control.iteration))

@@ -29,6 +29,7 @@ class ModelConfig:
         attn_implementation: a name in `ops.attention.ATTENTION`.
         absent_ids: ranges [first, last) of ids that the tokenizer does not have (padded embeddings): they have no
             probability, for who samples and for who scores alike. Not part of the model: an export knows nothing of it.
+        lora_scale: what adapters' products are multiplied by, where parameters have them (`models.lora`).
     """
 
     family: str = "llama"
@@ -52,6 +53,7 @@ class ModelConfig:
     remat: str = "none"
     attn_implementation: str = "xla"
     absent_ids: tuple[tuple[int, int], ...] = ()
+    lora_scale: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "absent_ids", tuple((first, last) for first, last in self.absent_ids))

@@ -22,6 +22,7 @@ from sera_jax.core import Rows
 from sera_jax.mesh import constrain_layers, constrain_rows, constrain_table
 from sera_jax.models.activations import chosen_remat, group_layers
 from sera_jax.models.config import ModelConfig
+from sera_jax.models.lora import A, B, merged
 from sera_jax.ops.attention import ATTENTION, Places
 
 Params = dict[str, Any]
@@ -98,7 +99,11 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.normal(self.cfg.initializer_range)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.dtype(self.cfg.param_dtype))
-        return x @ kernel.astype(x.dtype)
+        y = x @ kernel.astype(x.dtype)
+        if self.has_variable("params", A):
+            a, b = (self.get_variable("params", name).astype(x.dtype) for name in (A, B))
+            y += self.cfg.lora_scale * ((x @ a) @ b)
+        return y
 
 
 class Block(nn.Module):
@@ -283,8 +288,8 @@ def hidden_states(cfg: ModelConfig, params: Params, rows: Rows, *, window: int |
 
 
 def in_compute_dtype(cfg: ModelConfig, params: Params) -> Params:
-    """The parameters as the sampler wants them: the head made, all in the compute dtype."""
-    params = jax.tree.map(lambda x: x.astype(cfg.dtype), params)
+    """The parameters as the sampler wants them: adapters merged, the head made, all in the compute dtype."""
+    params = jax.tree.map(lambda x: x.astype(cfg.dtype), merged(cfg, params))
     return {**params, "head": head_matrix(cfg, params)}
 
 
