@@ -16,7 +16,7 @@ from sera_jax.config import TrainGroup
 from sera_jax.core import Mean
 from sera_jax.loops import cost
 from sera_jax.loops.restartable import Span, run_to_end
-from sera_jax.loops.runtime import NonFinite, Policy, Runtime, part_of
+from sera_jax.loops.runtime import NonFinite, Policy, Runtime, part_of, write_part
 from sera_jax.mesh import host_to_global
 from sera_jax.models.critic import critic_params
 from sera_jax.models.parts import merge
@@ -253,6 +253,8 @@ class _Optimisation:
         return [made._replace(metrics=jax.device_get(made.metrics)) for made in self.waiting]
 
     def leave(self, folder: pathlib.Path, state: TrainState) -> dict[str, Any]:
+        trained = self.training.trained
+        write_part(folder, trained, self.run.over(self.training.start, trained))
         return {part_of(self.training.target.scalar): state.params, "optimizer": state.opt_state}
 
     def close(self) -> None:

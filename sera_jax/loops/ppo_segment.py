@@ -20,7 +20,7 @@ from sera_jax.loops import cost
 from sera_jax.loops.ppo import Learner
 from sera_jax.loops.ppo_checks import Watch
 from sera_jax.loops.restartable import Span, run_to_end
-from sera_jax.loops.runtime import NonFinite, Policy
+from sera_jax.loops.runtime import NonFinite, Policy, write_part
 from sera_jax.models.critic import HEAD, without_value_head
 from sera_jax.models.parts import merge, split
 from sera_jax.training.ppo_steps import PpoState
@@ -140,6 +140,7 @@ class _Iterations:
             self.learner.study.run.writer.announce(text)
         spent = float(jax.device_get(state.control.passes_tokens))
         write_json(folder / "spent.json", {"passes_tokens": spent})
+        write_part(folder, self.learner.trained, self.learner.over)
         return {"params": without_value_head(state.policy.params), "state": _rest(state)}
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from sera_jax import hosts
 from sera_jax.checkpoint import Workdir, save_tree
-from sera_jax.checkpoint.phases import write_jsonl
+from sera_jax.checkpoint.phases import write_json, write_jsonl
 from sera_jax.config import SamplingGroup, TrainGroup
 from sera_jax.core import Stream, key_for
 from sera_jax.data.batches import PairLoader, ScoreBatches, score_batches
@@ -82,6 +82,15 @@ class Policy:
 def part_of(scalar: bool) -> str:
     """The folder of a phase that holds the parameters."""
     return "reward_model" if scalar else "params"
+
+
+PART = "part.json"
+
+
+def write_part(folder: pathlib.Path, trained: Trained, over: Policy | None) -> None:
+    """Beside a policy that is a part of a model: what it is, and the phase that it lies over."""
+    if over is not None:
+        write_json(folder / PART, {"over": over.name, **dataclasses.asdict(trained)})
 
 
 @dataclasses.dataclass
