@@ -56,12 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _export_adapter(args: argparse.Namespace, saved: SavedPolicy) -> str:
     """Write the adapters as PEFT does; a line for the user."""
     if args.overwrite or args.source:
-        raise ValueError(f"--checkpoint={args.checkpoint} is an adapter, for which --overwrite and --source are not read")
+        raise ValueError(
+            f"--checkpoint={args.checkpoint} is an adapter, for which --overwrite and --source are not read"
+        )
     base = args.base or saved.base
     if not base:
         raise ValueError(
-            f"--checkpoint={args.checkpoint} is an adapter over a model that its run trained: write the whole model with "
-            "--merged, or export that one first and name its folder with --base"
+            f"--checkpoint={args.checkpoint} is an adapter over a model that its run trained: write the whole model "
+            "with --merged, or export that one first and name its folder with --base"
         )
     adapters = saved.part(make_mesh(1, 1, 1, devices=jax.devices()[:1]))
     assert saved.trained.lora is not None

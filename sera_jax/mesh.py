@@ -27,8 +27,10 @@ ROW_AXES = ("data", "fsdp")
 _RULES: tuple[tuple[str, P], ...] = (
     (r"embed", P("tensor", "fsdp")),  # [V, D]
     (r"head", P("fsdp", "tensor")),  # [D, V]
-    (r"final_norm/scale", P(None)),  # [D]
-    (r"layers/block/(attention|mlp)_norm/scale", P(None, None)),  # [L, D]
+    (r"final_norm/(scale|bias)", P(None)),  # [D]
+    (r"layers/block/\w+_norm/(scale|bias)", P(None, None)),  # [L, D], or a head's [L, d]
+    (r"layers/block/(q|k|v|gate|up)/bias", P(None, "tensor")),  # [L, out]
+    (r"layers/block/(o|down)/bias", P(None, None)),  # [L, D]
     (r"layers/block/(q|k|v|gate|up)/kernel", P(None, "fsdp", "tensor")),  # [L, D, out]
     (r"layers/block/(o|down)/kernel", P(None, "tensor", "fsdp")),  # [L, in, D]
     (r"value_head", P(None)),  # [D], of a critic

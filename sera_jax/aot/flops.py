@@ -41,7 +41,7 @@ def forward(cfg: ModelConfig, tokens: Tokens, *, vocabulary: bool = True) -> flo
     heads = cfg.num_attention_heads * cfg.head_dim
     of_head = cfg.vocab_size if vocabulary else 1
     return (
-        2 * tokens.number * cfg.num_hidden_layers * layer_parameters(cfg)
+        2 * tokens.number * cfg.num_hidden_layers * cfg.layer_parameters
         + 4 * tokens.keys * cfg.num_hidden_layers * heads  # q.k and the weighted sum of v
         + 2 * tokens.scored * cfg.hidden_size * of_head
     )
@@ -50,9 +50,3 @@ def forward(cfg: ModelConfig, tokens: Tokens, *, vocabulary: bool = True) -> flo
 def update(cfg: ModelConfig, tokens: Tokens, *, vocabulary: bool = True) -> float:
     """Of a forward and a backward pass."""
     return (1 + BACKWARD) * forward(cfg, tokens, vocabulary=vocabulary)
-
-
-def layer_parameters(cfg: ModelConfig) -> int:
-    """Of the matmuls of a layer."""
-    heads = 2 * cfg.num_attention_heads + 2 * cfg.num_key_value_heads
-    return cfg.hidden_size * (heads * cfg.head_dim + 3 * cfg.intermediate_size)

@@ -144,7 +144,7 @@ def activations(run: Runtime, rows: Rows, parts: int, chunk_tokens: int) -> floa
     each = rows.tokens.shape[0] / parts / run.layout.shards
     size = jnp.dtype(run.cfg.dtype).itemsize
     logits = 3 * 4 * (chunk_tokens or 2048) * run.cfg.vocab_size / run.mesh.shape["tensor"]
-    return each * activation_bytes(run.cfg, run.layout.row_tokens) + 2 * size * flops.layer_parameters(run.cfg) + logits
+    return each * activation_bytes(run.cfg, run.layout.row_tokens) + 2 * size * run.cfg.layer_parameters + logits
 
 
 def scoring(

@@ -81,9 +81,7 @@ def _check_parts(config: Config) -> None:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(
-                    f"config.{name}.trainable={pattern!r} is no regular expression: {error}"
-                ) from error
+                raise ValueError(f"config.{name}.trainable={pattern!r} is no regular expression: {error}") from error
     if not config.lora.target_modules:
         raise ValueError("config.lora.target_modules is empty; give all-linear, or names such as q_proj")
 

@@ -66,10 +66,9 @@ def batches_in_words(config: Config, corpus: Corpus) -> list[str]:
 
 
 def parameter_count(cfg: ModelConfig) -> int:
-    """Of a decoder of this shape, without tracing it."""
-    hidden, heads = cfg.hidden_size, 2 * cfg.num_attention_heads + 2 * cfg.num_key_value_heads
-    layer = hidden * (heads * cfg.head_dim + 3 * cfg.intermediate_size + 2)
-    tables = 1 if cfg.tie_word_embeddings else 2
+    """Of a decoder of this shape, without tracing it; biases and norms beyond Llama's are left out."""
+    hidden, tables = cfg.hidden_size, 1 if cfg.tie_word_embeddings else 2
+    layer = cfg.layer_parameters + 2 * hidden
     return tables * cfg.vocab_size * hidden + cfg.num_hidden_layers * layer + hidden
 
 

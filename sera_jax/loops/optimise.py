@@ -25,9 +25,9 @@ from sera_jax.training.optimizer import init_optimizer, make_optimizer, schedule
 from sera_jax.training.step import Objective, TrainState, abstract_state, init_state, make_step, place_batch
 from sera_jax.writer import METRICS, read_records
 
-# The batch of update 1, 2, ... of this training, given the state before it, with all parameters, frozen ones too. A pure
-# function of both, so that a restart needs no iterator state; what reads the state (a policy that makes its own pairs)
-# does so without donating it.
+# The batch of update 1, 2, ... of this training, given the state before it, with frozen parameters too. A pure function
+# of both, so that a restart needs no iterator state; what reads the state (a policy that makes its own pairs) does so
+# without donating it.
 Batches = Callable[[TrainState, int], Any]
 
 

@@ -1,4 +1,5 @@
-"""The one decoder definition: RMSNorm, rotary embeddings, grouped-query attention, SwiGLU.
+"""The one decoder definition: norms, rotary embeddings, grouped-query attention, feed-forward. What differs between
+families is a switch of `ModelConfig`.
 
 `forward` (embed, blocks, final norm) and `unembedding` serve training, scoring, prefill and decoding alike; these
 differ only in the attention that they hand to `forward`. What belongs to a model, such as the scale of its scores, a
@@ -20,13 +21,20 @@ import numpy as np
 
 from sera_jax.core import Rows
 from sera_jax.mesh import constrain_layers, constrain_rows, constrain_table
+from sera_jax.models import rope
 from sera_jax.models.activations import chosen_remat, group_layers
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.lora import A, B, merged
 from sera_jax.ops.attention import ATTENTION, Places
 
 Params = dict[str, Any]
+ACTIVATIONS = {
+    "silu": nn.silu,
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(nn.gelu, approximate=True),
+}
 COLUMNS = 1024  # of a row, whose hidden units in the feed-forward are alive at a time
+UNLIMITED = 2**30  # a window that no position leaves
 ABSENT = -1e38  # a logit without probability; finite, so that entropies (p log p) and their gradients are
 
 
@@ -51,100 +59,107 @@ class Carried(NamedTuple):
     layer: jax.Array | None = None
 
 
-def rotary_frequencies(cfg: ModelConfig) -> np.ndarray:
-    """Inverse frequencies f32[d / 2] (RoFormer, eq. 15), with Llama 3.1's scaling where the config has one.
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm over the last axis, in float32."""
 
-    Made on the host in float64: an error here is multiplied by the position, and accelerators' `pow` is loose.
-    """
-    inverse = cfg.rope_theta ** -(np.arange(0, cfg.head_dim, 2, dtype=np.float64) / cfg.head_dim)
-    scaling = cfg.rope_scaling
-    if scaling is not None:
-        # Rotations within the original context: few are slowed by `factor`, many are kept, between them a blend.
-        turns = scaling.original_max_position_embeddings * inverse / (2 * np.pi)
-        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        kept = np.clip(kept, 0.0, 1.0)
-        inverse = (1 - kept) * inverse / scaling.factor + kept * inverse
-    return inverse.astype(np.float32)
-
-
-def rotary_tables(cfg: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, f32[R, T, d / 2], of positions i32[R, T]; computed once for all layers."""
-    angles = positions[:, :, None].astype(jnp.float32) * rotary_frequencies(cfg)
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate x [R, H, T, d] by tables [R, T, d / 2]; halves are paired as in Hugging Face's Llama."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-class RMSNorm(nn.Module):
     cfg: ModelConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.dtype(self.cfg.param_dtype))
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.cfg.rms_norm_eps)
-        return wide.astype(x.dtype) * scale.astype(x.dtype)
+        cfg, dtype = self.cfg, jnp.dtype(self.cfg.param_dtype)
+        scale = self.param("scale", nn.initializers.constant(1 - cfg.norm_offset), (x.shape[-1],), dtype)
+        wide, bias = x.astype(jnp.float32), None
+        if cfg.norm == "layernorm":
+            bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), dtype)
+            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + cfg.rms_norm_eps)
+        if cfg.norm == "rmsnorm" and not cfg.norm_offset:
+            return wide.astype(x.dtype) * scale.astype(x.dtype)
+        wide = wide * (scale.astype(jnp.float32) + cfg.norm_offset)
+        return (wide if bias is None else wide + bias.astype(jnp.float32)).astype(x.dtype)
 
 
 class Linear(nn.Module):
     cfg: ModelConfig
     features: int
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.initializers.normal(self.cfg.initializer_range)
-        kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.dtype(self.cfg.param_dtype))
+        init, dtype = nn.initializers.normal(self.cfg.initializer_range), jnp.dtype(self.cfg.param_dtype)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features), dtype)
         y = x @ kernel.astype(x.dtype)
         if self.has_variable("params", A):
             a, b = (self.get_variable("params", name).astype(x.dtype) for name in (A, B))
             y += self.cfg.lora_scale * ((x @ a) @ b)
-        return y
+        return (
+            y + self.param("bias", nn.initializers.zeros, (self.features,), dtype).astype(x.dtype)
+            if self.use_bias
+            else y
+        )
 
 
 class Block(nn.Module):
+    """One layer: attention and feed-forward, each a branch of the residual stream."""
+
     cfg: ModelConfig
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, cache: Any
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, window: jax.Array | int | None, attend: Attend, cache: Any
     ) -> tuple[jax.Array, Any]:
         """x [R, T, D] -> (x [R, T, D], what `attend` keeps of this layer)."""
         cfg = self.cfg
-        rows, length, _ = x.shape
 
-        def heads(name: str, y: jax.Array, count: int) -> jax.Array:
-            projected = Linear(cfg, count * cfg.head_dim, name=name)(y)
-            return projected.reshape(rows, length, count, cfg.head_dim).swapaxes(1, 2)
+        def norm(when: bool, name: str, y: jax.Array) -> jax.Array:
+            return Norm(cfg, name=name)(y) if when else y
 
-        y = RMSNorm(cfg, name="attention_norm")(x)
-        q = rotate(heads("q", y, cfg.num_attention_heads), cos, sin)
-        k = rotate(heads("k", y, cfg.num_key_value_heads), cos, sin)
-        v = heads("v", y, cfg.num_key_value_heads)
-        mixed, kept = attend(q, k, v, cache)
-        x = x + Linear(cfg, cfg.hidden_size, name="o")(mixed.swapaxes(1, 2).reshape(rows, length, -1))
+        y, kept = self._attention(norm(cfg.pre_norm, "attention_norm", x), cos, sin, window, attend, cache)
+        after = x + norm(cfg.post_norm, "attention_post_norm", y)
+        y = self._feed_forward(norm(cfg.pre_norm, "mlp_norm", x if cfg.parallel_residual else after))
+        return after + norm(cfg.post_norm, "mlp_post_norm", y), kept
 
-        return x + self._feed_forward(RMSNorm(cfg, name="mlp_norm")(x)), kept
+    def _attention(
+        self, y: jax.Array, cos: jax.Array, sin: jax.Array, window: jax.Array | int | None, attend: Attend, cache: Any
+    ) -> tuple[jax.Array, Any]:
+        cfg = self.cfg
+        rows, length, _ = y.shape
+
+        def heads(name: str, count: int, *, normed: bool) -> jax.Array:
+            z = Linear(cfg, count * cfg.head_dim, cfg.qkv_bias, name=name)(y)
+            if normed and cfg.qk_norm == "width":
+                z = Norm(cfg, name=f"{name}_norm")(z)
+            z = z.reshape(rows, length, count, cfg.head_dim)
+            if normed and cfg.qk_norm == "head":
+                z = Norm(cfg, name=f"{name}_norm")(z)
+            return z.swapaxes(1, 2)
+
+        q = rope.rotate(heads("q", cfg.num_attention_heads, normed=True), cos, sin)
+        k = rope.rotate(heads("k", cfg.num_key_value_heads, normed=True), cos, sin)
+        v = heads("v", cfg.num_key_value_heads, normed=False)
+        scale = cfg.query_pre_attn_scalar and cfg.query_pre_attn_scalar**-0.5
+        mixed, kept = attend(q, k, v, cache, scale=scale, soft_cap=cfg.attn_logit_softcapping, sliding_window=window)
+        out = Linear(cfg, cfg.hidden_size, cfg.out_bias, name="o")
+        return out(mixed.swapaxes(1, 2).reshape(rows, length, -1)), kept
 
     def _feed_forward(self, y: jax.Array) -> jax.Array:
-        """SwiGLU of [R, T, D]; where little is kept for the backward pass, of `COLUMNS` columns of T at a time, so that
+        """Of [R, T, D]; where little is kept for the backward pass, of `COLUMNS` columns of T at a time, so that
         hidden units are alive of so many alone."""
-        cfg = self.cfg
+        cfg, act = self.cfg, ACTIVATIONS[self.cfg.activation]
 
-        def swiglu(block: Block, y: jax.Array) -> jax.Array:
-            gate = nn.silu(Linear(cfg, cfg.intermediate_size, name="gate")(y))
-            up = Linear(cfg, cfg.intermediate_size, name="up")(y)
-            return Linear(cfg, cfg.hidden_size, name="down")(gate * up)
+        def mlp(block: Block, y: jax.Array) -> jax.Array:
+            up = Linear(cfg, cfg.intermediate_size, cfg.mlp_bias, name="up")
+            if cfg.gated_mlp:
+                hidden = act(Linear(cfg, cfg.intermediate_size, cfg.mlp_bias, name="gate")(y)) * up(y)
+            else:
+                hidden = act(up(y))
+            return Linear(cfg, cfg.hidden_size, cfg.mlp_bias, name="down")(hidden)
 
         rows, length, width = y.shape
         if length <= COLUMNS or length % COLUMNS or chosen_remat(cfg, length) not in ("full", "groups"):
-            return swiglu(self, y)
+            return mlp(self, y)
         parts = y.reshape(rows, -1, COLUMNS, width).swapaxes(0, 1)
-        recomputed = nn.remat(swiglu, prevent_cse=False)
+        recomputed = nn.remat(mlp, prevent_cse=False)
         in_turn = nn.scan(
             lambda block, _, part: (None, recomputed(block, constrain_rows(part))),
             variable_broadcast="params",
@@ -158,7 +173,8 @@ def embed(cfg: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
     table = params["embed"]
     if tokens.size >= cfg.vocab_size:  # fewer tokens, as in a step of decoding, are moved at less cost than the table
         table = constrain_table(table)
-    return constrain_rows(table[tokens].astype(cfg.dtype))
+    x = table[tokens].astype(cfg.dtype)
+    return constrain_rows(x if cfg.embedding_multiplier == 1 else x * jnp.asarray(cfg.embedding_multiplier, x.dtype))
 
 
 def blocks(
@@ -175,34 +191,62 @@ def blocks(
         x [R, T, D], and what `attend` kept of each layer, in the form that `caches` have; of `Carried` what it kept of
         the last.
     """
-    tables = rotary_tables(cfg, positions)
+    kind_of = _Kinds(cfg, positions)
 
-    def layer(x: jax.Array, given: tuple[Params, Any]) -> tuple[jax.Array, Any]:
-        own, cache = given
-        out: Any = Block(cfg).apply({"params": own}, constrain_rows(x), *tables, attend, cache)
+    def layer(x: jax.Array, given: tuple[Params, Any, Any]) -> tuple[jax.Array, Any]:
+        own, cache, kind = given
+        cos, sin, window = kind_of(kind)
+        out: Any = Block(cfg).apply({"params": own}, constrain_rows(x), cos, sin, window, attend, cache)
         return out
 
     layers = params["layers"]
     if isinstance(layers, tuple):
         kept = []
-        for given in zip(layers, caches or [None] * len(layers), strict=True):
+        for given in zip(layers, caches or [None] * len(layers), kind_of.each, strict=True):
             x, of_layer = layer(x, given)
             kept.append(of_layer)
         return x, tuple(kept)
     stacked = constrain_layers(_kernels_cast(cfg, layers["block"]))
     if not isinstance(caches, Carried):
-        return _scan(cfg, layer, x, (stacked, caches))
+        return _scan(cfg, layer, x, (stacked, caches, kind_of.stacked))
 
-    def turn(carry: tuple[jax.Array, Any], given: tuple[Params, jax.Array]) -> tuple[tuple[jax.Array, Any], None]:
-        own, number = given
-        return layer(carry[0], (own, Carried(carry[1], number))), None
+    def turn(carry: tuple[jax.Array, Any], given: tuple[Params, jax.Array, Any]) -> tuple[tuple[jax.Array, Any], None]:
+        own, number, kind = given
+        return layer(carry[0], (own, Carried(carry[1], number), kind)), None
 
-    return jax.lax.scan(turn, (x, caches.cache), (stacked, jnp.arange(cfg.num_hidden_layers)))[0]
+    return jax.lax.scan(turn, (x, caches.cache), (stacked, jnp.arange(cfg.num_hidden_layers), kind_of.stacked))[0]
+
+
+class _Kinds:
+    """How layers differ in kind: by which tables they turn queries and keys, and how far they see.
+
+    Attributes:
+        each: (number of tables, window or None) of every layer; `stacked`: the same as arrays [L] for a scan, or None
+            where all layers are alike and nothing need be looked up.
+    """
+
+    def __init__(self, cfg: ModelConfig, positions: jax.Array) -> None:
+        turned = rope.kinds(cfg)
+        self.each = tuple((kind, cfg.window_of(layer)) for layer, kind in enumerate(turned))
+        self.tables = {kind: rope.tables(cfg, positions, kind) for kind in sorted(set(turned))}
+        self.stacked = None
+        if len(set(self.each)) > 1:
+            numbers = [list(self.tables).index(kind) for kind in turned]
+            windows = [UNLIMITED if window is None else window for _, window in self.each]
+            self.stacked = jnp.array(numbers), jnp.array(windows)
+
+    def __call__(self, kind: Any) -> tuple[jax.Array, jax.Array, Any]:
+        """cos, sin and window of a layer, of an element of `each` or of `stacked`."""
+        number, window = self.each[0] if kind is None else kind
+        if isinstance(number, int):
+            return *self.tables[number], window
+        cos, sin = (jnp.stack(tables)[number] for tables in zip(*self.tables.values(), strict=True))
+        return cos, sin, window
 
 
 def _kernels_cast(cfg: ModelConfig, stacked: Params) -> Params:
-    """Kernels [L, in, out] in the compute dtype, in which they are multiplied and gathered, before the loop over layers:
-    their gradients are in it too, of one microbatch at a time. Scales stay as they are."""
+    """Kernels [L, in, out] in the compute dtype, in which they are multiplied and gathered, before the loop over
+    layers: their gradients are in it too, of one microbatch at a time. Scales stay as they are."""
     return jax.tree.map(lambda x: x.astype(cfg.dtype) if x.ndim > 2 else x, stacked)
 
 
@@ -228,7 +272,7 @@ def forward(
 ) -> tuple[jax.Array, Any]:
     """Tokens i32[R, T] -> final hidden states [R, T, D], normalised, and what `attend` kept. See `blocks`."""
     x, kept = blocks(cfg, params, embed(cfg, params, tokens), positions, attend, caches)
-    hidden: Any = RMSNorm(cfg).apply({"params": params["final_norm"]}, x)
+    hidden: Any = Norm(cfg).apply({"params": params["final_norm"]}, x)
     return hidden, kept
 
 
@@ -244,6 +288,8 @@ def unembedding(cfg: ModelConfig, params: Params) -> Callable[[jax.Array], jax.A
     def unembed(hidden: jax.Array) -> jax.Array:
         logits = jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.dtype(cfg.logits_dtype))
         logits = logits.astype(jnp.float32)
+        if cfg.final_logit_softcapping is not None:
+            logits = cfg.final_logit_softcapping * jnp.tanh(logits / cfg.final_logit_softcapping)
         return jnp.where(absent, ABSENT, logits) if cfg.absent_ids else logits
 
     return unembed
@@ -309,8 +355,8 @@ class _Layer(nn.Module):
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        return Block(self.cfg, name="block")(x, *tables, lambda q, k, v, cache, **_: (q, None), None)
+    def __call__(self, x: jax.Array, tables: rope.Tables) -> tuple[jax.Array, None]:
+        return Block(self.cfg, name="block")(x, *tables, None, lambda q, k, v, cache, **_: (q, None), None)
 
 
 class _Parameters(nn.Module):
@@ -334,8 +380,8 @@ class _Parameters(nn.Module):
             length=cfg.num_hidden_layers,
         )
         x = jnp.zeros((1, 1, cfg.hidden_size), cfg.dtype)
-        layers(cfg, name="layers")(x, rotary_tables(cfg, jnp.zeros((1, 1), jnp.int32)))
-        RMSNorm(cfg, name="final_norm")(x)
+        layers(cfg, name="layers")(x, rope.tables(cfg, jnp.zeros((1, 1), jnp.int32)))
+        Norm(cfg, name="final_norm")(x)
 
 
 def init_params(cfg: ModelConfig, key: jax.Array) -> Params:

@@ -1,9 +1,9 @@
-"""Families of decoders as data: config.json <-> ModelConfig, and names of tensors <-> our parameters.
+"""config.json <-> ModelConfig, by the table of families.
 
-A family adds no code, only tables. Whatever a config.json says that the decoder does not compute is refused by name:
+Whatever a config.json says that the decoder does not compute is refused by name:
 
-* a field of `Family.fields` becomes a field of ModelConfig;
-* a field of `Family.required_values` is accepted with the listed values only;
+* a field of `Family.fields`, `layerwise` or `rope` becomes a field of ModelConfig;
+* a field of `required_values` is accepted with the listed values only;
 * a field of `IGNORED`, or one that begins with an underscore, does not touch the logits and is passed over;
 * any other field is accepted while it is switched off (null, false, empty) and refused otherwise.
 """
@@ -11,143 +11,27 @@ A family adds no code, only tables. Whatever a config.json says that the decoder
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sera_jax.models.config import DTYPES, ModelConfig, RopeScaling
+from sera_jax.models.config import DTYPES, UNMATHEMATICAL, ModelConfig, RopeScaling
+from sera_jax.models.family_table import AS_ABSENT, FAMILIES, IGNORED, REQUIRED, REQUIRED_VALUES, Family, Field
 
-REQUIRED = object()
-
-
-@dataclasses.dataclass(frozen=True)
-class Field:
-    """One field of config.json that becomes the ModelConfig field of the same name.
-
-    Attributes:
-        kind: int, float or bool.
-        default: what transformers takes where config.json leaves the field out or says null: a value, a function of
-            the fields read so far, or REQUIRED.
-    """
-
-    name: str
-    kind: type
-    default: Any = REQUIRED
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """One tensor name. `{layer}` in it stands for the layers, which lie stacked in our parameter of that path.
-
-    Attributes:
-        name: name in the safetensors file.
-        path: path in our parameters, `layers/block/q/kernel`.
-        transpose: Hugging Face stores linear layers as [out, in], we as [in, out].
-    """
-
-    name: str
-    path: str
-    transpose: bool = False
-
-    @property
-    def stacked(self) -> bool:
-        return "{layer}" in self.name
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """What distinguishes a family: nothing but names and defaults.
-
-    Attributes:
-        name: `model_type` of config.json; architecture: the class name in `architectures`.
-        fields: read into ModelConfig, in the order config.json is written.
-        required_values: fields that would change the mathematics, with the values under which they do not.
-        tensors: every tensor of the checkpoint.
-        tied: (name of the output projection, name of the embedding): with tied embeddings a file may hold the
-            first as a copy of the second.
-        buffers: patterns of tensors in old files that are not parameters; passed over when loading.
-    """
-
-    name: str
-    architecture: str
-    fields: tuple[Field, ...]
-    required_values: Mapping[str, tuple[Any, ...]]
-    tensors: tuple[Tensor, ...]
-    tied: tuple[str, str]
-    buffers: tuple[str, ...]
-
-
-# Fields that say nothing about the logits: provenance, tokens, generation, training heads, and options of Hugging
-# Face's own implementation. `pretraining_tp` only split matmuls into slices.
-_IGNORED = """
-    architectures model_type transformers_version torch_dtype dtype use_cache pretraining_tp is_llama_config
-    transformers.js_config unsloth_version unsloth_fixed bos_token_id eos_token_id pad_token_id sep_token_id
-    decoder_start_token_id tokenizer_class prefix max_sequence_length finetuning_task task_specific_params
-    problem_type id2label label2id num_labels output_attentions output_hidden_states return_dict
-    return_dict_in_generate output_scores torchscript use_bfloat16 tf_legacy_loss is_decoder
-    chunk_size_feed_forward remove_invalid_values tie_encoder_decoder temperature top_k top_p typical_p do_sample
-    max_length min_length max_new_tokens num_beams num_beam_groups num_return_sequences diversity_penalty
-    early_stopping length_penalty repetition_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
-    bad_words_ids suppress_tokens begin_suppress_tokens forced_bos_token_id forced_eos_token_id
-    exponential_decay_length_penalty
-"""
-IGNORED = frozenset(_IGNORED.split())
-
-ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")
-LLAMA3_KEYS = tuple(field.name for field in dataclasses.fields(RopeScaling))
-
-_LLAMA_LAYER = "model.layers.{layer}."
-
-FAMILIES: dict[str, Family] = {
-    "llama": Family(
-        name="llama",
-        architecture="LlamaForCausalLM",
-        fields=(
-            Field("vocab_size", int),
-            Field("hidden_size", int),
-            Field("intermediate_size", int),
-            Field("num_hidden_layers", int),
-            Field("num_attention_heads", int),
-            Field("num_key_value_heads", int, lambda read: read["num_attention_heads"]),
-            Field("head_dim", int, lambda read: read["hidden_size"] // max(1, read["num_attention_heads"])),
-            Field("max_position_embeddings", int, 2048),
-            Field("rms_norm_eps", float, 1e-6),
-            Field("tie_word_embeddings", bool, False),
-            Field("initializer_range", float, 0.02),
-        ),
-        required_values={
-            "hidden_act": ("silu", "swish"),
-            "attention_bias": (False, None),
-            "mlp_bias": (False, None),
-            "attention_dropout": (0.0, None),
-            "partial_rotary_factor": (1.0, None),
-            "rope_interleaved": (False, None),
-            "quantization_config": (None,),
-            "is_encoder_decoder": (False, None),
-            "add_cross_attention": (False, None),
-            "attention_multiplier": (None,),
-            "embedding_multiplier": (1.0, None),
-            "residual_multiplier": (1.0, None),
-            "logits_scaling": (1.0, None),
-            "auto_map": (None,),
-        },
-        tensors=(
-            Tensor("model.embed_tokens.weight", "embed"),
-            Tensor(_LLAMA_LAYER + "input_layernorm.weight", "layers/block/attention_norm/scale"),
-            Tensor(_LLAMA_LAYER + "self_attn.q_proj.weight", "layers/block/q/kernel", transpose=True),
-            Tensor(_LLAMA_LAYER + "self_attn.k_proj.weight", "layers/block/k/kernel", transpose=True),
-            Tensor(_LLAMA_LAYER + "self_attn.v_proj.weight", "layers/block/v/kernel", transpose=True),
-            Tensor(_LLAMA_LAYER + "self_attn.o_proj.weight", "layers/block/o/kernel", transpose=True),
-            Tensor(_LLAMA_LAYER + "post_attention_layernorm.weight", "layers/block/mlp_norm/scale"),
-            Tensor(_LLAMA_LAYER + "mlp.gate_proj.weight", "layers/block/gate/kernel", transpose=True),
-            Tensor(_LLAMA_LAYER + "mlp.up_proj.weight", "layers/block/up/kernel", transpose=True),
-            Tensor(_LLAMA_LAYER + "mlp.down_proj.weight", "layers/block/down/kernel", transpose=True),
-            Tensor("model.norm.weight", "final_norm/scale"),
-            Tensor("lm_head.weight", "head", transpose=True),
-        ),
-        tied=("lm_head.weight", "model.embed_tokens.weight"),
-        buffers=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq"),
-    )
+ROPE_FIELDS = ("rope_scaling", "rope_parameters")
+_YARN = ("original_max_position_embeddings", "beta_fast", "beta_slow", "truncate", "attention_factor")
+# What a scaling of each type must say, and what it may.
+SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ("original_max_position_embeddings",)),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (
+        ("factor",),
+        (*_YARN, "mscale", "mscale_all_dim"),
+    ),
 }
+_KINDS = {"original_max_position_embeddings": int, "truncate": bool}
 
 
 def family_of(model_type: Any) -> Family:
@@ -176,13 +60,17 @@ def config_from_hf(config: Mapping[str, Any], **precision: Any) -> ModelConfig:
         )
     read: dict[str, Any] = {}
     for field in family.fields:
-        read[field.name] = _read_field(field, config, read)
+        read |= dict.fromkeys(field.ours, _read_field(field, config, read))
+    for name, value in family.switches.items():
+        read[name] = value(read) if isinstance(value, Callable) else value
     _refuse_other_mathematics(family, config, read)
-    theta, scaling = _read_rope(config)
+    if family.layerwise is not None:
+        read |= _alike_unless_said(family.layerwise.read(config, read))
+    read |= _read_rope(family, config, read)
     export_dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     if export_dtype in DTYPES:
         precision.setdefault("export_dtype", export_dtype)
-    return ModelConfig(family=family.name, **read, rope_theta=theta, rope_scaling=scaling, **precision)
+    return ModelConfig(family=family.name, **read, **precision)
 
 
 def config_to_hf(cfg: ModelConfig, *, dtype: str | None = None) -> dict[str, Any]:
@@ -192,17 +80,13 @@ def config_to_hf(cfg: ModelConfig, *, dtype: str | None = None) -> dict[str, Any
         dtype: dtype of the weights beside it; default `cfg.export_dtype`.
     """
     family = family_of(cfg.family)
-    scaling = cfg.rope_scaling and {"rope_type": "llama3", **dataclasses.asdict(cfg.rope_scaling)}
     return {
         "architectures": [family.architecture],
         "model_type": family.name,
-        **{field.name: getattr(cfg, field.name) for field in family.fields},
-        "hidden_act": family.required_values["hidden_act"][0],
-        "attention_bias": False,
+        **{field.name: _written(field, cfg) for field in family.fields},
+        **(family.layerwise.write(cfg) if family.layerwise else {}),
+        **_write_rope(family, cfg),
         "attention_dropout": 0.0,
-        "mlp_bias": False,
-        "rope_theta": cfg.rope_theta,
-        "rope_scaling": scaling,
         "use_cache": True,
         "torch_dtype": dtype or cfg.export_dtype,
     }
@@ -210,17 +94,50 @@ def config_to_hf(cfg: ModelConfig, *, dtype: str | None = None) -> dict[str, Any
 
 def mathematics(cfg: ModelConfig) -> dict[str, Any]:
     """The fields of a ModelConfig that decide the logits; precision, remat and back ends left out."""
-    names = [field.name for field in family_of(cfg.family).fields if field.name != "initializer_range"]
-    return {name: getattr(cfg, name) for name in ["family", *names, "rope_theta", "rope_scaling"]}
+    return {
+        field.name: getattr(cfg, field.name)
+        for field in dataclasses.fields(cfg)
+        if field.name not in (*UNMATHEMATICAL, "initializer_range")
+    }
 
 
 def _read_field(field: Field, config: Mapping[str, Any], read: Mapping[str, Any]) -> Any:
     value = config.get(field.name)
     if value is None:
+        if field.name in config and field.null is not AS_ABSENT:
+            return field.null
         if field.default is REQUIRED:
             raise ValueError(f"config.json has no {field.name}; add it")
-        return field.default(read) if isinstance(field.default, Callable) else field.default
-    return _typed(field.name, value, field.kind)
+        value = field.default(read) if isinstance(field.default, Callable) else field.default
+        if value is None:
+            return None
+    value = _typed(field.name, value, field.kind)
+    if field.values and value not in field.values:
+        raise ValueError(
+            f"config.json: {field.name}={value!r} is not supported; supported: "
+            + ", ".join(repr(name) for name in field.values)
+        )
+    return field.values[value] if field.values else value
+
+
+def _written(field: Field, cfg: ModelConfig) -> Any:
+    value = getattr(cfg, field.ours[0])
+    return next(name for name, ours in field.values.items() if ours == value) if field.values else value
+
+
+def _alike_unless_said(found: dict[str, Any]) -> dict[str, Any]:
+    """One way to say that all layers are alike: no list."""
+    types, window = found.get("layer_types"), found["sliding_window"]
+    if types and set(types) == {"full_attention"}:
+        types, window = (), None
+    elif types and set(types) == {"sliding_attention"} and window is not None:
+        types = ()
+    turned = found.get("no_rope_layers", ())
+    return {
+        "sliding_window": None if window is None else _typed("sliding_window", window, int),
+        "layer_types": types or (),
+        "no_rope_layers": () if all(turned) else turned,
+    }
 
 
 def _typed(name: str, value: Any, kind: type) -> Any:
@@ -232,10 +149,14 @@ def _typed(name: str, value: Any, kind: type) -> Any:
 
 def _refuse_other_mathematics(family: Family, config: Mapping[str, Any], read: Mapping[str, Any]) -> None:
     problems = []
-    known = {field.name for field in family.fields} | {*ROPE_FIELDS, "sliding_window"} | IGNORED
+    rope, layerwise = family.rope, family.layerwise.fields if family.layerwise else {"sliding_window"}
+    known = {field.name for field in family.fields} | {*ROPE_FIELDS, rope.theta, rope.partial, rope.local_theta}
+    known |= IGNORED | family.ignored | layerwise
+    required = {name: values for name, values in REQUIRED_VALUES.items() if name not in known}
+    required |= family.required_values
     for name, value in config.items():
-        if name in family.required_values:
-            allowed = family.required_values[name]
+        if name in required:
+            allowed = required[name]
             if not any(type(value) is type(good) and value == good for good in allowed) and not _same_number(
                 value, allowed
             ):
@@ -244,10 +165,10 @@ def _refuse_other_mathematics(family: Family, config: Mapping[str, Any], read: M
         elif name not in known and not name.startswith("_") and not _switched_off(value):
             problems.append(
                 f"{name}={value!r} is unknown (if it cannot change the logits, take it out of config.json "
-                "or add it to families.IGNORED)"
+                "or add it to family_table.IGNORED)"
             )
     window, longest = config.get("sliding_window"), read["max_position_embeddings"]
-    if window is not None and not (isinstance(window, int) and window >= longest):
+    if not family.layerwise and window is not None and not (isinstance(window, int) and window >= longest):
         problems.append(
             f"sliding_window={window!r} is shorter than max_position_embeddings={longest}, so it would change the "
             "mathematics (supported: null, or no shorter than that)"
@@ -265,10 +186,11 @@ def _switched_off(value: Any) -> bool:
     return value is None or value is False or value in ("", [], {})
 
 
-def _read_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """(rope_theta, scaling) from `rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
-    block, name = config.get("rope_parameters"), "rope_parameters"
-    scaling = config.get("rope_scaling")
+def _read_rope(family: Family, config: Mapping[str, Any], read: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of ModelConfig about rotary embeddings, from `rope_theta` and `rope_scaling` (transformers 4) or
+    `rope_parameters` (5)."""
+    rope, name = family.rope, "rope_parameters"
+    block, scaling = config.get("rope_parameters"), config.get("rope_scaling")
     if block is None:
         block, name = scaling, "rope_scaling"
     elif scaling is not None and scaling != block:
@@ -277,29 +199,105 @@ def _read_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     if not isinstance(block, Mapping):
         raise ValueError(f"config.json: {name}={block!r} should be an object or null")
 
-    thetas = [value for value in (block.get("rope_theta"), config.get("rope_theta")) if value is not None]
-    if len(set(thetas)) > 1:
-        raise ValueError(f"config.json: rope_theta={thetas[1]!r} contradicts {name}.rope_theta={thetas[0]!r}; keep one")
-    theta = _typed("rope_theta", thetas[0], float) if thetas else 10000.0
-
-    kinds = {block[key] for key in ("rope_type", "type") if block.get(key) is not None} or {"default"}
-    if len(kinds) > 1 or not kinds <= {"default", "llama3"}:
-        shown = " and ".join(repr(kind) for kind in sorted(kinds, key=str))
-        raise ValueError(f"config.json: {name} of type {shown} is not supported; supported: 'default', 'llama3'")
-    if block.get("partial_rotary_factor") not in (None, 1.0):
+    found: dict[str, Any] = {}
+    if rope.local_theta:
+        block, local = _by_kind(block, name)
+        of_local = _only(
+            rope.local_theta, config.get(rope.local_theta), f"{name}.sliding_attention", local, "rope_theta"
+        )
+        found["rope_local_base_freq"] = rope.default_local_theta if of_local is None else of_local
+        if other := [key for key in local if key not in ("rope_theta", "rope_type", "type")]:
+            raise ValueError(
+                f"config.json: {name}.sliding_attention.{other[0]} would change the mathematics; take it out"
+            )
+        if not {local.get("rope_type"), local.get("type")} <= {None, "default"}:
+            raise ValueError(
+                f"config.json: {name}.sliding_attention={dict(local)!r} is not supported; supported: 'default'"
+            )
+    theta = _only(rope.theta, config.get(rope.theta), name, block, "rope_theta")
+    found["rope_theta"] = rope.default_theta if theta is None else theta
+    if rope.partial:
+        share = _only(rope.partial, config.get(rope.partial), name, block, "partial_rotary_factor")
+        found["partial_rotary_factor"] = rope.default_partial if share is None else share
+    elif block.get("partial_rotary_factor") not in (None, 1.0):
         raise ValueError(
             f"config.json: {name}.partial_rotary_factor={block['partial_rotary_factor']!r} would change the "
             "mathematics (supported: 1.0)"
         )
-    wanted = LLAMA3_KEYS if kinds == {"llama3"} else ()
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *wanted}
+    found["rope_scaling"] = _read_scaling(family, block, name, read["max_position_embeddings"])
+    return found
+
+
+def _by_kind(block: Mapping[str, Any], name: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """What is said of layers with full attention, and of those with a window."""
+    kinds = ("full_attention", "sliding_attention")
+    if not set(kinds) & set(block):
+        return block, {}
+    if unknown := [key for key in block if key not in kinds]:
+        raise ValueError(f"config.json: {name}.{unknown[0]} is not read beside {', '.join(kinds)}; take it out")
+    full, sliding = (block.get(kind) or {} for kind in kinds)
+    return full, sliding
+
+
+def _only(outside: str, value: Any, name: str, block: Mapping[str, Any], inside: str) -> float | None:
+    """The number that stands beside the block or in it; None: in neither."""
+    found = [x for x in (block.get(inside), value) if x is not None]
+    if len(set(found)) > 1:
+        raise ValueError(f"config.json: {outside}={found[1]!r} contradicts {name}.{inside}={found[0]!r}; keep one")
+    return _typed(outside, found[0], float) if found else None
+
+
+def _read_scaling(family: Family, block: Mapping[str, Any], name: str, longest: int) -> RopeScaling | None:
+    types = {block[key] for key in ("rope_type", "type") if block.get(key) is not None} or {"default"}
+    if len(types) > 1 or not types <= set(family.rope.types):
+        shown = " and ".join(repr(kind) for kind in sorted(types, key=str))
+        supported = ", ".join(map(repr, family.rope.types))
+        raise ValueError(f"config.json: {name} of type {shown} is not supported; supported: {supported}")
+    kind = types.pop()
+    needed, optional = SCALINGS[kind]
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *needed, *optional}
     unknown = [f"{name}.{key}={value!r}" for key, value in block.items() if key not in known and value is not None]
     if unknown:
-        raise ValueError(f"config.json: {', '.join(unknown)} is not read by rope type {kinds.pop()!r}; take it out")
-    missing = [key for key in wanted if block.get(key) is None]
+        raise ValueError(f"config.json: {', '.join(unknown)} is not read by rope type {kind!r}; take it out")
+    missing = [key for key in needed if block.get(key) is None]
     if missing:
-        raise ValueError(f"config.json: {name} of type 'llama3' has no {', '.join(missing)}; add it")
-    if not wanted:
-        return theta, None
-    kinds_by_key = dict.fromkeys(LLAMA3_KEYS, float) | {"original_max_position_embeddings": int}
-    return theta, RopeScaling(**{key: _typed(f"{name}.{key}", block[key], kinds_by_key[key]) for key in LLAMA3_KEYS})
+        raise ValueError(f"config.json: {name} of type {kind!r} has no {', '.join(missing)}; add it")
+    if kind == "default":
+        return None
+    said = {
+        key: _typed(f"{name}.{key}", block[key], _KINDS.get(key, float))
+        for key in (*needed, *optional)
+        if block.get(key) is not None
+    }
+    multiplied = {key: said.pop(key) for key in ("mscale", "mscale_all_dim") if key in said}
+    if kind == "yarn":
+        said.setdefault("original_max_position_embeddings", longest)
+        said.setdefault("attention_factor", _yarn_attention(said["factor"], multiplied))
+    if kind == "dynamic":
+        said.pop("original_max_position_embeddings", None)
+    return RopeScaling(rope_type=kind, **said)
+
+
+def _yarn_attention(factor: float, multiplied: Mapping[str, float]) -> float:
+    """By which YaRN multiplies cos and sin where a config does not say it (section 3.4 of its paper)."""
+
+    def of(multiplier: float) -> float:
+        return 0.1 * multiplier * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if all(multiplied.get(key) for key in ("mscale", "mscale_all_dim")):
+        return of(multiplied["mscale"]) / of(multiplied["mscale_all_dim"])
+    return of(1.0)
+
+
+def _write_rope(family: Family, cfg: ModelConfig) -> dict[str, Any]:
+    rope, scaling = family.rope, None
+    if cfg.rope_scaling is not None:
+        kind = cfg.rope_scaling.rope_type
+        names = (*SCALINGS[kind][0], *(_YARN if kind == "yarn" else ()))
+        scaling = {"rope_type": kind, **{name: getattr(cfg.rope_scaling, name) for name in names}}
+    return {
+        rope.theta: cfg.rope_theta,
+        **({rope.partial: cfg.partial_rotary_factor} if rope.partial else {}),
+        **({rope.local_theta: cfg.rope_local_base_freq} if rope.local_theta else {}),
+        "rope_scaling": scaling,
+    }

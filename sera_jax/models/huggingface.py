@@ -10,7 +10,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,7 +21,8 @@ from safetensors.numpy import save_file
 from sera_jax.mesh import make_mesh, path_name, placed_shapes
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import Params, abstract_params
-from sera_jax.models.families import Tensor, config_from_hf, config_to_hf, family_of, mathematics
+from sera_jax.models.families import config_from_hf, config_to_hf, family_of, mathematics
+from sera_jax.models.family_table import Tensor
 from sera_jax.models.folder import (
     DTYPES,
     INDEX,
@@ -65,9 +66,9 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Where one tensor of the file lies in our parameters, and its shape in the file."""
+    """Which of our parameters lie in one tensor of the file, in which layer, and its shape in the file."""
 
-    tensor: Tensor
+    tensors: tuple[Tensor, ...]
     layer: int | None
     shape: tuple[int, ...]
 
@@ -113,13 +114,16 @@ def load_pretrained(
         places = _check_names(cfg, files, path)
         dtypes = [dtype_of(files[name], name) for name in places]
         _check_tied_copy(cfg, files, path)
-        tensors: dict[str, list[str]] = {}
+        names: dict[Tensor, list[str]] = {}
         for name, place in places.items():
-            tensors.setdefault(place.tensor.path, []).append(name)
+            for tensor in place.tensors:
+                names.setdefault(tensor, []).append(name)
+        tensors = family_of(cfg.family).paths
 
         def read(where: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-            names = tensors[path_name(where)]
-            return _read_leaf(path, files, names, places[names[0]].tensor, leaf)
+            tensor = tensors[path_name(where)]
+            rows = None if tensor.rows is None else tensor.rows(cfg)
+            return _read_leaf(path, files, names[tensor], tensor, rows, leaf)
 
         params = jax.tree_util.tree_map_with_path(read, shapes)
     most = max(set(dtypes), key=dtypes.count)
@@ -177,22 +181,29 @@ def _places(cfg: ModelConfig) -> dict[str, _Place]:
     """Every tensor of a checkpoint of this config, in the family's order, layer by layer."""
     shapes = abstract_params(cfg)
     places: dict[str, _Place] = {}
-    table = [tensor for tensor in family_of(cfg.family).tensors if _leaf(shapes, tensor.path) is not None]
-    first = next(i for i, tensor in enumerate(table) if tensor.stacked)
-    last = max(i for i, tensor in enumerate(table) if tensor.stacked) + 1
+    table: dict[str, list[Tensor]] = {}
+    for tensor in family_of(cfg.family).tensors:
+        if _leaf(shapes, tensor.path) is not None:
+            table.setdefault(tensor.name, []).append(tensor)
+    of_layers = [name for name in table if table[name][0].stacked]
+    names = list(table)
+    first, last = names.index(of_layers[0]), names.index(of_layers[-1]) + 1
 
-    def add(tensor: Tensor, layer: int | None) -> None:
-        shape = _leaf(shapes, tensor.path).shape[0 if layer is None else 1 :]
-        name = tensor.name.format(layer=layer)
-        places[name] = _Place(tensor, layer, tuple(reversed(shape)) if tensor.transpose else tuple(shape))
+    def add(name: str, layer: int | None) -> None:
+        parts = table[name]
+        shape = list(_leaf(shapes, parts[0].path).shape[0 if layer is None else 1 :])
+        if parts[0].rows is not None:
+            shape[-1] = sum(len(part.rows(cfg)) for part in parts if part.rows)
+        shape = tuple(reversed(shape)) if parts[0].transpose else tuple(shape)
+        places[name.format(layer=layer)] = _Place(tuple(parts), layer, shape)
 
-    for tensor in table[:first]:
-        add(tensor, None)
+    for name in names[:first]:
+        add(name, None)
     for layer in range(cfg.num_hidden_layers):
-        for tensor in table[first:last]:
-            add(tensor, layer)
-    for tensor in table[last:]:
-        add(tensor, None)
+        for name in names[first:last]:
+            add(name, layer)
+    for name in names[last:]:
+        add(name, None)
     return places
 
 
@@ -221,12 +232,27 @@ def _check_names(cfg: ModelConfig, files: Mapping[str, Any], path: pathlib.Path)
 
 
 def _read_leaf(
-    path: pathlib.Path, files: Mapping[str, Any], names: list[str], tensor: Tensor, leaf: jax.ShapeDtypeStruct
+    path: pathlib.Path,
+    files: Mapping[str, Any],
+    names: list[str],
+    tensor: Tensor,
+    rows: np.ndarray | None,
+    leaf: jax.ShapeDtypeStruct,
 ) -> jax.Array:
-    """One parameter, on its shards; of the tensors (`names`, by layer) only what a device holds is read and cast."""
+    """One parameter, on its shards; of the tensors (`names`, by layer) only what a device holds is read and cast.
+
+    Args:
+        rows: which rows of the tensor are the parameter's, in our order; None: all.
+    """
 
     def tensor_part(name: str, index: tuple[slice, ...]) -> np.ndarray:
-        value = files[name].get_slice(name)[tuple(reversed(index)) if tensor.transpose else index]
+        index = tuple(reversed(index)) if tensor.transpose else index
+        whole = files[name].get_slice(name)
+        if rows is None:
+            value = whole[index]
+        else:
+            runs = [whole[slice(run[0], run[-1] + 1), *index[1:]] for run in _runs(rows[index[0]])]
+            value = np.concatenate(runs) if runs else whole[0:0, *index[1:]]
         if not np.isfinite(value).all():  # told here, or it looks like a training that diverged
             raise ValueError(f"{path}: tensor {name} holds nan or infinity, so the model is damaged; copy it again")
         return (value.T if tensor.transpose else value).astype(leaf.dtype)
@@ -241,6 +267,11 @@ def _read_leaf(
         return out
 
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
+
+
+def _runs(rows: np.ndarray) -> list[np.ndarray]:
+    """The rows cut where one is not the next."""
+    return np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(rows) else []
 
 
 def _check_tied_copy(cfg: ModelConfig, files: Mapping[str, Any], path: pathlib.Path) -> None:
@@ -333,23 +364,32 @@ def _write_weights(
     sizes = {name: math.prod(places[name].shape) * np.dtype(kind).itemsize for name, kind in dtypes.items()}
     shards = _split(sizes, max_shard_bytes)
     for number, names in enumerate(shards, start=1):
-        tensors = {name: _tensor(host, places[name], name, dtypes[name]) for name in names}
+        tensors = {name: _tensor(host, cfg, places[name], name, dtypes[name]) for name in names}
         save_file(tensors, folder / _shard_name(number, len(shards)), metadata={"format": "pt"})
     if len(shards) > 1:
         weight_map = {name: _shard_name(n, len(shards)) for n, names in enumerate(shards, 1) for name in names}
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
 
 
-def _tensor(host: Params, place: _Place, name: str, dtype: str) -> np.ndarray:
+def _tensor(host: Params, cfg: ModelConfig, place: _Place, name: str, dtype: str) -> np.ndarray:
     """One tensor as it lies in the file."""
-    value = _leaf(host, place.tensor.path)
-    value = value if place.layer is None else value[place.layer]
-    value = value.T if place.tensor.transpose else value
-    with np.errstate(over="ignore"):
-        out = np.ascontiguousarray(value.astype(dtype))
-    if dtype == "float16" and np.isinf(out).any() and not np.isinf(value).any():
-        raise ValueError(f"tensor {name} has values beyond float16's 65504; export as bfloat16 or float32")
+    out = np.empty(place.shape, dtype)
+    for tensor in place.tensors:
+        value = _leaf(host, tensor.path)
+        value = value if place.layer is None else value[place.layer]
+        value = value.T if tensor.transpose else value
+        with np.errstate(over="ignore"):
+            out[slice(None) if tensor.rows is None else tensor.rows(cfg)] = value.astype(dtype)
+        if dtype == "float16" and np.isinf(out).any() and not np.isinf(value).any():
+            raise ValueError(f"tensor {name} has values beyond float16's 65504; export as bfloat16 or float32")
     return out
+
+
+def file_tensors(cfg: ModelConfig, params: Params) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and float32 value of every tensor of a checkpoint with these parameters, or of what lies as they do."""
+    host = jax.device_get(params)
+    for name, place in _places(cfg).items():
+        yield name, _tensor(host, cfg, place, name, "float32")
 
 
 def _split(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:

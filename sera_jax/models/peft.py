@@ -125,7 +125,9 @@ def save_adapter(
         for layer in range(cfg.num_hidden_layers):
             module = _PREFIX + names[kernel].format(layer=layer)
             for ours, theirs in ((A, "lora_A"), (B, "lora_B")):
-                tensors[f"{module}.{theirs}.weight"] = np.ascontiguousarray(leaves[beside + ours][layer].T.astype(dtype))
+                tensors[f"{module}.{theirs}.weight"] = np.ascontiguousarray(
+                    leaves[beside + ours][layer].T.astype(dtype)
+                )
     written = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sera_jax.core import Rows
-from sera_jax.models import decoder
+from sera_jax.models import decoder, rope
 from sera_jax.models.config import ModelConfig, RopeScaling
 from sera_jax.models.decoder import (
     abstract_params,
@@ -17,9 +17,6 @@ from sera_jax.models.decoder import (
     head_matrix,
     hidden_states,
     init_params,
-    rotary_frequencies,
-    rotary_tables,
-    rotate,
     row_attention,
     unembedding,
 )
@@ -157,7 +154,7 @@ def test_a_response_scores_the_same_beside_its_sibling_as_alone():
 
 def test_llama3_scaling_keeps_fast_rotations_and_slows_slow_ones():
     cfg = dataclasses.replace(CFG, head_dim=16, rope_theta=10000.0)
-    plain, scaled = rotary_frequencies(cfg), rotary_frequencies(dataclasses.replace(cfg, rope_scaling=LLAMA3))
+    plain, scaled = rope.frequencies(cfg), rope.frequencies(dataclasses.replace(cfg, rope_scaling=LLAMA3))
     turns = 64 * plain / (2 * np.pi)
     close(scaled[turns >= 4], plain[turns >= 4], "closed_form")
     close(scaled[turns <= 1], plain[turns <= 1] / 8, "closed_form")
@@ -172,8 +169,8 @@ def test_rotation_depends_on_distance_only():
     q, k = rng.normal(size=(2, 1, 1, 1, 6)).astype(np.float32)
     products = []
     for shift in (0, 5, 300):
-        tables = [rotary_tables(CFG, jnp.full((1, 1), shift + offset)) for offset in (11, 4)]
-        products.append(np.sum(rotate(q, *tables[0]) * rotate(k, *tables[1])))
+        tables = [rope.tables(CFG, jnp.full((1, 1), shift + offset)) for offset in (11, 4)]
+        products.append(np.sum(rope.rotate(q, *tables[0]) * rope.rotate(k, *tables[1])))
     np.testing.assert_allclose(products, products[0], rtol=1e-4)  # float32 angles of up to 311 radians
 
 

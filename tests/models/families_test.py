@@ -1,10 +1,11 @@
 """config.json <-> ModelConfig: what is read, what is passed over, what is refused by name."""
 
-import dataclasses
-
+import jax
 import pytest
 
+from sera_jax.mesh import path_name
 from sera_jax.models.config import RopeScaling
+from sera_jax.models.decoder import abstract_params
 from sera_jax.models.families import FAMILIES, config_from_hf, config_to_hf, family_of
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "use_cache": True}
@@ -143,6 +144,17 @@ SMALL = dict(
 )
 
 
+def small(name, **fields):
+    """A small config.json of a family."""
+    of_keys = {"rotary_pct": 0.5} if name == "gpt_neox" else {"num_key_value_heads": 2}
+    return (
+        {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
+        | of_keys
+        | fields
+        | {"model_type": name}
+    )
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_llama_configs_are_accepted_and_survive_the_way_back(name):
     cfg = config_from_hf(PUBLISHED[name])
@@ -173,10 +185,12 @@ def test_both_ways_of_writing_the_rotary_scaling_mean_the_same():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("rope_scaling", {"type": "linear", "factor": 2.0}),
-        ("rope_scaling", {"rope_type": "dynamic", "factor": 2.0}),
-        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}),
         ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
+        ("rope_scaling", {"rope_type": "linear"}),
+        ("rope_scaling", {"rope_type": "linear", "factor": 2.0, "beta_fast": 32}),
+        ("rope_scaling", {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}),
+        ("attention_bias", 1),
+        ("hidden_act", "relu"),
         ("rope_scaling", {"rope_type": "default", "mscale": 1.2}),
         ("rope_parameters", {"rope_type": "longrope", "rope_theta": 1e4}),
         ("rope_parameters", {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
@@ -184,9 +198,6 @@ def test_both_ways_of_writing_the_rotary_scaling_mean_the_same():
         ("partial_rotary_factor", 0.25),
         ("rope_interleaved", True),
         ("sliding_window", 128),
-        ("attention_bias", True),
-        ("mlp_bias", True),
-        ("hidden_act", "gelu"),
         ("attention_dropout", 0.1),
         ("quantization_config", {"quant_method": "gptq"}),
         ("attn_logit_softcapping", 50.0),
@@ -233,8 +244,8 @@ def test_a_field_that_leaves_the_logits_alone_is_passed_over(field, value):
 
 
 def test_an_unknown_family_is_refused_with_the_list_of_families():
-    with pytest.raises(ValueError, match=r"model_type='gpt_neox'.*llama"):
-        config_from_hf(SMALL | {"model_type": "gpt_neox"})
+    with pytest.raises(ValueError, match=r"model_type='mamba'.*llama.*gpt_neox"):
+        config_from_hf(SMALL | {"model_type": "mamba"})
     with pytest.raises(ValueError, match="model_type=None"):
         config_from_hf({})
 
@@ -259,13 +270,81 @@ def test_precision_is_the_callers_and_not_the_files():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_tensor_of_a_family_has_its_own_name_and_path(name):
+def test_a_family_says_of_every_parameter_which_tensor_it_lies_in(name):
     family = family_of(name)
-    assert len({tensor.name for tensor in family.tensors}) == len(family.tensors)
-    assert len({tensor.path for tensor in family.tensors}) == len(family.tensors)
+    assert len(family.paths) == len(family.tensors)  # no parameter twice
     assert set(family.tied) <= {tensor.name for tensor in family.tensors}
-    cfg = config_from_hf(SMALL | {"model_type": name})
-    assert {field.name for field in family.fields} <= {field.name for field in dataclasses.fields(cfg)}
+    for tied in (True, False):
+        cfg = config_from_hf(small(name, tie_word_embeddings=tied))
+        leaves = jax.tree_util.tree_leaves_with_path(abstract_params(cfg))
+        assert {path_name(path) for path, _ in leaves} <= set(family.paths)
+        assert config_from_hf(config_to_hf(cfg)) == cfg
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_parts_of_a_tensor_are_all_of_it_once(name):
+    cfg = config_from_hf(small(name))
+    shapes = jax.tree_util.tree_leaves_with_path(abstract_params(cfg))
+    sizes = {path_name(path): leaf.shape[-1] for path, leaf in shapes}
+    parts: dict[str, list[int]] = {}
+    for tensor in family_of(name).tensors:
+        if tensor.rows is not None and tensor.path in sizes:
+            rows = tensor.rows(cfg)
+            assert len(rows) == sizes[tensor.path]
+            parts.setdefault(tensor.name, []).extend(rows.tolist())
+    assert all(sorted(rows) == list(range(len(rows))) for rows in parts.values())
+
+
+WINDOWED = {
+    "mistral": ({"sliding_window": 8}, 8, ()),
+    "mistral without": ({"sliding_window": None}, None, ()),
+    "mistral left out": ({}, 4096, ()),
+    "qwen2": ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, 8, "fs"),
+    "qwen2 switched off": ({"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 1}, None, ()),
+    "qwen3": ({"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention"] * 2}, 8, ()),
+    "gemma2": ({"sliding_window": 8}, 8, "sf"),
+    "gemma3_text": ({"sliding_window": 8}, 8, ()),
+    "gemma3_text pattern": ({"sliding_window": 8, "sliding_window_pattern": 2}, 8, "sf"),
+    "gemma3_text full": ({"sliding_window": 8, "layer_types": ["full_attention"] * 2}, None, ()),
+    "smollm3": ({"use_sliding_window": True, "sliding_window": 8, "no_rope_layers": [1, 0]}, 8, "fs"),
+    "phi3": ({"sliding_window": 8}, 8, ()),
+}
+
+
+@pytest.mark.parametrize("case", WINDOWED)
+def test_windows_are_of_the_layers_that_transformers_gives_them_to(case):
+    fields, window, types = WINDOWED[case]
+    cfg = config_from_hf(SMALL | {"model_type": case.split()[0]} | fields)
+    names = {"f": "full_attention", "s": "sliding_attention"}
+    assert (cfg.sliding_window, cfg.layer_types) == (window, tuple(names[kind] for kind in types))
+    assert config_from_hf(config_to_hf(cfg)) == cfg
+
+
+def test_gemma3_has_a_base_of_angles_for_layers_with_a_window():
+    old = SMALL | {"model_type": "gemma3_text", "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    cfg = config_from_hf(old)
+    assert (cfg.rope_theta, cfg.rope_local_base_freq, cfg.rope_scaling.factor) == (1e6, 1e4, 8.0)
+    full = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+    new = {"full_attention": full, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    assert config_from_hf(SMALL | {"model_type": "gemma3_text", "rope_parameters": new}) == cfg
+    for block in ({"sliding_attention": full}, {"rope_theta": 1e6, "full_attention": full}):
+        with pytest.raises(ValueError, match="rope_parameters"):
+            config_from_hf(SMALL | {"model_type": "gemma3_text", "rope_parameters": block})
+
+
+def test_softcaps_that_are_null_are_none_and_left_out_are_the_families():
+    gemma2 = SMALL | {"model_type": "gemma2"}
+    assert config_from_hf(gemma2).attn_logit_softcapping == 50.0
+    assert config_from_hf(gemma2 | {"attn_logit_softcapping": None}).attn_logit_softcapping is None
+
+
+@pytest.mark.parametrize(
+    "name, words", [("mistral", "mlp_bias"), ("phi3", "attention_bias"), ("gpt_neox", "hidden_dropout")]
+)
+def test_what_a_family_does_not_have_is_refused(name, words):
+    value = 0.1 if words == "hidden_dropout" else True
+    with pytest.raises(ValueError, match=words):
+        config_from_hf(small(name) | {words: value})
 
 
 @pytest.mark.parametrize(
