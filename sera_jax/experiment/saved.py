@@ -15,7 +15,7 @@ from sera_jax.checkpoint.phases import file_digest, load_sealed, sealed, write_j
 from sera_jax.data.tokenizing import Tokenizer
 from sera_jax.experiment.ends import GENERATION, end_ids, generation_config, named_ends
 from sera_jax.experiment.folders import has_tokenizer
-from sera_jax.loops.runtime import PART
+from sera_jax.loops.policy import PART
 from sera_jax.models.config import ModelConfig, RopeScaling
 from sera_jax.models.decoder import Params
 from sera_jax.models.families import config_from_hf

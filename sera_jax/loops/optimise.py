@@ -15,8 +15,9 @@ from sera_jax.checkpoint import load_tree
 from sera_jax.config import TrainGroup
 from sera_jax.core import Mean
 from sera_jax.loops import cost
+from sera_jax.loops.policy import Policy, part_of, write_part
 from sera_jax.loops.restartable import Span, run_to_end
-from sera_jax.loops.runtime import NonFinite, Policy, Runtime, part_of, write_part
+from sera_jax.loops.runtime import NonFinite, Runtime
 from sera_jax.mesh import host_to_global
 from sera_jax.models.critic import critic_params
 from sera_jax.models.parts import merge

@@ -18,9 +18,10 @@ from sera_jax.core import Stream, key_for
 from sera_jax.data.items import items_digest
 from sera_jax.loops import cost
 from sera_jax.loops.ppo import Learner
+from sera_jax.loops.policy import Policy, write_part
 from sera_jax.loops.ppo_checks import Watch
 from sera_jax.loops.restartable import Span, run_to_end
-from sera_jax.loops.runtime import NonFinite, Policy, write_part
+from sera_jax.loops.runtime import NonFinite
 from sera_jax.models.critic import HEAD, without_value_head
 from sera_jax.models.parts import merge, split
 from sera_jax.training.ppo_steps import PpoState

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from sera_jax import hosts
 from sera_jax.checkpoint import Workdir, save_tree
-from sera_jax.checkpoint.phases import write_json, write_jsonl
+from sera_jax.checkpoint.phases import write_jsonl
 from sera_jax.config import SamplingGroup, TrainGroup
 from sera_jax.core import Stream, key_for
 from sera_jax.data.batches import PairLoader, ScoreBatches, score_batches
@@ -29,12 +29,13 @@ from sera_jax.data.packing import Layout, gather_scores, pack, split_items
 from sera_jax.data.planning import NO_SHAPES, Shapes
 from sera_jax.data.rollouts import rounded_rows
 from sera_jax.loops.cost import Ledger, laid
+from sera_jax.loops.policy import Policy, part_of
 from sera_jax.mesh import row_shards
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.critic import critic_config, without_output
 from sera_jax.models.decoder import Params
 from sera_jax.models.lora import Lora
-from sera_jax.models.trained import ALL, Trained, laid_over
+from sera_jax.models.trained import Trained, laid_over
 from sera_jax.sampling import Candidates, Draws, Sample, SamplingParams, generate, grouped, mesh_for
 from sera_jax.training.parameters import load_part
 from sera_jax.training.ppo_steps import PpoPrograms
@@ -49,6 +50,8 @@ LOWER_SLOTS = (
     "take more devices, or lower config.sampling.slots or the answers' max_new_tokens under a new --config.workdir"
 )
 
+__all__ = ["NonFinite", "PairShapes", "Policy", "Preempted", "Runtime"]
+
 Made = TypeVar("Made")
 
 
@@ -62,35 +65,6 @@ class NonFinite(ValueError):
     def __init__(self, message: str, good: tuple[Any, int] | None = None) -> None:
         super().__init__(message)
         self.good = good
-
-
-@dataclasses.dataclass(frozen=True)
-class Policy:
-    """Parameters on disk: `path/params`, and where training may go on `path/optimizer`, or `path/state` after PPO.
-    `name` is the phase's. With `scalar` it is no policy but a reward model, a decoder with a scalar head, whose score
-    of a response stands for a log-prob; its parameters are in `path/reward_model`. Only the parameters that were
-    `trained` lie there; the rest are those of the policy that it lies `over` (None: all are there)."""
-
-    name: str
-    path: pathlib.Path
-    digest: str
-    scalar: bool = False
-    trained: Trained = ALL
-    over: Policy | None = None
-
-
-def part_of(scalar: bool) -> str:
-    """The folder of a phase that holds the parameters."""
-    return "reward_model" if scalar else "params"
-
-
-PART = "part.json"
-
-
-def write_part(folder: pathlib.Path, trained: Trained, over: Policy | None) -> None:
-    """Beside a policy that is a part of a model: what it is, and the phase that it lies over."""
-    if over is not None:
-        write_json(folder / PART, {"over": over.name, **dataclasses.asdict(trained)})
 
 
 @dataclasses.dataclass

@@ -106,8 +106,7 @@ def make_programs(
     critic_cfg = critic_config(cfg)
     shape = dict(window=window, chunk_tokens=train.logits_chunk_tokens)
     policy_how: dict[str, Any] = dict(
-        **shape,
-        shards=shards,
+        **shape | {"shards": shards},
         cliprange=ppo.cliprange,
         entropy_coef=ppo.entropy_coef,
         kl_estimator=ppo.kl_estimator if ppo.kl_in == "loss" else None,

@@ -98,5 +98,5 @@ def test_contradictions_are_refused_by_name(tmp_path, changes, said):
 
 
 def test_a_pattern_without_a_parameter_lists_them(tmp_path):
-    with pytest.raises(ValueError, match="'layers/7' matches no parameter; the parameters are embed, .*layers/block"):
+    with pytest.raises(ValueError, match=r"'layers/7' matches no parameter; the parameters are embed, .*layers/block"):
         run(tiny_config(tmp_path, train__trainable=("layers/7",)))
