@@ -17,8 +17,8 @@ from sera_jax.checkpoint.phases import write_json
 from sera_jax.core import Stream, key_for
 from sera_jax.data.items import items_digest
 from sera_jax.loops import cost
-from sera_jax.loops.ppo import Learner
 from sera_jax.loops.policy import Policy, write_part
+from sera_jax.loops.ppo import Learner
 from sera_jax.loops.ppo_checks import Watch
 from sera_jax.loops.restartable import Span, run_to_end
 from sera_jax.loops.runtime import NonFinite
