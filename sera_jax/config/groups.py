@@ -369,7 +369,7 @@ class Config:
     seed: int = within(0, 0, 2**31 - 1)
     method: str = "sera"
     model: ModelGroup = dataclasses.field(default_factory=ModelGroup)
-    lora: LoraGroup = LoraGroup()
+    lora: LoraGroup = dataclasses.field(default_factory=LoraGroup)
     data: DataGroup = DataGroup()
     loss: LossGroup = LossGroup()
     sera: SeraGroup = SeraGroup()
