@@ -178,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m sera_jax.evaluate", description="Evaluate a policy against its SFT model.", allow_abbrev=False
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, help="WORKDIR/phases/NAME, or a Hugging Face folder")
+    add("--checkpoint", required=True, help="WORKDIR/phases/NAME, a Hugging Face folder, or org/name of the hub")
     add("--reference", required=True, help="the SFT model, in either form")
     add("--pairs", default="", help="held-out preference rows; with --world, default: the world's")
     add("--world", default="", choices=("", *world.AUTHORS), help="gold reward in this embedded world")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import jax
 
-from sera_jax import memory
+from sera_jax import hub, memory
 from sera_jax.experiment.saved import SavedPolicy, export, find_policy
 from sera_jax.mesh import make_mesh
 from sera_jax.models.folder import DTYPES
@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line, export, say what was written; 2 where something is refused."""
     args = _parser().parse_args(argv)
     try:
+        if args.push_to_hub:
+            hub.check_push(args.push_to_hub)
         saved = find_policy(args.checkpoint)
         if saved.trained.lora and not args.merged:
             print(_export_adapter(args, saved))
@@ -44,20 +46,28 @@ def main(argv: Sequence[str] | None = None) -> int:
                 tokenizer_dir=args.tokenizer or saved.tokenizer_dir,
                 max_shard_bytes=args.max_shard_bytes,
                 overwrite=args.overwrite,
+                card=saved.card(),
             )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"wrote {count:,} parameters to {out}; load them with AutoModelForCausalLM.from_pretrained({str(out)!r})")
+    if args.push_to_hub:
+        try:
+            print(f"pushed to {hub.push(out, args.push_to_hub)}; a repository that this made is private")
+        except (ValueError, OSError) as error:
+            print(f"error: {out} is written, but not pushed: {error}", file=sys.stderr)
+            return 2
     return 0
 
 
 def _export_adapter(args: argparse.Namespace, saved: SavedPolicy) -> str:
     """Write the adapters as PEFT does; a line for the user."""
-    if args.overwrite or args.source:
+    if args.overwrite or args.source or args.push_to_hub:
         raise ValueError(
-            f"--checkpoint={args.checkpoint} is an adapter, for which --overwrite and --source are not read"
+            f"--checkpoint={args.checkpoint} is an adapter, for which --overwrite, --source and --push_to_hub are not "
+            "read; take them out, or write the whole model with --merged"
         )
     base = args.base or saved.base
     if not base:
@@ -77,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m sera_jax.export", description="Write a checkpoint as a Hugging Face folder.", allow_abbrev=False
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, help="WORKDIR/phases/NAME, or a Hugging Face folder")
+    add("--checkpoint", required=True, help="WORKDIR/phases/NAME, a Hugging Face folder, or org/name of the hub")
     add("--out", required=True, help="folder to write; it appears whole or not at all")
     add("--dtype", choices=list(DTYPES.values()), help="of the weights; default: that of the weights trained from")
     add("--source", default="", help="Hugging Face folder whose config.json, names and dtypes to keep; default: found")
@@ -85,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max_shard_bytes", type=int, default=MAX_SHARD_BYTES, help="begin a new file beyond this")
     add("--merged", action="store_true", help="of adapters: the whole model with them added, in place of PEFT's folder")
     add("--base", default="", help="of adapters: the folder or hub id of their base model; default: that of the run")
+    add("--push_to_hub", default="", help="org/name on the Hugging Face hub, where the folder is put, too; HF_TOKEN")
     add("--overwrite", action="store_true", help="replace the folder if it exists")
     return parser
 

@@ -130,8 +130,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m sera_jax.generate", description="Answer prompts with a policy.", allow_abbrev=False
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, help="WORKDIR/phases/NAME, or a Hugging Face folder")
-    add("--prompts", required=True, help="prompt rows: JSONL, JSONL.gz, Parquet or tfds:NAME")
+    add("--checkpoint", required=True, help="WORKDIR/phases/NAME, a Hugging Face folder, or org/name of the hub")
+    add("--prompts", required=True, help="prompt rows: JSONL, JSONL.gz, Parquet, tfds:NAME or hub:NAME")
     add("--out", required=True, help="JSONL file to write; it appears whole or not at all")
     add("--tokenizer", default="", help="tokenizer folder (default: the checkpoint's)")
     add(

@@ -41,10 +41,11 @@ def main(argv: list[str]) -> None:
     """Look ahead as the flags ask; ends the process with the exit codes above where not all fits."""
     from sera_jax.aot import topology
     from sera_jax.aot.chips import GIB
+    from sera_jax.experiment.brought import survey
     from sera_jax.experiment.methods import parse
 
     try:
-        config = parse(CONFIG.value)
+        config = survey(parse(CONFIG.value), with_rows=False).config
         limit = None if _LIMIT.value is None else int(_LIMIT.value * GIB)
         facts = look(config, topology.find(_TOPOLOGY.value or "", limit))
     except (ValueError, OSError) as error:

@@ -30,7 +30,7 @@ LAYERS = [
     ["guards"],
     ["irm"],
     ["losses", "models", "data", "world", "checkpoint", "writer"],
-    ["ops"],
+    ["ops", "hub"],
     ["mesh"],
     ["core", "config", "progress", "memory", "compiling", "board", "stop", "hosts", "world_authors"],
     ["stamps"],

@@ -22,3 +22,21 @@ def shared_data() -> pathlib.Path:
     if not path.is_dir():
         pytest.skip(f"real data not found at {path}; set SERA_JAX_SHARED_DATA to its folder")
     return path
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """The hub, asked with an empty cache of its own and no token."""
+    from huggingface_hub import constants
+
+    from tests.hub_server import serving
+
+    with serving() as found:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", found.url)
+        template = "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", found.url + template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield found

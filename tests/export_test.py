@@ -1,6 +1,8 @@
 """The export entry, run as a user runs it but in this process."""
 
 import json
+import pathlib
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -125,3 +127,73 @@ def test_the_user_is_told_where_answers_end_and_which_end_is_ordinary_text(folde
     tokenizer = Tokenizer.load(folder)
     assert ends_in_words(tokenizer, (0, 1)) == "answers end at 0 '<eos>', 1 '<turn>', in training, sampling and exports"
     assert "warning: 5 is ordinary text" in ends_in_words(tokenizer, (0, 5))
+
+
+def test_an_export_holds_one_tensor_at_a_time(tmp_path, monkeypatch):
+    """What is written is what is held, whatever mesh it lies on; no more than a tensor of it is brought to the host."""
+    from sera_jax.mesh import make_mesh
+    from sera_jax.models import huggingface
+    from sera_jax.training.parameters import load_params
+
+    plain = save_pretrained(tmp_path / "plain", CFG, init_params(CFG, jax.random.key(0)))
+    sizes, tensor = [], huggingface._tensor
+    monkeypatch.setattr(huggingface, "_tensor", lambda *args: (out := tensor(*args), sizes.append(out.nbytes))[0])
+    monkeypatch.setattr(jax, "device_get", None)
+    mesh = make_mesh(2, 4, 1)
+    out = save_pretrained(tmp_path / "out", CFG, load_params(CFG, mesh, plain), max_shard_bytes=1500)
+    assert len(list(out.glob("*.safetensors"))) > 1
+    assert len(sizes) == len(read_source(out).dtypes)
+    assert max(sizes) * 3 < sum(sizes)
+    jax.tree.map(np.testing.assert_array_equal, load_pretrained(out)[1], load_pretrained(plain)[1])
+
+
+class Api:
+    """huggingface_hub's own, which does not speak to a server; `pushed` holds what it would have sent."""
+
+    pushed: ClassVar[dict] = {}
+
+    def __init__(self, **_):
+        pass
+
+    def create_repo(self, id, *, private, exist_ok):
+        self.pushed.update(id=id, private=private, exist_ok=exist_ok)
+        return f"https://hub/{id}"
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message):
+        names = {file.name for file in pathlib.Path(folder_path).iterdir()}
+        self.pushed.update(repo_id=repo_id, names=names, commit_message=commit_message)
+
+
+def test_an_export_is_pushed_on_request_only_and_privately(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "mine")
+    out = tmp_path / "out"
+    assert main([f"--checkpoint={folder}", f"--out={out}"]) == 0
+    assert not Api.pushed
+    assert main([f"--checkpoint={folder}", f"--out={out}", "--overwrite", "--push_to_hub=org/name"]) == 0
+    assert "pushed to https://hub/org/name" in capsys.readouterr().out
+    assert Api.pushed["private"] and Api.pushed["exist_ok"] and Api.pushed["repo_id"] == "org/name"
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= Api.pushed["names"]
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "words"), [("name", "mine", "write org/name"), ("org/name", None, "set HF_TOKEN to one that may")]
+)
+def test_a_push_that_cannot_be_is_refused_before_anything_is_written(
+    folder, tmp_path, monkeypatch, capsys, name, token, words
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
+    assert main([f"--checkpoint={folder}", f"--out={tmp_path / 'out'}", f"--push_to_hub={name}"]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_push_that_the_hub_refuses_leaves_the_folder_and_says_so(folder, tmp_path, monkeypatch, capsys, server):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "mine")
+    server.down = 403
+    assert main([f"--checkpoint={folder}", f"--out={tmp_path / 'out'}", "--push_to_hub=org/name"]) == 2
+    said = capsys.readouterr().err
+    assert "is written, but not pushed: the hub answers 403 to writing org/name; set HF_TOKEN" in said
+    assert (tmp_path / "out" / "config.json").exists()

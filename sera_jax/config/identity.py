@@ -22,6 +22,7 @@ YOUNGER: dict[str, Any] = {
     "lora.target_modules": ["all-linear"],
     "lora.use_rslora": False,
     **{f"{group}.trainable": [] for group in ("pretrain", "sft", "train", "reward_model")},
+    "model.revision": "",
 }
 
 

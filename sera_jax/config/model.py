@@ -9,12 +9,16 @@ from sera_jax.config.fields import above, at_least, one_of
 
 @dataclasses.dataclass(frozen=True)
 class ModelGroup:
-    """The base model: a Hugging Face folder, or a shape to train from scratch.
+    """The base model: a Hugging Face folder or repository, or a shape to train from scratch.
 
     `sft_model_path` names an SFT checkpoint to start from instead of running SFT. The shape fields are read only when
     `model_name_or_path` is empty. `vocab_size` is then the number of BPE pieces trained from the data, unless
     `tokenizer_name_or_path` brings a tokenizer (0: the tokenizer's own size).
 
+    A name that is no path here is a repository of the Hugging Face hub, `org/name` or `org/name@REVISION`, in all three
+    fields.
+
+    revision: branch, tag or commit of the repository of `model_name_or_path`, wherever that one is named.
     dtype: of the matmuls. param_dtype: of the parameters as they are kept; see master_weights of `train` for bfloat16.
     remat: what the backward pass computes again instead of keeping it: `none`, `dots` (all but the matmuls), `full`
         (all but the input of each layer), `groups` (all but the input of every fourth layer, at the price of about one
@@ -26,6 +30,7 @@ class ModelGroup:
     model_name_or_path: str = ""
     sft_model_path: str = ""
     tokenizer_name_or_path: str = ""
+    revision: str = ""
     family: str = one_of("llama")
     vocab_size: int = at_least(0, 0)
     hidden_size: int = at_least(256, 1)

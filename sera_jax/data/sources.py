@@ -5,9 +5,10 @@ is a `RawRow` with `error` set, never an exception and never nothing; what makes
 source's `failure`. The spec of a source is one of
 
     path/to/rows.jsonl, rows.jsonl.gz     one JSON object a line, UTF-8
-    path/to/rows.parquet                  needs pyarrow
+    path/to/rows.parquet
     path/to/prepared                      a prepared tfds directory (it holds dataset_info.json)
     tfds:NAME[:split]                     a dataset of the tfds data directory; NAME may be a prepared directory
+    hub:NAME[:CONFIG][:SPLIT][@REVISION]  a data set of the Hugging Face hub, see `repository`
 """
 
 from __future__ import annotations
@@ -247,6 +248,10 @@ def open_source(spec: str, *, field: str = "input") -> Source:
     """
     if spec.startswith("tfds:"):
         return _open_tfds(spec, field)
+    if spec.startswith("hub:"):
+        from sera_jax.data import repository  # which stands above
+
+        return repository.open_rows(spec, field)
     path = pathlib.Path(spec)
     if "://" in spec:
         raise ValueError(f"{field}: {spec!r} is a remote address; mount the bucket or copy the file, and give its path")
@@ -255,9 +260,8 @@ def open_source(spec: str, *, field: str = "input") -> Source:
     if path.is_dir():
         if not (path / "dataset_info.json").is_file():
             raise ValueError(
-                f"{field}: {spec!r} is a directory without dataset_info.json, so not a prepared tfds dataset; "
-                "give the file itself, several files separated by commas, or prepare them with "
-                "python -m sera_jax.data.prepare"
+                f"{field}: {spec!r} is a directory without dataset_info.json, so not a prepared tfds dataset; give the "
+                "file itself, several files separated by commas, or prepare them with python -m sera_jax.data.prepare"
             )
         return _open_tfds(f"tfds:{spec}", field)
     if path.name.endswith(".parquet"):
@@ -312,6 +316,8 @@ def parse_mixture(spec: str, *, field: str = "input") -> list[tuple[str, float]]
 def content_hash(spec: str, *, field: str = "input") -> str:
     """sha256 over the bytes of the source (every file of a prepared directory, in name order)."""
     source = open_source(spec, field=field)
+    if parts := getattr(source, "parts", ()):
+        return hashlib.sha256("".join(content_hash(part.path) for part in parts).encode()).hexdigest()
     digest = hashlib.sha256()
     root = pathlib.Path(source.path.rpartition(":")[0] if isinstance(source, TfdsSource) else source.path)
     if isinstance(source, TfdsSource):

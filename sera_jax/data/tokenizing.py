@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from sera_jax import hub
 from sera_jax.data import chat
 from sera_jax.data.chat import Prompt, Shape
 from sera_jax.data.escaping import EscapingEncoder, PromptRefused, Text
@@ -323,22 +324,23 @@ def _from_pretrained(path_or_id: str | pathlib.Path) -> Any:
     name = str(path_or_id)
     folder = pathlib.Path(name).expanduser()
     local = folder.is_dir()
-    if not local and (folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ValueError(f"tokenizer {name!r} is not a folder; give the folder that holds tokenizer.json, or a hub id")
+    if not local:
+        repository = hub.parse(name, bare=True)
+        if repository is None:
+            raise ValueError(
+                f"tokenizer {name!r} is not a folder; give the folder that holds tokenizer.json, or a hub id"
+            )
+        folder = hub.look(repository, (*hub.TOKENIZER_FILES, "config.json")).folder
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            str(folder) if local else name, trust_remote_code=False, local_files_only=local
+            str(folder), trust_remote_code=False, local_files_only=True
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "custom code" in reason:
             way_out = "code that comes with a tokenizer is never run here; give a folder with a plain tokenizer.json"
-        elif local:
-            way_out = "the folder needs tokenizer.json and tokenizer_config.json"
         else:
-            way_out = (
-                "check the name and the network (or HF_HUB_OFFLINE), or download the repository and give its folder"
-            )
+            way_out = "the folder needs tokenizer.json and tokenizer_config.json"
         raise ValueError(f"tokenizer {name!r} cannot be loaded: {reason}; {way_out}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"tokenizer {name!r} has no tokenizer.json form; convert it to a fast tokenizer first")

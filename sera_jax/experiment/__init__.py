@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -22,7 +21,9 @@ from sera_jax.checkpoint.shared import SharedPhases
 from sera_jax.config import Config
 from sera_jax.evaluation import report
 from sera_jax.evaluation.report import Report
+from sera_jax.experiment import brought
 from sera_jax.experiment.assembly import base_model, check_positions, check_sources, layout_of, read_corpus
+from sera_jax.experiment.card import card
 from sera_jax.experiment.ends import end_ids, ends_in_words
 from sera_jax.experiment.method import Experiment
 from sera_jax.experiment.methods import METHODS
@@ -65,11 +66,13 @@ def run(
     workdir = Workdir(root, config_lib.to_dict(config), allow_other_versions=allow_other_versions)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     meet(mesh)
+    text = json.dumps(config_lib.to_dict(config), indent=1, default=str)
+    found = brought.survey(config, root)
+    asked, config = config, found.config
     check_sources(config.data, config.model)
     check_memory(config, mesh)
     if shared_phases:
         workdir.shared = SharedPhases(pathlib.Path(shared_phases), START_PHASES, _besides_inputs(config, mesh))
-    text = json.dumps(config_lib.to_dict(config), indent=1, default=str)
     with (
         stamps.kept(pathlib.Path(progress_dir or root / stamps.FOLDER), hosts.index(), hosts.count()),
         MetricWriter(root, is_host0=hosts.is_first(), tensorboard=config.log.tensorboard, config_text=text) as writer,
@@ -79,6 +82,7 @@ def run(
         for note in workdir.notes:
             writer.announce(note)
         writer.announce(method.announce(config))
+        brought.bring(found, root, writer.announce)
         corpus = read_corpus(config, workdir, writer.announce)
         cfg, make_base = base_model(config.model, corpus.tokenizer, config.seed)
         check_positions(config, cfg)
@@ -112,13 +116,13 @@ def run(
             writer.announce(f"taken from {shared_phases}: {', '.join(workdir.taken)}")
         final, facts = method.run(Experiment(config, runtime, corpus, start, base))
         phases.end()
-        summary = {**facts, **_of_the_run(config, runtime, final), "held_out_rows": corpus.held_out_rows}
+        summary = {**facts, **_of_the_run(asked, found, runtime, final), "held_out_rows": corpus.held_out_rows}
         finish(config, method.report, runtime, final, summary)
     hosts.on_first(lambda: outputs.record(root, OUTPUTS))  # now that metrics and TensorBoard files are closed
     return summary
 
 
-def _of_the_run(config: Config, runtime: Runtime, final: dict[str, Policy]) -> dict[str, Any]:
+def _of_the_run(config: Config, found: brought.Brought, runtime: Runtime, final: dict[str, Policy]) -> dict[str, Any]:
     """What the summary of any method holds: what the run took, what it made, and what it was made by."""
     workdir = runtime.workdir
     return {
@@ -127,6 +131,7 @@ def _of_the_run(config: Config, runtime: Runtime, final: dict[str, Policy]) -> d
         "params_sha256": {arm: params_sha256(policy) for arm, policy in final.items()},
         "compilations": runtime.compilations(),
         "config": config_lib.to_dict(config),
+        **({"hub": found.commits} if found.commits else {}),
         "seed": config.seed,
         "versions": workdir.code[-1],
         "earlier_versions": workdir.code[:-1],
@@ -144,7 +149,8 @@ def finish(config: Config, shown: Report, runtime: Runtime, final: dict[str, Pol
         say(f"picture: {root / 'report.png'}")
     if config.log.hf_export:
         for arm, policy in final.items():
-            params = fetch(merged(runtime.cfg, runtime.params(policy)))  # each process holds them whole for it
+            params = merged(runtime.cfg, runtime.params(policy))
+            params = fetch(params) if hosts.count() > 1 else params  # of several, each holds them whole for it
             if hosts.is_first():
                 out = export(
                     params,
@@ -153,6 +159,7 @@ def finish(config: Config, shown: Report, runtime: Runtime, final: dict[str, Pol
                     source=config.model.model_name_or_path or None,
                     tokenizer_dir=root / "tokenizer",
                     overwrite=True,
+                    card=card(root, policy.path),
                 )
                 say(f"Hugging Face checkpoint of {arm}: {out}")
     say(f"summary: {root / 'summary.json'}")
@@ -163,7 +170,7 @@ def _besides_inputs(config: Config, mesh: Mesh) -> dict[str, Any]:
     within a work directory, and the machine, which sets the order of sums."""
     layout = ("share_prompt", "row_multiple", "max_row_shapes")
     return {
-        "model": dataclasses.asdict(config.model),
+        "model": brought.named(config.model),
         "layout": {name: getattr(config.data, name) for name in layout},
         "mesh": dict(mesh.shape),
         "device": mesh.devices.flat[0].device_kind,

@@ -21,6 +21,7 @@ from sera_jax.data.packing import Layout
 from sera_jax.data.sources import content_hash, parse_mixture
 from sera_jax.data.tokenizing import Tokenizer
 from sera_jax.evaluation.gold import LIKENESS
+from sera_jax.experiment.brought import SOURCES
 from sera_jax.experiment.corpus import Corpus, Reader
 from sera_jax.experiment.folders import check_two_models, has_tokenizer
 from sera_jax.experiment.method import Method
@@ -31,8 +32,6 @@ from sera_jax.models.config import ModelConfig
 from sera_jax.models.families import config_from_hf, mathematics
 from sera_jax.models.folder import read_config
 from sera_jax.training.parameters import Origin
-
-SOURCES = ("train", "eval", "demonstrations", "pretrain", "prompts")  # fields of `data` that name rows
 
 
 def read_corpus(config: Config, workdir: Workdir, say: Callable[[str], None]) -> Corpus:
@@ -97,7 +96,7 @@ def check_sources(data: DataGroup, model: ModelGroup) -> None:
     for name in SOURCES:
         spec = getattr(data, name)
         for path, _ in parse_mixture(spec, field=f"config.data.{name}") if spec else ():
-            if not path.startswith("tfds:") and "://" not in path and not pathlib.Path(path).exists():
+            if not path.startswith(("tfds:", "hub:")) and "://" not in path and not pathlib.Path(path).exists():
                 raise ValueError(f"config.data.{name}={spec!r}: {path!r} does not exist; give the path of a file")
     for name in ("model_name_or_path", "sft_model_path"):
         path = getattr(model, name)

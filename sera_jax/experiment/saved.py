@@ -13,6 +13,8 @@ from jax.sharding import Mesh
 
 from sera_jax.checkpoint.phases import file_digest, load_sealed, sealed, write_json
 from sera_jax.data.tokenizing import Tokenizer
+from sera_jax.experiment.brought import model_folder
+from sera_jax.experiment.card import card as card_of
 from sera_jax.experiment.ends import GENERATION, end_ids, generation_config, named_ends
 from sera_jax.experiment.folders import has_tokenizer
 from sera_jax.loops.policy import PART
@@ -102,6 +104,11 @@ class SavedPolicy:
         under = None if self.over is None or self.over.over is not None else self.over.folder.name
         return str(self.of_run(field[under], "")) if under in field else ""
 
+    def card(self) -> str:
+        """The model card of a run's policy; "" for a Hugging Face folder."""
+        root = _root_of(self.folder) if self.is_phase else None
+        return card_of(root, self.folder.absolute()) if root else ""
+
     def digests(self) -> dict[str, str]:
         """sha256 of the files that say what the parameters are; those of a phase hold a checksum of each array."""
         if self.is_phase:
@@ -158,14 +165,15 @@ def find_policy(path: str | os.PathLike, *, dtype: str = "", param_dtype: str = 
     """The policy at a path.
 
     Args:
-        path: `WORKDIR/phases/NAME` (for instance runs/quickstart/phases/sera/round3), or a Hugging Face folder.
+        path: `WORKDIR/phases/NAME` (for instance runs/quickstart/phases/sera/round3), a Hugging Face folder, or
+            `org/name[@revision]` of the hub, which is fetched.
         dtype: compute dtype; "" for that of the run, and float32 for a Hugging Face folder.
         param_dtype: dtype of the parameters of a Hugging Face folder; a run's are as it trained them.
 
     Raises:
         ValueError: neither is there; the message lists the policies nearby.
     """
-    folder = pathlib.Path(path)
+    folder = pathlib.Path(model_folder(str(path)))
     if (folder / "params" / "checksums.json").is_file():
         root = _root_of(folder)
         if root is None:
@@ -212,6 +220,7 @@ def export(
     tokenizer_dir: str | os.PathLike | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
+    card: str = "",
 ) -> pathlib.Path:
     """Write `out` as a Hugging Face folder: weights, config.json, generation_config.json, tokenizer files.
 
@@ -223,13 +232,14 @@ def export(
             tensors get its names and dtypes one by one.
         tokenizer_dir: folder whose tokenizer files are copied.
         overwrite: replace an existing folder.
+        card: text of its README.md; "" for none.
 
     Raises:
         ValueError, FileExistsError: as `huggingface.save_pretrained`; ValueError as `ends.named_ends`.
     """
     described = read_source(source) if source else None
     ends = _ends_of_folders(tokenizer_dir or "", source or "")
-    return save_pretrained(
+    written = save_pretrained(
         out,
         cfg,
         params,
@@ -241,6 +251,9 @@ def export(
         generation=generation_config(ends, tokenizer_dir or "", source or "") if ends else None,
         overwrite=overwrite,
     )
+    if card:
+        (written / "README.md").write_text(card, encoding="utf-8")
+    return written
 
 
 def _ends_of_folders(tokenizer_dir: str | os.PathLike, source: str | os.PathLike) -> tuple[int, ...]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from sera_jax import hosts
 from sera_jax.checkpoint.phases import file_digest
 from sera_jax.config import Config
 from sera_jax.experiment.assembly import check_shape
+from sera_jax.experiment.brought import named
 from sera_jax.experiment.corpus import Corpus
 from sera_jax.experiment.folders import folder_identity
 from sera_jax.experiment.methods import METHODS
@@ -67,7 +67,7 @@ def _identity_of(folder: str, runtime: Runtime) -> dict[str, Any]:
 
 def _base_policy(config: Config, runtime: Runtime, corpus: Corpus, origin: Origin) -> Policy:
     fresh = not config.model.model_name_or_path
-    identity = {"model": dataclasses.asdict(config.model), "seed": config.seed, "tokens": runtime.cfg.vocab_size}
+    identity = {"model": named(config.model), "seed": config.seed, "tokens": runtime.cfg.vocab_size}
     if not fresh:
         identity |= _identity_of(config.model.model_name_or_path, runtime)
     name = "init" if fresh else "base"

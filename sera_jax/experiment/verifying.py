@@ -24,6 +24,7 @@ OUTPUTS = (
     "model.json",
     "tokenizer",
     "model_folders.json",
+    "hub.json",
     METRICS,
     "tensorboard",
     "summary.json",

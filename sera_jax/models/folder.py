@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes  # noqa: F401 (teaches numpy, and so safetensors, the dtype bfloat16)
+import numpy as np
 import safetensors
 
 SINGLE = "model.safetensors"
@@ -124,6 +126,31 @@ def whole_or_nothing(path: pathlib.Path, *, overwrite: bool) -> Iterator[pathlib
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def write_tensors(
+    file: pathlib.Path, about: Mapping[str, tuple[str, tuple[int, ...]]], tensors: Iterable[np.ndarray]
+) -> None:
+    """Write a safetensors file, one tensor after the other: none is held but the one that is written.
+
+    Args:
+        about: name -> (numpy's name of the dtype, shape) of every tensor, in order.
+        tensors: their values, in that order.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for name, (dtype, shape) in about.items():
+        end = begin + math.prod(shape) * np.dtype(dtype).itemsize
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for (name, (dtype, shape)), value in zip(about.items(), tensors, strict=True):
+            assert (value.dtype, value.shape) == (np.dtype(dtype), tuple(shape)), name
+            out.write(np.ascontiguousarray(value).view(np.uint8).data if value.ndim else value.tobytes())
 
 
 def write_json(file: pathlib.Path, value: Any) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from safetensors.numpy import save_file
 
+from sera_jax.hub import TOKENIZER_FILES
 from sera_jax.mesh import make_mesh, path_name, placed_shapes
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import Params, abstract_params
@@ -33,22 +33,11 @@ from sera_jax.models.folder import (
     some,
     whole_or_nothing,
     write_json,
+    write_tensors,
 )
 
 MAX_SHARD_BYTES = 5 * 10**9
 _TIED_ROWS = 4096  # of two tables that are compared at a time
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +136,8 @@ def save_pretrained(
 
     Args:
         path: the folder to make.
-        params: arrays that this process can read whole (jax or numpy).
+        params: arrays that this process can read whole (jax or numpy); one tensor after the other is, so that no second
+            copy of them is held.
         dtype: dtype of the files; default that of the source, tensor by tensor where `source_dtypes` is given,
             else `cfg.export_dtype`.
         max_shard_bytes: a file is begun anew when it would grow beyond this.
@@ -358,38 +348,52 @@ def _special_ids(tokenizer_dir: str | os.PathLike | None) -> dict[str, int | Non
 def _write_weights(
     folder: pathlib.Path, cfg: ModelConfig, params: Params, dtypes: Mapping[str, str], max_shard_bytes: int
 ) -> None:
-    host, places = jax.device_get(params), _places(cfg)
+    places = _places(cfg)
     head, embed = family_of(cfg.family).tied
     places.setdefault(head, places[embed])  # written only where `dtypes` names it
     sizes = {name: math.prod(places[name].shape) * np.dtype(kind).itemsize for name, kind in dtypes.items()}
     shards = _split(sizes, max_shard_bytes)
     for number, names in enumerate(shards, start=1):
-        tensors = {name: _tensor(host, cfg, places[name], name, dtypes[name]) for name in names}
-        save_file(tensors, folder / _shard_name(number, len(shards)), metadata={"format": "pt"})
+        about = {name: (dtypes[name], places[name].shape) for name in names}
+        tensors = (_tensor(params, cfg, places[name], name, dtypes[name]) for name in names)
+        write_tensors(folder / _shard_name(number, len(shards)), about, tensors)
     if len(shards) > 1:
         weight_map = {name: _shard_name(n, len(shards)) for n, names in enumerate(shards, 1) for name in names}
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
 
 
-def _tensor(host: Params, cfg: ModelConfig, place: _Place, name: str, dtype: str) -> np.ndarray:
-    """One tensor as it lies in the file."""
+def _tensor(params: Params, cfg: ModelConfig, place: _Place, name: str, dtype: str) -> np.ndarray:
+    """One tensor as it lies in the file; of a device's arrays it alone is brought to the host."""
     out = np.empty(place.shape, dtype)
     for tensor in place.tensors:
-        value = _leaf(host, tensor.path)
+        value = _leaf(params, tensor.path)
         value = value if place.layer is None else value[place.layer]
-        value = value.T if tensor.transpose else value
+        shape = value.shape[::-1] if tensor.transpose else value.shape
+        into = out if tensor.rows is None else np.empty(shape, dtype)
         with np.errstate(over="ignore"):
-            out[slice(None) if tensor.rows is None else tensor.rows(cfg)] = value.astype(dtype)
-        if dtype == "float16" and np.isinf(out).any() and not np.isinf(value).any():
+            for index, part in _on_host(value):
+                (into.T if tensor.transpose else into)[index] = part
+        if dtype == "float16" and np.isinf(into).any() and not any(np.isinf(part).any() for _, part in _on_host(value)):
             raise ValueError(f"tensor {name} has values beyond float16's 65504; export as bfloat16 or float32")
+        if tensor.rows is not None:
+            out[tensor.rows(cfg)] = into
     return out
 
 
 def file_tensors(cfg: ModelConfig, params: Params) -> Iterator[tuple[str, np.ndarray]]:
     """Name and float32 value of every tensor of a checkpoint with these parameters, or of what lies as they do."""
-    host = jax.device_get(params)
     for name, place in _places(cfg).items():
-        yield name, _tensor(host, cfg, place, name, "float32")
+        yield name, _tensor(params, cfg, place, name, "float32")
+
+
+def _on_host(value: Any) -> Iterator[tuple[Any, np.ndarray]]:
+    """(where, values) of every part of an array, as it lies on its devices: an array as a whole would keep a copy."""
+    if not isinstance(value, jax.Array):
+        yield ..., value
+        return
+    for shard in value.addressable_shards:
+        if shard.replica_id == 0:
+            yield shard.index, np.asarray(shard.data)
 
 
 def _split(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:

@@ -1,0 +1,59 @@
+"""Models of the Hugging Face hub: which files of a repository make a model folder, and which repositories are none."""
+
+from __future__ import annotations
+
+import json
+
+from sera_jax import hub
+from sera_jax.hub import TOKENIZER_FILES, Repository, Snapshot
+from sera_jax.models.folder import INDEX, SINGLE, read_object
+
+SMALL = ("config.json", INDEX, *TOKENIZER_FILES, ".gitattributes")  # the last is in every repository
+_NOT_READ = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
+
+
+def look(repository: Repository) -> Snapshot:
+    """A model's commit, with all but its weights in its folder.
+
+    Raises:
+        ValueError: it cannot be had; it has no safetensors, or wants code of its own to be run.
+    """
+    found = hub.look(repository, SMALL)
+    files = sorted(found.sizes)
+    if "config.json" not in files:
+        adapter = "adapter_config.json" in files
+        way_out = "it is an adapter: name its base model" if adapter else f"it holds {hub.some(files)}"
+        raise ValueError(f"{repository} has no config.json, so it is no model in Hugging Face's format; {way_out}")
+    config = read_object(found.folder / "config.json")
+    if config.get("auto_map"):
+        raise ValueError(
+            f"{repository} wants code of its own to be run (trust_remote_code: auto_map={config['auto_map']!r}), which "
+            "is never done; name a repository without it, or, where transformers has the "
+            f"model_type={config.get('model_type')!r} itself, fetch it by `hf download {repository.id} --local-dir DIR`"
+            ", take auto_map out of DIR/config.json and name DIR"
+        )
+    if SINGLE not in files and INDEX not in files:
+        pickles = [name for name in files if name.endswith(_NOT_READ)]
+        held = f"only {hub.some(pickles)}" if pickles else hub.some(files)
+        raise ValueError(
+            f"{repository} has neither {SINGLE} nor {INDEX} ({held}); only safetensors are read, as the others may "
+            "hold code or another model: see whether its pull requests have them (NAME@refs/pr/NUMBER), or load it "
+            "once with transformers, save it with save_pretrained and name that folder"
+        )
+    return found
+
+
+def weights(found: Snapshot) -> list[str]:
+    """The files of a model's weights. Raises ValueError where the index names one that the repository has not."""
+    if SINGLE in found.sizes:
+        return [SINGLE]
+    try:
+        names = sorted(set(json.loads((found.folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{found.repository}: {INDEX} is no index of safetensors files: {error!r}") from error
+    if missing := [name for name in names if name not in found.sizes]:
+        raise ValueError(
+            f"{found.repository}: {INDEX} names files that the repository has not: {hub.some(missing)}; name another "
+            "revision"
+        )
+    return names
