@@ -106,6 +106,7 @@ class Stream(enum.IntEnum):
     BOOTSTRAP_CI = 8
     PROMPTS = 9
     REWARD = 10
+    ADAPTERS = 11
 
 
 def key_for(seed: int, stream: Stream, *indices: int) -> jax.Array:

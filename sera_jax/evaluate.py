@@ -34,6 +34,7 @@ from sera_jax.loops.runtime import Policy, Runtime
 from sera_jax.losses.preference import ResolvedLoss, resolve
 from sera_jax.mesh import make_mesh, row_shards
 from sera_jax.models.families import mathematics
+from sera_jax.models.lora import merged
 from sera_jax.writer import MetricWriter
 
 ROW_TOKENS = 1024  # where neither the command line nor a run says
@@ -141,10 +142,13 @@ def _loss(name: str, saved: SavedPolicy) -> ResolvedLoss:
 
 
 def _policy(run: Runtime, name: str, saved: SavedPolicy) -> Policy:
-    """A run's policy where it lies; a Hugging Face folder's parameters are copied into the results' folder."""
-    if saved.is_phase:
-        return Policy(name, saved.folder, file_digest(saved.folder / "params" / "checksums.json"))
-    return run.store(name, {"files": saved.digests()}, lambda: saved.params(run.mesh))
+    """A run's policy where it lies; a Hugging Face folder's parameters, and adapters of another scale than those of the
+    policy that is evaluated, merged, are copied into the results' folder."""
+    if saved.is_phase and saved.cfg.lora_scale in (0, run.cfg.lora_scale):
+        over = None if saved.over is None else _policy(run, name, saved.over)
+        digest = file_digest(saved.folder / "params" / "checksums.json")
+        return Policy(name, saved.folder, digest, trained=saved.trained, over=over)
+    return run.store(name, {"files": saved.digests()}, lambda: merged(saved.cfg, saved.params(run.mesh)))
 
 
 def _read(

@@ -13,10 +13,12 @@ from collections.abc import Sequence
 import jax
 
 from sera_jax import hub, memory
-from sera_jax.experiment.saved import export, find_policy
+from sera_jax.experiment.saved import SavedPolicy, export, find_policy
 from sera_jax.mesh import make_mesh
 from sera_jax.models.folder import DTYPES
 from sera_jax.models.huggingface import MAX_SHARD_BYTES
+from sera_jax.models.lora import merged
+from sera_jax.models.peft import save_adapter
 
 __all__ = ["export", "main"]
 
@@ -28,10 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.push_to_hub:
             hub.check_push(args.push_to_hub)
         saved = find_policy(args.checkpoint)
+        if saved.trained.lora and not args.merged:
+            print(_export_adapter(args, saved))
+            return 0
         with memory.named(
             f"exporting --checkpoint={args.checkpoint}", "one device holds the whole model: take a larger"
         ):
-            params = saved.params(make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+            params = merged(saved.cfg, saved.params(make_mesh(1, 1, 1, devices=jax.devices()[:1])))
             out = export(
                 params,
                 saved.cfg,
@@ -57,6 +62,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _export_adapter(args: argparse.Namespace, saved: SavedPolicy) -> str:
+    """Write the adapters as PEFT does; a line for the user."""
+    if args.overwrite or args.source or args.push_to_hub:
+        raise ValueError(
+            f"--checkpoint={args.checkpoint} is an adapter, for which --overwrite, --source and --push_to_hub are not "
+            "read; take them out, or write the whole model with --merged"
+        )
+    base = args.base or saved.base
+    if not base:
+        raise ValueError(
+            f"--checkpoint={args.checkpoint} is an adapter over a model that its run trained: write the whole model "
+            "with --merged, or export that one first and name its folder with --base"
+        )
+    adapters = saved.part(make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+    assert saved.trained.lora is not None
+    dtype, tokenizer = args.dtype or "float32", args.tokenizer or saved.tokenizer_dir
+    out = save_adapter(args.out, saved.cfg, saved.trained.lora, adapters, base=base, dtype=dtype, tokenizer=tokenizer)
+    return f"wrote an adapter of {base} to {out}; load it with AutoPeftModelForCausalLM.from_pretrained({str(out)!r})"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m sera_jax.export", description="Write a checkpoint as a Hugging Face folder.", allow_abbrev=False
@@ -68,6 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--source", default="", help="Hugging Face folder whose config.json, names and dtypes to keep; default: found")
     add("--tokenizer", default="", help="folder with the tokenizer's files; default: the checkpoint's")
     add("--max_shard_bytes", type=int, default=MAX_SHARD_BYTES, help="begin a new file beyond this")
+    add("--merged", action="store_true", help="of adapters: the whole model with them added, in place of PEFT's folder")
+    add("--base", default="", help="of adapters: the folder or hub id of their base model; default: that of the run")
     add("--push_to_hub", default="", help="org/name on the Hugging Face hub, where the folder is put, too; HF_TOKEN")
     add("--overwrite", action="store_true", help="replace the folder if it exists")
     return parser

@@ -24,8 +24,7 @@ from sera_jax import hosts
 AXES = ("data", "fsdp", "tensor")
 ROW_AXES = ("data", "fsdp")
 
-# (pattern of the whole parameter path, how its axes lie on the mesh). Every parameter matches exactly one rule.
-RULES: tuple[tuple[str, P], ...] = (
+_RULES: tuple[tuple[str, P], ...] = (
     (r"embed", P("tensor", "fsdp")),  # [V, D]
     (r"head", P("fsdp", "tensor")),  # [D, V]
     (r"final_norm/(scale|bias)", P(None)),  # [D]
@@ -36,6 +35,18 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"layers/block/(o|down)/kernel", P(None, "tensor", "fsdp")),  # [L, in, D]
     (r"value_head", P(None)),  # [D], of a critic
 )
+
+
+def _of_adapters(pattern: str, spec: P) -> list[tuple[str, P]]:
+    """The rules of the adapters beside a kernel [L, in, out]: its axes, and a whole rank."""
+    if not pattern.endswith("/kernel"):
+        return []
+    beside = pattern.removesuffix("kernel")
+    return [(f"{beside}lora_a", P(spec[0], spec[1], None)), (f"{beside}lora_b", P(spec[0], None, spec[2]))]
+
+
+# (pattern of the whole parameter path, how its axes lie on the mesh). Every parameter matches exactly one rule.
+RULES = (*_RULES, *(rule for of_kernel in _RULES for rule in _of_adapters(*of_kernel)))
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:

@@ -17,6 +17,9 @@ from sera_jax.mesh import host_to_global, make_mesh, mesh_shape, param_shardings
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.critic import with_value_head
 from sera_jax.models.decoder import abstract_params, hidden_states, init_params, unembedding
+from sera_jax.models.lora import Lora
+from sera_jax.models.peft import kernels_of
+from sera_jax.models.trained import Trained
 from sera_jax.ops.logprob import sum_by_slot, token_logps
 from tests.tolerances import TOLERANCES
 
@@ -134,7 +137,9 @@ def test_every_parameter_matches_exactly_one_rule(monkeypatch):
 
 
 def test_no_rule_is_left_without_a_parameter():
-    params = with_value_head(abstract_params(CFG))
+    cfg = dataclasses.replace(CFG, qkv_bias=True, out_bias=True, mlp_bias=True)
+    adapters = Trained(lora=Lora(2, 2.0, kernels_of(cfg, ("all-linear",))))
+    params = jax.eval_shape(lambda p: adapters.adapted(with_value_head(p), jax.random.key(0)), abstract_params(cfg))
     names = [meshes.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for pattern, _ in meshes.RULES:
         assert any(meshes.re.fullmatch(pattern, name) for name in names), pattern

@@ -18,6 +18,7 @@ from sera_jax.config.groups import (
     SeraGroup,
     TrainGroup,
 )
+from sera_jax.config.lora import LoraGroup
 from sera_jax.config.model import ModelGroup
 from sera_jax.config.parsing import check_field, last_overrides, parse_fields, to_config_dict, to_dict
 from sera_jax.config.world import WorldGroup
@@ -27,6 +28,7 @@ __all__ = [
     "DataGroup",
     "EvalGroup",
     "LogGroup",
+    "LoraGroup",
     "LossGroup",
     "MeshGroup",
     "ModelGroup",

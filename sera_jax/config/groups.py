@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 from sera_jax.config.fields import above, at_least, one_of, within
+from sera_jax.config.lora import LoraGroup
 from sera_jax.config.model import ModelGroup
 from sera_jax.config.world import WorldGroup
 
@@ -291,6 +292,8 @@ class TrainGroup:
     master_weights: with model.param_dtype="bfloat16" the optimiser state holds what is trained in float32 as well; the
         updates go there, and the parameters are its rounded values. Without it most updates of a small rate round to
         nothing. Parameters in float32 have no second copy.
+    trainable: regular expressions of whole parameter paths, such as `layers/block/.*_norm/scale`; what none matches is
+        frozen, and is in no state, checkpoint or saved policy. Empty: everything is trained.
     """
 
     batch_size: int = at_least(64, 1)
@@ -307,6 +310,7 @@ class TrainGroup:
     adam_epsilon: float = above(1e-8, 0, 1)
     max_grad_norm: float = above(1.0, 0)
     master_weights: bool = True
+    trainable: tuple[str, ...] = ()
     logits_chunk_tokens: int = at_least(0, 0)
     save_steps: int = at_least(200, 0)
     save_total_limit: int = at_least(1, 1)
@@ -371,6 +375,7 @@ class Config:
     seed: int = within(0, 0, 2**31 - 1)
     method: str = "sera"
     model: ModelGroup = dataclasses.field(default_factory=ModelGroup)
+    lora: LoraGroup = dataclasses.field(default_factory=LoraGroup)
     data: DataGroup = DataGroup()
     loss: LossGroup = LossGroup()
     sera: SeraGroup = SeraGroup()

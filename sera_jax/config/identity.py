@@ -19,6 +19,11 @@ FREE: tuple[str, ...] = (
 YOUNGER: dict[str, Any] = {
     "data.columns": "",
     "data.thoughts": "keep",
+    "lora.rank": 0,
+    "lora.alpha": 32.0,  # read where there is a rank, as the others
+    "lora.target_modules": ["all-linear"],
+    "lora.use_rslora": False,
+    **{f"{group}.trainable": [] for group in ("pretrain", "sft", "train", "reward_model")},
     "model.revision": "",
 }
 

@@ -16,6 +16,7 @@ def check_together(config: Config) -> None:
     _check_folders(config)
     _check_lengths(config)
     _check_chunks(config)
+    _check_parts(config)
     _check_pattern(config.eval.answer_pattern)
     _check_temperatures(config.eval.temperatures)
     if config.eval.gold and config.world.name:
@@ -66,6 +67,23 @@ def _check_chunks(config: Config) -> None:
                 f"config.{name}.logits_chunk_tokens={value} is not read: every phase takes that of train, "
                 f"config.train.logits_chunk_tokens={asked}; set that one"
             )
+
+
+def _check_parts(config: Config) -> None:
+    for name in ("pretrain", "sft", "train", "reward_model"):
+        patterns = getattr(config, name).trainable
+        if patterns and config.lora.rank and name != "pretrain":
+            raise ValueError(
+                f"config.lora.rank={config.lora.rank} and config.{name}.trainable={patterns!r}: adapters are trained "
+                "in place of parameters of the model; set rank to 0, or empty trainable"
+            )
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"config.{name}.trainable={pattern!r} is no regular expression: {error}") from error
+    if not config.lora.target_modules:
+        raise ValueError("config.lora.target_modules is empty; give all-linear, or names such as q_proj")
 
 
 def _check_temperatures(asked: tuple[float, ...]) -> None:

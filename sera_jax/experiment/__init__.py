@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -28,6 +29,7 @@ from sera_jax.experiment.ends import end_ids, ends_in_words
 from sera_jax.experiment.method import Experiment
 from sera_jax.experiment.methods import METHODS
 from sera_jax.experiment.needs import batches_in_words, check_memory
+from sera_jax.experiment.parts import adapters_of
 from sera_jax.experiment.phases import Phases
 from sera_jax.experiment.saved import describe, export
 from sera_jax.experiment.start import START_PHASES, params_sha256, starting_policy
@@ -35,6 +37,7 @@ from sera_jax.experiment.start import phases as start_phases
 from sera_jax.experiment.verifying import OUTPUTS
 from sera_jax.loops.runtime import Policy, Runtime
 from sera_jax.mesh import fetch, make_mesh, meet
+from sera_jax.models.lora import merged
 from sera_jax.sampling import mesh_for
 from sera_jax.writer import MetricWriter
 
@@ -84,6 +87,8 @@ def run(
         corpus = read_corpus(config, workdir, writer.announce)
         cfg, make_base = base_model(config.model, corpus.tokenizer, config.seed)
         check_positions(config, cfg)
+        lora = adapters_of(config, cfg)
+        cfg = dataclasses.replace(cfg, lora_scale=lora.scale) if lora else cfg
         mesh_for(cfg, mesh, config.mesh.decode_tensor)
         base_folder, sft_folder = config.model.model_name_or_path, config.model.sft_model_path
         ends = end_ids(corpus.tokenizer, sft_folder, base_folder)
@@ -102,6 +107,7 @@ def run(
             decode_tensor=config.mesh.decode_tensor,
             logging_steps=config.log.logging_steps,
             stop_requested=stop_requested,
+            lora=lora,
         )
         workdir.begin()
         hosts.on_first(lambda: describe(root, cfg, corpus.tokenizer, base_folder, sft_folder))
@@ -144,7 +150,7 @@ def finish(config: Config, shown: Report, runtime: Runtime, final: dict[str, Pol
         say(f"picture: {root / 'report.png'}")
     if config.log.hf_export:
         for arm, policy in final.items():
-            params = runtime.params(policy)
+            params = merged(runtime.cfg, runtime.params(policy))
             params = fetch(params) if hosts.count() > 1 else params  # of several, each holds them whole for it
             if hosts.is_first():
                 out = export(

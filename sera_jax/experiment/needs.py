@@ -88,7 +88,7 @@ def _least_model(config: Config) -> ModelConfig:
 def _check_model(config: Config, cfg: ModelConfig, have: int | None, copies: int) -> None:
     """Parameters, and for SFT, where it is run, gradients and optimiser; one copy on each part of `mesh.data`."""
     each, what = jnp.dtype(cfg.param_dtype).itemsize, ""
-    if not config.model.sft_model_path:
+    if not config.model.sft_model_path and not config.lora.rank and not config.sft.trainable:
         each = 2 * each + 4 * MOMENTS[config.sft.optim]
         what = f" with gradients and the state of {config.sft.optim}"
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")

@@ -17,12 +17,15 @@ from sera_jax.experiment.brought import model_folder
 from sera_jax.experiment.card import card as card_of
 from sera_jax.experiment.ends import GENERATION, end_ids, generation_config, named_ends
 from sera_jax.experiment.folders import has_tokenizer
+from sera_jax.loops.policy import PART
 from sera_jax.models.config import ModelConfig, RopeScaling
 from sera_jax.models.decoder import Params
 from sera_jax.models.families import config_from_hf
 from sera_jax.models.folder import read_config
 from sera_jax.models.huggingface import MAX_SHARD_BYTES, read_source, save_pretrained
-from sera_jax.training.parameters import load_params
+from sera_jax.models.lora import Lora
+from sera_jax.models.trained import ALL, Trained, laid_over
+from sera_jax.training.parameters import load_params, load_part
 
 MAX_NEW_TOKENS = 256  # for answers, where neither the user nor a run says
 MAX_PROMPT_LENGTH = 1024
@@ -38,6 +41,7 @@ class SavedPolicy:
         tokenizer_dir: a folder with its tokenizer, whose chat template is the one it was trained with.
         source: the Hugging Face folder that its config.json and dtypes come from; "" where it has none.
         run: config of the run that trained it, as nested dicts; {} for a Hugging Face folder.
+        trained, over: what of it lies in the folder, and the policy that has the rest; None: all does.
     """
 
     cfg: ModelConfig
@@ -45,6 +49,8 @@ class SavedPolicy:
     tokenizer_dir: str
     source: str
     run: dict[str, Any]
+    trained: Trained = ALL
+    over: SavedPolicy | None = None
 
     @property
     def is_phase(self) -> bool:
@@ -82,8 +88,21 @@ class SavedPolicy:
         return end_ids(tokenizer, self.tokenizer_dir, self.source)
 
     def params(self, mesh: Mesh) -> Params:
-        """The parameters, on the mesh."""
+        """The parameters, on the mesh; adapters stand beside their kernels (`models.lora.merged`)."""
+        if self.over is not None:
+            return laid_over(self.part(mesh), self.over.params(mesh))
         return load_params(self.cfg, mesh, self.folder / "params" if self.is_phase else self.folder)
+
+    def part(self, mesh: Mesh) -> Params:
+        """Those that lie in the folder of a phase."""
+        return load_part(self.cfg, mesh, self.folder / "params", self.trained)
+
+    @property
+    def base(self) -> str:
+        """The Hugging Face folder of what it lies over; "" where a run made that."""
+        field = {"base": "model.model_name_or_path", "sft": "model.sft_model_path"}
+        under = None if self.over is None or self.over.over is not None else self.over.folder.name
+        return str(self.of_run(field[under], "")) if under in field else ""
 
     def card(self) -> str:
         """The model card of a run's policy; "" for a Hugging Face folder."""
@@ -96,7 +115,8 @@ class SavedPolicy:
             files = [self.folder / "params" / "checksums.json"]
         else:
             files = [self.folder / "config.json", *sorted(self.folder.glob("*.safetensors"))]
-        return {file.name: file_digest(file) for file in files}
+        under = {f"over/{name}": digest for name, digest in self.over.digests().items()} if self.over else {}
+        return {file.name: file_digest(file) for file in files} | under
 
 
 def describe(root: pathlib.Path, cfg: ModelConfig, tokenizer: Tokenizer, source: str = "", sft: str = "") -> None:
@@ -163,7 +183,7 @@ def find_policy(path: str | os.PathLike, *, dtype: str = "", param_dtype: str = 
         cfg = dataclasses.replace(cfg, dtype=dtype) if dtype else cfg
         source = saved["source"] if pathlib.Path(saved["source"]).is_dir() else ""
         run = json.loads((root / "config.json").read_text(encoding="utf-8"))
-        return SavedPolicy(cfg, folder, str(root / "tokenizer"), source, run)
+        return _phase(SavedPolicy(cfg, folder, str(root / "tokenizer"), source, run), root)
     if (folder / "config.json").is_file() and list(folder.glob("*.safetensors")):
         cfg = config_from_hf(read_config(folder), dtype=dtype or "float32", param_dtype=param_dtype)
         return SavedPolicy(cfg, folder, str(folder), str(folder), {})
@@ -173,6 +193,21 @@ def find_policy(path: str | os.PathLike, *, dtype: str = "", param_dtype: str = 
         f"{folder} {'is no policy' if folder.exists() else 'does not exist'}; give one of a work directory "
         f"(WORKDIR/phases/NAME) or a Hugging Face folder (config.json and *.safetensors){hint}"
     )
+
+
+def _phase(saved: SavedPolicy, root: pathlib.Path) -> SavedPolicy:
+    """The policy, with what it lies over in its work directory."""
+    file = saved.folder / PART
+    if not file.is_file():
+        return saved
+    found = json.loads(file.read_text(encoding="utf-8"))
+    lora = found["lora"] and Lora(**found["lora"] | {"kernels": tuple(found["lora"]["kernels"])})
+    under = root / "phases" / found["over"]
+    if not (under / "params" / "checksums.json").is_file():
+        raise ValueError(f"{saved.folder} is a part of a model over that of {under}, which is not there; put it back")
+    trained = Trained(tuple(found["patterns"]), lora)
+    over = _phase(dataclasses.replace(saved, folder=under), root)
+    return dataclasses.replace(saved, trained=trained, over=over)
 
 
 def export(

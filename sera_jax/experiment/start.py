@@ -75,7 +75,7 @@ def _base_policy(config: Config, runtime: Runtime, corpus: Corpus, origin: Origi
     if not fresh:
         return base
     runtime.writer.announce(f"base model from scratch, on {len(corpus.pretrain)} texts")
-    return sft(runtime, "pretrain", base, corpus.pretrain, config.pretrain)
+    return sft(runtime, "pretrain", base, corpus.pretrain, config.pretrain, adapted=False)
 
 
 def _refuse_equal(config: Config, base: Policy, start: Policy) -> None:

@@ -84,6 +84,7 @@ def online(study: SeraStudy, settings: OnlineGroup, arm: str, source: Source) ->
             depends=source.depends,
             target=pair_target(study.run, study.loss, source.window),
             group=study.train,
+            trained=study.run.trained(study.train),
             updates=Updates(last - before, planned=settings.updates, before=before),
             span=Span("train", arm, round_, offline_updates + before),
             continue_from=policy if before else None,

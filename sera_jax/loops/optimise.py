@@ -15,16 +15,20 @@ from sera_jax.checkpoint import load_tree
 from sera_jax.config import TrainGroup
 from sera_jax.core import Mean
 from sera_jax.loops import cost
+from sera_jax.loops.policy import Policy, part_of, write_part
 from sera_jax.loops.restartable import Span, run_to_end
-from sera_jax.loops.runtime import NonFinite, Policy, Runtime, part_of
+from sera_jax.loops.runtime import NonFinite, Runtime
 from sera_jax.mesh import host_to_global
 from sera_jax.models.critic import critic_params
+from sera_jax.models.parts import merge
+from sera_jax.models.trained import ALL, Trained
 from sera_jax.training.optimizer import init_optimizer, make_optimizer, schedule
 from sera_jax.training.step import Objective, TrainState, abstract_state, init_state, make_step, place_batch
 from sera_jax.writer import METRICS, read_records
 
-# The batch of update 1, 2, ... of this training, given the state before it. A pure function of both, so that a restart
-# needs no iterator state; what reads the state (a policy that makes its own pairs) does so without donating it.
+# The batch of update 1, 2, ... of this training, given the state before it, with frozen parameters too. A pure function
+# of both, so that a restart needs no iterator state; what reads the state (a policy that makes its own pairs) does so
+# without donating it.
 Batches = Callable[[TrainState, int], Any]
 
 
@@ -69,7 +73,7 @@ class Training:
         start: where the parameters come from.
         batches: by update; depends: what they depend on, JSON-able, for the manifest.
         epoch_updates: how many make an epoch, for the log.
-        target: what is minimised. group: optimiser settings. updates: how many.
+        target: what is minimised. group: optimiser settings. updates: how many. trained: what moves.
         span: what the log counts the updates in.
         continue_from: the policy whose optimiser state goes on; None starts afresh.
     """
@@ -84,6 +88,7 @@ class Training:
     updates: Updates
     span: Span
     continue_from: Policy | None = None
+    trained: Trained = ALL
 
 
 def optimise(run: Runtime, training: Training) -> Policy:
@@ -102,9 +107,13 @@ def optimise(run: Runtime, training: Training) -> Policy:
         "computes": str(training.target.computes),
         **training.depends,
     }
+    trained = training.trained
+    if not trained.whole:
+        inputs["trained"] = dataclasses.asdict(trained)
     product = run_to_end(run, training.name, inputs, lambda: _Optimisation(run, training))
     run.ledger.note(training.name, cost.of_lines(read_records(product.path / METRICS)[0]))
-    return Policy(training.name, product.path, product.digest, training.target.scalar)
+    over = run.over(training.start, trained)
+    return Policy(training.name, product.path, product.digest, training.target.scalar, trained, over)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,9 +121,9 @@ class UpdatePrograms:
     """The compiled functions of a training.
 
     Attributes:
-        of_params: from a decoder's parameters to those that are trained.
+        of_params: from a decoder's parameters to those of what is trained, of which a part may be frozen.
         init: (params) -> optimiser state. join: (params, optimiser state) -> the first state, in their buffers.
-        update: (state, batch) -> (state, metrics), see `make_step`; shared by all that compute the same.
+        update: (state, batch, frozen) -> (state, metrics), see `make_step`; shared by all that compute the same.
         abstract: shapes, dtypes and shardings of the state.
     """
 
@@ -130,7 +139,8 @@ def update_programs(run: Runtime, training: Training) -> UpdatePrograms:
     group, target, planned = training.group, training.target, training.updates.planned
     optimizer, master = make_optimizer(group, planned), dict(master_weights=group.master_weights)
     of_params = critic_params if target.scalar else lambda params: params
-    abstract = abstract_state(run.cfg, optimizer, run.mesh, of_params, **master)
+    trained = training.trained
+    abstract = abstract_state(run.cfg, optimizer, run.mesh, lambda params: trained.part(of_params(params)), **master)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return UpdatePrograms(
         of_params=of_params,
@@ -139,7 +149,7 @@ def update_programs(run: Runtime, training: Training) -> UpdatePrograms:
         # copy of them
         join=jax.jit(init_state, donate_argnums=(0, 1), out_shardings=shardings),
         update=run.compiled(
-            ("update", target.computes, target.window, group, planned),
+            ("update", target.computes, target.window, group, planned, trained),
             lambda: make_step(target.make(), optimizer, abstract, run.mesh),
         ),
         abstract=abstract,
@@ -169,10 +179,22 @@ class _Optimisation:
         self.steps, self.span = training.updates.count, training.span
         self.save_steps, self.keep = group.save_steps, group.save_total_limit
         self.waiting: list[_Waiting] = []
+        self._frozen: Any = None
+
+    @property
+    def frozen(self) -> Any:
+        """The parameters that do not move, read when first asked for."""
+        if self._frozen is None:
+            training = self.training
+            self._frozen = self.run.divided(training.start, training.trained, self.programs.of_params)[1]
+        return self._frozen
 
     def fresh(self) -> TrainState:
-        run, before = self.run, self.training.continue_from
-        params = self.programs.of_params(run.take(self.training.start))
+        run, before, training = self.run, self.training.continue_from, self.training
+        if training.trained.whole:
+            params = self.programs.of_params(run.take(training.start))
+        else:
+            params, self._frozen = run.divided(training.start, training.trained, self.programs.of_params)
         if before is None:
             opt_state = self.programs.init(params)
         else:
@@ -184,9 +206,11 @@ class _Optimisation:
 
     def step(self, state: TrainState, number: int) -> TrainState:
         run, group = self.run, self.training.group
-        batch = self.training.batches(state, number)
+        frozen = () if self.training.trained.whole else (self.frozen,)
+        whole = dataclasses.replace(state, params=merge(state.params, *frozen)) if frozen else state
+        batch = self.training.batches(whole, number)
         parts = run.microbatches(group, batch.tokens)
-        state, metrics = self.programs.update(state, place_batch(batch.arrays, parts, run.mesh))
+        state, metrics = self.programs.update(state, place_batch(batch.arrays, parts, run.mesh), *frozen)
         metrics = {**metrics, **batch.metrics}
         self.waiting.append(_Waiting(number, batch.ids, batch.tokens, batch.real_tokens, metrics))
         run.writer.advance(number, tokens=batch.real_tokens)
@@ -230,6 +254,8 @@ class _Optimisation:
         return [made._replace(metrics=jax.device_get(made.metrics)) for made in self.waiting]
 
     def leave(self, folder: pathlib.Path, state: TrainState) -> dict[str, Any]:
+        trained = self.training.trained
+        write_part(folder, trained, self.run.over(self.training.start, trained))
         return {part_of(self.training.target.scalar): state.params, "optimizer": state.opt_state}
 
     def close(self) -> None:

@@ -20,7 +20,9 @@ from sera_jax.data.rollouts import PromptSchedule, lay_response_values, lay_roll
 from sera_jax.loops.ppo_checks import check_rewards, check_updates
 from sera_jax.loops.srppo_study import PpoArm, SrppoStudy
 from sera_jax.mesh import fetch, host_to_global, rows_sharding
-from sera_jax.models.critic import without_value_head
+from sera_jax.models.critic import without_output, without_value_head
+from sera_jax.models.decoder import Params
+from sera_jax.models.parts import merge
 from sera_jax.sampling import Candidates, Sample, grouped
 from sera_jax.training.optimizer import schedule
 from sera_jax.training.ppo import Experience
@@ -95,6 +97,8 @@ class Learner:
         longest = self.longest_prompt + responses * study.sampling.max_new_tokens
         self.window = rounded_window(longest, self.layout.row_tokens)
         self.sampling = dataclasses.replace(study.sampling, slots=min(study.sampling.slots, study.train.batch_size))
+        self.trained = run.trained(study.train)
+        self.over = run.over(study.sft, self.trained)
         self._frozen: tuple[Any, ...] | None = None
         self.seconds: dict[str, float] = {}  # of the verbs, since `timings` was last asked
 
@@ -113,6 +117,7 @@ class Learner:
                 train=study.train,
                 window=window,
                 baseline=arm.baseline,
+                trained=self.trained,
                 like=next((made for made in run.made(PpoPrograms) if made.window == window), None),
             )
 
@@ -124,13 +129,35 @@ class Learner:
         if self._frozen is None:
             run, model = self.study.run, self.arm.reward_model
             run.release()
+            _ = self.still  # first: what it lies over is then the one copy of it
             frozen = (self.study.sft, self.study.base, *([] if model is None else [model.model]))
             self._frozen = tuple(map(run.load, frozen))
         return self._frozen
 
+    @functools.cached_property
+    def still(self) -> tuple[Params, Params]:
+        """What does not move of the policy, and of a critic of its own; both are empty where everything does."""
+        if self.trained.whole:
+            return {}, {}
+        sft, run = self.study.sft, self.study.run
+        run.release()
+        still = run.divided(sft, self.trained, lambda params: params)[1]
+        return still, without_output(still)
+
     def release(self) -> None:
         """Let go of the frozen models."""
         self._frozen = None
+        self.__dict__.pop("still", None)
+
+    def policy(self, state: PpoState) -> Params:
+        """All parameters of the policy."""
+        return merge(without_value_head(state.policy.params), self.still[0])
+
+    def critic(self, state: PpoState) -> Params:
+        """All parameters of the critic, or of the policy with the head on it."""
+        if state.critic is None:
+            return merge(state.policy.params, self.still[0])
+        return merge(state.critic.params, self.still[1])
 
     def timings(self) -> dict[str, float]:
         """Seconds of the iteration by verb, and a fresh start; `score` holds the rewards and advantages too."""
@@ -145,7 +172,7 @@ class Learner:
         run, study = self.study.run, self.study
         prompts = self.schedule.prompts(iteration)
         samples = run.generate(
-            without_value_head(state.policy.params),
+            self.policy(state),
             prompts,
             study.ppo.num_samples,
             self.sampling,
@@ -167,8 +194,7 @@ class Learner:
     def score(self, state: PpoState, rollouts: Rollouts) -> list[dict[str, Any]]:
         """Token log-probs of the same rows under policy, SFT model and base, and the critic's values; by minibatch."""
         programs, (sft, base, *_) = self.programs, self.frozen
-        policy = without_value_head(state.policy.params)
-        critic = state.policy.params if state.critic is None else state.critic.params
+        policy, critic = self.policy(state), self.critic(state)
         return [
             {
                 "logp": programs.score(policy, rows),
@@ -228,19 +254,20 @@ class Learner:
         critic_step = programs.critic_step
         warming = iteration <= ppo.critic_warmup_iterations  # in every arm, so that all update the policy as often
         policy, critic = state.policy, state.critic
+        of_policy, of_critic = ((), ()) if self.trained.whole else ((self.still[0],), (self.still[1],))
         policy_metrics, critic_metrics, stopped = [], [], False
         for epoch in range(ppo.num_ppo_epochs):
             rng = rng_for(study.run.seed, Stream.SHUFFLE, int(Stream.PROMPTS), iteration, epoch)
             for part in rng.permutation(len(experience)):
                 batch = experience[part]
                 if critic_step is not None and critic is not None:
-                    critic, found = critic_step(critic, batch)
+                    critic, found = critic_step(critic, batch, *of_critic)
                     critic_metrics.append(found)
                 elif critic_step is not None and warming:  # a head on the policy: the head alone
-                    policy, found = critic_step(policy, batch)
+                    policy, found = critic_step(policy, batch, *of_policy)
                     critic_metrics.append(found)
                 if not warming and not stopped:
-                    policy, found = programs.policy_step(policy, batch)
+                    policy, found = programs.policy_step(policy, batch, *of_policy)
                     policy_metrics.append(found)
                     stopped = ppo.target_kl is not None and _fetch(found[_APPROX_KL]) > ppo.target_kl
         state = dataclasses.replace(state, policy=policy, critic=critic)

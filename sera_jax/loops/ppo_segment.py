@@ -14,12 +14,14 @@ import jax.numpy as jnp
 
 from sera_jax.checkpoint import load_tree
 from sera_jax.checkpoint.phases import write_json
+from sera_jax.core import Stream, key_for
 from sera_jax.data.items import items_digest
 from sera_jax.loops import cost
+from sera_jax.loops.policy import Policy, write_part
 from sera_jax.loops.ppo import Learner
 from sera_jax.loops.ppo_checks import Watch
 from sera_jax.loops.restartable import Span, run_to_end
-from sera_jax.loops.runtime import NonFinite, Policy
+from sera_jax.loops.runtime import NonFinite
 from sera_jax.models.critic import HEAD, without_value_head
 from sera_jax.models.parts import merge, split
 from sera_jax.training.ppo_steps import PpoState
@@ -63,12 +65,15 @@ def train_segment(
         "stop_ids": study.run.stop_ids,
         "rows": [layout.row_tokens, layout.share_prompt],
     }
+    if not learner.trained.whole:
+        inputs["trained"] = dataclasses.asdict(learner.trained)
     if (paying := learner.arm.reward_model) is not None:
         inputs["reward_model"] = [paying.model.digest, paying.shift, paying.scale]
     name = f"{arm}/iteration{segment.last}"
     product = run_to_end(study.run, name, inputs, lambda: _Iterations(learner, iterate, segment, previous))
     study.run.ledger.note(name, cost.of_lines(read_records(product.path / METRICS)[0]))
-    return Policy(name, product.path, product.digest), product.json("spent.json")
+    policy = Policy(name, product.path, product.digest, trained=learner.trained, over=learner.over)
+    return policy, product.json("spent.json")
 
 
 class _Iterations:
@@ -100,7 +105,8 @@ class _Iterations:
         learner, previous = self.learner, self.previous
         if self.segment.first > 1:
             return _state_after(previous, self.abstract)
-        return learner.programs.start(learner.study.run.params(previous))
+        params, key = learner.study.run.params(previous), key_for(learner.study.run.seed, Stream.ADAPTERS)
+        return learner.programs.start(learner.trained.adapted(params, key))
 
     def done(self, state: PpoState) -> int:
         return int(jax.device_get(state.control.iteration))
@@ -135,6 +141,7 @@ class _Iterations:
             self.learner.study.run.writer.announce(text)
         spent = float(jax.device_get(state.control.passes_tokens))
         write_json(folder / "spent.json", {"passes_tokens": spent})
+        write_part(folder, self.learner.trained, self.learner.over)
         return {"params": without_value_head(state.policy.params), "state": _rest(state)}
 
     def close(self) -> None:

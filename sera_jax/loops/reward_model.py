@@ -88,6 +88,7 @@ def reward_model_training(study: SrppoStudy) -> Training:
             scalar=True,
         ),
         group=group,
+        trained=run.trained(group),
         updates=Updates(updates, planned=updates),
         span=Span(NAME),
     )

@@ -1,7 +1,8 @@
 """The verbs that the loops are written in: score, sample, optimise. Each is a phase: done once, found again on restart.
 
 A policy is a handle to parameters on disk. The runtime holds one set of parameters in memory at a time, so the
-reference and earlier policies cost memory only in the phases that score with them.
+reference and earlier policies cost memory only in the phases that score with them. Where a training moves a part of the
+parameters (`models.trained`), its policies are that part alone, over a model that is held once for all of them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -20,18 +22,22 @@ from sera_jax import hosts
 from sera_jax.checkpoint import Workdir, save_tree
 from sera_jax.checkpoint.phases import write_jsonl
 from sera_jax.config import SamplingGroup, TrainGroup
+from sera_jax.core import Stream, key_for
 from sera_jax.data.batches import PairLoader, ScoreBatches, score_batches
 from sera_jax.data.items import Item, items_digest
 from sera_jax.data.packing import Layout, gather_scores, pack, split_items
 from sera_jax.data.planning import NO_SHAPES, Shapes
 from sera_jax.data.rollouts import rounded_rows
 from sera_jax.loops.cost import Ledger, laid
+from sera_jax.loops.policy import Policy, part_of
 from sera_jax.mesh import row_shards
 from sera_jax.models.config import ModelConfig
-from sera_jax.models.critic import critic_config
+from sera_jax.models.critic import critic_config, without_output
 from sera_jax.models.decoder import Params
+from sera_jax.models.lora import Lora
+from sera_jax.models.trained import Trained, laid_over
 from sera_jax.sampling import Candidates, Draws, Sample, SamplingParams, generate, grouped, mesh_for
-from sera_jax.training.parameters import load_critic, load_params
+from sera_jax.training.parameters import load_part
 from sera_jax.training.ppo_steps import PpoPrograms
 from sera_jax.training.score import make_rewards, make_score, place_rows
 from sera_jax.training.step import microbatches_for
@@ -43,6 +49,8 @@ LOWER_ROWS = "take more devices, or lower config.data.row_tokens under a new --c
 LOWER_SLOTS = (
     "take more devices, or lower config.sampling.slots or the answers' max_new_tokens under a new --config.workdir"
 )
+
+__all__ = ["NonFinite", "PairShapes", "Policy", "Preempted", "Runtime"]
 
 Made = TypeVar("Made")
 
@@ -57,23 +65,6 @@ class NonFinite(ValueError):
     def __init__(self, message: str, good: tuple[Any, int] | None = None) -> None:
         super().__init__(message)
         self.good = good
-
-
-@dataclasses.dataclass(frozen=True)
-class Policy:
-    """Parameters on disk: `path/params`, and where training may go on `path/optimizer`, or `path/state` after PPO.
-    `name` is the phase's. With `scalar` it is no policy but a reward model, a decoder with a scalar head, whose score
-    of a response stands for a log-prob; its parameters are in `path/reward_model`."""
-
-    name: str
-    path: pathlib.Path
-    digest: str
-    scalar: bool = False
-
-
-def part_of(scalar: bool) -> str:
-    """The folder of a phase that holds the parameters."""
-    return "reward_model" if scalar else "params"
 
 
 @dataclasses.dataclass
@@ -100,6 +91,7 @@ class Runtime:
         layout: how items become rows on this mesh.
         chunk_tokens: logits of about this many tokens are alive at a time on each device.
         stop_ids: tokens that end a response.
+        lora: the adapters that trainings move; None: none.
         decode_tensor: as in `sampling.engine.mesh_for`.
         logging_steps: metrics are written every so many updates.
         stop_requested: asked between steps; True makes the phase save what it can and raise Preempted.
@@ -116,9 +108,11 @@ class Runtime:
     decode_tensor: int = 0
     logging_steps: int = 10
     stop_requested: Callable[[], bool] = lambda: False
+    lora: Lora | None = None
 
     def __post_init__(self) -> None:
         self._held: tuple[str, Params] | None = None
+        self._under: tuple[str, Params] | None = None  # the model that parts lie over
         self._compiled: dict[tuple, Any] = {}  # by what they are and what they compute
         self.pair_shapes = PairShapes()
         self.ledger = Ledger()
@@ -159,22 +153,62 @@ class Runtime:
         self._held = None
 
     def load(self, policy: Policy) -> Params:
-        """The parameters of `policy`, on the mesh, for the caller to hold."""
-        load = load_critic if policy.scalar else load_params
-        return load(self.cfg, self.mesh, policy.path / part_of(policy.scalar))
+        """The parameters of `policy`, on the mesh, for the caller to hold. Those of a model that lies under others are
+        one copy for all, never to be donated."""
+        if self._under is not None and self._under[0] == policy.digest:
+            return self._under[1]
+        part = load_part(self.cfg, self.mesh, policy.path / part_of(policy.scalar), policy.trained, policy.scalar)
+        if policy.over is None:
+            return part
+        under = self.under(policy.over)
+        return laid_over(part, without_output(under) if policy.scalar else under)
+
+    def under(self, policy: Policy) -> Params:
+        """The parameters of a policy that others lie over; they stay until those of another are asked for."""
+        if policy.over is not None:
+            return self.load(policy)
+        if self._under is None or self._under[0] != policy.digest:
+            self._held = self._under = None
+            self._under = (policy.digest, self.load(policy))
+        return self._under[1]
 
     def params(self, policy: Policy) -> Params:
         """The parameters of `policy`, on the mesh; the ones held before are let go."""
         if self._held is None or self._held[0] != policy.digest:
             self._held = None
+            if policy.over is None and self._under is not None and self._under[0] != policy.digest:
+                self._under = None  # there is room for one whole model
             self._held = (policy.digest, self.load(policy))
         return self._held[1]
 
     def take(self, policy: Policy) -> Params:
-        """`params`, no longer held here: the caller may donate them."""
+        """`params`, no longer held here, nor any that they lie over: the caller may donate them."""
         params = self.params(policy)
-        self.release()
+        self._held = self._under = None
         return params
+
+    def trained(self, group: TrainGroup) -> Trained:
+        """What a training by `group` moves."""
+        return Trained(group.trainable, self.lora)
+
+    def over(self, start: Policy, trained: Trained) -> Policy | None:
+        """What a policy lies over whose `trained` part was moved from `start`."""
+        if trained.whole:
+            return None
+        return start.over if start.over is not None and start.trained == trained else start
+
+    def divided(self, start: Policy, trained: Trained, of_params: Callable[[Params], Params]) -> tuple[Params, Params]:
+        """What a training that moves a part begins with: that part, in buffers of its own, and the frozen rest.
+
+        Args:
+            of_params: from the decoder's parameters to those of what is trained, a critic say.
+        """
+        over = self.over(start, trained)
+        if over is not None:
+            self.under(over)  # first, so that `start`, where it is that, is not a second copy
+        key = key_for(self.seed, Stream.ADAPTERS)
+        part, frozen = trained.divide(of_params(trained.adapted(self.load(start), key)))
+        return jax.tree.map(jnp.copy, part), frozen
 
     def store(self, name: str, inputs: dict[str, Any], make: Callable[[], Params]) -> Policy:
         """A policy from parameters made elsewhere (`training.parameters`); `make` returns them on the mesh."""

@@ -155,6 +155,7 @@ def round_training(
         depends={"pairs": pairs_digest(pairs), "seed": run.seed, "row_tokens": run.layout.row_tokens},
         target=pair_target(run, study.loss, run.pair_shapes.window),
         group=group,
+        trained=run.trained(group),
         updates=Updates(
             updates,
             planned=updates if settings.reset_optimizer else updates * settings.rounds,

@@ -13,15 +13,24 @@ from sera_jax.loops.optimise import Target, Training, Updates, optimise
 from sera_jax.loops.restartable import Span
 from sera_jax.loops.runtime import Policy, Runtime
 from sera_jax.mesh import row_shards
+from sera_jax.models.trained import Trained
 from sera_jax.training.objectives import sft_objective
 
 
-def sft(run: Runtime, name: str, start: Policy, items: Sequence[Item], group: TrainGroup) -> Policy:
-    """Train `start` on the responses of `items` by maximum likelihood (every response token counts the same)."""
-    return optimise(run, sft_training(run, name, start, items, group))
+def sft(
+    run: Runtime, name: str, start: Policy, items: Sequence[Item], group: TrainGroup, *, adapted: bool = True
+) -> Policy:
+    """Train `start` on the responses of `items` by maximum likelihood (every response token counts the same).
+
+    Args:
+        adapted: train the run's adapters, where it has some; a base model has none.
+    """
+    return optimise(run, sft_training(run, name, start, items, group, adapted=adapted))
 
 
-def sft_training(run: Runtime, name: str, start: Policy, items: Sequence[Item], group: TrainGroup) -> Training:
+def sft_training(
+    run: Runtime, name: str, start: Policy, items: Sequence[Item], group: TrainGroup, *, adapted: bool = True
+) -> Training:
     """What `sft` does, not yet done."""
     loader = ItemLoader(
         items,
@@ -45,6 +54,7 @@ def sft_training(run: Runtime, name: str, start: Policy, items: Sequence[Item], 
             make=lambda: sft_objective(run.cfg, window=window, chunk_tokens=chunk, shards=shards),
         ),
         group=group,
+        trained=Trained(group.trainable, run.lora if adapted else None),
         updates=Updates(updates, planned=updates),
         span=Span(name),
     )

@@ -65,6 +65,7 @@ class ModelConfig:
         attn_implementation: a name in `ops.attention.ATTENTION`.
         absent_ids: ranges [first, last) of ids that the tokenizer does not have (padded embeddings): they have no
             probability, for who samples and for who scores alike. Not part of the model: an export knows nothing of it.
+        lora_scale: what adapters' products are multiplied by, where parameters have them (`models.lora`).
     """
 
     family: str = "llama"
@@ -108,6 +109,7 @@ class ModelConfig:
     remat: str = "none"
     attn_implementation: str = "xla"
     absent_ids: tuple[tuple[int, int], ...] = ()
+    lora_scale: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "absent_ids", tuple((first, last) for first, last in self.absent_ids))
@@ -173,7 +175,16 @@ KINDS = {
 }
 LAYERWISE = {"layer_types": ("full_attention", "sliding_attention"), "no_rope_layers": (0, 1)}
 # Fields that decide no logit: how numbers are held, and what is computed again.
-UNMATHEMATICAL = ("dtype", "param_dtype", "logits_dtype", "export_dtype", "remat", "attn_implementation", "absent_ids")
+UNMATHEMATICAL = (
+    "dtype",
+    "param_dtype",
+    "logits_dtype",
+    "export_dtype",
+    "remat",
+    "attn_implementation",
+    "absent_ids",
+    "lora_scale",
+)
 SIZES = (
     "vocab_size",
     "hidden_size",

@@ -37,9 +37,14 @@ def without_value_head(params: Params) -> Params:
     return split(params, HEAD)[1]
 
 
+def without_output(params: Params) -> Params:
+    """The decoder's parameters without the output projection of untied embeddings."""
+    return split(params, "head")[1]
+
+
 def critic_params(params: Params) -> Params:
     """A critic started from a policy's parameters: its decoder without the output projection, and a head of zeros."""
-    return with_value_head(split(params, "head")[1])
+    return with_value_head(without_output(params))
 
 
 def read_values(hidden: jax.Array, value_head: jax.Array, rows: Rows) -> jax.Array:

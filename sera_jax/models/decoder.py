@@ -24,6 +24,7 @@ from sera_jax.mesh import constrain_layers, constrain_rows, constrain_table
 from sera_jax.models import rope
 from sera_jax.models.activations import chosen_remat, group_layers
 from sera_jax.models.config import ModelConfig
+from sera_jax.models.lora import A, B, merged
 from sera_jax.ops.attention import ATTENTION, Places
 
 Params = dict[str, Any]
@@ -88,6 +89,9 @@ class Linear(nn.Module):
         init, dtype = nn.initializers.normal(self.cfg.initializer_range), jnp.dtype(self.cfg.param_dtype)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), dtype)
         y = x @ kernel.astype(x.dtype)
+        if self.has_variable("params", A):
+            a, b = (self.get_variable("params", name).astype(x.dtype) for name in (A, B))
+            y += self.cfg.lora_scale * ((x @ a) @ b)
         return (
             y + self.param("bias", nn.initializers.zeros, (self.features,), dtype).astype(x.dtype)
             if self.use_bias
@@ -330,8 +334,8 @@ def hidden_states(cfg: ModelConfig, params: Params, rows: Rows, *, window: int |
 
 
 def in_compute_dtype(cfg: ModelConfig, params: Params) -> Params:
-    """The parameters as the sampler wants them: the head made, all in the compute dtype."""
-    params = jax.tree.map(lambda x: x.astype(cfg.dtype), params)
+    """The parameters as the sampler wants them: adapters merged, the head made, all in the compute dtype."""
+    params = jax.tree.map(lambda x: x.astype(cfg.dtype), merged(cfg, params))
     return {**params, "head": head_matrix(cfg, params)}
 
 

@@ -161,7 +161,7 @@ def save_pretrained(
         _write_weights(partial, cfg, params, dtypes, max_shard_bytes)
         write_json(partial / "config.json", config)
         if tokenizer_dir is not None:
-            _copy_tokenizer(pathlib.Path(tokenizer_dir), partial)
+            copy_tokenizer(pathlib.Path(tokenizer_dir), partial)
         if generation is not None:
             write_json(partial / "generation_config.json", generation)
     return path
@@ -412,7 +412,8 @@ def _shard_name(number: int, count: int) -> str:
     return SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
-def _copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
+def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
+    """The files of a tokenizer, from one folder to another."""
     if not source.is_dir():
         raise FileNotFoundError(f"tokenizer folder {source} does not exist")
     for name in TOKENIZER_FILES:

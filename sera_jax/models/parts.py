@@ -33,6 +33,25 @@ def split(tree: Mapping[str, Any], pattern: str) -> tuple[Tree, Tree]:
     return divide(tree, "")
 
 
+def paths(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every leaf by its whole path."""
+    out: dict[str, Any] = {}
+    for name, part in tree.items():
+        out |= paths(part, f"{prefix}{name}/") if isinstance(part, Mapping) else {f"{prefix}{name}": part}
+    return out
+
+
+def nested(leaves: Mapping[str, Any]) -> Tree:
+    """The tree of leaves by whole paths."""
+    out: Tree = {}
+    for path, leaf in leaves.items():
+        node: Any = leaf
+        for name in reversed(path.split("/")):
+            node = {name: node}
+        out = merge(out, node)
+    return out
+
+
 def merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> Tree:
     """Both trees as one.
 

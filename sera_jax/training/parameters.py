@@ -18,6 +18,7 @@ from sera_jax.models.critic import critic_params
 from sera_jax.models.decoder import Params, abstract_params, init_params
 from sera_jax.models.families import mathematics
 from sera_jax.models.huggingface import load_pretrained
+from sera_jax.models.trained import ALL, Trained
 
 Origin = jax.Array | str | os.PathLike
 
@@ -43,10 +44,16 @@ def load_params(cfg: ModelConfig, mesh: Mesh, origin: Origin) -> Params:
     return params
 
 
-def load_critic(cfg: ModelConfig, mesh: Mesh, folder: pathlib.Path) -> Params:
-    """The parameters of a reward model (or critic) beside a policy of `cfg`, from a folder that `checkpoint.save_tree`
-    wrote; placed and refused as those of `load_params`."""
-    return load_tree(folder, placed_shapes(mesh, jax.eval_shape(critic_params, abstract_params(cfg))))
+def load_part(
+    cfg: ModelConfig, mesh: Mesh, folder: pathlib.Path, trained: Trained = ALL, scalar: bool = False
+) -> Params:
+    """What was `trained` of a model of `cfg`, from a folder that `checkpoint.save_tree` wrote; with `scalar`, of a
+    reward model (or critic) beside it. Placed and refused as those of `load_params`."""
+
+    def part(params: Params) -> Params:
+        return trained.part(critic_params(params) if scalar else params)
+
+    return load_tree(folder, placed_shapes(mesh, jax.eval_shape(part, abstract_params(cfg))))
 
 
 def drawing(cfg: ModelConfig, mesh: Mesh, key: jax.Array) -> Params:

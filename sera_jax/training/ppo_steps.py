@@ -18,6 +18,7 @@ from sera_jax.mesh import replicated, row_shards
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.critic import critic_config, critic_params, with_value_head
 from sera_jax.models.decoder import Params
+from sera_jax.models.trained import ALL, Trained
 from sera_jax.training.experience import Control, Passes, initial_control, make_experience
 from sera_jax.training.optimizer import init_optimizer, make_optimizer
 from sera_jax.training.ppo import head_objective, joint_objective, policy_objective, value_objective
@@ -54,18 +55,20 @@ class PpoPrograms:
         values: (critic's params, rows) -> f32[R, M]; None without a critic.
         experience: see `make_experience`.
         policy_step: the update of the policy; with a head on the policy, of both. critic_step: of a critic of its own,
-            or, in the warm-up of a head, of the head; None without a critic.
+            or, in the warm-up of a head, of the head; None without a critic. Both take, third, the parameters that are
+            frozen, where some are.
         window: no rollout with its prompt is longer than this.
         updates: that the policy's learning-rate schedule spans.
-        start: (SFT params) -> a state before the first iteration, with buffers of its own.
+        start: (SFT params, with adapters where those move) -> a state before the first iteration, with buffers of its
+            own.
         abstract: its shapes and shardings.
     """
 
     score: Callable[..., jax.Array]
     values: Callable[..., jax.Array] | None
     experience: Callable[..., Any]
-    policy_step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
-    critic_step: Callable[[TrainState, Any], tuple[TrainState, Metrics]] | None
+    policy_step: Callable[..., tuple[TrainState, Metrics]]
+    critic_step: Callable[..., tuple[TrainState, Metrics]] | None
     window: int
     updates: int
     start: Callable[[Params], PpoState]
@@ -81,6 +84,7 @@ def make_programs(
     train: TrainGroup,
     window: int,
     baseline: str = "critic",
+    trained: Trained = ALL,
     like: PpoPrograms | None = None,
 ) -> PpoPrograms:
     """The programs of one arm.
@@ -89,6 +93,7 @@ def make_programs(
         train: optimiser settings; schedules span the updates that policy and critic make in `ppo.iterations`.
         window: no rollout with its prompt is longer than this.
         reward, baseline: as in `make_experience`.
+        trained: what moves, of the policy and of a critic.
         like: those of another arm, made from the same other arguments; what both compute is compiled once.
     """
     shards = row_shards(mesh)
@@ -101,8 +106,7 @@ def make_programs(
     critic_cfg = critic_config(cfg)
     shape = dict(window=window, chunk_tokens=train.logits_chunk_tokens)
     policy_how: dict[str, Any] = dict(
-        **shape,
-        shards=shards,
+        **shape | {"shards": shards},
         cliprange=ppo.cliprange,
         entropy_coef=ppo.entropy_coef,
         kl_estimator=ppo.kl_estimator if ppo.kl_in == "loss" else None,
@@ -110,12 +114,12 @@ def make_programs(
     value_how: dict[str, Any] = dict(window=window, cliprange_value=ppo.cliprange_value)
 
     master = dict(master_weights=train.master_weights)
-    policy = abstract_state(cfg, optimizer, mesh, with_value_head if head else lambda params: params, **master)
+    policy = abstract_state(cfg, optimizer, mesh, _of_policy(trained, head), **master)
     critic = critic_step = critic_optimizer = None
     if separate:
         rate = ppo.critic_learning_rate or train.learning_rate
         critic_optimizer = make_optimizer(dataclasses.replace(train, learning_rate=rate), critic_updates)
-        critic = abstract_state(critic_cfg, critic_optimizer, mesh, critic_params, **master)
+        critic = abstract_state(critic_cfg, critic_optimizer, mesh, _of_critic(trained), **master)
         critic_step = make_step(value_objective(critic_cfg, **value_how), critic_optimizer, critic, mesh)
     elif head:
         critic_step = make_step(head_objective(cfg, **value_how), optimizer, policy, mesh)
@@ -146,7 +150,7 @@ def make_programs(
         critic_step=critic_step,
         window=window,
         updates=updates,
-        start=_make_start(abstract, ppo, optimizer, critic_optimizer, head, **master),
+        start=_make_start(abstract, ppo, optimizer, critic_optimizer, head, trained, **master),
         abstract=abstract,
     )
     return made if like is None else _sharing(made, like)
@@ -162,12 +166,23 @@ def _sharing(made: PpoPrograms, like: PpoPrograms) -> PpoPrograms:
     return dataclasses.replace(made, **shared)
 
 
+def _of_policy(trained: Trained, head: bool) -> Callable[[Params], Params]:
+    """From the SFT model's parameters to those of the policy that move."""
+    return lambda params: trained.part(with_value_head(params) if head else params)
+
+
+def _of_critic(trained: Trained) -> Callable[[Params], Params]:
+    """The same of a critic of its own."""
+    return lambda params: trained.part(critic_params(params))
+
+
 def _make_start(
     abstract: PpoState,
     ppo: PpoGroup,
     optimizer: optax.GradientTransformation,
     critic_optimizer: optax.GradientTransformation | None,
     head: bool,
+    trained: Trained,
     *,
     master_weights: bool,
 ) -> Callable[[Params], PpoState]:
@@ -175,8 +190,8 @@ def _make_start(
         return init_state(params, init_optimizer(optimizer, params, master_weights=master_weights))
 
     def start(params: Params) -> PpoState:
-        critic = None if critic_optimizer is None else begin(critic_params(params), critic_optimizer)
-        return PpoState(begin(with_value_head(params) if head else params, optimizer), critic, initial_control(ppo))
+        critic = None if critic_optimizer is None else begin(_of_critic(trained)(params), critic_optimizer)
+        return PpoState(begin(_of_policy(trained, head)(params), optimizer), critic, initial_control(ppo))
 
     return jax.jit(start, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))
 

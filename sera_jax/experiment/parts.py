@@ -1,0 +1,38 @@
+"""What a config's trainings move: adapters, or parameters that patterns name."""
+
+from __future__ import annotations
+
+import re
+
+from sera_jax.config import Config
+from sera_jax.models.config import ModelConfig
+from sera_jax.models.decoder import abstract_params
+from sera_jax.models.lora import Lora
+from sera_jax.models.parts import paths
+from sera_jax.models.peft import kernels_of
+
+TRAININGS = ("pretrain", "sft", "train", "reward_model")
+
+
+def adapters_of(config: Config, cfg: ModelConfig) -> Lora | None:
+    """The adapters of the run; None where its rank is 0.
+
+    Raises:
+        ValueError: a target that the model does not have; a pattern of `trainable` that matches no parameter.
+    """
+    _check_patterns(config, cfg)
+    asked = config.lora
+    if not asked.rank:
+        return None
+    kernels = kernels_of(cfg, asked.target_modules, "config.lora.target_modules")
+    return Lora(asked.rank, asked.alpha, kernels, asked.use_rslora)
+
+
+def _check_patterns(config: Config, cfg: ModelConfig) -> None:
+    names = list(paths(abstract_params(cfg)))
+    for group in TRAININGS:
+        for pattern in getattr(config, group).trainable:
+            if not any(re.fullmatch(pattern, name) for name in names):
+                raise ValueError(
+                    f"config.{group}.trainable={pattern!r} matches no parameter; the parameters are {', '.join(names)}"
+                )

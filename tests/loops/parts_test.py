@@ -1,0 +1,102 @@
+"""Runs that train a part: policies hold that part alone, the base stays, and a stop changes nothing."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from sera_jax.experiment import run
+from sera_jax.experiment.saved import find_policy
+from sera_jax.export import main as export
+from sera_jax.loops.runtime import Preempted
+from sera_jax.mesh import make_mesh
+from sera_jax.models.huggingface import load_pretrained
+from sera_jax.models.lora import merged
+from sera_jax.models.parts import paths
+from tests.loops.tiny import tiny_config, tiny_srppo
+
+SHORT = dict(lora__rank=4, sera__rounds=2, world__pretrain=60)
+
+
+def mesh():
+    return make_mesh(1, 1, 1, devices=jax.devices()[:1])
+
+
+def stored(folder):
+    return json.loads((folder / "params" / "checksums.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def adapted(tmp_path_factory):
+    root = tmp_path_factory.mktemp("adapted")
+    return root, run(tiny_config(root, **SHORT))
+
+
+def test_policies_hold_adapters_alone_and_have_moved(adapted):
+    root, _ = adapted
+    for name in ("sft", "round1", "sera/round2"):
+        assert all("lora_" in path for path in stored(root / "phases" / name)), name
+    base = find_policy(root / "phases" / "pretrain").params(mesh())
+    policy = find_policy(root / "phases" / "sera" / "round2").params(mesh())
+    assert all((paths(policy)[path] == leaf).all() for path, leaf in paths(base).items()), "the base is as it was"
+    assert all(np.abs(leaf).max() > 0 for path, leaf in paths(policy).items() if path.endswith("lora_b"))
+
+
+def test_a_run_of_adapters_stopped_amid_a_round_ends_to_the_bit_as_one_that_was_not(adapted, tmp_path):
+    _, whole = adapted
+    asked = iter(range(10**6))
+    with pytest.raises(Preempted):
+        run(tiny_config(tmp_path, train__save_steps=1, **SHORT), stop_requested=lambda: next(asked) > 12)
+    assert run(tiny_config(tmp_path, train__save_steps=1, **SHORT))["params_sha256"] == whole["params_sha256"]
+
+
+def test_a_merged_export_is_the_policy_and_an_adapter_wants_its_base(adapted, tmp_path, capsys):
+    root, _ = adapted
+    policy = f"--checkpoint={root / 'phases' / 'sera' / 'round2'}"
+    assert export([policy, f"--out={tmp_path / 'adapter'}"]) == 2
+    assert "--merged" in capsys.readouterr().err
+    assert export([policy, f"--out={tmp_path / 'adapter'}", "--base=base"]) == 0
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert export([policy, f"--out={tmp_path / 'whole'}", "--merged"]) == 0
+    saved = find_policy(root / "phases" / "sera" / "round2")
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        load_pretrained(tmp_path / "whole")[1],
+        merged(saved.cfg, saved.params(mesh())),
+    )
+
+
+def test_patterns_move_what_they_name_and_nothing_else(tmp_path):
+    run(tiny_config(tmp_path, train__trainable=(".*norm/scale",), sera__rounds=1, world__pretrain=60))
+    before = paths(find_policy(tmp_path / "phases" / "sft").params(mesh()))
+    after = paths(find_policy(tmp_path / "phases" / "round1").params(mesh()))
+    moved = {path for path, leaf in after.items() if (leaf != before[path]).any()}
+    assert moved == {path for path in after if path.endswith("norm/scale")}
+
+
+def test_ppo_trains_adapters_of_policy_and_critic_over_one_base(tmp_path):
+    run(tiny_srppo(tmp_path, lora__rank=2, ppo__iterations=2, ppo__eval_iterations=2, world__pretrain=60))
+    last = tmp_path / "phases" / "srppo" / "iteration2"
+    assert all("lora_" in path for path in stored(last))
+    kept = json.loads((last / "state" / "checksums.json").read_text())
+    assert any("value_head" in path for path in kept)
+    assert not any("kernel" in path for path in kept), "no copy of the base in the state"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lora__rank": 4, "train__trainable": (".*",)}, "adapters are trained in place"),
+        ({"train__trainable": ("(",)}, "no regular expression"),
+        ({"lora__rank": 4, "lora__target_modules": ()}, "target_modules is empty"),
+    ],
+)
+def test_contradictions_are_refused_by_name(tmp_path, changes, said):
+    with pytest.raises(ValueError, match=said):
+        tiny_config(tmp_path, **changes)
+
+
+def test_a_pattern_without_a_parameter_lists_them(tmp_path):
+    with pytest.raises(ValueError, match=r"'layers/7' matches no parameter; the parameters are embed, .*layers/block"):
+        run(tiny_config(tmp_path, train__trainable=("layers/7",)))
