@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import json
 import pathlib
 import re
@@ -19,7 +20,7 @@ _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})")
 
 
 class FilesSource(Source):
-    """The rows of several files, one after the other."""
+    """The rows of several files, one after the other. Of those that are damaged the first is its failure."""
 
     def __init__(self, path: str, parts: Sequence[Source]):
         self.path, self._parts = path, parts
@@ -33,9 +34,10 @@ class FilesSource(Source):
         return [file for part in self._parts for file in part.files()]
 
     def rows(self, indices: Sequence[int] | np.ndarray) -> Iterator[RawRow]:
-        for index in indices:
-            part = int(np.searchsorted(self._stops, index, side="right"))
-            yield from self._parts[part].rows([int(index) - (int(self._stops[part - 1]) if part else 0)])
+        where = np.searchsorted(self._stops, indices, side="right")
+        for part, group in itertools.groupby(zip(where, indices, strict=True), key=lambda pair: pair[0]):
+            first = int(self._stops[part - 1]) if part else 0
+            yield from self._parts[part].rows([int(index) - first for _, index in group])
 
 
 def is_glob(spec: str) -> bool:

@@ -11,16 +11,14 @@ What the repository's README lists as `configs:` counts; where it lists none, th
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
 from sera_jax import hub
-from sera_jax.data.sources import SUFFIXES, RawRow, Source, open_source
+from sera_jax.data.folders import FilesSource
+from sera_jax.data.sources import SUFFIXES, open_source
 from sera_jax.hub import Repository, Snapshot
 
 PREFIX = "hub:"
@@ -191,29 +189,10 @@ def _check_whole(spec: str, files: Sequence[str]) -> None:
             raise ValueError(f"{spec}: {len(files)} of the {int(match['count'])} parts of {name} are there; fetch all")
 
 
-class Files(Source):
-    """Several files as one source, in order. Of those that are damaged the first is its failure."""
-
-    def __init__(self, spec: str, parts: Sequence[Source]):
-        self.path, self.parts = spec, parts
-        self._stops = np.cumsum([len(part) for part in parts])
-        failures = [part.failure for part in parts if part.failure is not None]
-        self.failure = failures[0] if failures else None
-
-    def __len__(self) -> int:
-        return int(self._stops[-1])
-
-    def rows(self, indices: Sequence[int] | np.ndarray) -> Iterator[RawRow]:
-        where = np.searchsorted(self._stops, indices, side="right")
-        for part, group in itertools.groupby(zip(where, indices, strict=True), key=lambda pair: pair[0]):
-            first = int(self._stops[part - 1]) if part else 0
-            yield from self.parts[part].rows([int(index) - first for _, index in group])
-
-
-def open_rows(spec: str, field: str) -> Files:
+def open_rows(spec: str, field: str) -> FilesSource:
     """The source of a spec, downloaded where it does not lie here. Raises ValueError as `find` and `fetch`."""
     try:
         paths = fetch(find(spec, SUFFIXES))
     except ValueError as error:
         raise ValueError(f"{field}: {error}") from error
-    return Files(spec, [open_source(path, field=field) for path in paths])
+    return FilesSource(spec, [open_source(path, field=field) for path in paths])

@@ -167,8 +167,6 @@ def parse_mixture(spec: str, *, field: str = "input") -> list[tuple[str, float]]
 def content_hash(spec: str, *, field: str = "input") -> str:
     """sha256 over the bytes of the source (of every file of a folder or glob, in order)."""
     source = open_source(spec, field=field)
-    if parts := getattr(source, "parts", ()):
-        return hashlib.sha256("".join(content_hash(part.path) for part in parts).encode()).hexdigest()
     digest = hashlib.sha256()
     if isinstance(source, TfdsSource):
         root = pathlib.Path(source.path.rpartition(":")[0])

@@ -16,7 +16,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sera_jax.models.config import DTYPES, UNMATHEMATICAL, ModelConfig, RopeScaling
-from sera_jax.models.family_table import AS_ABSENT, FAMILIES, IGNORED, REQUIRED, REQUIRED_VALUES, Family, Field
+from sera_jax.models.family import AS_ABSENT, IGNORED, REQUIRED, REQUIRED_VALUES, Family, Field
+from sera_jax.models.family_table import FAMILIES
 
 ROPE_FIELDS = ("rope_scaling", "rope_parameters")
 _YARN = ("original_max_position_embeddings", "beta_fast", "beta_slow", "truncate", "attention_factor")
@@ -165,7 +166,7 @@ def _refuse_other_mathematics(family: Family, config: Mapping[str, Any], read: M
         elif name not in known and not name.startswith("_") and not _switched_off(value):
             problems.append(
                 f"{name}={value!r} is unknown (if it cannot change the logits, take it out of config.json "
-                "or add it to family_table.IGNORED)"
+                "or add it to family.IGNORED)"
             )
     window, longest = config.get("sliding_window"), read["max_position_embeddings"]
     if not family.layerwise and window is not None and not (isinstance(window, int) and window >= longest):

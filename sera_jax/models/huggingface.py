@@ -22,7 +22,7 @@ from sera_jax.mesh import make_mesh, path_name, placed_shapes
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import Params, abstract_params
 from sera_jax.models.families import config_from_hf, config_to_hf, family_of, mathematics
-from sera_jax.models.family_table import Tensor
+from sera_jax.models.family import Tensor
 from sera_jax.models.folder import (
     DTYPES,
     INDEX,
@@ -35,6 +35,7 @@ from sera_jax.models.folder import (
     write_json,
     write_tensors,
 )
+from sera_jax.models.places import Place, leaf_at, places_of
 
 MAX_SHARD_BYTES = 5 * 10**9
 _TIED_ROWS = 4096  # of two tables that are compared at a time
@@ -51,15 +52,6 @@ class Source:
 
     config: dict[str, Any]
     dtypes: dict[str, str]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """Which of our parameters lie in one tensor of the file, in which layer, and its shape in the file."""
-
-    tensors: tuple[Tensor, ...]
-    layer: int | None
-    shape: tuple[int, ...]
 
 
 def read_source(path: str | os.PathLike) -> Source:
@@ -167,39 +159,9 @@ def save_pretrained(
     return path
 
 
-def _places(cfg: ModelConfig) -> dict[str, _Place]:
-    """Every tensor of a checkpoint of this config, in the family's order, layer by layer."""
-    shapes = abstract_params(cfg)
-    places: dict[str, _Place] = {}
-    table: dict[str, list[Tensor]] = {}
-    for tensor in family_of(cfg.family).tensors:
-        if _leaf(shapes, tensor.path) is not None:
-            table.setdefault(tensor.name, []).append(tensor)
-    of_layers = [name for name in table if table[name][0].stacked]
-    names = list(table)
-    first, last = names.index(of_layers[0]), names.index(of_layers[-1]) + 1
-
-    def add(name: str, layer: int | None) -> None:
-        parts = table[name]
-        shape = list(_leaf(shapes, parts[0].path).shape[0 if layer is None else 1 :])
-        if parts[0].rows is not None:
-            shape[-1] = sum(len(part.rows(cfg)) for part in parts if part.rows)
-        shape = tuple(reversed(shape)) if parts[0].transpose else tuple(shape)
-        places[name.format(layer=layer)] = _Place(tuple(parts), layer, shape)
-
-    for name in names[:first]:
-        add(name, None)
-    for layer in range(cfg.num_hidden_layers):
-        for name in names[first:last]:
-            add(name, layer)
-    for name in names[last:]:
-        add(name, None)
-    return places
-
-
-def _check_names(cfg: ModelConfig, files: Mapping[str, Any], path: pathlib.Path) -> dict[str, _Place]:
+def _check_names(cfg: ModelConfig, files: Mapping[str, Any], path: pathlib.Path) -> dict[str, Place]:
     """The places of all tensors; raises ValueError where names or shapes of the files differ from them."""
-    family, places = family_of(cfg.family), _places(cfg)
+    family, places = family_of(cfg.family), places_of(cfg)
     allowed = {*places, family.tied[0]} if cfg.tie_word_embeddings else set(places)
     missing = [name for name in places if name not in files]
     unexpected = [name for name in files if name not in allowed and not _matches(family.buffers, name)]
@@ -299,7 +261,7 @@ def _check_params(cfg: ModelConfig, params: Params) -> None:
 
 def _export_dtypes(cfg: ModelConfig, dtype: str | None, source_dtypes: Mapping[str, str] | None) -> dict[str, str]:
     """Tensor name -> dtype for every tensor to write, in order."""
-    names = list(_places(cfg))
+    names = list(places_of(cfg))
     head, _ = family_of(cfg.family).tied
     if source_dtypes is not None and head in source_dtypes and head not in names:
         names.append(head)
@@ -348,7 +310,7 @@ def _special_ids(tokenizer_dir: str | os.PathLike | None) -> dict[str, int | Non
 def _write_weights(
     folder: pathlib.Path, cfg: ModelConfig, params: Params, dtypes: Mapping[str, str], max_shard_bytes: int
 ) -> None:
-    places = _places(cfg)
+    places = places_of(cfg)
     head, embed = family_of(cfg.family).tied
     places.setdefault(head, places[embed])  # written only where `dtypes` names it
     sizes = {name: math.prod(places[name].shape) * np.dtype(kind).itemsize for name, kind in dtypes.items()}
@@ -362,11 +324,11 @@ def _write_weights(
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
 
 
-def _tensor(params: Params, cfg: ModelConfig, place: _Place, name: str, dtype: str) -> np.ndarray:
+def _tensor(params: Params, cfg: ModelConfig, place: Place, name: str, dtype: str) -> np.ndarray:
     """One tensor as it lies in the file; of a device's arrays it alone is brought to the host."""
     out = np.empty(place.shape, dtype)
     for tensor in place.tensors:
-        value = _leaf(params, tensor.path)
+        value = leaf_at(params, tensor.path)
         value = value if place.layer is None else value[place.layer]
         shape = value.shape[::-1] if tensor.transpose else value.shape
         into = out if tensor.rows is None else np.empty(shape, dtype)
@@ -382,7 +344,7 @@ def _tensor(params: Params, cfg: ModelConfig, place: _Place, name: str, dtype: s
 
 def file_tensors(cfg: ModelConfig, params: Params) -> Iterator[tuple[str, np.ndarray]]:
     """Name and float32 value of every tensor of a checkpoint with these parameters, or of what lies as they do."""
-    for name, place in _places(cfg).items():
+    for name, place in places_of(cfg).items():
         yield name, _tensor(params, cfg, place, name, "float32")
 
 
@@ -419,16 +381,6 @@ def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-
-
-def _leaf(tree: Mapping[str, Any], path: str) -> Any:
-    """The leaf at `a/b/c`, or None."""
-    node: Any = tree
-    for part in path.split("/"):
-        if part not in node:
-            return None
-        node = node[part]
-    return node
 
 
 def _matches(patterns: tuple[str, ...], name: str) -> bool:
