@@ -10,6 +10,7 @@ from sphinx.application import Sphinx
 
 PAGES = [  # in the order of the side bar; titles are the pages' own
     "docs/quickstarts",
+    "docs/models",
     "docs/real-model",
     "docs/lora",
     "docs/methods",

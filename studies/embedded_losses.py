@@ -4,8 +4,10 @@ python -m sera_jax.study --config=studies/embedded_losses.py
 """
 
 from sera_jax.studies.plan import Study
-from studies.embedded_plane import FEW_SEEDS, NOISY, like
+from studies.embedded_plane import NOISY, like
 
 
 def get_config() -> Study:
-    return like(settings={name: {"loss.name": name} for name in ("ipo", "slic", "simpo")}, grid=NOISY, seeds=FEW_SEEDS)
+    return like(
+        settings={name: {"loss.name": name} for name in ("ipo", "slic", "simpo")}, grid=NOISY, seeds=range(10, 20)
+    )
