@@ -47,6 +47,7 @@ def forward(cfg: ModelConfig, tokens: Tokens, *, vocabulary: bool = True) -> flo
     )
 
 
-def update(cfg: ModelConfig, tokens: Tokens, *, vocabulary: bool = True) -> float:
-    """Of a forward and a backward pass."""
-    return (1 + BACKWARD) * forward(cfg, tokens, vocabulary=vocabulary)
+def update(cfg: ModelConfig, tokens: Tokens, *, vocabulary: bool = True, adapters: bool = False) -> float:
+    """Of a forward and a backward pass; of `adapters`, whose own are left out, the backward pass makes no gradient of a
+    kernel, which is half of it."""
+    return (1 + (BACKWARD / 2 if adapters else BACKWARD)) * forward(cfg, tokens, vocabulary=vocabulary)

@@ -26,8 +26,8 @@ from sera_jax.loops.optimise import Training, update_programs
 from sera_jax.loops.runtime import Runtime
 from sera_jax.mesh import ROW_AXES, placed_shapes, rows_sharding
 from sera_jax.models.activations import activation_bytes
-from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import Params, abstract_params
+from sera_jax.models.trained import Trained, adapted_shapes
 from sera_jax.training.parameters import drawing
 
 Made = Mapping[str, Any]  # what the programs so far return, as shapes on the mesh, by their names
@@ -73,9 +73,9 @@ def on_mesh(tree: Any, sharding: Any, microbatches: int = 0) -> Any:
     return jax.tree.map(of, tree)
 
 
-def params_on(cfg: ModelConfig, mesh: Any) -> Params:
-    """Shapes of a decoder's parameters as they lie on the mesh."""
-    return placed_shapes(mesh, abstract_params(cfg))
+def params_on(run: Runtime) -> Params:
+    """Shapes of a policy's parameters as they lie on the run's mesh, with adapters where the run trains them."""
+    return placed_shapes(run.mesh, adapted_shapes(run.cfg, Trained(lora=run.lora)))
 
 
 def held(tree: Any, devices: int) -> int:
@@ -93,7 +93,7 @@ def held(tree: Any, devices: int) -> int:
 def first_parameters(run: Runtime, name: str) -> list[Program]:
     """Drawing parameters, one program for each: the largest of them, beside the others."""
     key = jax.eval_shape(lambda: jax.random.key(0))
-    shapes = params_on(run.cfg, run.mesh)
+    shapes = placed_shapes(run.mesh, abstract_params(run.cfg))
     draws = list(zip(jax.tree.leaves(drawing(run.cfg, run.mesh, key)), jax.tree.leaves(shapes), strict=True))
     draw, largest = max(draws, key=lambda one: one[1].size)
     others = [leaf for _, leaf in draws if leaf is not largest]
@@ -115,6 +115,10 @@ def training(
     arrays = on_mesh(batch.arrays, NamedSharding(run.mesh, P(None, ROW_AXES)), parts)
     scalar = given.target.scalar
     params = made_of.abstract.params
+    frozen: tuple[Params, ...] = ()
+    if not given.trained.whole:
+        whole = made_of.of_params(adapted_shapes(run.cfg, given.trained))
+        frozen = (placed_shapes(run.mesh, given.trained.divide(whole)[1]),)
     rows: Rows = getattr(batch, "rows", None) or batch.arrays.rows  # type: ignore[union-attr]
     working = gradients(run, params, parts) + activations(run, rows, parts, group.logits_chunk_tokens)
     levers = (f"{field}.gradient_accumulation_steps", "train.logits_chunk_tokens", "data.row_tokens")
@@ -123,9 +127,9 @@ def training(
         Program(
             f"{given.name}: update",
             made_of.update,
-            lambda made: (made_of.abstract, arrays),
+            lambda made: (made_of.abstract, arrays, *frozen),
             updates,
-            flops.update(run.cfg, flops.of_rows(rows), vocabulary=not scalar),
+            flops.update(run.cfg, flops.of_rows(rows), vocabulary=not scalar, adapters=given.trained.lora is not None),
             beside=lambda made: beside,
             working=working,
             levers=levers,
@@ -161,7 +165,7 @@ def scoring(
     in_a_row = run.layout.row_tokens // laid_tokens(item, run.layout.share_prompt)
     rows = run.batches_to_score([item] * in_a_row)[0].rows  # one of them is full, as all are meant to be
     size = rows.tokens.shape[0]
-    given = params_on(run.cfg, run.mesh) if params is None else params
+    given = params_on(run) if params is None else params
     return Program(
         name,
         run.scorer(run.layout.window([item]), scalar),

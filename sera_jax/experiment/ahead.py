@@ -22,7 +22,7 @@ from sera_jax.experiment.corpus import Corpus, as_text
 from sera_jax.experiment.folders import has_tokenizer
 from sera_jax.experiment.method import Experiment
 from sera_jax.experiment.methods import METHODS
-from sera_jax.experiment.parts import TRAININGS
+from sera_jax.experiment.parts import TRAININGS, adapters_of
 from sera_jax.experiment.planned import Planned, Sizes
 from sera_jax.experiment.start import phases as start_phases
 from sera_jax.loops.runtime import Policy, Runtime
@@ -46,20 +46,22 @@ def plan(config: Config, mesh: Mesh) -> Planned:
         ValueError: the mesh, the model or the lengths do not fit each other.
     """
     method = METHODS[config.method]
-    if config.lora.rank or any(getattr(config, group).trainable for group in TRAININGS):
+    if config.method == "srppo" and (config.lora.rank or any(getattr(config, name).trainable for name in TRAININGS)):
         raise ValueError(
-            "the programs of a run that trains adapters or a part of its parameters are not measured ahead yet: set "
+            "the programs of PPO that trains adapters or a part of its parameters are not measured ahead yet: set "
             "config.lora.rank=0 and leave out `trainable`, for what training all of them takes"
         )
     data, longest = config.data, config.data.max_completion_length
     tokenizer = _tokenizer(config)
     cfg, _ = base_model(config.model, tokenizer, config.seed)
     check_positions(config, cfg)
+    lora = adapters_of(config, cfg)
+    cfg = dataclasses.replace(cfg, lora_scale=lora.scale) if lora else cfg
     layout = layout_of(data, mesh)
     stop = (cfg.vocab_size - 1,)
     # no workdir and no writer: nothing is run
     chunk, parts = config.train.logits_chunk_tokens, config.mesh.decode_tensor
-    run = Runtime(cfg, mesh, None, None, config.seed, layout, chunk, stop, parts)  # type: ignore[arg-type]
+    run = Runtime(cfg, mesh, None, None, config.seed, layout, chunk, stop, parts, lora=lora)  # type: ignore[arg-type]
     if method.samples_pairs(config):
         longest = max(longest, config.sampling.max_new_tokens)
     start = Policy("sft", pathlib.Path(), "sft")

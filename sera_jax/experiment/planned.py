@@ -86,7 +86,7 @@ def sampling_programs(planned: Planned, uses: list[tuple[str, SamplingGroup, flo
         if phases:
             use = Use(name, run.sampling_params(settings), prompts, answers, phases)
             by_length.setdefault((settings.slots, settings.max_new_tokens), []).append(use)
-    longest, params = len(planned.prompt.prompt), params_on(run.cfg, run.mesh)
+    longest, params = len(planned.prompt.prompt), params_on(run)
     return [
         program
         for (slots, _), those in by_length.items()

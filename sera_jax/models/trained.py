@@ -6,8 +6,9 @@ import dataclasses
 
 import jax
 
+from sera_jax.models.config import ModelConfig
 from sera_jax.models.critic import HEAD
-from sera_jax.models.decoder import Params
+from sera_jax.models.decoder import Params, init_params
 from sera_jax.models.lora import ADAPTERS, Lora, has_adapters, init_adapters
 from sera_jax.models.parts import merge, nested, paths, split
 
@@ -54,3 +55,8 @@ def laid_over(part: Params, under: Params) -> Params:
     """`part`, and of `under` the leaves that it lacks; leaves are shared."""
     have = paths(part)
     return merge(part, nested({path: leaf for path, leaf in paths(under).items() if path not in have}))
+
+
+def adapted_shapes(cfg: ModelConfig, trained: Trained) -> Params:
+    """Shapes of a decoder's parameters, with adapters where `trained` has them."""
+    return jax.eval_shape(lambda: trained.adapted(init_params(cfg, jax.random.key(0)), jax.random.key(0)))

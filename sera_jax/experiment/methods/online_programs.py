@@ -54,7 +54,7 @@ def _self_made(planned: Planned, study: SeraStudy) -> list[Program]:
     prompt, answer = len(planned.prompt.prompt), config.sampling.max_new_tokens
     pairs = [PairItem(item) for item in full_items(group.batch_size, prompt, answer, answer)]
     loader = PairLoader(pairs, layout, batch_size=group.batch_size, seed=0, order="given")
-    frozen = {"SFT model": params_on(run.cfg, run.mesh)} if study.loss.uses_reference else {}
+    frozen = {"SFT model": params_on(run)} if study.loss.uses_reference else {}
     own = Training(
         name="online",
         start=given.start,

@@ -56,7 +56,7 @@ class _Arm:
     def holds(self, *without: str) -> dict[str, Any]:
         """All that is alive in an iteration but the arguments of the program at hand."""
         state = self.learner.programs.abstract
-        frozen = params_on(self.run.cfg, self.run.mesh)
+        frozen = params_on(self.run)
         own: dict[str, Any] = {
             "policy": state.policy.params,
             "policy's moments": state.policy.opt_state,
@@ -135,7 +135,7 @@ def _iteration(planned: Planned, study: SrppoStudy, arm: PpoArm, arms: int, rewa
         iterations,
     )
     out = [
-        Program(f"{arm.name}: first state", programs.start, lambda made: (params_on(run.cfg, run.mesh),), arms),
+        Program(f"{arm.name}: first state", programs.start, lambda made: (params_on(run),), arms),
         *sampler(
             run,
             [use],
