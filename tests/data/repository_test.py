@@ -18,7 +18,7 @@ LAYOUT = {
     "extra/train.jsonl.gz": b"d",
     "other/valid/0000.parquet": b"e",
     "other/valid/0001.parquet": b"f",
-    "notes.csv": b"g",
+    "notes.pdf": b"g",
     ".gitattributes": b"\n",
 }
 
@@ -85,7 +85,7 @@ configs:
 
 
 def test_what_cannot_be_read_or_understood_is_refused_with_the_way_out(server):
-    server.add("datasets/org/rows", {"rows.csv": b"0", "load.py": b"1", ".gitattributes": b"\n"})
+    server.add("datasets/org/rows", {"rows.pdf": b"0", "load.py": b"1", ".gitattributes": b"\n"})
     with pytest.raises(ValueError, match=r"holds no .*\.csv.*refs/convert/parquet"):
         repository.find("hub:org/rows", SUFFIXES)
     for spec in ("hub:", "hub:a:b:c:d", "hub:/a"):

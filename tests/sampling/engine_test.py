@@ -146,9 +146,11 @@ def test_what_a_block_asks_of_attention_holds_for_scoring_prefill_and_decoding_a
     """A model of another kind is written once, in the decoder: this one caps and scales scores and slides a window."""
 
     class Other(decoder.Block):
-        def __call__(self, x, cos, sin, attend, cache):
-            own = functools.partial(attend, scale=0.5, soft_cap=3.0, sliding_window=6)
-            return super().__call__(x, cos, sin, own, cache)
+        def __call__(self, x, cos, sin, window, attend, cache):
+            def own(q, k, v, cache, **_):
+                return attend(q, k, v, cache, scale=0.5, soft_cap=3.0, sliding_window=6)
+
+            return super().__call__(x, cos, sin, window, own, cache)
 
     cfg = dataclasses.replace(CFG, rms_norm_eps=2e-5)  # of its own, so that no program of another test is taken for it
     monkeypatch.setattr(decoder, "Block", Other)
