@@ -22,7 +22,7 @@ from sera_jax.experiment.corpus import Corpus, as_text
 from sera_jax.experiment.folders import has_tokenizer
 from sera_jax.experiment.method import Experiment
 from sera_jax.experiment.methods import METHODS
-from sera_jax.experiment.parts import TRAININGS, adapters_of
+from sera_jax.experiment.parts import adapters_of
 from sera_jax.experiment.planned import Planned, Sizes
 from sera_jax.experiment.start import phases as start_phases
 from sera_jax.loops.runtime import Policy, Runtime
@@ -46,11 +46,6 @@ def plan(config: Config, mesh: Mesh) -> Planned:
         ValueError: the mesh, the model or the lengths do not fit each other.
     """
     method = METHODS[config.method]
-    if config.method == "srppo" and (config.lora.rank or any(getattr(config, name).trainable for name in TRAININGS)):
-        raise ValueError(
-            "the programs of PPO that trains adapters or a part of its parameters are not measured ahead yet: set "
-            "config.lora.rank=0 and leave out `trainable`, for what training all of them takes"
-        )
     data, longest = config.data, config.data.max_completion_length
     tokenizer = _tokenizer(config)
     cfg, _ = base_model(config.model, tokenizer, config.seed)

@@ -316,8 +316,10 @@ def _write_weights(
     sizes = {name: math.prod(places[name].shape) * np.dtype(kind).itemsize for name, kind in dtypes.items()}
     shards = _split(sizes, max_shard_bytes)
     for number, names in enumerate(shards, start=1):
-        about = {name: (dtypes[name], places[name].shape) for name in names}
-        tensors = (_tensor(params, cfg, places[name], name, dtypes[name]) for name in names)
+        # in the order of safetensors' own writer, so that the files are the same to the byte: wide ones first, by name
+        ordered = sorted(names, key=lambda name: (-np.dtype(dtypes[name]).itemsize, name))
+        about = {name: (dtypes[name], places[name].shape) for name in ordered}
+        tensors = (_tensor(params, cfg, places[name], name, dtypes[name]) for name in ordered)
         write_tensors(folder / _shard_name(number, len(shards)), about, tensors)
     if len(shards) > 1:
         weight_map = {name: _shard_name(n, len(shards)) for n, names in enumerate(shards, 1) for name in names}
