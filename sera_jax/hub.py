@@ -153,10 +153,10 @@ def push(folder: str | os.PathLike, id: str) -> str:
     return str(url)
 
 
-def some(names: Sequence[str]) -> str:
+def some(names: Sequence[str], shown: int = _SHOWN) -> str:
     """The first few of a list, and how many more there are."""
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {more} more" if more > 0 else "")
 
 
 def _fetched(repository: Repository, revision: str, files: Sequence[str]) -> pathlib.Path:

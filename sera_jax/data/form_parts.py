@@ -205,10 +205,6 @@ def tree_best(row: Fields) -> Row:
     return {"response": min(ranked, key=lambda pair: pair[0])[1]}
 
 
-def is_talk(raw: Any) -> bool:
-    return isinstance(turns.decoded(raw, ""), list | Mapping)
-
-
 def two_talks(row: Fields) -> bool:
     sides = [turns.decoded(row.value[side], side) for side in ("chosen", "rejected")]
     said = [len(turn.get("role") or ()) if isinstance(turn, dict) and isinstance(turn.get("role"), list) else 0

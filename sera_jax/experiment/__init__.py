@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -29,7 +28,7 @@ from sera_jax.experiment.ends import end_ids, ends_in_words
 from sera_jax.experiment.method import Experiment
 from sera_jax.experiment.methods import METHODS
 from sera_jax.experiment.needs import batches_in_words, check_memory
-from sera_jax.experiment.parts import adapters_of
+from sera_jax.experiment.parts import with_adapters
 from sera_jax.experiment.phases import Phases
 from sera_jax.experiment.saved import describe, export
 from sera_jax.experiment.start import START_PHASES, params_sha256, starting_policy
@@ -87,8 +86,7 @@ def run(
         corpus = read_corpus(config, workdir, writer.announce)
         cfg, make_base = base_model(config.model, corpus.tokenizer, config.seed)
         check_positions(config, cfg)
-        lora = adapters_of(config, cfg)
-        cfg = dataclasses.replace(cfg, lora_scale=lora.scale) if lora else cfg
+        cfg, lora = with_adapters(config, cfg)
         mesh_for(cfg, mesh, config.mesh.decode_tensor)
         base_folder, sft_folder = config.model.model_name_or_path, config.model.sft_model_path
         ends = end_ids(corpus.tokenizer, sft_folder, base_folder)

@@ -22,7 +22,7 @@ from sera_jax.experiment.corpus import Corpus, as_text
 from sera_jax.experiment.folders import has_tokenizer
 from sera_jax.experiment.method import Experiment
 from sera_jax.experiment.methods import METHODS
-from sera_jax.experiment.parts import adapters_of
+from sera_jax.experiment.parts import with_adapters
 from sera_jax.experiment.planned import Planned, Sizes
 from sera_jax.experiment.start import phases as start_phases
 from sera_jax.loops.runtime import Policy, Runtime
@@ -50,8 +50,7 @@ def plan(config: Config, mesh: Mesh) -> Planned:
     tokenizer = _tokenizer(config)
     cfg, _ = base_model(config.model, tokenizer, config.seed)
     check_positions(config, cfg)
-    lora = adapters_of(config, cfg)
-    cfg = dataclasses.replace(cfg, lora_scale=lora.scale) if lora else cfg
+    cfg, lora = with_adapters(config, cfg)
     layout = layout_of(data, mesh)
     stop = (cfg.vocab_size - 1,)
     # no workdir and no writer: nothing is run

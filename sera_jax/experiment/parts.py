@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 from sera_jax.config import Config
@@ -14,8 +15,8 @@ from sera_jax.models.peft import kernels_of
 TRAININGS = ("pretrain", "sft", "train", "reward_model")
 
 
-def adapters_of(config: Config, cfg: ModelConfig) -> Lora | None:
-    """The adapters of the run; None where its rank is 0.
+def with_adapters(config: Config, cfg: ModelConfig) -> tuple[ModelConfig, Lora | None]:
+    """The model, with the scale of the run's adapters, and the adapters; None where its rank is 0.
 
     Raises:
         ValueError: a target that the model does not have; a pattern of `trainable` that matches no parameter.
@@ -23,9 +24,10 @@ def adapters_of(config: Config, cfg: ModelConfig) -> Lora | None:
     _check_patterns(config, cfg)
     asked = config.lora
     if not asked.rank:
-        return None
+        return cfg, None
     kernels = kernels_of(cfg, asked.target_modules, "config.lora.target_modules")
-    return Lora(asked.rank, asked.alpha, kernels, asked.use_rslora)
+    lora = Lora(asked.rank, asked.alpha, kernels, asked.use_rslora)
+    return dataclasses.replace(cfg, lora_scale=lora.scale), lora
 
 
 def _check_patterns(config: Config, cfg: ModelConfig) -> None:

@@ -92,11 +92,9 @@ class Linear(nn.Module):
         if self.has_variable("params", A):
             a, b = (self.get_variable("params", name).astype(x.dtype) for name in (A, B))
             y += self.cfg.lora_scale * ((x @ a) @ b)
-        return (
-            y + self.param("bias", nn.initializers.zeros, (self.features,), dtype).astype(x.dtype)
-            if self.use_bias
-            else y
-        )
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros, (self.features,), dtype).astype(x.dtype)
+        return y
 
 
 class Block(nn.Module):
@@ -223,6 +221,7 @@ class _Kinds:
     Attributes:
         each: (number of tables, window or None) of every layer; `stacked`: the same as arrays [L] for a scan, or None
             where all layers are alike and nothing need be looked up.
+        tables: number -> cos and sin; with `stacked` also in one array each, in which a scan looks up.
     """
 
     def __init__(self, cfg: ModelConfig, positions: jax.Array) -> None:
@@ -231,6 +230,7 @@ class _Kinds:
         self.tables = {kind: rope.tables(cfg, positions, kind) for kind in sorted(set(turned))}
         self.stacked = None
         if len(set(self.each)) > 1:
+            self._looked_up = tuple(jnp.stack(each) for each in zip(*self.tables.values(), strict=True))
             numbers = [list(self.tables).index(kind) for kind in turned]
             windows = [UNLIMITED if window is None else window for _, window in self.each]
             self.stacked = jnp.array(numbers), jnp.array(windows)
@@ -240,8 +240,8 @@ class _Kinds:
         number, window = self.each[0] if kind is None else kind
         if isinstance(number, int):
             return *self.tables[number], window
-        cos, sin = (jnp.stack(tables)[number] for tables in zip(*self.tables.values(), strict=True))
-        return cos, sin, window
+        cos, sin = self._looked_up
+        return cos[number], sin[number], window
 
 
 def _kernels_cast(cfg: ModelConfig, stacked: Params) -> Params:

@@ -66,8 +66,18 @@ _GEMMA = dict(
 )
 
 
-def _softcap(name: str, default: float | None) -> Field:
-    return Field(name, float, default, null=None)
+def _gemma_fields(*, attn_cap: float | None, final_cap: float | None, longest: int) -> tuple[Field, ...]:
+    """Of Gemma 2 and 3; caps where they are left out: null means none."""
+    return _fields(
+        _ATTENTION_BIAS,
+        Field("query_pre_attn_scalar", int, 256),
+        Field("attn_logit_softcapping", float, attn_cap, null=None),
+        Field("final_logit_softcapping", float, final_cap, null=None),
+        act=_HIDDEN_ACTIVATION,
+        head_dim=256,
+        longest=longest,
+        tied=True,
+    )
 
 
 FAMILIES: dict[str, Family] = {
@@ -128,16 +138,7 @@ FAMILIES: dict[str, Family] = {
             name="gemma2",
             architecture="Gemma2ForCausalLM",
             tensors=llama_tensors(BOTH_NORMS),
-            fields=_fields(
-                _ATTENTION_BIAS,
-                Field("query_pre_attn_scalar", int, 256),
-                _softcap("attn_logit_softcapping", 50.0),
-                _softcap("final_logit_softcapping", 30.0),
-                act=_HIDDEN_ACTIVATION,
-                head_dim=256,
-                longest=8192,
-                tied=True,
-            ),
+            fields=_gemma_fields(attn_cap=50.0, final_cap=30.0, longest=8192),
             switches=_GEMMA | dict(post_norm=True),
             ignored=frozenset({"hidden_act"}),
             layerwise=alternating(2),
@@ -146,16 +147,7 @@ FAMILIES: dict[str, Family] = {
             name="gemma3_text",
             architecture="Gemma3ForCausalLM",
             tensors=llama_tensors(BOTH_NORMS),
-            fields=_fields(
-                _ATTENTION_BIAS,
-                Field("query_pre_attn_scalar", int, 256),
-                _softcap("attn_logit_softcapping", None),
-                _softcap("final_logit_softcapping", None),
-                act=_HIDDEN_ACTIVATION,
-                head_dim=256,
-                longest=131072,
-                tied=True,
-            ),
+            fields=_gemma_fields(attn_cap=None, final_cap=None, longest=131072),
             switches=_GEMMA | dict(post_norm=True, qk_norm="head"),
             ignored=frozenset({"hidden_act"}),
             rope=Rope(default_theta=1e6, local_theta="rope_local_base_freq"),

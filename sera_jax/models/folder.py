@@ -15,6 +15,8 @@ import ml_dtypes  # noqa: F401 (teaches numpy, and so safetensors, the dtype bfl
 import numpy as np
 import safetensors
 
+from sera_jax import hub
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -84,10 +86,7 @@ def weight_files(path: pathlib.Path) -> list[pathlib.Path]:
             f"{path} has neither {SINGLE} nor {INDEX}{found}; only safetensors are read: save the model again with "
             "transformers' save_pretrained"
         )
-    try:
-        names = sorted(set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path / INDEX} is not an index of safetensors files: {error!r}") from error
+    names = indexed(path, f"{path / INDEX}")
     for name in names:
         if pathlib.PurePath(name).name != name:
             raise ValueError(f"{path / INDEX} names {name!r}, which is not a file of its own folder")
@@ -95,6 +94,14 @@ def weight_files(path: pathlib.Path) -> list[pathlib.Path]:
     if missing:
         raise FileNotFoundError(f"{path / INDEX} names files that are not there: {some(missing)}; fetch them")
     return [path / name for name in names]
+
+
+def indexed(folder: pathlib.Path, called: str) -> list[str]:
+    """The files that a folder's index names. Raises ValueError, which calls the index as said, where it is none."""
+    try:
+        return sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{called} is not an index of safetensors files: {error!r}") from error
 
 
 def dtype_of(file: Any, name: str) -> str:
@@ -183,5 +190,4 @@ def _swap(partial: pathlib.Path, path: pathlib.Path) -> None:
 
 def some(names: list[str]) -> str:
     """The first few names of a list, and how many more there are."""
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    return hub.some(names, _SHOWN)

@@ -43,12 +43,6 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 }
 
 
-def is_adapter(path: str | os.PathLike) -> bool:
-    """Whether the folder holds an adapter as PEFT writes it, and no model."""
-    folder = pathlib.Path(path)
-    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
-
-
 def modules(cfg: ModelConfig) -> dict[str, str]:
     """Path of every kernel of the layers -> PEFT's name of the module, with `{layer}` in it."""
     there = paths(abstract_params(cfg))
@@ -179,23 +173,6 @@ def load_adapter(path: str | os.PathLike, cfg: ModelConfig) -> tuple[Lora, Tree]
             raise ValueError(f"{folder / WEIGHTS}: {leaf} is {value.shape}, not {shape}, or holds nan or infinity")
     adapted = tuple(kernel for kernel in names if kernel.removesuffix(KERNEL) + A in leaves)
     return Lora(rank, float(config["lora_alpha"]), adapted, bool(config.get("use_rslora"))), nested(leaves)
-
-
-def base_of(path: str | os.PathLike) -> str:
-    """The folder of the base model that an adapter's folder names; beside it where it is relative.
-
-    Raises:
-        ValueError: that is no folder.
-    """
-    folder = pathlib.Path(path)
-    named = str(_read_config(folder).get("base_model_name_or_path") or "")
-    for base in (folder / named, pathlib.Path(named)):
-        if named and (base / "config.json").is_file():
-            return str(base)
-    raise ValueError(
-        f"{folder / CONFIG} names the base model {named!r}, which is no folder here; set base_model_name_or_path there "
-        "to the folder of the base model"
-    )
 
 
 def _read_config(folder: pathlib.Path) -> Mapping[str, Any]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 from sera_jax import hub
 from sera_jax.hub import TOKENIZER_FILES, Repository, Snapshot
-from sera_jax.models.folder import INDEX, SINGLE, read_object
+from sera_jax.models.folder import INDEX, SINGLE, indexed, read_object
 
 SMALL = ("config.json", INDEX, *TOKENIZER_FILES, ".gitattributes")  # the last is in every repository
 _NOT_READ = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
@@ -47,10 +45,7 @@ def weights(found: Snapshot) -> list[str]:
     """The files of a model's weights. Raises ValueError where the index names one that the repository has not."""
     if SINGLE in found.sizes:
         return [SINGLE]
-    try:
-        names = sorted(set(json.loads((found.folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{found.repository}: {INDEX} is no index of safetensors files: {error!r}") from error
+    names = indexed(found.folder, f"{found.repository}: {INDEX}")
     if missing := [name for name in names if name not in found.sizes]:
         raise ValueError(
             f"{found.repository}: {INDEX} names files that the repository has not: {hub.some(missing)}; name another "

@@ -105,8 +105,8 @@ def make_programs(
     optimizer = make_optimizer(train, updates)
     critic_cfg = critic_config(cfg)
     shape = dict(window=window, chunk_tokens=train.logits_chunk_tokens)
-    policy_how: dict[str, Any] = dict(
-        **shape | {"shards": shards},
+    policy_how: dict[str, Any] = shape | dict(
+        shards=shards,
         cliprange=ppo.cliprange,
         entropy_coef=ppo.entropy_coef,
         kl_estimator=ppo.kl_estimator if ppo.kl_in == "loss" else None,
