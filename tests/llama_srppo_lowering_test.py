@@ -108,7 +108,7 @@ def test_the_config_has_the_size_it_is_named_after(learner, cfg):
 
 
 def test_all_four_models_and_both_optimisers_are_split_over_all_devices(learner, mesh, cfg):
-    state, frozen = learner.programs.abstract, params_on(cfg, mesh)
+    state, frozen = learner.programs.abstract, params_on(learner.study.run)
     assert_nothing_large_is_whole(state, frozen)
     head = cfg.vocab_size * cfg.hidden_size
     trained = (
@@ -129,7 +129,7 @@ def test_a_minibatch_lies_in_full_rows_spread_over_all_devices(learner, parts):
 
 def test_one_scorer_serves_policy_sft_model_and_base(learner, mesh, parts, score, cfg):
     policy = without_value_head(learner.programs.abstract.policy.params)
-    frozen = params_on(cfg, mesh)
+    frozen = params_on(learner.study.run)
     assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), policy) == jax.tree.map(
         lambda x: (x.shape, x.dtype, x.sharding), frozen
     ), "the same shapes and layout: one compilation"
@@ -190,7 +190,7 @@ def test_an_update_lowers_gives_its_state_back_in_place_and_exports_for_a_tpu(
 def test_scoring_and_rewards_export_for_a_tpu(learner, mesh, parts, scored, cfg):
     programs = learner.programs
     given = {
-        programs.score: (params_on(cfg, mesh), parts[0]),
+        programs.score: (params_on(learner.study.run), parts[0]),
         programs.values: (programs.abstract.critic.params, parts[0]),
         programs.experience: (scored, programs.abstract.control),
     }
@@ -201,7 +201,7 @@ def test_scoring_and_rewards_export_for_a_tpu(learner, mesh, parts, scored, cfg)
 
 
 def test_the_first_state_is_made_of_the_sft_model_where_it_will_lie(learner, mesh, cfg):
-    sft, state = params_on(cfg, mesh), learner.programs.abstract
+    sft, state = params_on(learner.study.run), learner.programs.abstract
     with jax.set_mesh(mesh):
         lowered = learner.programs.start.lower(sft)
     assert_arguments_lie_as_asked(lowered, sft)

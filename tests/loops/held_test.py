@@ -23,6 +23,11 @@ PARAMETERS = sum(4 * math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_
 ITEMS = [Item("a", np.array([1, 4, 9], np.int32), (np.array([10, 2], np.int32),))] * 2
 
 
+def base_policy():
+    """Drawn under jit: Flax's own bookkeeping would hold two copies of what it draws until they are collected."""
+    return jax.device_get(jax.jit(init_params, static_argnums=0)(CFG, key_for(0, Stream.INIT)))
+
+
 def live_bytes():
     return sum(array.nbytes for array in jax.live_arrays())
 
@@ -40,7 +45,7 @@ def test_training_holds_one_state_and_every_phase_lets_go_of_what_the_next_does_
         while_training.append((live_bytes() - before) / PARAMETERS)
         return False
 
-    base = run.store("base", {}, lambda: jax.device_get(init_params(CFG, key_for(0, Stream.INIT))))
+    base = run.store("base", {}, base_policy)
     run.score("base/items", base, ITEMS)
     assert (live_bytes() - before) / PARAMETERS == pytest.approx(1, rel=0.02), "the policy that is scored"
 
@@ -59,7 +64,7 @@ def test_training_holds_one_state_and_every_phase_lets_go_of_what_the_next_does_
 
 def test_a_phase_of_sampling_that_does_not_fit_is_named_with_what_to_lower(run, monkeypatch):
     """Before it begins, and where memory runs out within."""
-    policy = run.store("base", {}, lambda: jax.device_get(init_params(CFG, key_for(0, Stream.INIT))))
+    policy = run.store("base", {}, base_policy)
     how = SamplingGroup(max_new_tokens=2, slots=1)
     lower = "config.sampling.slots or the answers' max_new_tokens under a new --config.workdir"
     monkeypatch.setattr(engine, "programs", lambda *_: bytearray(2**52))
