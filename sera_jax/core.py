@@ -107,6 +107,7 @@ class Stream(enum.IntEnum):
     PROMPTS = 9
     REWARD = 10
     ADAPTERS = 11
+    DROPOUT = 12
 
 
 def key_for(seed: int, stream: Stream, *indices: int) -> jax.Array:

@@ -28,11 +28,11 @@ _RULES: tuple[tuple[str, P], ...] = (
     (r"embed", P("tensor", "fsdp")),  # [V, D]
     (r"head", P("fsdp", "tensor")),  # [D, V]
     (r"final_norm/(scale|bias)", P(None)),  # [D]
-    (r"layers/block/\w+_norm/(scale|bias)", P(None, None)),  # [L, D], or a head's [L, d]
-    (r"layers/block/(q|k|v|gate|up)/bias", P(None, "tensor")),  # [L, out]
-    (r"layers/block/(o|down)/bias", P(None, None)),  # [L, D]
-    (r"layers/block/(q|k|v|gate|up)/kernel", P(None, "fsdp", "tensor")),  # [L, D, out]
-    (r"layers/block/(o|down)/kernel", P(None, "tensor", "fsdp")),  # [L, in, D]
+    (r"layers/(?:block|last)/\w+_norm/(scale|bias)", P(None, None)),  # [L, D], or a head's [L, d]
+    (r"layers/(?:block|last)/(q|k|v|gate|up)/bias", P(None, "tensor")),  # [L, out]
+    (r"layers/(?:block|last)/(o|down)/bias", P(None, None)),  # [L, D]
+    (r"layers/(?:block|last)/(q|k|v|gate|up)/kernel", P(None, "fsdp", "tensor")),  # [L, D, out]
+    (r"layers/(?:block|last)/(o|down)/kernel", P(None, "tensor", "fsdp")),  # [L, in, D]
     (r"value_head", P(None)),  # [D], of a critic
 )
 
@@ -42,7 +42,11 @@ def _of_adapters(pattern: str, spec: P) -> list[tuple[str, P]]:
     if not pattern.endswith("/kernel"):
         return []
     beside = pattern.removesuffix("kernel")
-    return [(f"{beside}lora_a", P(spec[0], spec[1], None)), (f"{beside}lora_b", P(spec[0], None, spec[2]))]
+    return [
+        (f"{beside}lora_a", P(spec[0], spec[1], None)),
+        (f"{beside}lora_b", P(spec[0], None, spec[2])),
+        (f"{beside}lora_key", P(None, None)),  # [L, 2], within an update that drops
+    ]
 
 
 # (pattern of the whole parameter path, how its axes lie on the mesh). Every parameter matches exactly one rule.

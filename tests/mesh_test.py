@@ -17,7 +17,7 @@ from sera_jax.mesh import host_to_global, make_mesh, mesh_shape, param_shardings
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.critic import with_value_head
 from sera_jax.models.decoder import abstract_params, hidden_states, init_params, unembedding
-from sera_jax.models.lora import Lora
+from sera_jax.models.lora import Lora, dropping
 from sera_jax.models.peft import kernels_of
 from sera_jax.models.trained import Trained
 from sera_jax.ops.logprob import sum_by_slot, token_logps
@@ -139,7 +139,12 @@ def test_every_parameter_matches_exactly_one_rule(monkeypatch):
 def test_no_rule_is_left_without_a_parameter():
     cfg = dataclasses.replace(CFG, qkv_bias=True, out_bias=True, mlp_bias=True)
     adapters = Trained(lora=Lora(2, 2.0, kernels_of(cfg, ("all-linear",))))
-    params = jax.eval_shape(lambda p: adapters.adapted(with_value_head(p), jax.random.key(0)), abstract_params(cfg))
+
+    def everything(params):
+        whole = adapters.adapted(with_value_head(params), jax.random.key(0))
+        return dropping(adapters.lora, whole, jax.random.key(0))
+
+    params = jax.eval_shape(everything, abstract_params(cfg))
     names = [meshes.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for pattern, _ in meshes.RULES:
         assert any(meshes.re.fullmatch(pattern, name) for name in names), pattern

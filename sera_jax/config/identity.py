@@ -23,6 +23,7 @@ YOUNGER: dict[str, Any] = {
     "lora.alpha": 32.0,  # read where there is a rank, as the others
     "lora.target_modules": ["all-linear"],
     "lora.use_rslora": False,
+    "lora.dropout": 0.0,
     **{f"{group}.trainable": [] for group in ("pretrain", "sft", "train", "reward_model")},
     "model.revision": "",
 }

@@ -17,9 +17,12 @@ class LoraGroup:
     target_modules: what is adapted, by PEFT's names: `all-linear` (every linear layer but the output projection), names
         such as `q_proj` or `self_attn.q_proj`, or, as one entry, a regular expression of whole names such as
         `model.layers.0.mlp.up_proj` (which takes all layers or none).
+    dropout: share of an adapter's inputs that is dropped in the updates of SFT, direct alignment and reward models.
+        PPO, whose ratios compare one function with itself, has none.
     """
 
     rank: int = at_least(0, 0)
     alpha: float = at_least(32.0, 0)
     target_modules: tuple[str, ...] = ("all-linear",)
     use_rslora: bool = False
+    dropout: float = at_least(0.0, 0)

@@ -11,7 +11,8 @@ from sera_jax.config.fields import above, at_least, one_of
 class ModelGroup:
     """The base model: a Hugging Face folder or repository, or a shape to train from scratch.
 
-    `sft_model_path` names an SFT checkpoint to start from instead of running SFT. The shape fields are read only when
+    `sft_model_path` names an SFT checkpoint to start from instead of running SFT: a model, or, in PEFT's format, an
+    adapter of `model_name_or_path`. The shape fields are read only when
     `model_name_or_path` is empty. `vocab_size` is then the number of BPE pieces trained from the data, unless
     `tokenizer_name_or_path` brings a tokenizer (0: the tokenizer's own size).
 

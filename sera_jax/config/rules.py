@@ -82,6 +82,8 @@ def _check_parts(config: Config) -> None:
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"config.{name}.trainable={pattern!r} is no regular expression: {error}") from error
+    if config.lora.dropout >= 1:
+        raise ValueError(f"config.lora.dropout={config.lora.dropout} drops everything; give a share below 1")
     if not config.lora.target_modules:
         raise ValueError("config.lora.target_modules is empty; give all-linear, or names such as q_proj")
 

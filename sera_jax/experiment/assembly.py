@@ -31,7 +31,8 @@ from sera_jax.loops.sera_study import Gold
 from sera_jax.mesh import row_shards
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.families import config_from_hf, mathematics
-from sera_jax.models.folder import read_config
+from sera_jax.models.folder import is_adapter, read_config
+from sera_jax.models.peft import read_adapter_config
 from sera_jax.training.parameters import Origin
 
 
@@ -103,7 +104,9 @@ def check_sources(data: DataGroup, model: ModelGroup) -> None:
     for name in ("model_name_or_path", "sft_model_path"):
         path = getattr(model, name)
         try:
-            if path:
+            if name == "sft_model_path" and model.model_name_or_path and is_adapter(pathlib.Path(path)):
+                read_adapter_config(pathlib.Path(path))
+            elif path:
                 config_from_hf(read_config(pathlib.Path(path)))
         except (FileNotFoundError, ValueError) as error:
             raise ValueError(f"config.model.{name}={path!r}: {error}") from error
@@ -214,6 +217,8 @@ def check_positions(config: Config, cfg: ModelConfig) -> None:
 
 def check_shape(model: ModelGroup, cfg: ModelConfig) -> None:
     """Raises ValueError, from its config alone, where `model.sft_model_path` is not of the base's shape."""
+    if is_adapter(pathlib.Path(model.sft_model_path)):
+        return  # whose tensors are compared with the base's where they are read
     found = config_from_hf(read_config(pathlib.Path(model.sft_model_path)), **precision_of(model))
     if mathematics(found) != mathematics(cfg):
         differ = [key for key, value in mathematics(found).items() if mathematics(cfg).get(key) != value]

@@ -97,7 +97,7 @@ def model_folder(name: str) -> str:
     repository = hub.parse(name)
     if repository is None:
         return name
-    found = models.look(repository)
+    found = models.look(repository, adapters=True)
     hub.fetch(found, models.weights(found), lambda text: print(text, file=sys.stderr, flush=True))
     return str(found.folder)
 
@@ -133,6 +133,12 @@ def _models(model: ModelGroup) -> dict[str, Repository]:
     return asked | {f: dataclasses.replace(r, revision=model.revision) for f, r in at.items()}
 
 
+def _model(field: str, at: Repository) -> Snapshot:
+    if field not in _WITH_WEIGHTS:
+        return hub.look(at, models.SMALL)
+    return models.look(at, adapters=field == "sft_model_path")
+
+
 def _specs(config: Config) -> dict[str, list[tuple[str, float]]]:
     """field -> its mixture, of those that name a data set of the hub."""
     if config.world.name:
@@ -154,7 +160,7 @@ def _look(
         key = f"model {repository}"
         at = dataclasses.replace(repository, revision=pins.get(key, repository.revision))
         try:
-            found[field] = models.look(at) if field in _WITH_WEIGHTS else hub.look(at, models.SMALL)
+            found[field] = _model(field, at)
         except ValueError as error:
             raise ValueError(f"config.model.{field}={getattr(config.model, field)!r}: {error}") from error
         commits[key] = found[field].commit

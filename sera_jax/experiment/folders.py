@@ -14,7 +14,7 @@ from sera_jax.checkpoint.arrays import sum_in_pieces
 from sera_jax.checkpoint.phases import is_whole, read_json, sealed, write_json
 from sera_jax.config import ModelGroup
 from sera_jax.data.tokenizing import Tokenizer
-from sera_jax.models.folder import open_weights, read_config, weight_files
+from sera_jax.models.folder import ADAPTER_CONFIG, is_adapter, open_weights, read_config, read_object, weight_files
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _READERS = min(8, os.cpu_count() or 1)
@@ -22,7 +22,8 @@ _WORTH_A_WORD = 10**9  # bytes
 
 
 def folder_identity(path: str, record: pathlib.Path, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """What tells one Hugging Face folder from another: its config, and of every tensor dtype, shape and checksum.
+    """What tells one Hugging Face folder, of a model or an adapter, from another: its config, and of every tensor
+    dtype, shape and checksum.
 
     Args:
         path: the folder; where it lies, and how its files are cut, does not count.
@@ -45,7 +46,8 @@ def folder_identity(path: str, record: pathlib.Path, say: Callable[[str], None] 
         known[here] = {"files": looks, "tensors": _tensor_sums(folder)}
         known.pop("digest", None)
         write_json(record, sealed(known))
-    return {"tensors": known[here]["tensors"], "config": read_config(folder)}
+    config = read_object(folder / ADAPTER_CONFIG) if is_adapter(folder) else read_config(folder)
+    return {"tensors": known[here]["tensors"], "config": config}
 
 
 def _look(file: pathlib.Path) -> list[Any]:

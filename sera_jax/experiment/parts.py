@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import re
+
+import jax
 
 from sera_jax.config import Config
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import abstract_params
 from sera_jax.models.lora import Lora
-from sera_jax.models.parts import paths
+from sera_jax.models.parts import paths, split_layers
 from sera_jax.models.peft import kernels_of
 
 TRAININGS = ("pretrain", "sft", "train", "reward_model")
@@ -26,15 +27,20 @@ def with_adapters(config: Config, cfg: ModelConfig) -> tuple[ModelConfig, Lora |
     if not asked.rank:
         return cfg, None
     kernels = kernels_of(cfg, asked.target_modules, "config.lora.target_modules")
-    lora = Lora(asked.rank, asked.alpha, kernels, asked.use_rslora)
-    return dataclasses.replace(cfg, lora_scale=lora.scale), lora
+    lora = Lora(asked.rank, asked.alpha, kernels, asked.use_rslora, asked.dropout)
+    return dataclasses.replace(cfg, lora_scale=lora.scale, lora_dropout=lora.dropout), lora
 
 
 def _check_patterns(config: Config, cfg: ModelConfig) -> None:
-    names = list(paths(abstract_params(cfg)))
+    model = abstract_params(cfg)
     for group in TRAININGS:
         for pattern in getattr(config, group).trainable:
-            if not any(re.fullmatch(pattern, name) for name in names):
+            try:
+                found, _ = jax.eval_shape(lambda params, pattern=pattern: split_layers(params, pattern), model)
+            except ValueError as error:
+                raise ValueError(f"config.{group}.trainable={pattern!r}: {error}") from error
+            if not found:
                 raise ValueError(
-                    f"config.{group}.trainable={pattern!r} matches no parameter; the parameters are {', '.join(names)}"
+                    f"config.{group}.trainable={pattern!r} matches no parameter; the parameters are "
+                    f"{', '.join(paths(model))}, and those of a layer, as layers/0/q/kernel"
                 )

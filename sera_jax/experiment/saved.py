@@ -21,11 +21,12 @@ from sera_jax.loops.policy import PART
 from sera_jax.models.config import ModelConfig, RopeScaling
 from sera_jax.models.decoder import Params
 from sera_jax.models.families import config_from_hf
-from sera_jax.models.folder import read_config
+from sera_jax.models.folder import ADAPTER_CONFIG, is_adapter, read_config
 from sera_jax.models.huggingface import MAX_SHARD_BYTES, read_source, save_pretrained
 from sera_jax.models.lora import Lora
+from sera_jax.models.peft import load_adapter, read_adapter_config
 from sera_jax.models.trained import ALL, Trained, laid_over
-from sera_jax.training.parameters import load_params, load_part
+from sera_jax.training.parameters import load_adapters, load_params, load_part
 
 MAX_NEW_TOKENS = 256  # for answers, where neither the user nor a run says
 MAX_PROMPT_LENGTH = 1024
@@ -94,12 +95,16 @@ class SavedPolicy:
         return load_params(self.cfg, mesh, self.folder / "params" if self.is_phase else self.folder)
 
     def part(self, mesh: Mesh) -> Params:
-        """Those that lie in the folder of a phase."""
+        """Those that lie in the folder of a phase, or the adapters of a folder in PEFT's format."""
+        if not self.is_phase:
+            return load_adapters(self.cfg, mesh, self.folder)[1]
         return load_part(self.cfg, mesh, self.folder / "params", self.trained)
 
     @property
     def base(self) -> str:
         """The Hugging Face folder of what it lies over; "" where a run made that."""
+        if self.over is not None and not self.is_phase:
+            return str(self.over.folder)
         field = {"base": "model.model_name_or_path", "sft": "model.sft_model_path"}
         under = None if self.over is None or self.over.over is not None else self.over.folder.name
         return str(self.of_run(field[under], "")) if under in field else ""
@@ -114,7 +119,8 @@ class SavedPolicy:
         if self.is_phase:
             files = [self.folder / "params" / "checksums.json"]
         else:
-            files = [self.folder / "config.json", *sorted(self.folder.glob("*.safetensors"))]
+            described = self.folder / ("config.json" if self.over is None else ADAPTER_CONFIG)
+            files = [described, *sorted(self.folder.glob("*.safetensors"))]
         under = {f"over/{name}": digest for name, digest in self.over.digests().items()} if self.over else {}
         return {file.name: file_digest(file) for file in files} | under
 
@@ -165,8 +171,8 @@ def find_policy(path: str | os.PathLike, *, dtype: str = "", param_dtype: str = 
     """The policy at a path.
 
     Args:
-        path: `WORKDIR/phases/NAME` (for instance runs/quickstart/phases/sera/round3), a Hugging Face folder, or
-            `org/name[@revision]` of the hub, which is fetched.
+        path: `WORKDIR/phases/NAME` (for instance runs/quickstart/phases/sera/round3), a Hugging Face folder, of a
+            model or of PEFT's adapters, or `org/name[@revision]` of the hub, which is fetched.
         dtype: compute dtype; "" for that of the run, and float32 for a Hugging Face folder.
         param_dtype: dtype of the parameters of a Hugging Face folder; a run's are as it trained them.
 
@@ -187,11 +193,34 @@ def find_policy(path: str | os.PathLike, *, dtype: str = "", param_dtype: str = 
     if (folder / "config.json").is_file() and list(folder.glob("*.safetensors")):
         cfg = config_from_hf(read_config(folder), dtype=dtype or "float32", param_dtype=param_dtype)
         return SavedPolicy(cfg, folder, str(folder), str(folder), {})
+    if is_adapter(folder):
+        return _adapter(folder, dtype, param_dtype)
     found = _policies_near(folder)
     hint = f". Policies there: {', '.join(found[:_SHOWN])}{' ...' if len(found) > _SHOWN else ''}" if found else ""
     raise ValueError(
         f"{folder} {'is no policy' if folder.exists() else 'does not exist'}; give one of a work directory "
         f"(WORKDIR/phases/NAME) or a Hugging Face folder (config.json and *.safetensors){hint}"
+    )
+
+
+def _adapter(folder: pathlib.Path, dtype: str, param_dtype: str) -> SavedPolicy:
+    """The adapters of a folder in PEFT's format, over the model that it says they were trained from."""
+    name = read_adapter_config(folder).get("base_model_name_or_path")
+    try:
+        base = find_policy(name or "", dtype=dtype, param_dtype=param_dtype)
+    except ValueError as error:
+        raise ValueError(
+            f"{folder} is an adapter of base_model_name_or_path={name!r}, which cannot be opened: {error}; fetch that "
+            f"model and put its folder into {folder / ADAPTER_CONFIG}"
+        ) from error
+    lora, _ = load_adapter(folder, base.cfg)
+    return dataclasses.replace(
+        base,
+        cfg=dataclasses.replace(base.cfg, lora_scale=lora.scale),
+        folder=folder,
+        tokenizer_dir=str(folder) if has_tokenizer(str(folder)) else base.tokenizer_dir,
+        trained=Trained(lora=lora),
+        over=base,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import pathlib
 from typing import Any
 
 from sera_jax import hosts
@@ -14,7 +16,12 @@ from sera_jax.experiment.folders import folder_identity
 from sera_jax.experiment.methods import METHODS
 from sera_jax.loops.runtime import Policy, Runtime
 from sera_jax.loops.sft import sft
-from sera_jax.training.parameters import Origin, load_params
+from sera_jax.models.folder import is_adapter
+from sera_jax.models.lora import merged
+from sera_jax.models.parts import merge
+from sera_jax.models.peft import target_modules
+from sera_jax.models.trained import Trained
+from sera_jax.training.parameters import Origin, load_adapters, load_params
 
 START_PHASES = ("world", "tokenizer", "init", "base", "pretrain", "sft")  # what may come before a method's own
 
@@ -24,7 +31,8 @@ def starting_policy(
 ) -> tuple[Policy | None, Policy]:
     """Base and SFT model: the checkpoints named, or a base from scratch and SFT of it on the demonstrations.
 
-    The base is None where an SFT model is named and the method does not score with its base.
+    The base is None where an SFT model is named and the method does not score with its base; an adapter lies over it
+    nevertheless.
 
     Raises:
         ValueError: the two are of different shapes, or, where the base is needed, the same model.
@@ -33,26 +41,30 @@ def starting_policy(
     base = None
     if model.sft_model_path:
         check_shape(model, runtime.cfg)
-    if needs_base or not model.sft_model_path:
+    if _stores_base(config):
         base = _base_policy(config, runtime, corpus, base_origin)
     if model.sft_model_path:
         say(f"SFT model: {model.sft_model_path}; no SFT is run")
-        identity = _identity_of(model.sft_model_path, runtime)
-        start = runtime.store("sft", identity, lambda: load_params(runtime.cfg, runtime.mesh, model.sft_model_path))
+        start = _named_sft_model(model.sft_model_path, runtime, base)
     else:
         assert base is not None
         say(f"SFT on {len(corpus.demonstrations)} demonstrations: {corpus.demonstrations_are}")
         start = sft(runtime, "sft", base, corpus.demonstrations, config.sft)
     if needs_base and base is not None:
         _refuse_equal(config, base, start)
-    return base, start
+    return base if needs_base or not model.sft_model_path else None, start
 
 
 def phases(config: Config) -> list[str]:
     """The phases of `starting_policy`."""
-    model = config.model
-    of_base = ["base"] if model.model_name_or_path else ["init", "pretrain"]
-    return [*(of_base if METHODS[config.method].needs_base or not model.sft_model_path else []), "sft"]
+    of_base = ["base"] if config.model.model_name_or_path else ["init", "pretrain"]
+    return [*(of_base if _stores_base(config) else []), "sft"]
+
+
+def _stores_base(config: Config) -> bool:
+    """Whether the base is a phase: the method scores with it, SFT begins with it, or the SFT model is its adapter."""
+    sft = config.model.sft_model_path
+    return METHODS[config.method].needs_base or not sft or is_adapter(pathlib.Path(sft))
 
 
 def params_sha256(policy: Policy) -> str:
@@ -63,6 +75,33 @@ def params_sha256(policy: Policy) -> str:
 def _identity_of(folder: str, runtime: Runtime) -> dict[str, Any]:
     record = runtime.workdir.root / "model_folders.json"
     return hosts.on_first(lambda: folder_identity(folder, record, runtime.writer.announce))
+
+
+def _named_sft_model(path: str, runtime: Runtime, base: Policy | None) -> Policy:
+    """The SFT model in a folder: a model; or adapters, which lie over the base where the run trains such, and are else
+    merged into it.
+
+    Raises:
+        ValueError: the adapters are not of the run's rank, scale or kernels.
+    """
+    cfg, mesh, identity = runtime.cfg, runtime.mesh, _identity_of(path, runtime)
+    if not is_adapter(pathlib.Path(path)):
+        return runtime.store("sft", identity, lambda: load_params(cfg, mesh, path))
+    assert base is not None
+    lora, adapters = load_adapters(cfg, mesh, path)
+    identity |= {"base": base.digest}
+    if runtime.lora is None:
+        scaled = dataclasses.replace(cfg, lora_scale=lora.scale)
+        return runtime.store("sft", identity, lambda: merged(scaled, merge(runtime.take(base), adapters)))
+    if lora != dataclasses.replace(runtime.lora, dropout=0.0):
+        targets = ",".join(target_modules(cfg, lora.kernels))
+        raise ValueError(
+            f"config.model.sft_model_path={path!r} holds adapters of another kind than those that the run trains; give "
+            f"--config.lora.rank={lora.rank} --config.lora.alpha={lora.alpha} --config.lora.use_rslora="
+            f"{lora.use_rslora} --config.lora.target_modules={targets} to go on with them, or --config.lora.rank=0 to "
+            "merge them into the model and train all of it"
+        )
+    return runtime.store("sft", identity, lambda: adapters, Trained(lora=runtime.lora), base)
 
 
 def _base_policy(config: Config, runtime: Runtime, corpus: Corpus, origin: Origin) -> Policy:

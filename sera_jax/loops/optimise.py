@@ -13,13 +13,14 @@ import numpy as np
 
 from sera_jax.checkpoint import load_tree
 from sera_jax.config import TrainGroup
-from sera_jax.core import Mean
+from sera_jax.core import Mean, Stream, key_for
 from sera_jax.loops import cost
 from sera_jax.loops.policy import Policy, part_of, write_part
 from sera_jax.loops.restartable import Span, run_to_end
 from sera_jax.loops.runtime import NonFinite, Runtime
 from sera_jax.mesh import host_to_global
 from sera_jax.models.critic import critic_params
+from sera_jax.models.lora import dropping
 from sera_jax.models.parts import merge
 from sera_jax.models.trained import ALL, Trained
 from sera_jax.training.optimizer import init_optimizer, make_optimizer, schedule
@@ -150,10 +151,19 @@ def update_programs(run: Runtime, training: Training) -> UpdatePrograms:
         join=jax.jit(init_state, donate_argnums=(0, 1), out_shardings=shardings),
         update=run.compiled(
             ("update", target.computes, target.window, group, planned, trained),
-            lambda: make_step(target.make(), optimizer, abstract, run.mesh),
+            lambda: make_step(target.make(), optimizer, abstract, run.mesh, noise=_noise(run, trained)),
         ),
         abstract=abstract,
     )
+
+
+def _noise(run: Runtime, trained: Trained) -> Callable[[Any, jax.Array], Any] | None:
+    """The dropout of adapters, drawn anew for every update and microbatch of a phase (`make_step`)."""
+    lora = trained.lora
+    if lora is None or not lora.dropout:
+        return None
+    key = key_for(run.seed, Stream.DROPOUT)
+    return lambda params, place: dropping(lora, params, functools.reduce(jax.random.fold_in, place, key))
 
 
 class _Waiting(NamedTuple):

@@ -23,19 +23,19 @@ from sera_jax.checkpoint import Workdir, save_tree
 from sera_jax.checkpoint.phases import write_jsonl
 from sera_jax.config import SamplingGroup, TrainGroup
 from sera_jax.core import Stream, key_for
-from sera_jax.data.batches import PairLoader, ScoreBatches, score_batches
+from sera_jax.data.batches import ScoreBatches, score_batches
 from sera_jax.data.items import Item, items_digest
 from sera_jax.data.packing import Layout, gather_scores, pack, split_items
-from sera_jax.data.planning import NO_SHAPES, Shapes
 from sera_jax.data.rollouts import rounded_rows
 from sera_jax.loops.cost import Ledger, laid
-from sera_jax.loops.policy import Policy, part_of
+from sera_jax.loops.policy import Policy, part_of, write_part
+from sera_jax.loops.shapes import PairShapes
 from sera_jax.mesh import row_shards
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.critic import critic_config, without_output
 from sera_jax.models.decoder import Params
 from sera_jax.models.lora import Lora
-from sera_jax.models.trained import Trained, laid_over
+from sera_jax.models.trained import ALL, Trained, laid_over
 from sera_jax.sampling import Candidates, Draws, Sample, SamplingParams, generate, grouped, mesh_for
 from sera_jax.training.parameters import load_part
 from sera_jax.training.ppo_steps import PpoPrograms
@@ -50,7 +50,7 @@ LOWER_SLOTS = (
     "take more devices, or lower config.sampling.slots or the answers' max_new_tokens under a new --config.workdir"
 )
 
-__all__ = ["NonFinite", "PairShapes", "Policy", "Preempted", "Runtime"]
+__all__ = ["NonFinite", "Policy", "Preempted", "Runtime"]
 
 Made = TypeVar("Made")
 
@@ -65,21 +65,6 @@ class NonFinite(ValueError):
     def __init__(self, message: str, good: tuple[Any, int] | None = None) -> None:
         super().__init__(message)
         self.good = good
-
-
-@dataclasses.dataclass
-class PairShapes:
-    """Shapes of pair batches that earlier rounds made, so that later ones use them again and compile nothing.
-
-    It grows where a loader is made, not where it trains, so a restart that skips a round still arrives at the same
-    shapes.
-    """
-
-    known: Shapes = NO_SHAPES
-    window: int = 0
-
-    def note(self, loader: PairLoader, window: int) -> None:
-        self.known, self.window = loader.shapes, max(self.window, window)
 
 
 @dataclasses.dataclass
@@ -210,14 +195,23 @@ class Runtime:
         part, frozen = trained.divide(of_params(trained.adapted(self.load(start), key)))
         return jax.tree.map(jnp.copy, part), frozen
 
-    def store(self, name: str, inputs: dict[str, Any], make: Callable[[], Params]) -> Policy:
-        """A policy from parameters made elsewhere (`training.parameters`); `make` returns them on the mesh."""
+    def store(
+        self,
+        name: str,
+        inputs: dict[str, Any],
+        make: Callable[[], Params],
+        trained: Trained = ALL,
+        over: Policy | None = None,
+    ) -> Policy:
+        """A policy from parameters made elsewhere (`training.parameters`); `make` returns them on the mesh: all, or
+        the `trained` part of those that lie `over` another."""
 
         def produce(folder: pathlib.Path) -> None:
+            write_part(folder, trained, over)
             save_tree(folder / "params", make())
 
         product = self.workdir.phase(name, inputs, produce)
-        return Policy(name, product.path, product.digest)
+        return Policy(name, product.path, product.digest, trained=trained, over=over)
 
     # ---- score
 

@@ -65,7 +65,8 @@ class ModelConfig:
         attn_implementation: a name in `ops.attention.ATTENTION`.
         absent_ids: ranges [first, last) of ids that the tokenizer does not have (padded embeddings): they have no
             probability, for who samples and for who scores alike. Not part of the model: an export knows nothing of it.
-        lora_scale: what adapters' products are multiplied by, where parameters have them (`models.lora`).
+        lora_scale: what adapters' products are multiplied by, where parameters have them (`models.lora`);
+            lora_dropout: the share of their inputs that is dropped, where keys lie beside them.
     """
 
     family: str = "llama"
@@ -110,6 +111,7 @@ class ModelConfig:
     attn_implementation: str = "xla"
     absent_ids: tuple[tuple[int, int], ...] = ()
     lora_scale: float = 0.0
+    lora_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "absent_ids", tuple((first, last) for first, last in self.absent_ids))
@@ -184,6 +186,7 @@ UNMATHEMATICAL = (
     "attn_implementation",
     "absent_ids",
     "lora_scale",
+    "lora_dropout",
 )
 SIZES = (
     "vocab_size",

@@ -11,6 +11,7 @@ block tells that attention itself.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -24,7 +25,9 @@ from sera_jax.mesh import constrain_layers, constrain_rows, constrain_table
 from sera_jax.models import rope
 from sera_jax.models.activations import chosen_remat, group_layers
 from sera_jax.models.config import ModelConfig
-from sera_jax.models.lora import A, B, merged
+from sera_jax.models.layers import Linear, Norm
+from sera_jax.models.lora import merged
+from sera_jax.models.parts import BLOCK, LAST, joined, last_layers
 from sera_jax.ops.attention import ATTENTION, Places
 
 Params = dict[str, Any]
@@ -57,44 +60,6 @@ class Carried(NamedTuple):
 
     cache: Any
     layer: jax.Array | None = None
-
-
-class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the last axis, in float32."""
-
-    cfg: ModelConfig
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        cfg, dtype = self.cfg, jnp.dtype(self.cfg.param_dtype)
-        scale = self.param("scale", nn.initializers.constant(1 - cfg.norm_offset), (x.shape[-1],), dtype)
-        wide, bias = x.astype(jnp.float32), None
-        if cfg.norm == "layernorm":
-            bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), dtype)
-            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + cfg.rms_norm_eps)
-        if cfg.norm == "rmsnorm" and not cfg.norm_offset:
-            return wide.astype(x.dtype) * scale.astype(x.dtype)
-        wide = wide * (scale.astype(jnp.float32) + cfg.norm_offset)
-        return (wide if bias is None else wide + bias.astype(jnp.float32)).astype(x.dtype)
-
-
-class Linear(nn.Module):
-    cfg: ModelConfig
-    features: int
-    use_bias: bool = False
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        init, dtype = nn.initializers.normal(self.cfg.initializer_range), jnp.dtype(self.cfg.param_dtype)
-        kernel = self.param("kernel", init, (x.shape[-1], self.features), dtype)
-        y = x @ kernel.astype(x.dtype)
-        if self.has_variable("params", A):
-            a, b = (self.get_variable("params", name).astype(x.dtype) for name in (A, B))
-            y += self.cfg.lora_scale * ((x @ a) @ b)
-        if self.use_bias:
-            y += self.param("bias", nn.initializers.zeros, (self.features,), dtype).astype(x.dtype)
-        return y
 
 
 class Block(nn.Module):
@@ -204,7 +169,16 @@ def blocks(
             x, of_layer = layer(x, given)
             kept.append(of_layer)
         return x, tuple(kept)
-    stacked = constrain_layers(_kernels_cast(cfg, layers["block"]))
+    if LAST in layers and not isinstance(caches, Carried):
+        count, *stacks = last_layers(layers)
+        first, last = (constrain_layers(_kernels_cast(cfg, stack)) for stack in stacks)
+        of_first, of_last = (
+            jax.tree.map(lambda z, s=s: z[s], (caches, kind_of.stacked)) for s in (slice(-count), slice(-count, None))
+        )
+        x, kept = _scan(cfg, layer, x, (first, *of_first))
+        x, more = _scan(cfg, layer, x, (last, *of_last))
+        return x, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), kept, more)
+    stacked = constrain_layers(_kernels_cast(cfg, joined(params)["layers"][BLOCK]))
     if not isinstance(caches, Carried):
         return _scan(cfg, layer, x, (stacked, caches, kind_of.stacked))
 
@@ -260,7 +234,7 @@ def _scan(cfg: ModelConfig, layer: Callable, x: jax.Array, given: Any) -> tuple[
     layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
     if remat != "groups":
         return jax.lax.scan(layer, x, given)
-    size = group_layers(cfg)
+    size = math.gcd(group_layers(cfg), jax.tree.leaves(given)[0].shape[0])
     grouped = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), given)
     group = jax.checkpoint(functools.partial(jax.lax.scan, layer), prevent_cse=False)
     x, kept = jax.lax.scan(group, x, grouped)

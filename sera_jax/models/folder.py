@@ -19,6 +19,7 @@ from sera_jax import hub
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # of PEFT
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _SHOWN = 8  # names listed in one message before the rest is only counted
 
@@ -28,9 +29,19 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a folder; give one that holds config.json and {SINGLE}")
     file = path / "config.json"
+    if is_adapter(path):
+        raise ValueError(
+            f"{path} is an adapter (PEFT), no model: give the model that it was trained from, and the adapter in "
+            "config.model.sft_model_path"
+        )
     if not file.is_file():
         raise FileNotFoundError(f"{path} has no config.json; give a folder in Hugging Face's format")
     return read_object(file)
+
+
+def is_adapter(path: pathlib.Path) -> bool:
+    """Whether a folder holds adapters in PEFT's format and no model."""
+    return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()
 
 
 def read_object(file: pathlib.Path) -> dict[str, Any]:
@@ -74,7 +85,11 @@ def _open_file(stack: contextlib.ExitStack, file: pathlib.Path) -> Any:
 
 
 def weight_files(path: pathlib.Path) -> list[pathlib.Path]:
-    """The one file of the weights, or those that the index names; raises as `open_weights`."""
+    """The one file of the weights or adapters, or those that the index names; raises as `open_weights`."""
+    if is_adapter(path):
+        if not (path / ADAPTER).is_file():
+            raise FileNotFoundError(f"{path} has {ADAPTER_CONFIG} but no {ADAPTER}; save the adapter again with PEFT")
+        return [path / ADAPTER]
     if (path / SINGLE).is_file():
         return [path / SINGLE]
     if not (path / INDEX).is_file():

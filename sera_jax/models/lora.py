@@ -4,7 +4,8 @@
 
     y = x kernel + scale (x lora_a) lora_b          scale = alpha / r, or alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023)
 
-`Linear` adds the second term where the tree it is given has these leaves; the scale is `ModelConfig.lora_scale`.
+`Linear` adds the second term where the tree it is given has these leaves; the scale is `ModelConfig.lora_scale`. Where
+a key lies beside them (`dropping`), entries of the x of that term are dropped by it (`ModelConfig.lora_dropout`).
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from sera_jax.models.config import ModelConfig
-from sera_jax.models.parts import Tree, merge, nested, paths, split
+from sera_jax.models.parts import Tree, joined, merge, nested, paths, split
 
-KERNEL, A, B = "kernel", "lora_a", "lora_b"
+KERNEL, A, B, KEY = "kernel", "lora_a", "lora_b", "lora_key"
 ADAPTERS = rf".*/({A}|{B})"  # whole paths of adapters
 DTYPE = jnp.float32  # of adapters, whatever the base is kept in
 
@@ -33,6 +34,7 @@ class Lora:
     alpha: float
     kernels: tuple[str, ...]
     use_rslora: bool = False
+    dropout: float = 0.0
 
     @property
     def scale(self) -> float:
@@ -56,12 +58,29 @@ def init_adapters(lora: Lora, params: Tree, key: jax.Array) -> Tree:
     return out
 
 
+def dropping(lora: Lora, params: Tree, key: jax.Array) -> Tree:
+    """The parameters with a key [L, 2] beside each adapter, another in every layer: what is computed of them drops."""
+
+    def keys(path: str) -> jax.Array:
+        layers = paths(params)[path].shape[0]
+        return jax.random.key_data(jax.random.split(jax.random.fold_in(key, zlib.crc32(path.encode())), layers))
+
+    return merge(params, nested({path.removesuffix(KERNEL) + KEY: keys(path) for path in lora.kernels}))
+
+
+def dropped(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:
+    """Entries of x are 0 with probability `rate` and else divided by 1 - rate, so that the mean stays. key: u32[2]."""
+    keep = jax.random.bernoulli(jax.random.wrap_key_data(key), 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0)
+
+
 def has_adapters(params: Tree) -> bool:
     return bool(split(params, ADAPTERS)[0])
 
 
 def merged(cfg: ModelConfig, params: Tree) -> Tree:
-    """The same function without adapters: kernel + scale a b, added in float32 and rounded to the kernel's dtype.
+    """The same function without adapters, and with all layers in one stack: kernel + scale a b, added in float32 and
+    rounded to the kernel's dtype.
 
     A layer at a time, so that one layer's sum is alive in float32.
     """
@@ -79,4 +98,4 @@ def merged(cfg: ModelConfig, params: Tree) -> Tree:
         rest = {name: part for name, part in node.items() if name not in (A, B)}
         return {**rest, KERNEL: jax.lax.map(one, (node[KERNEL], node[A], node[B]))}
 
-    return walk(params)
+    return walk(joined(params))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from sera_jax import hub
 from sera_jax.hub import TOKENIZER_FILES, Repository, Snapshot
-from sera_jax.models.folder import INDEX, SINGLE, indexed, read_object
+from sera_jax.models.folder import ADAPTER, ADAPTER_CONFIG, INDEX, SINGLE, indexed, read_object
 
-SMALL = ("config.json", INDEX, *TOKENIZER_FILES, ".gitattributes")  # the last is in every repository
+SMALL = ("config.json", ADAPTER_CONFIG, INDEX, *TOKENIZER_FILES, ".gitattributes")  # the last is in every repository
 _NOT_READ = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
 
 
-def look(repository: Repository) -> Snapshot:
-    """A model's commit, with all but its weights in its folder.
+def look(repository: Repository, *, adapters: bool = False) -> Snapshot:
+    """A model's commit, with all but its weights in its folder; where `adapters` will do, that of PEFT's, too.
 
     Raises:
         ValueError: it cannot be had; it has no safetensors, or wants code of its own to be run.
@@ -19,8 +19,14 @@ def look(repository: Repository) -> Snapshot:
     found = hub.look(repository, SMALL)
     files = sorted(found.sizes)
     if "config.json" not in files:
-        adapter = "adapter_config.json" in files
-        way_out = "it is an adapter: name its base model" if adapter else f"it holds {hub.some(files)}"
+        adapter = ADAPTER_CONFIG in files
+        if adapter and adapters and ADAPTER in files:
+            return found
+        way_out = f"it holds {hub.some(files)}"
+        if adapter:
+            way_out = (
+                f"it is an adapter: name its base model, and it, with its {ADAPTER}, in config.model.sft_model_path"
+            )
         raise ValueError(f"{repository} has no config.json, so it is no model in Hugging Face's format; {way_out}")
     config = read_object(found.folder / "config.json")
     if config.get("auto_map"):
@@ -43,6 +49,8 @@ def look(repository: Repository) -> Snapshot:
 
 def weights(found: Snapshot) -> list[str]:
     """The files of a model's weights. Raises ValueError where the index names one that the repository has not."""
+    if "config.json" not in found.sizes:
+        return [ADAPTER]
     if SINGLE in found.sizes:
         return [SINGLE]
     names = indexed(found.folder, f"{found.repository}: {INDEX}")

@@ -10,7 +10,7 @@ from sera_jax.models.config import ModelConfig
 from sera_jax.models.critic import HEAD
 from sera_jax.models.decoder import Params, init_params
 from sera_jax.models.lora import ADAPTERS, Lora, has_adapters, init_adapters
-from sera_jax.models.parts import merge, nested, paths, split
+from sera_jax.models.parts import merge, nested, paths, split_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Trained:
     """What moves; the rest is frozen: it is held once, and is in no training state, checkpoint or trained policy.
 
     Attributes:
-        patterns: regular expressions of whole paths; with neither them nor `lora`, everything moves.
+        patterns: regular expressions of whole paths, which may name the last layers (`parts.split_layers`); with
+            neither them nor `lora`, everything moves.
         lora: the adapters that move in place of parameters of the model.
     """
 
@@ -41,7 +42,7 @@ class Trained:
         if self.whole:
             return params, {}
         patterns = [ADAPTERS] if self.lora else self.patterns
-        return split(params, "|".join(f"(?:{pattern})" for pattern in [*patterns, HEAD]))
+        return split_layers(params, "|".join(f"(?:{pattern})" for pattern in [*patterns, HEAD]))
 
     def part(self, params: Params) -> Params:
         """What moves of a model of these parameters, with adapters where it has none yet: for shapes."""

@@ -12,12 +12,14 @@ from jax.extend.core import jaxpr_as_fun
 from jax.sharding import Mesh, NamedSharding
 
 from sera_jax.checkpoint import load_tree
-from sera_jax.mesh import placed_shapes
+from sera_jax.mesh import host_to_global, param_shardings, placed_shapes
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.critic import critic_params
 from sera_jax.models.decoder import Params, abstract_params, init_params
 from sera_jax.models.families import mathematics
 from sera_jax.models.huggingface import load_pretrained
+from sera_jax.models.lora import Lora
+from sera_jax.models.peft import load_adapter
 from sera_jax.models.trained import ALL, Trained
 
 Origin = jax.Array | str | os.PathLike
@@ -42,6 +44,13 @@ def load_params(cfg: ModelConfig, mesh: Mesh, origin: Origin) -> Params:
     found, params = load_pretrained(folder, mesh=mesh, param_dtype=cfg.param_dtype)
     assert mathematics(found) == mathematics(cfg), "whoever names a folder has read its config.json"
     return params
+
+
+def load_adapters(cfg: ModelConfig, mesh: Mesh, folder: str | os.PathLike) -> tuple[Lora, Params]:
+    """The adapters of a PEFT folder, on the mesh by its rules; and what they are. Raises ValueError as
+    `models.peft.load_adapter`."""
+    lora, adapters = load_adapter(folder, cfg)
+    return lora, host_to_global(adapters, param_shardings(mesh, adapters))
 
 
 def load_part(

@@ -76,6 +76,7 @@ def make_step(
     state: TrainState,
     mesh: Mesh,
     accept: Callable[[Metrics], jax.Array] | None = None,
+    noise: Callable[[Params, jax.Array], Params] | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """A jitted (state, batch, frozen={}) -> (state, metrics); the state's buffers are donated.
 
@@ -89,30 +90,40 @@ def make_step(
         state: what `abstract_state` returns; its shardings are those of the result.
         accept: from the metrics of the whole batch, taken before the update, to whether it is done; one that is refused
             leaves the state as it is. The metrics then say `accepted`, 1 or 0.
+        noise: from all parameters, and u32[2], the update and the microbatch, to those that the loss is computed of.
     """
 
-    def gradients(params: Params, frozen: Params, micro: Any) -> tuple[Params, tuple[jax.Array, Metrics]]:
+    def gradients(
+        params: Params, frozen: Params, micro: Any, place: jax.Array
+    ) -> tuple[Params, tuple[jax.Array, Metrics]]:
         def total(p: Params) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
-            loss, weight, metrics = objective(merge(p, frozen), micro)
+            whole = merge(p, frozen)
+            loss, weight, metrics = objective(whole if noise is None else noise(whole, place), micro)
             return loss, (weight, metrics)
 
         grads, aux = jax.grad(total, has_aux=True)(params)
         return jax.tree.map(lambda g: g.astype(jnp.float32), grads), aux
 
-    def accumulated(params: Params, frozen: Params, batch: Any) -> tuple[Params, tuple[jax.Array, Metrics]]:
-        first = jax.tree.map(lambda x: x[0], batch)
-        if jax.tree.leaves(batch)[0].shape[0] == 1:
-            return gradients(params, frozen, first)
+    def accumulated(
+        params: Params, frozen: Params, batch: Any, step: jax.Array
+    ) -> tuple[Params, tuple[jax.Array, Metrics]]:
+        count = jax.tree.leaves(batch)[0].shape[0]
+        places = jnp.stack(jnp.broadcast_arrays(step.astype(jnp.uint32), jnp.arange(count, dtype=jnp.uint32)), axis=1)
+        first = jax.tree.map(lambda x: x[0], (batch, places))
+        if count == 1:
+            return gradients(params, frozen, *first)
         # From zeros, so that the program holds one forward and backward pass: with the first one before the loop, the
         # compiler gives each of the two its own activations.
-        shapes = jax.eval_shape(gradients, params, frozen, first)
+        shapes = jax.eval_shape(gradients, params, frozen, *first)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return jax.lax.scan(
-            lambda total, micro: (jax.tree.map(jnp.add, total, gradients(params, frozen, micro)), None), zeros, batch
+            lambda total, given: (jax.tree.map(jnp.add, total, gradients(params, frozen, *given)), None),
+            zeros,
+            (batch, places),
         )[0]
 
     def step(state: TrainState, batch: Any, frozen: Params = {}) -> tuple[TrainState, Metrics]:  # noqa: B006
-        grads, (weight, metrics) = accumulated(state.params, frozen, batch)
+        grads, (weight, metrics) = accumulated(state.params, frozen, batch, state.step)
         grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-30), grads)
         norm = optax.tree.norm(grads)
         params, opt_state = apply_gradients(optimizer, grads, state.opt_state, state.params)

@@ -43,6 +43,7 @@ def _measure(args: argparse.Namespace, work: pathlib.Path) -> None:
 
     from sera_jax.checkpoint import Workdir, arrays
     from sera_jax.core import Stream, key_for
+    from sera_jax.data.packing import Layout
     from sera_jax.loops.runtime import Runtime
     from sera_jax.mesh import make_mesh, placed_shapes
     from sera_jax.models.decoder import abstract_params
@@ -60,8 +61,7 @@ def _measure(args: argparse.Namespace, work: pathlib.Path) -> None:
             workdir=Workdir(work, {}),
             writer=writer,
             seed=0,
-            row_tokens=64,
-            share_prompt=True,
+            layout=Layout(64),
             chunk_tokens=64,
             stop_ids=(2,),
         )

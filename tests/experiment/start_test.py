@@ -1,6 +1,7 @@
 """The models that a run starts from: what is stored under which name, and which two cannot be base and SFT model."""
 
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -19,9 +20,14 @@ from sera_jax.experiment.assembly import base_model, open_tokenizer
 from sera_jax.experiment.corpus import Corpus
 from sera_jax.experiment.methods import METHODS
 from sera_jax.experiment.start import starting_policy
+from sera_jax.export import main as export
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import init_params
-from sera_jax.models.huggingface import save_pretrained
+from sera_jax.models.huggingface import load_pretrained, save_pretrained
+from sera_jax.models.lora import Lora, init_adapters, merged
+from sera_jax.models.parts import merge, paths
+from sera_jax.models.peft import kernels_of, load_adapter, save_adapter
+from sera_jax.models.trained import Trained
 from tests.loops.tiny import one_device_runtime, tiny_config, tiny_srppo
 
 CFG = ModelConfig(
@@ -36,6 +42,9 @@ CFG = ModelConfig(
 )
 
 
+LORA = Lora(2, 6.0, kernels_of(CFG, ("q_proj", "v_proj")))
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Hugging Face folders: two models of one shape, a third of another."""
@@ -45,19 +54,22 @@ def folders(tmp_path_factory):
     for seed, (name, cfg) in enumerate({"base": CFG, "sft": CFG, "wide": small}.items()):
         save_pretrained(root / name, cfg, init_params(cfg, key_for(seed, Stream.INIT)), tokenizer_dir=tokenizer)
     shutil.copytree(root / "base", root / "copy")
+    fresh = init_adapters(LORA, init_params(CFG, key_for(0, Stream.INIT)), jax.random.key(1))
+    save_adapter(root / "adapter", CFG, LORA, jax.tree.map(lambda x: x + 0.1, fresh), base=str(root / "base"))
     return root
 
 
-def start(workdir, folders, *, base, sft, tiny=tiny_srppo):
+def start(workdir, folders, *, base, sft, tiny=tiny_srppo, lora=None):
     """(base, SFT) as policies, what was said, and the runtime."""
     names = {"model__model_name_or_path": base, "model__sft_model_path": sft}
     paths = {field: str(folders / name) for field, name in names.items() if name}
     config: Config = tiny(workdir, data__max_prompt_length=32, **paths)
     tokenizer = Tokenizer.load(folders / "tokenizer")
     cfg, make_base = base_model(config.model, tokenizer, config.seed)
+    cfg = dataclasses.replace(cfg, lora_scale=lora.scale) if lora else cfg
     words = Item("a", np.array([1, 4, 9, 5], np.int32), (np.array([10, 2], np.int32),))
     corpus = Corpus(tokenizer, "", [], [], [words] * 16, "data.demonstrations", [], [words] * 16, [], {}, [], None)
-    how = {"layout": Layout(128), "chunk_tokens": 64, "stop_ids": tokenizer.stop_ids}
+    how = {"layout": Layout(128), "chunk_tokens": 64, "stop_ids": tokenizer.stop_ids, "lora": lora}
     with one_device_runtime(workdir, cfg, **how) as run:
         return *starting_policy(config, run, corpus, make_base), run
 
@@ -107,6 +119,42 @@ def test_equal_weights_in_two_folders_are_refused_since_the_reward_would_be_noth
     with pytest.raises(ValueError, match=r"equals the base: .* 0 everywhere.*copy.*holds the weights of .*base"):
         start(tmp_path, folders, base="base", sft="copy")
     start(tmp_path / "sera", folders, base="base", sft="copy", tiny=tiny_config)
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_an_adapter_is_an_sft_model_over_the_base_or_merged_into_it(folders, tmp_path, lora):
+    base, sft, run = start(tmp_path, folders, base="base", sft="adapter", lora=lora)
+    assert base is not None
+    assert list(run.workdir.done) == ["base", "sft"]
+    kept = json.loads((sft.path / "params" / "checksums.json").read_text())
+    assert len(kept) == (4 if lora else len(paths(run.params(base)))), "adapters alone, or a whole model"
+    scaled = dataclasses.replace(CFG, lora_scale=LORA.scale)
+    there = load_pretrained(folders / "base")[1], load_adapter(folders / "adapter", CFG)[1]
+    wanted = paths(merged(scaled, merge(*there)))
+    found = paths(merged(scaled, run.params(sft)))
+    assert all((found[path] == leaf).all() for path, leaf in wanted.items())
+
+
+def test_sera_goes_on_with_an_adapter_and_holds_no_second_base(folders, tmp_path):
+    base, sft, run = start(tmp_path, folders, base="base", sft="adapter", tiny=tiny_config, lora=LORA)
+    assert base is None
+    assert sft.over is not None
+    assert run.over(sft, Trained(lora=LORA)) == sft.over
+
+
+def test_an_adapter_of_another_kind_is_refused_with_the_fields_that_would_do(folders, tmp_path):
+    other = dataclasses.replace(LORA, rank=4)
+    with pytest.raises(
+        ValueError, match=r"--config.lora.rank=2 --config.lora.alpha=6.0 .*=q_proj,v_proj .*lora.rank=0"
+    ):
+        start(tmp_path, folders, base="base", sft="adapter", lora=other)
+
+
+def test_an_adapter_is_a_policy_of_its_own_that_is_exported_whole(folders, tmp_path):
+    assert export([f"--checkpoint={folders / 'adapter'}", f"--out={tmp_path / 'whole'}", "--merged"]) == 0
+    scaled = dataclasses.replace(CFG, lora_scale=LORA.scale)
+    there = load_pretrained(folders / "base")[1], load_adapter(folders / "adapter", CFG)[1]
+    jax.tree.map(np.testing.assert_array_equal, load_pretrained(tmp_path / "whole")[1], merged(scaled, merge(*there)))
 
 
 def test_an_sft_model_of_another_shape_is_refused_before_any_weights_are_stored(folders, tmp_path):

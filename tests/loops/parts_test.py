@@ -51,6 +51,29 @@ def test_a_run_of_adapters_stopped_amid_a_round_ends_to_the_bit_as_one_that_was_
     assert run(tiny_config(tmp_path, train__save_steps=1, **SHORT))["params_sha256"] == whole["params_sha256"]
 
 
+def test_dropout_trains_other_adapters_and_a_stop_changes_nothing(adapted, tmp_path):
+    _, without = adapted
+    fields = SHORT | dict(lora__dropout=0.3, sera__rounds=1)
+    asked = iter(range(10**6))
+    whole = run(tiny_config(tmp_path / "whole", train__save_steps=1, **fields))["params_sha256"]
+    with pytest.raises(Preempted):
+        run(tiny_config(tmp_path / "cut", train__save_steps=1, **fields), stop_requested=lambda: next(asked) > 8)
+    assert run(tiny_config(tmp_path / "cut", train__save_steps=1, **fields))["params_sha256"] == whole
+    assert whole != without["params_sha256"]
+
+
+def test_the_last_layer_moves_alone_and_is_sampled_scored_and_exported(tmp_path):
+    made = run(tiny_config(tmp_path / "run", train__trainable=("layers/1/.*",), sera__rounds=2, world__pretrain=60))
+    assert made["params_sha256"]
+    policy = tmp_path / "run" / "phases" / "sera" / "round2"
+    assert all(path.startswith("layers/last/") for path in stored(policy))
+    assert export([f"--checkpoint={policy}", f"--out={tmp_path / 'whole'}"]) == 0
+    before = paths(find_policy(tmp_path / "run" / "phases" / "sft").params(mesh()))
+    for path, leaf in paths(load_pretrained(tmp_path / "whole")[1]).items():
+        assert (leaf[0] == before[path][0]).all(), path
+        assert not path.startswith("layers") or path.endswith("scale") or (leaf[1] != before[path][1]).any(), path
+
+
 def test_a_merged_export_is_the_policy_and_an_adapter_wants_its_base(adapted, tmp_path, capsys):
     root, _ = adapted
     policy = f"--checkpoint={root / 'phases' / 'sera' / 'round2'}"

@@ -28,9 +28,10 @@ from sera_jax.experiment.methods.sera import SERA, ranking_of
 from sera_jax.loops import review
 from sera_jax.loops import sera_study as study_module
 from sera_jax.loops.brake import brake
-from sera_jax.loops.runtime import NonFinite, PairShapes, Policy, Preempted
+from sera_jax.loops.runtime import NonFinite, Policy, Preempted
 from sera_jax.loops.sera import sera
 from sera_jax.loops.sera_study import SeraStudy
+from sera_jax.loops.shapes import PairShapes
 from sera_jax.losses.preference import resolve
 from sera_jax.mesh import make_mesh
 from sera_jax.training.optimizer import make_optimizer

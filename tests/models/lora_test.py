@@ -1,6 +1,7 @@
 """Adapters: nothing where they are off, a low-rank change of the kernels where they are on, and PEFT's folder."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -11,8 +12,8 @@ import pytest
 from sera_jax.core import Rows
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import hidden_states, init_params
-from sera_jax.models.lora import Lora, init_adapters, merged
-from sera_jax.models.parts import merge, nested, paths
+from sera_jax.models.lora import Lora, dropped, dropping, init_adapters, merged
+from sera_jax.models.parts import joined, merge, nested, paths
 from sera_jax.models.peft import kernels_of, load_adapter, save_adapter
 from sera_jax.models.trained import Trained, laid_over
 
@@ -125,3 +126,54 @@ def test_a_peft_folder_holds_the_adapters_to_the_bit(base, adapters, tmp_path):
     (folder / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     with pytest.raises(ValueError, match="use_dora=True is not supported"):
         load_adapter(folder, CFG)
+
+
+def test_dropout_keeps_the_mean_and_is_drawn_for_every_layer_and_kernel_anew():
+    x = jnp.ones((200, 50))
+    out = np.asarray(dropped(x, jax.random.key_data(jax.random.key(0)), 0.25))
+    assert set(np.unique(out)) == {0, np.float32(1 / 0.75)}
+    assert out.mean() == pytest.approx(1, abs=0.02)
+    two = dataclasses.replace(CFG, num_hidden_layers=2)
+    keyed = paths(dropping(LORA, init_params(two, jax.random.key(0)), jax.random.key(1)))
+    keys = np.concatenate([leaf for path, leaf in keyed.items() if path.endswith("lora_key")])
+    assert len(np.unique(keys, axis=0)) == len(keys) == 2 * len(LORA.kernels)
+
+
+def test_dropout_touches_adapters_alone_and_follows_its_key(base, adapters):
+    cfg = dataclasses.replace(CFG, lora_dropout=0.5)
+    whole = merge(base, adapters)
+    fresh = merge(base, init_adapters(LORA, base, jax.random.key(1)))
+    one, other = (functools.partial(dropping, LORA, key=jax.random.key(i)) for i in (1, 2))
+    np.testing.assert_array_equal(run(one(fresh), cfg), run(base), err_msg="b is 0: there is nothing to drop")
+    np.testing.assert_array_equal(run(one(whole), cfg), run(one(whole), cfg))
+    assert np.abs(run(one(whole), cfg) - run(other(whole), cfg)).max() > 1e-2
+    np.testing.assert_array_equal(run(whole, cfg), run(whole), err_msg="without a key nothing is dropped")
+
+
+DEEP = dataclasses.replace(CFG, num_hidden_layers=4)
+
+
+@pytest.mark.parametrize("remat", ["none", "groups"])
+@pytest.mark.parametrize("pattern", ["layers/(2|3)/.*", "layers/3/(q|up)/kernel", "layers/[0-3]/.*"])
+def test_last_layers_move_alone_and_the_model_stays_the_same_function(pattern, remat):
+    cfg = dataclasses.replace(DEEP, remat=remat)
+    whole = init_params(cfg, jax.random.key(3))
+    part, frozen = Trained((pattern,)).divide(whole)
+    assert all(leaf is paths(whole)[path] for path, leaf in paths(frozen).items()), "no copy of what does not move"
+    np.testing.assert_allclose(run(merge(part, frozen), cfg), run(whole, cfg), atol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, joined(laid_over(part, whole)), whole)
+
+    def loss(params):
+        return jnp.sum(jnp.sin(hidden_states(cfg, params, tokens())))
+
+    found = paths(jax.grad(lambda moving: loss(merge(moving, frozen)))(part))
+    wanted = paths(jax.grad(loss)(whole))
+    for path, leaf in found.items():
+        of_all = wanted[path.replace("/last/", "/block/")]
+        np.testing.assert_allclose(leaf, of_all[-leaf.shape[0] :], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", ["layers/0/.*", "layers/(1|3)/.*", "layers/3/q/kernel|layers/(2|3)/up/kernel"])
+def test_layers_that_are_not_the_last_are_refused(pattern):
+    with pytest.raises(ValueError, match="only the last layers can be trained alone, and as many of each"):
+        Trained((pattern,)).divide(init_params(DEEP, jax.random.key(0)))

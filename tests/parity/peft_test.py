@@ -35,8 +35,12 @@ SHAPE = dict(
     eos_token_id=None,
     pad_token_id=None,
 )
-FAMILIES = {"llama": {}, "qwen2": {}, "gemma2": dict(head_dim=16), "olmo2": {}}
-TARGETS = {"all": ("all-linear",), "attention": ("q_proj", "v_proj"), "a pattern": (r".*\.mlp\..*",)}
+FAMILIES = {"llama": {}, "qwen2": {}, "gemma2": dict(head_dim=16), "olmo2": {}, "phi3": {}, "gpt_neox": {}}
+TARGETS = {
+    "all": ("all-linear",),
+    "attention": (r".*\.(q_proj|v_proj|qkv_proj|query_key_value)",),
+    "mlp": (r".*\.mlp\..*",),
+}
 
 
 @pytest.fixture(params=FAMILIES, scope="module")
@@ -79,6 +83,9 @@ def test_peft_loads_ours(base, targets, use_rslora, tmp_path):
     fresh = init_adapters(lora, params, jax.random.key(0))
     adapters = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), fresh)
     save_adapter(tmp_path / "adapter", cfg, lora, adapters, base=str(base))
+    again, same = load_adapter(tmp_path / "adapter", cfg)
+    assert again == lora
+    jax.tree.map(np.testing.assert_array_equal, same, adapters)
     theirs = torch_logits(peft.PeftModel.from_pretrained(torch_model(base), tmp_path / "adapter").eval())
     assert np.abs(theirs - torch_logits(torch_model(base))).max() > 0.1  # the adapter does something
     applied = merge(params, adapters)

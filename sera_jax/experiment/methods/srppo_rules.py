@@ -29,6 +29,11 @@ def _check_demonstrations(config: Config) -> None:
             f"config.model.sft_model_path={model.sft_model_path!r} without config.model.model_name_or_path: the reward "
             "compares the SFT model with the base it was trained from; name that base"
         )
+    if config.lora.rank and not config.lora.alpha:
+        raise ValueError(
+            f"config.lora.rank={config.lora.rank} with config.lora.alpha=0: adapters that change nothing leave the SFT "
+            "model equal to the base, and the reward 0 everywhere; give an alpha above 0, or rank=0"
+        )
     if controls := [arm for arm in ("sft_longer", "sft_equal_compute") if arm in ppo.arms and model.sft_model_path]:
         raise ValueError(
             f"config.ppo.arms has {', '.join(controls)}, which train SFT from the base by config.sft, but the SFT "

@@ -1,0 +1,50 @@
+"""What a block is made of: norms and linear layers."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sera_jax.models.config import ModelConfig
+from sera_jax.models.lora import KEY, A, B, dropped
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm over the last axis, in float32."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        cfg, dtype = self.cfg, jnp.dtype(self.cfg.param_dtype)
+        scale = self.param("scale", nn.initializers.constant(1 - cfg.norm_offset), (x.shape[-1],), dtype)
+        wide, bias = x.astype(jnp.float32), None
+        if cfg.norm == "layernorm":
+            bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), dtype)
+            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + cfg.rms_norm_eps)
+        if cfg.norm == "rmsnorm" and not cfg.norm_offset:
+            return wide.astype(x.dtype) * scale.astype(x.dtype)
+        wide = wide * (scale.astype(jnp.float32) + cfg.norm_offset)
+        return (wide if bias is None else wide + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+class Linear(nn.Module):
+    cfg: ModelConfig
+    features: int
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init, dtype = nn.initializers.normal(self.cfg.initializer_range), jnp.dtype(self.cfg.param_dtype)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features), dtype)
+        y = x @ kernel.astype(x.dtype)
+        if self.has_variable("params", A):
+            a, b = (self.get_variable("params", name).astype(x.dtype) for name in (A, B))
+            if self.has_variable("params", KEY):
+                x = dropped(x, self.get_variable("params", KEY), self.cfg.lora_dropout)
+            y += self.cfg.lora_scale * ((x @ a) @ b)
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros, (self.features,), dtype).astype(x.dtype)
+        return y
