@@ -19,6 +19,7 @@ import pathlib
 import resource
 import tempfile
 import time
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -128,7 +129,8 @@ def main() -> None:
         measure(pathlib.Path(folder), args)
 
 
-def measure(folder: pathlib.Path, args: argparse.Namespace) -> None:
+def runtimes(folder: pathlib.Path, row_tokens: Sequence[int]) -> dict[int, Runtime]:
+    """By the length of their rows, in one work directory."""
     workdir = Workdir(folder, {})
     writer = MetricWriter(folder, tensorboard=False)
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
@@ -145,7 +147,11 @@ def measure(folder: pathlib.Path, args: argparse.Namespace) -> None:
             stop_ids=(STOP_ID,),
         )
 
-    runs = {T: runtime(T) for T in args.row_tokens}
+    return {T: runtime(T) for T in row_tokens}
+
+
+def measure(folder: pathlib.Path, args: argparse.Namespace) -> None:
+    runs = runtimes(folder, args.row_tokens)
     first = runs[args.row_tokens[0]]
     base, sft = first.store("base", {}, base_params), first.store("sft", {}, sft_params)
     works = {(T, n): Iterating(run, base, sft, n) for T, run in runs.items() for n in args.num_mini_batches}

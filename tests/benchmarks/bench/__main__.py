@@ -1,0 +1,197 @@
+"""The same work by sera_jax and its peers, in turns; a table, and the same as JSON.
+
+    python -m tests.benchmarks.bench [--works W1 W2] [--repeats 5] [--check] [--json bench.json]
+
+Every worker is a process of its own with its model loaded; rounds are asked for in turn, so that a busy machine slows
+all alike. Before anything is timed the workers' numbers are compared (log-probs, greedy tokens). A round during which other
+processes took more than a tenth of the cores is busy: their number stands beside the row.
+
+tokens/s count real tokens, a prompt once per response; the ratio is ours to the best peer's, above 1 is faster. `peak`
+is the most memory that the worker's process had. --check ends with 1 where a goal is missed. A peer that cannot be
+imported is left out by name; so is work whose environment variables are not set (`works.Bench.needs`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+from tests.benchmarks.bench.works import BENCHES
+
+OURS, PEERS = "ours", ("trl_peer",)
+BUSY = 0.1  # of the cores, by other processes
+AGREE = 2e-3  # relative, of log-probs of whole responses in float32
+
+
+class Worker:
+    """A process, asked by lines."""
+
+    def __init__(self, module: str, work: str, inputs: pathlib.Path) -> None:
+        command = [sys.executable, "-m", "tests.benchmarks.bench.worker", module, work, str(inputs)]
+        self.module, self.log = module, tempfile.TemporaryFile("w+")  # noqa: SIM115, as long as the process
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
+        )
+        self.rounds: list[dict[str, Any]] = []
+        self.name = self._line()["name"]
+
+    def ask(self, what: str) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        before = _used()
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        found = self._line()
+        used = _used() - before - found["cpu"]
+        return found | {"busy": used > BUSY * found["seconds"] * (os.cpu_count() or 1)}
+
+    def _line(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if line:
+            return json.loads(line)
+        self.log.seek(0)
+        raise RuntimeError(f"{self.module} ended: {self.log.read().strip().splitlines()[-1:]}")
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def _used() -> float:
+    """Seconds that all cores were busy since the machine started; 0 where that is not known."""
+    try:
+        user, nice, system, *_ = map(int, pathlib.Path("/proc/stat").read_text().splitlines()[0].split()[1:])
+    except OSError:
+        return 0.0
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK")
+
+
+def measure(name: str, inputs: pathlib.Path, repeats: int) -> dict[str, Any]:
+    """A row of the table."""
+    workers: list[Worker] = []
+    try:
+        for module in (OURS, *PEERS):
+            try:
+                workers.append(Worker(module, name, inputs))
+            except RuntimeError as error:
+                if module == OURS:
+                    raise
+                print(f"{name}: left out: {error}", flush=True)
+        checks = [worker.ask("check") for worker in workers]
+        apart = max((_apart(checks[0]["values"], other["values"]) for other in checks[1:]), default=0.0)
+        if apart > AGREE:
+            raise SystemExit(
+                f"{name}: the workers differ by {apart:.1e} (relative), more than {AGREE}: nothing is timed"
+            )
+        peaks = []
+        for _ in range(repeats):
+            peaks.append(workers[0].ask("peak"))
+            for worker in workers:
+                worker.rounds.append(worker.ask("round"))
+        return _row(name, workers, checks, peaks, apart)
+    finally:
+        for worker in workers:
+            worker.end()
+
+
+def _apart(ours: list[float], theirs: list[float]) -> float:
+    scale = max(max(map(abs, ours)), 1e-9)
+    return max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) / scale
+
+
+def _row(
+    name: str, workers: list[Worker], checks: list[dict[str, Any]], peaks: list[dict[str, Any]], apart: float
+) -> dict[str, Any]:
+    rate = BENCHES[name].unit == "tokens/s"
+
+    def figure(one: dict[str, Any]) -> float:
+        return (
+            one["tokens"] / one["seconds"] if rate else one["seconds"] / (1 if name == "W5" else one.get("repeats", 1))
+        )
+
+    found = {}
+    for worker, check in zip(workers, checks, strict=True):
+        figures = [figure(one) for one in worker.rounds]
+        found[worker.module] = {
+            "name": worker.name,
+            "median": statistics.median(figures),
+            "least": min(figures),
+            "most": max(figures),
+            "first_call_s": check["seconds"],
+            "peak_mb": max(one["peak_mb"] for one in worker.rounds),
+            "busy_rounds": sum(one["busy"] for one in worker.rounds),
+        }
+    ours, peers = found[OURS], [found[m] for m in found if m != OURS]
+    ratio = memory = None
+    if peers:
+        best = (max if rate else min)(peer["median"] for peer in peers)
+        ratio = ours["median"] / best if rate else best / ours["median"]
+        memory = ours["peak_mb"] / min(peer["peak_mb"] for peer in peers)
+    return {
+        "work": name,
+        "what": BENCHES[name].what,
+        "unit": BENCHES[name].unit,
+        "goal": BENCHES[name].goal,
+        "ratio": ratio,
+        "memory_ratio": memory,
+        "apart": apart,
+        "matmul_gflops": statistics.median(one["matmul_gflops"] for one in peaks),
+        "bandwidth_gbs": statistics.median(one["bandwidth_gbs"] for one in peaks),
+        "workers": found,
+    }
+
+
+def _print(row: dict[str, Any]) -> None:
+    print(f"{row['work']}: {row['what']} ({row['unit']})", flush=True)
+    for module, one in row["workers"].items():
+        busy = f", {one['busy_rounds']} busy rounds" if one["busy_rounds"] else ""
+        print(
+            f"  {one['name'] if module != OURS else 'sera_jax':62}{one['median']:10.2f} ({one['least']:.2f} to "
+            f"{one['most']:.2f}), first call {one['first_call_s']:.0f} s, peak {one['peak_mb']:.0f} MB{busy}"
+        )
+    if row["ratio"] is not None:
+        reached = "reached" if row["ratio"] >= row["goal"] else "missed"
+        print(f"  ratio {row['ratio']:.2f}, goal {row['goal']}: {reached}; memory ratio {row['memory_ratio']:.2f}")
+    print(f"  float32 matmul {row['matmul_gflops']:.0f} GFLOP/s, vectors {row['bandwidth_gbs']:.1f} GB/s", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--works", nargs="+", choices=BENCHES, default=list(BENCHES))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", default="", help="where the figures are written")
+    parser.add_argument("--check", action="store_true", help="end with 1 where a ratio misses its goal")
+    args = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = pathlib.Path(folder)
+        subprocess.run(
+            [sys.executable, "-c", "import pathlib, sys; from tests.benchmarks.bench import ours;"
+             "ours.make_inputs(pathlib.Path(sys.argv[1]))", folder], check=True)  # fmt: skip
+        for name in args.works:
+            if absent := [variable for variable in BENCHES[name].needs if not os.environ.get(variable)]:
+                print(f"{name}: left out: {', '.join(absent)} is not set", flush=True)
+                continue
+            start = time.monotonic()
+            rows.append(measure(name, inputs, args.repeats))
+            rows[-1]["took_s"] = time.monotonic() - start
+            _print(rows[-1])
+    if args.json:
+        pathlib.Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    missed = [row["work"] for row in rows if row["ratio"] is None or row["ratio"] < row["goal"]]
+    if args.check and missed:
+        print(f"missed: {', '.join(missed)}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
