@@ -4,6 +4,7 @@
 PYTHON ?= python3
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
+ARGS ?=
 
 VENV := .venv
 PARITY := .venv-parity
@@ -13,7 +14,7 @@ PIP_INSTALL = -m pip install --disable-pip-version-check --prefer-binary --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env quickstart test slow parity check format docs clean
+.PHONY: help env quickstart test slow parity bench check format docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -31,6 +32,9 @@ slow: $(VENV)/test-$(VERSION).stamp ## run the slow tests: kills, several device
 
 parity: $(PARITY)/parity-$(VERSION).stamp ## compare with PyTorch implementations, in an environment of their own
 	$(PARITY)/bin/python -m pytest tests/parity $(PYTEST_FLAGS)
+
+bench: $(PARITY)/parity-$(VERSION).stamp ## time the same work by ours and by its peers, in turns: ARGS="--works W1 --check"
+	$(PARITY)/bin/python -m tests.benchmarks.bench $(ARGS)
 
 check: $(VENV)/test-$(VERSION).stamp ## formatting, lint, types
 	@failed=0; \

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.bench [--works W1 W2] [--repeats 5] [--check] [--json bench.json]
 
 Every worker is a process of its own with its model loaded; rounds are asked for in turn, so that a busy machine slows
-all alike. Before anything is timed the workers' numbers are compared (log-probs, greedy tokens). A round during which other
-processes took more than a tenth of the cores is busy: their number stands beside the row.
+all alike. Before anything is timed the workers' numbers are compared (log-probs, greedy tokens). A round during which
+other processes took more than a tenth of the cores is busy: their number stands beside the row.
 
 tokens/s count real tokens, a prompt once per response; the ratio is ours to the best peer's, above 1 is faster. `peak`
 is the most memory that the worker's process had. --check ends with 1 where a goal is missed. A peer that cannot be

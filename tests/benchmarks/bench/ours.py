@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import tempfile
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,8 +25,10 @@ from sera_jax.training.objectives import align_objective
 from sera_jax.training.optimizer import make_optimizer
 from sera_jax.training.score import make_score, place_rows
 from sera_jax.training.step import abstract_state, init_state, make_step, microbatches_for, place_batch
+from tests.benchmarks import ppo_speed
 from tests.benchmarks.bench import works
 from tests.benchmarks.bench.works import Pair, Work
+from tests.benchmarks.training_speed import matmul_peak
 
 NAME = f"sera_jax (jax {jax.__version__})"
 ROW, SCORE_TOKENS = 1024, 16384
@@ -141,6 +145,25 @@ class Sampling:
         return {"tokens": sum(len(sample.tokens) for sample in samples)}
 
 
+class Ppo:
+    """The shipped iteration, which also scores the base, in one minibatch and one epoch."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        (run,) = ppo_speed.runtimes(pathlib.Path(self.folder.name), [works.PPO_ROW]).values()
+        base, sft = run.store("base", {}, ppo_speed.base_params), run.store("sft", {}, ppo_speed.sft_params)
+        self.iterating = ppo_speed.Iterating(run, base, sft, 1)
+
+    def check(self) -> list[float]:
+        for _ in range(ppo_speed.WARM_UP):
+            self.iterating.next()
+        return []
+
+    def round(self) -> dict[str, float]:
+        self.iterating.next()
+        return {"tokens": self.iterating.tokens()}
+
+
 def _smollm2() -> Dpo:
     pairs = works.polite_pairs()
     return Dpo(
@@ -154,6 +177,7 @@ WORKS: dict[str, Any] = {
     "W2": Scoring,
     "W3": lambda folder: Sampling(folder, 1.0),
     "W3p": lambda folder: Sampling(folder, 0.9),
+    "W4": Ppo,
     "W5": lambda folder: Dpo(
         folder, works.hh_pairs(), batch=works.REAL_BATCH, row=works.REAL_ROW, in_step=False, epoch=True
     ),
@@ -176,9 +200,6 @@ def make_inputs(folder: pathlib.Path) -> None:
 
 def peak() -> dict[str, float]:
     """GFLOP/s of a square float32 matmul, and GB/s of adding two long vectors."""
-    import time
-
-    from tests.benchmarks.training_speed import matmul_peak
 
     add = jax.jit(lambda a, b: a + b)
     a = jax.numpy.ones(2**26, jax.numpy.float32)
