@@ -1,20 +1,28 @@
 """Runs that train a part: policies hold that part alone, the base stays, and a stop changes nothing."""
 
+import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
 
+from sera_jax.config import SamplingGroup, TrainGroup
+from sera_jax.core import Stream, key_for
+from sera_jax.data.items import Item
 from sera_jax.experiment import run
 from sera_jax.experiment.saved import find_policy
 from sera_jax.export import main as export
 from sera_jax.loops.runtime import Preempted
+from sera_jax.loops.sft import sft
 from sera_jax.mesh import make_mesh
+from sera_jax.models.config import ModelConfig
+from sera_jax.models.decoder import init_params
 from sera_jax.models.huggingface import load_pretrained
-from sera_jax.models.lora import merged
-from sera_jax.models.parts import paths
-from tests.loops.tiny import tiny_config, tiny_srppo
+from sera_jax.models.lora import Lora, merged
+from sera_jax.models.parts import joined, paths
+from sera_jax.models.peft import kernels_of
+from tests.loops.tiny import one_device_runtime, tiny_config, tiny_srppo
 
 SHORT = dict(lora__rank=4, sera__rounds=2, world__pretrain=60)
 
@@ -51,27 +59,55 @@ def test_a_run_of_adapters_stopped_amid_a_round_ends_to_the_bit_as_one_that_was_
     assert run(tiny_config(tmp_path, train__save_steps=1, **SHORT))["params_sha256"] == whole["params_sha256"]
 
 
-def test_dropout_trains_other_adapters_and_a_stop_changes_nothing(adapted, tmp_path):
-    _, without = adapted
-    fields = SHORT | dict(lora__dropout=0.3, sera__rounds=1)
+DEEP = ModelConfig(
+    vocab_size=64,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    initializer_range=0.3,
+)
+ITEMS = [Item(str(i), np.array([1, 4, 9 + i], np.int32), (np.array([10 + i, 2], np.int32),)) for i in range(8)]
+
+
+def trained_part(folder, cfg=DEEP, lora=None, stop=lambda: False, **group):
+    """(base, trained policy, all its parameters) of six updates of SFT."""
+    with one_device_runtime(folder, cfg, lora=lora, stop_requested=stop) as run:
+        base = run.store("base", {}, lambda: jax.jit(init_params, static_argnums=0)(DEEP, key_for(0, Stream.INIT)))
+        policy = sft(run, "sft", base, ITEMS, TrainGroup(batch_size=4, max_steps=6, learning_rate=1e-2, **group))
+        return paths(run.load(base)), policy, run.load(policy)
+
+
+def test_dropout_trains_other_adapters_and_a_stop_changes_nothing(tmp_path):
+    def train(name, dropout, **how):
+        lora = Lora(2, 4.0, kernels_of(DEEP, ("all-linear",)), dropout=dropout)
+        cfg = dataclasses.replace(DEEP, lora_scale=lora.scale, lora_dropout=dropout)
+        return trained_part(tmp_path / name, cfg, lora, save_steps=1, **how)[1].digest
+
     asked = iter(range(10**6))
-    whole = run(tiny_config(tmp_path / "whole", train__save_steps=1, **fields))["params_sha256"]
+    whole = train("whole", 0.3)
     with pytest.raises(Preempted):
-        run(tiny_config(tmp_path / "cut", train__save_steps=1, **fields), stop_requested=lambda: next(asked) > 8)
-    assert run(tiny_config(tmp_path / "cut", train__save_steps=1, **fields))["params_sha256"] == whole
-    assert whole != without["params_sha256"]
+        train("cut", 0.3, stop=lambda: next(asked) > 2)
+    assert train("cut", 0.3) == whole != train("without", 0.0)
 
 
-def test_the_last_layer_moves_alone_and_is_sampled_scored_and_exported(tmp_path):
-    made = run(tiny_config(tmp_path / "run", train__trainable=("layers/1/.*",), sera__rounds=2, world__pretrain=60))
-    assert made["params_sha256"]
-    policy = tmp_path / "run" / "phases" / "sera" / "round2"
-    assert all(path.startswith("layers/last/") for path in stored(policy))
-    assert export([f"--checkpoint={policy}", f"--out={tmp_path / 'whole'}"]) == 0
-    before = paths(find_policy(tmp_path / "run" / "phases" / "sft").params(mesh()))
-    for path, leaf in paths(load_pretrained(tmp_path / "whole")[1]).items():
+def test_the_last_layer_moves_alone_and_is_scored_and_sampled_as_the_whole_model_would_be(tmp_path):
+    before, policy, params = trained_part(tmp_path, trainable=("layers/1/.*",))
+    assert all("last" in path for path in stored(policy.path))
+    whole = joined(params)
+    for path, leaf in paths(whole).items():
         assert (leaf[0] == before[path][0]).all(), path
-        assert not path.startswith("layers") or path.endswith("scale") or (leaf[1] != before[path][1]).any(), path
+        assert path.startswith("layers/") == bool((leaf != before[path]).any()), path
+    with one_device_runtime(tmp_path / "other", DEEP) as run:
+        alike = run.store("whole", {}, lambda: whole)
+        np.testing.assert_allclose(
+            *(np.stack(run.score(f"{p.name}/items", p, ITEMS)) for p in (policy, alike)), atol=1e-5
+        )
+        how = SamplingGroup(max_new_tokens=4, slots=4)
+        drawn = [[s.tokens.tolist() for s in run.generate(p, ITEMS, 1, how, round_=0)] for p in (params, whole)]
+        assert drawn[0] == drawn[1]
 
 
 def test_a_merged_export_is_the_policy_and_an_adapter_wants_its_base(adapted, tmp_path, capsys):
