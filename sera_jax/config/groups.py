@@ -37,6 +37,8 @@ class DataGroup:
     thoughts: <think>...</think> at the start of an answer: `keep` trains on it as generation would write it, `drop`
         leaves it (and fields such as reasoning_content) out, `refuse` counts the row as bad.
     prompts: what bootstrapping samples on (empty: the prompts of `train`); new prompts of PPO, see ppo.prompt_overlap.
+    benchmarks: files of prompts to be answered later (IFEval, GSM8K's test), read by the same forms: how many of them
+        stand in rows that are trained on is counted and said, and changes nothing else.
     """
 
     train: str = ""
@@ -44,6 +46,7 @@ class DataGroup:
     demonstrations: str = ""
     pretrain: str = ""
     prompts: str = ""
+    benchmarks: tuple[str, ...] = ()
     eval_fraction: float = within(0.1, 0, 0.9)
     split_seed: int = at_least(0, 0)
     max_prompt_length: int = at_least(512, 1)
