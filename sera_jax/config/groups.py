@@ -46,7 +46,7 @@ class DataGroup:
     demonstrations: str = ""
     pretrain: str = ""
     prompts: str = ""
-    benchmarks: tuple[str, ...] = ()
+    benchmarks: str = ""
     eval_fraction: float = within(0.1, 0, 0.9)
     split_seed: int = at_least(0, 0)
     max_prompt_length: int = at_least(512, 1)

@@ -102,13 +102,11 @@ def _write_world(spec: world.WorldSpec, folder: pathlib.Path) -> None:
 
 def check_sources(data: DataGroup, model: ModelGroup) -> None:
     """Refuse what is not there before anything is read: a missing last source would cost the reading of the others."""
-    for name in SOURCES:
+    for name in (*SOURCES, "benchmarks"):
         spec = getattr(data, name)
         for path, _ in parse_mixture(spec, field=f"config.data.{name}") if spec else ():
             if "://" not in path and not is_there(path):
                 raise ValueError(f"config.data.{name}={spec!r}: {path!r} does not exist; give the path of a file")
-    for path in (path for path in data.benchmarks if not is_there(path)):
-        raise ValueError(f"config.data.benchmarks: {path!r} does not exist; give the path of a file, or take it out")
     for name in ("model_name_or_path", "sft_model_path"):
         path = getattr(model, name)
         try:

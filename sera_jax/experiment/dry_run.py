@@ -81,7 +81,8 @@ def look(
         reader = functools.partial(_Noting, sources=sources, stop_requested=stop_requested)
         corpus = read_corpus(config, workdir, notes.append, reader)
         looked = read_json(workdir.root / "data" / overlaps.RECORD)["facts"]
-        notes.remove("\n".join(overlaps.in_words(looked)))  # shown with examples
+        said = [overlaps.in_words(looked, group) for group in overlaps.groups(looked)]
+        notes = [line for line in notes if line not in said]  # they are shown with examples
         facts = _facts(config, corpus, sources, notes) | {"contamination": looked}
     return _renamed(facts, folder, config.workdir)
 

@@ -57,14 +57,16 @@ def _lengths(facts: Facts) -> str:
 
 
 def _found(facts: Facts) -> Iterator[str]:
-    yield from overlaps.in_words(facts)
-    for field, source in facts.items():
-        for example in (one for found in source["found"].values() for one in found["examples"]):
-            how = "" if example["by"] == "exact" else f": {example['words']}"
-            what = f"{example['prompt']} {_quoted(example['says'])}"
-            yield f"  {what} stands in {field} at {example['row']} ({example['by']}{how})"
+    for group in overlaps.groups(facts):
+        yield overlaps.in_words(facts, group)
+        for field, source in sorted(facts.items()):
+            for example in source["found"][group]["examples"]:
+                how = "exactly" if example["by"] == "exact" else f"by {example['words']!r}"
+                what = f"{example['prompt']} {_quoted(example['says'])}"
+                yield f"    {what} in data.{field} at {example['row']}, {how}"
+    for field, source in sorted(facts.items()):
         if again := source["rows"] - source["prompts"]:
-            yield f"{field}: {again} of {source['rows']} rows repeat the prompt of an earlier one"
+            yield f"data.{field}: {again} of {source['rows']} rows repeat the prompt of an earlier one"
 
 
 def _trainings(facts: Facts) -> str:

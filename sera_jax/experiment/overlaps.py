@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from sera_jax import hosts
-from sera_jax.checkpoint.phases import digest_of, read_json, write_json
+from sera_jax.checkpoint.phases import digest_of, is_whole, read_json, sealed, write_json
 from sera_jax.config import DataGroup
 from sera_jax.data.chat import Prompt
 from sera_jax.data.choices import split_heldout
@@ -77,22 +77,23 @@ class Looking:
                 yield "held-out prompts", where, record.prompt
 
     def benchmarks(self) -> Iterator[tuple[str, str, Prompt]]:
-        for spec in self.data.benchmarks:
-            for where, record in self.rows("benchmarks", spec, PARSERS["prompt"], whole=True):
-                yield spec, where, record.prompt
+        spec = self.data.benchmarks
+        for name, weight in parse_mixture(spec, field="data.benchmarks") if spec else ():
+            for where, record in self.rows("benchmarks", f"{name}={weight!r}", PARSERS["prompt"], whole=True):
+                yield name, where, record.prompt
 
     def inputs(self) -> Facts:
         """All that the facts depend on."""
         data = self.data
-        specs = {field: getattr(data, field) for field in ("eval", *self.sources) if getattr(data, field)}
-        specs |= {f"benchmark {i}": spec for i, spec in enumerate(data.benchmarks)}
+        fields = ("eval", "benchmarks", *self.sources)
+        specs = {field: getattr(data, field) for field in fields if getattr(data, field)}
         specs |= {"heldout_prompts": self.heldout_prompts} if self.heldout_prompts else {}
         contents = {
             field: [[content_hash(name), weight] for name, weight in parse_mixture(spec)]
             for field, spec in specs.items()
         }
         how = [data.eval_fraction, data.split_seed, data.columns, data.thoughts, self.seed]
-        return {"version": VERSION, "contents": contents, "names": data.benchmarks, "how": how}
+        return {"version": VERSION, "contents": contents, "names": specs, "how": how}
 
 
 def look(looking: Looking) -> Facts:
@@ -125,31 +126,34 @@ def remembered(looking: Looking, root: pathlib.Path) -> Facts:
     def on_first() -> Facts:
         path, asked = root / "data" / RECORD, digest_of(looking.inputs())
         known = read_json(path)
-        if known.get("inputs") == asked and isinstance(known.get("facts"), dict):
+        if is_whole(known) and known.get("inputs") == asked:
             return known["facts"]
         facts = look(looking)
-        write_json(path, {"inputs": asked, "facts": facts})
+        write_json(path, sealed({"inputs": asked, "facts": facts}))
         return facts
 
     return hosts.on_first(on_first)
 
 
-def in_words(facts: Facts) -> list[str]:
-    """A line for each kind of sought prompts, and one for each source in which some are found."""
-    groups: dict[str, int] = {}
-    for source in facts.values():
-        groups |= {group: found["prompts"] for group, found in source["found"].items()}
-    lines = []
-    for group, prompts in groups.items():
-        hits = [
-            f"  {found['exact']} exactly and {found['ngram']} by 13 words in {found['rows']} rows of data.{field}"
-            + (f" ({found['common']} more by common phrases alone)" if found["common"] else "")
-            for field, source in facts.items()
-            if (found := source["found"][group])["exact"] or found["ngram"] or found["common"]
-        ]
-        none = "" if hits else ": none stands in rows that are trained on"
-        lines += [f"{prompts} prompts of {group}{none or ', of which stand in rows that are trained on'}", *hits]
-    return lines
+def groups(facts: Facts) -> dict[str, int]:
+    """Where the sought prompts come from, by name, and how many each has."""
+    found = [source["found"] for source in facts.values()]
+    return {name: group["prompts"] for source in found[:1] for name, group in sorted(source.items())}
+
+
+def in_words(facts: Facts, group: str) -> str:
+    """A line on the prompts of a group, and one for each source in which some are found."""
+    lines = [f"{groups(facts)[group]} prompts of {group}: none stands in rows that are trained on"]
+    for field, source in sorted(facts.items()):
+        found = source["found"][group]
+        if found["exact"] or found["ngram"] or found["common"]:
+            lines[0] = f"{found['prompts']} prompts of {group}, of which stand in rows that are trained on"
+            phrases = f" ({found['common']} more by common phrases alone)" if found["common"] else ""
+            lines.append(
+                f"  {found['exact']} exactly and {found['ngram']} by 13 words, in {found['rows']} of {source['rows']} "
+                f"rows of data.{field}{phrases}"
+            )
+    return "\n".join(lines)
 
 
 def counts(facts: Facts) -> dict[str, dict[str, dict[str, int]]]:
@@ -166,5 +170,6 @@ def counts(facts: Facts) -> dict[str, dict[str, dict[str, int]]]:
 def said(looking: Looking, root: pathlib.Path, say: Callable[[str], None]) -> Facts:
     """`remembered`, said in lines; the counts alone."""
     facts = remembered(looking, root)
-    say("\n".join(in_words(facts)))
+    for group in groups(facts):
+        say(in_words(facts, group))
     return counts(facts)
