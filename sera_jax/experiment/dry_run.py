@@ -89,7 +89,7 @@ def look(
 
 @dataclasses.dataclass(frozen=True)
 class _Noting(Reader):
-    """A reader that keeps what a report says, in place of saying it."""
+    """A reader that keeps what the report on each source says, in place of saying it, and how long its rows are."""
 
     sources: list[Facts] = dataclasses.field(default_factory=list)
     stop_requested: Callable[[], bool] = lambda: False
@@ -98,10 +98,11 @@ class _Noting(Reader):
         if self.stop_requested():
             raise Preempted("stopped; a dry run leaves nothing behind")
         measured = lengths.Measured(self.tokenizer)
-        rows, report = load(spec, measured, name=name, **self.options)
-        limits = self.options["limits"]
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Reader)}
+        rows = Reader(**fields | {"tokenizer": measured, "say": lambda text: None})(load, spec, name)
+        limits, report = self.options["limits"], read_json(self.options["workdir"] / "data" / f"{name}.json")
         table = measured.table(limits.max_prompt_length, limits.max_completion_length)
-        self.sources.append(dataclasses.asdict(report) | {"lengths": table})
+        self.sources.append(report | {"lengths": table})
         return rows
 
 

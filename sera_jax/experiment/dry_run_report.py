@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +14,6 @@ from sera_jax.experiment import overlaps
 Facts = dict[str, Any]
 SHOWN = 400  # letters of a text
 SEAM = 3  # tokens on each side of where an answer begins
-_FORMS = ("bad", "dropped", "noted")
 
 
 def as_text(facts: Facts) -> str:
@@ -31,8 +31,8 @@ def as_text(facts: Facts) -> str:
 
 
 def _source(source: Facts) -> str:
-    fields = {name: value for name, value in source.items() if name != "lengths"}
-    for kind in _FORMS:
+    fields = {field.name: source[field.name] for field in dataclasses.fields(LoadReport)}
+    for kind in ("bad", "dropped", "noted"):
         fields[kind] = {reason: Count(**count) for reason, count in source[kind].items()}
     return LoadReport(**fields).table()
 

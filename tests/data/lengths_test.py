@@ -7,6 +7,7 @@ import pytest
 
 from sera_jax import world
 from sera_jax.data import lengths
+from sera_jax.data.items import PairItem
 from sera_jax.data.loading import Limits, load_demonstrations, load_preferences, load_pretrain
 from sera_jax.data.tokenizing import Tokenizer
 
@@ -37,7 +38,7 @@ def test_what_is_measured_is_the_length_of_every_item_before_it_is_cut(tokenizer
         file.write_text("".join(json.dumps(row) + "\n" for row in rows[kind]))
         measured, cut = lengths.Measured(tokenizer), lengths.Measured(tokenizer)
         entries, _ = load(str(file), measured, limits=Limits(64, 64, 256))
-        items = [getattr(entry, "item", entry) for entry in entries]
+        items = [entry.item if isinstance(entry, PairItem) else entry for entry in entries]
         load(str(file), cut, limits=Limits(8, 5, 256), max_bad_fraction=1.0)
         assert (measured.prompts, measured.sides) == (cut.prompts, cut.sides)
         assert measured.prompts == [len(item.prompt) for item in items]

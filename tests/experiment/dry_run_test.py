@@ -2,15 +2,16 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
 import pytest
 
+from sera_jax import hosts, main
 from sera_jax.checkpoint import StaleWorkdir, Workdir
 from sera_jax.config import to_dict
 from sera_jax.data.batches import ItemLoader, PairLoader
@@ -94,9 +95,11 @@ def test_the_boundaries_and_masks_shown_are_those_of_the_rows_that_training_gets
     assert {"base model", "SFT"} < {training["what"] for training in shown}
     for training in shown:
         entries = list(entries_of(corpus, training))[: dry_run.ROWS]
-        loader = ItemLoader if isinstance(entries[0], Item) else PairLoader
-        batch = loader(entries, Layout(config.data.row_tokens), batch_size=len(entries), seed=0).batch(0)
-        rows = batch.rows if isinstance(entries[0], Item) else batch.batch.rows
+        layout, how = Layout(config.data.row_tokens), {"batch_size": len(entries), "seed": 0}
+        if isinstance(entries[0], Item):
+            rows = ItemLoader(entries, layout, **how).batch(0).rows
+        else:
+            rows = PairLoader(entries, layout, **how).batch(0).batch.rows
         trained = [
             rows.target[r][rows.slot[r] == k].tolist()
             for r in range(len(rows.slot))
@@ -200,15 +203,18 @@ def test_what_a_run_refuses_is_refused_and_a_signal_is_heard(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_the_command_prints_one_object_and_of_several_processes_the_first_does(tmp_path):
-    command = [sys.executable, "-m", "sera_jax.main", *tiny_flags(tmp_path / "run")]
-    joined = ["--coordinator_address=localhost:1", "--num_processes=2", "--process_id=1", "--dry_run"]
-    given = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
-    running = [subprocess.Popen([*command, *flags], **given) for flags in (["--dry_run=json"], joined)]
-    (out, err), (nothing, said) = [process.communicate(timeout=300) for process in running]
-    assert [process.returncode for process in running] == [0, 0], err + said
-    facts = json.loads(out)
-    assert facts == json.loads(json.dumps(dry_run.look(tiny_config(tmp_path / "run"))))
-    assert nothing == ""
-    assert "process 1 of 2: the first one does the dry run" in said
+def test_the_command_prints_one_object_and_leaves_nothing(tmp_path):
+    command = [sys.executable, "-m", "sera_jax.main", *tiny_flags(tmp_path / "run"), "--dry_run=json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == json.loads(json.dumps(dry_run.look(tiny_config(tmp_path / "run"))))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_several_processes_the_first_one_prints(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hosts, "place", lambda *given: hosts.Hosts(1, 2))
+    for flag in ("_COORDINATOR", "_PROCESSES", "_PROCESS"):
+        monkeypatch.setattr(main, flag, types.SimpleNamespace(value=None))
+    main.dry_run(tiny_config(tmp_path / "run"), lambda: False)
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "process 1 of 2: the first one does the dry run\n")
