@@ -20,6 +20,7 @@ FREE: tuple[str, ...] = (
 YOUNGER: dict[str, Any] = {
     "data.columns": "",
     "data.thoughts": "keep",
+    "data.pairs": "best_worst",
     "lora.rank": 0,
     "lora.alpha": 32.0,  # read where there is a rank, as the others
     "lora.target_modules": ["all-linear"],

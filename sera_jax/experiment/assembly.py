@@ -65,7 +65,7 @@ def read_corpus(
     options: dict[str, Any] = {
         "limits": limits,
         "max_bad_fraction": data.max_bad_fraction,
-        "reading": Reading(data.columns, data.thoughts),
+        "reading": Reading(data.columns, data.thoughts, data.pairs),
         "workdir": workdir.root,
         "seed": config.seed,
     }
@@ -131,7 +131,7 @@ def open_tokenizer(data: DataGroup, model: ModelGroup, workdir: Workdir, method:
     kind, fields = method.texts
     sources = {field: getattr(data, field) for field in fields}
 
-    reading = Reading(data.columns, data.thoughts)
+    reading = Reading(data.columns, data.thoughts, data.pairs)
 
     def texts() -> Iterator[str]:
         for field, spec in sources.items():
@@ -148,7 +148,7 @@ def open_tokenizer(data: DataGroup, model: ModelGroup, workdir: Workdir, method:
 
     contents = {field: _contents(spec, f"config.data.{field}") for field, spec in sources.items()}
     inputs = sources | {"vocab_size": model.vocab_size, "contents": contents}
-    inputs |= {} if reading == Reading() else {"reading": dataclasses.asdict(reading)}
+    inputs |= {} if reading == Reading() else {"reading": reading.named()}
     folder = workdir.phase("tokenizer", inputs, produce, alone=True).path / "tokenizer"
     return Tokenizer.load(folder, data.chat_template, add_bos=data.add_bos), str(folder)
 

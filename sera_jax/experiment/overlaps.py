@@ -54,7 +54,7 @@ class Looking:
     def rows(self, field: str, spec: str, parse: Any, *, whole: bool = False) -> Iterator[tuple[str, Record]]:
         """(where, record) of every good row; `whole`: refuse a source that loading would refuse."""
         report = LoadReport(field, spec)
-        reading = Reading(self.data.columns, self.data.thoughts)
+        reading = Reading(self.data.columns, self.data.thoughts, self.data.pairs)
         for source, where, record in read_records(spec, parse, report, seed=self.seed, reading=reading):
             report.kept += 1
             report.sources[source]["kept"] += 1
@@ -92,7 +92,7 @@ class Looking:
             field: [[content_hash(name), weight] for name, weight in parse_mixture(spec)]
             for field, spec in specs.items()
         }
-        how = [data.eval_fraction, data.split_seed, data.columns, data.thoughts, self.seed]
+        how = [data.eval_fraction, data.split_seed, data.columns, data.thoughts, data.pairs, self.seed]
         return {"version": VERSION, "contents": contents, "names": specs, "how": how}
 
 
