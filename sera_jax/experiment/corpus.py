@@ -66,8 +66,8 @@ class Corpus:
     eval_prompts: list[Item]
     gold: Gold | None
     held_out_rows: dict[str, int] = dataclasses.field(default_factory=dict)
-    eval_tasks: list[str] = dataclasses.field(default_factory=list)
     contamination: dict[str, Any] = dataclasses.field(default_factory=dict)
+    eval_tasks: list[str] = dataclasses.field(default_factory=list)
     reward_pairs: list[PairItem] = dataclasses.field(default_factory=list)
     heldout_reward_pairs: list[PairItem] = dataclasses.field(default_factory=list)
 
