@@ -114,8 +114,9 @@ def _check_workdir(config: Config, root: pathlib.Path, allowed: bool) -> list[st
         return []
     there = {name: value for name, value in config_lib.to_dict(config).items() if name != "workdir"}
     notes = check_config(root, plain(there))
-    history = read_json(root / "versions.json").get("history") or [{}]
-    grave, slight = differences(history[-1], versions())
+    history = read_json(root / "versions.json").get("history")
+    known = [seen for seen in history if isinstance(seen, dict)] if isinstance(history, list) else []
+    grave, slight = differences(known[-1] if known else {}, versions())
     if grave and not allowed:
         raise StaleWorkdir(
             f"{root} was made by other versions ({'; '.join(grave)}), which may compute other numbers; choose another "
