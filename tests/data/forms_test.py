@@ -137,8 +137,8 @@ def test_a_marker_in_an_answer_is_no_fault_of_the_prompt():
 def test_a_list_of_answers_gives_one_pair_or_all_that_are_scored_apart(tmp_path):
     scores = {"Basil.": 9, "Sage.": 7, "Thyme.": 7, "Sand.": 1, " Sand.": 0.5, "<think>hm</think>Chalk.": 8}
     answers = [{"response": said, "overall_score": score} for said, score in scores.items()]
-    row = {"instruction": "Name a herb.", "completions": answers}
-    path = write(tmp_path / "a.jsonl", [row, {"prompt": "Name a herb.", **PAIR}])
+    row = {"id": "a", "instruction": "Name a herb.", "completions": answers}
+    path = write(tmp_path / "a.jsonl", [row, {"prompt": "Another herb?", **PAIR}])
     best, report = load_records(path, "preference")
     assert [(r.chosen, r.rejected) for r in best] == [("Basil.", " Sand."), ("Basil.", "Sand.")]
     every, report = load_records(path, "preference", reading=Reading("", "refuse", "all"), max_bad_fraction=1)
@@ -153,7 +153,7 @@ def test_a_list_of_answers_gives_one_pair_or_all_that_are_scored_apart(tmp_path)
         == report.kept + report.bad_rows
         == sum(sum(f.values()) for f in report.forms.values()) + len(marked)
     )
-    assert "opposite_label" not in report.noted
+    assert not report.noted, "they are no repetitions of the row"
 
 
 def test_turns_that_stand_in_one_text_are_a_demonstration_and_as_a_text_stay_as_they_are():
