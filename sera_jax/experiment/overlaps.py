@@ -74,7 +74,7 @@ class Looking:
                     yield "data.eval_fraction", where, record.prompt
         if self.heldout_prompts:
             for where, record in self.rows("heldout_prompts", self.heldout_prompts, PARSERS["prompt"]):
-                yield "held-out prompts", where, record.prompt
+                yield "heldout_prompts", where, record.prompt
 
     def benchmarks(self) -> Iterator[tuple[str, str, Prompt]]:
         spec = self.data.benchmarks
