@@ -21,6 +21,7 @@ from sera_jax import compiling, memory, world
 from sera_jax.checkpoint import Workdir
 from sera_jax.checkpoint.phases import file_digest, write_json
 from sera_jax.config import EvalGroup, SamplingGroup
+from sera_jax.data.columns import THOUGHTS, Reading
 from sera_jax.data.items import Item, PairItem
 from sera_jax.data.loading import Limits, load_preferences, load_prompts
 from sera_jax.data.packing import Layout
@@ -43,6 +44,7 @@ _FLAGS = {  # what a run's message calls a field, and what it is called here
     "config.workdir": "--out",
     "config.sampling.slots": "--slots",
     "config.data.row_tokens": "--row_tokens",
+    "data.columns=": "--columns=",
 }
 
 
@@ -79,13 +81,15 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     root = pathlib.Path(args.out)
     asked = {name: value for name, value in vars(args).items() if name not in ("out", "allow_other_versions")}
     resolved = {"loss": str(loss), "max_new_tokens": new, "max_prompt_length": most, "row_tokens": row_tokens}
+    reading = saved.reading(args.columns, args.thoughts)
+    resolved |= {} if reading == Reading() else {"reading": reading.named()}
     workdir = Workdir(root, asked | resolved, allow_other_versions=args.allow_other_versions)
     with MetricWriter(root, tensorboard=False) as writer, compiling.said(writer.announce), jax.set_mesh(mesh):
         for note in workdir.notes:
             writer.announce(note)
         ends = saved.ends(tokenizer)
         writer.announce(ends_in_words(tokenizer, ends))
-        pairs, prompts = _read(args, saved, tokenizer, limits, workdir)
+        pairs, prompts = _read(args, saved, tokenizer, limits, workdir, reading)
         run = Runtime(
             cfg=saved.cfg,
             mesh=mesh,
@@ -152,7 +156,12 @@ def _policy(run: Runtime, name: str, saved: SavedPolicy) -> Policy:
 
 
 def _read(
-    args: argparse.Namespace, saved: SavedPolicy, tokenizer: Tokenizer, limits: Limits, workdir: Workdir
+    args: argparse.Namespace,
+    saved: SavedPolicy,
+    tokenizer: Tokenizer,
+    limits: Limits,
+    workdir: Workdir,
+    reading: Reading,
 ) -> tuple[list[PairItem], list[Item]]:
     pairs_from, prompts = args.pairs, []
     if args.world:
@@ -168,7 +177,8 @@ def _read(
             str(files / "heldout_prompts.jsonl"), tokenizer, limits=limits, name="heldout_prompts"
         )
         print(report.table(), file=sys.stderr)
-    pairs, report = load_preferences(pairs_from, tokenizer, limits=limits, name="pairs", workdir=workdir.root)
+    how: dict[str, Any] = {"name": "pairs", "workdir": workdir.root, "reading": reading}
+    pairs, report = load_preferences(pairs_from, tokenizer, limits=limits, **how)
     print(report.table(), file=sys.stderr)
     return pairs, prompts
 
@@ -193,6 +203,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--add_bos", default="tokenizer", choices=ADD_BOS, help="as config.data.add_bos; default: as the tokenizer does"
     )
+    add("--columns", help="fields of other names, as config.data.columns; default: the run's")
+    add("--thoughts", choices=THOUGHTS, help="as config.data.thoughts; default: the run's, else keep")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--max_new_tokens", type=int, help=f"default: as in the policy's run, else {MAX_NEW_TOKENS}")
     add(

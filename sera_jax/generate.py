@@ -21,6 +21,7 @@ from sera_jax import compiling, memory
 from sera_jax.checkpoint.code import versions
 from sera_jax.checkpoint.phases import file_digest, write_json, write_jsonl
 from sera_jax.data.asked import read_asked
+from sera_jax.data.columns import THOUGHTS
 from sera_jax.data.items import Item
 from sera_jax.data.loading import Limits, load_prompts
 from sera_jax.data.tokenizing import ADD_BOS, Tokenizer
@@ -62,9 +63,10 @@ def _run(args: argparse.Namespace) -> None:
         min_new_tokens=args.min_new_tokens,
         stop_ids=ends,
     )
-    items, report = load_prompts(args.prompts, tokenizer, limits=Limits(most, new, most + new), name="prompts")
+    how: dict[str, Any] = {"name": "prompts", "reading": saved.reading(args.columns, args.thoughts)}
+    items, report = load_prompts(args.prompts, tokenizer, limits=Limits(most, new, most + new), **how)
     print(f"{report.table()}\n{ends_in_words(tokenizer, ends)}", file=sys.stderr)
-    asked = read_asked(args.prompts, name="prompts")
+    asked = read_asked(args.prompts, **how)
     samples = _answer(args, saved, items, sampling)
     rows = [
         {
@@ -84,6 +86,7 @@ def _run(args: argparse.Namespace) -> None:
         "command": vars(args),
         "checkpoint": saved.digests(),
         "max_prompt_length": most,
+        "reading": how["reading"].named(),
         "sampling": dataclasses.asdict(sampling),
         "tokenizer": tokenizer.fingerprint(),
         "sha256": file_digest(out),
@@ -143,6 +146,8 @@ def _parser() -> argparse.ArgumentParser:
         "--add_bos", default="tokenizer", choices=ADD_BOS, help="as config.data.add_bos; default: as the tokenizer does"
     )
     add("--num_samples", type=int, default=1, help="answers to each prompt")
+    add("--columns", help="fields of other names, as config.data.columns; default: the run's")
+    add("--thoughts", choices=THOUGHTS, help="as config.data.thoughts; default: the run's, else keep")
     add("--temperature", type=float, default=0.7, help="0 is greedy")
     add("--top_p", type=float, default=1.0)
     add("--top_k", type=int, default=0, help="0: no limit")

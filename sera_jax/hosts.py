@@ -76,16 +76,8 @@ def connect(
     from jax._src.distributed import global_state
 
     global _hosts
-    given = {"--coordinator_address": address, "--num_processes": processes, "--process_id": index}
-    if processes == 1 or (all(value is None for value in given.values()) and not _in_cluster()):
+    if place(address, processes, index).count == 1:
         return
-    if lacking := [name for name, value in given.items() if value is None]:
-        if len(lacking) < len(given):
-            raise ValueError(f"{', '.join(lacking)}: not given; give all of {', '.join(given)}, or none of them")
-    elif not 0 <= (index or 0) < (processes or 0):
-        raise ValueError(f"--process_id={index}: of --num_processes={processes}, give 0 to {(processes or 0) - 1}")
-    elif ":" not in (address or ""):
-        raise ValueError(f"--coordinator_address={address!r}: give host:port, where process 0 listens")
     where = f"process {index} of {processes} at {address}" if address else "the processes of this job"
     failed = (
         f"{where}: not all processes were there within {timeout_seconds} seconds (--connect_seconds); start all, with "
@@ -111,14 +103,31 @@ def connect(
     _hosts = Hosts(int(global_state.process_id), int(global_state.num_processes))
 
 
-def _in_cluster() -> bool:
-    """Whether the environment is one of those that jax knows, and speaks of several processes."""
+def place(address: str | None, processes: int | None, index: int | None) -> Hosts:
+    """Which process this is to be, and of how many; the others are not asked. Arguments and errors as of `connect`."""
+    given = {"--coordinator_address": address, "--num_processes": processes, "--process_id": index}
+    if processes == 1:
+        return Hosts()
+    if all(value is None for value in given.values()):
+        return _of_environment()
+    if lacking := [name for name, value in given.items() if value is None]:
+        raise ValueError(f"{', '.join(lacking)}: not given; give all of {', '.join(given)}, or none of them")
+    if not 0 <= (index or 0) < (processes or 0):
+        raise ValueError(f"--process_id={index}: of --num_processes={processes}, give 0 to {(processes or 0) - 1}")
+    if ":" not in (address or ""):
+        raise ValueError(f"--coordinator_address={address!r}: give host:port, where process 0 listens")
+    return Hosts(index or 0, processes or 1)
+
+
+def _of_environment() -> Hosts:
+    """What the environment says, where it is one of those that jax knows and speaks of several processes."""
     from jax._src.clusters import ClusterEnv  # what `initialize` asks; there is no public way to ask first
 
     kinds = (kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method)
     try:
         found = next((kind for kind in kinds if kind.is_env_present()), None)
-        return found is not None and found.get_process_count() > 1
+        count = 1 if found is None else found.get_process_count()
+        return Hosts() if found is None or count == 1 else Hosts(found.get_process_id(), count)
     except RuntimeError as error:
         raise ValueError(f"the environment names no processes ({error}); {_ALONE}") from error
 

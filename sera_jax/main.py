@@ -8,8 +8,10 @@ says why and the way out); 75 stopped by SIGTERM or SIGINT (the message says whe
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
+import json
 import logging
 import os
 import sys
@@ -52,6 +54,17 @@ _PROGRESS_DIR = flags.DEFINE_string(
     "",
     "Of several processes: the folder where each keeps its sign of life; default: progress/ in the work directory.",
 )
+
+_DRY_RUN = flags.DEFINE_flag(
+    flags.EnumFlag(
+        "dry_run",
+        "false",
+        "Do nothing: read all rows, and show what became of them, the first ones token by token, how long they are, "
+        "what of held-out prompts stands in them, and how many updates there are; json: as one JSON object.",
+        ["true", "json", "false"],
+        boolean=True,  # it needs no value
+    )
+)
 _VERIFY = flags.DEFINE_bool(
     "verify",
     False,
@@ -72,12 +85,18 @@ def main(argv: list[str], *, stop_requested: Callable[[], bool] = lambda: False)
         if stop_requested():
             raise Preempted("stopped before anything was done; the same command starts it")
         config = parse(CONFIG.value)
+        if _VERIFY.value and _DRY_RUN.value != "false":
+            raise ValueError("--verify and --dry_run both run nothing; give one of them")
         if _VERIFY.value:
             for flag in (_SHARED_PHASES, _OTHER_VERSIONS):
                 if flag.value:
                     print(f"--{flag.name} says nothing to --verify, which runs nothing", file=sys.stderr)
             with memory.named("--verify", "it holds a gigabyte of arrays, or the largest one: free that much here"):
                 verify(config, stop_requested)
+            return
+        if _DRY_RUN.value != "false":
+            with memory.named("--dry_run", "it holds the rows as a run does: free memory, or name fewer rows"):
+                dry_run(config, stop_requested)
             return
         hosts.connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _CONNECT_SECONDS.value, give_up)
         with memory.named("the run", memory.WAY_OUT):
@@ -119,6 +138,28 @@ def verify(config: Config, stop_requested: Callable[[], bool]) -> None:
         print(f"error: {found} of what {config.workdir} holds {'is' if found == 1 else 'are'} damaged", file=sys.stderr)
         sys.exit(EXIT_REFUSED)
     print(f"{config.workdir}: all as it was written, {verifying.counted(config)}")
+
+
+def dry_run(config: Config, stop_requested: Callable[[], bool]) -> None:
+    """Print what a run would read and train on, as the flag says. Of several processes the first one does."""
+    import jax
+
+    from sera_jax import hosts
+    from sera_jax.experiment import dry_run, dry_run_report
+
+    place = hosts.place(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    if place.index:
+        print(f"process {place.index} of {place.count}: the first one does the dry run", file=sys.stderr)
+        return
+    jax.config.update("jax_platforms", "cpu")  # another process may be at work on the devices
+    with contextlib.redirect_stdout(sys.stderr):
+        facts = dry_run.look(
+            config,
+            stop_requested=stop_requested,
+            allow_other_versions=_OTHER_VERSIONS.value,
+            say=lambda text: print(text, file=sys.stderr),
+        )
+    print(json.dumps(facts, allow_nan=False) if _DRY_RUN.value == "json" else dry_run_report.as_text(facts))
 
 
 def disk_is_full(error: Exception) -> bool:

@@ -18,6 +18,8 @@ from absl import flags
 from sera_jax import compare, evaluate, export, generate, main, preflight, rankings, status, study
 from sera_jax.config import Config, check_field
 from sera_jax.data import prepare
+from sera_jax.experiment.dry_run import look
+from sera_jax.experiment.dry_run_report import as_text
 from sera_jax.experiment.methods import parse
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -198,6 +200,16 @@ def test_the_site_has_every_page():
     pages = ast.literal_eval(re.search(r"^PAGES = (\[.*?^\])", (ROOT / "docs" / "conf.py").read_text(), re.M | re.S)[1])
     assert len(pages) == len(set(pages))
     assert {ROOT / f"{page}.md" for page in pages} == {*PAGES, ROOT / "CHANGELOG.md"} - {README}
+
+
+def test_the_dry_run_that_is_shown_is_what_a_reader_gets(tmp_path):
+    """Every line of the page, in its order; an ellipsis stands for lines that are left out."""
+    block = re.search(r"^```text\n(dry run of .*?)^```$", (ROOT / "docs" / "data.md").read_text(), re.M | re.S)[1]
+    config = config_of("--config=configs/quickstart.py")
+    text = as_text(look(dataclasses.replace(config, workdir=str(tmp_path / "run"))))
+    shown = iter(text.replace(str(tmp_path / "run"), config.workdir).splitlines())
+    for line in block.splitlines():
+        assert line == "..." or line in shown, line
 
 
 def test_the_readme_is_short_and_sets_up_with_two_commands():

@@ -17,6 +17,7 @@ from sera_jax.checkpoint.phases import file_digest
 from sera_jax.config import Config, DataGroup, LossGroup, SamplingGroup, WorldGroup
 from sera_jax.core import Stream, key_for
 from sera_jax.data.bpe import train_bpe
+from sera_jax.data.columns import Reading
 from sera_jax.data.loading import Limits, load_demonstrations, load_prompts
 from sera_jax.data.packing import Layout
 from sera_jax.data.tokenizing import Tokenizer
@@ -92,6 +93,20 @@ def prompts(tmp_path_factory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": prompt, "id": f"q{i}"}) + "\n" for i, prompt in enumerate(PROMPTS)))
     return path
+
+
+def test_rows_with_other_names_are_read_as_the_run_read_them_or_as_is_asked(workdir, prompts, tmp_path):
+    renamed = tmp_path / "renamed.jsonl"
+    rows = [json.loads(line) for line in prompts.read_text().splitlines()]
+    renamed.write_text("".join(json.dumps({"ask": {"text": row["prompt"]}, "id": row["id"]}) + "\n" for row in rows))
+    plain = answers(workdir / "phases/sft", prompts, tmp_path / "a.jsonl")
+    asked = answers(workdir / "phases/sft", renamed, tmp_path / "b.jsonl", "--columns=prompt:ask.text")
+    assert [row["response"] for row in asked] == [row["response"] for row in plain]
+    saved = find_policy(str(workdir / "phases/sft"))
+    assert saved.reading(None, None) == Reading()
+    told = dataclasses.replace(saved, run={"data": {"columns": "prompt:ask.text", "thoughts": "drop"}})
+    assert told.reading(None, None) == Reading("prompt:ask.text", "drop")
+    assert told.reading("", "keep") == Reading()
 
 
 @pytest.fixture(scope="module")

@@ -38,9 +38,9 @@ def test_an_environment_of_several_processes_is_noticed(monkeypatch):
     of_slurm = {"JOB_ID": "7", "STEP_NODELIST": "a,b", "NTASKS": "2", "PROCID": "1", "LOCALID": "0"}
     for name, value in of_slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    assert hosts._in_cluster()
+    assert hosts.place(None, None, None) == hosts.Hosts(1, 2)
     monkeypatch.setenv("SLURM_NTASKS", "1")
-    assert not hosts._in_cluster()
+    assert hosts.place(None, None, None) == hosts.Hosts()
 
 
 def test_a_process_that_is_not_the_first_writes_no_files(monkeypatch, tmp_path):

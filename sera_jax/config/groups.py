@@ -36,7 +36,10 @@ class DataGroup:
         path); `FIELD:` leaves a field out on purpose. A row that has none of them is read by its own form.
     thoughts: <think>...</think> at the start of an answer: `keep` trains on it as generation would write it, `drop`
         leaves it (and fields such as reasoning_content) out, `refuse` counts the row as bad.
+    pairs: of a rated or ranked list of answers, `best_worst` takes one pair, `all` every two that are scored apart.
     prompts: what bootstrapping samples on (empty: the prompts of `train`); new prompts of PPO, see ppo.prompt_overlap.
+    benchmarks: files of prompts to be answered later (IFEval, GSM8K's test), read by the same forms: how many of them
+        stand in rows that are trained on is counted and said, and changes nothing else.
     """
 
     train: str = ""
@@ -44,6 +47,7 @@ class DataGroup:
     demonstrations: str = ""
     pretrain: str = ""
     prompts: str = ""
+    benchmarks: str = ""
     eval_fraction: float = within(0.1, 0, 0.9)
     split_seed: int = at_least(0, 0)
     max_prompt_length: int = at_least(512, 1)
@@ -57,6 +61,7 @@ class DataGroup:
     label_noise: float = within(0.0, 0, 1)
     columns: str = ""
     thoughts: str = one_of("keep", "drop", "refuse")
+    pairs: str = one_of("best_worst", "all")
     chat_template: str = ""
     add_bos: str = one_of("tokenizer", "always", "never")
 

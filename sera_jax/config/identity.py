@@ -11,6 +11,7 @@ FREE: tuple[str, ...] = (
     "workdir",  # the folder may be moved
     "mesh",  # results differ in the order of sums only
     "log",
+    "data.benchmarks",  # what is counted of the rows
     "tensor",  # of the command line of sera_jax.evaluate: that of its mesh
 )
 
@@ -19,6 +20,7 @@ FREE: tuple[str, ...] = (
 YOUNGER: dict[str, Any] = {
     "data.columns": "",
     "data.thoughts": "keep",
+    "data.pairs": "best_worst",
     "lora.rank": 0,
     "lora.alpha": 32.0,  # read where there is a rank, as the others
     "lora.target_modules": ["all-linear"],
@@ -31,7 +33,7 @@ YOUNGER: dict[str, Any] = {
 
 def is_identity(field: str) -> bool:
     """Whether a field, `seed` or `train.batch_size`, belongs to the identity."""
-    return field.split(".")[0] not in FREE
+    return field not in FREE and field.split(".")[0] not in FREE
 
 
 def is_as_before(field: str, value: Any) -> bool:

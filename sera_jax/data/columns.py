@@ -9,6 +9,7 @@ from typing import Any
 
 # What a column may become. A field may also be left out on purpose, whatever its name: `tools:` (nothing after it).
 TARGETS = ("prompt", "system", "history", "messages", "chosen", "rejected", "response", "label", "text", "id", "source")
+PAIRS = ("best_worst", "all")
 THOUGHTS = ("keep", "drop", "refuse")
 
 
@@ -19,15 +20,23 @@ class Reading:
     Attributes:
         columns: of data.columns; "" reads every row by its own shape.
         thoughts: of data.thoughts: what becomes of <think>...</think> in an answer.
+        pairs: of data.pairs: which pairs of a rated or ranked list.
     """
 
     columns: str = ""
     thoughts: str = "keep"
+    pairs: str = "best_worst"
 
     def __post_init__(self) -> None:
         parse_columns(self.columns)
         if self.thoughts not in THOUGHTS:
             raise ValueError(f"data.thoughts must be one of {', '.join(THOUGHTS)}, got {self.thoughts!r}")
+        if self.pairs not in PAIRS:
+            raise ValueError(f"data.pairs must be one of {', '.join(PAIRS)}, got {self.pairs!r}")
+
+    def named(self) -> dict[str, str]:
+        """The fields, for what a product was made from; those younger than such products only where they count."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if (k, v) != ("pairs", "best_worst")}
 
     def renamed(self, value: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
         """(the row with its columns under their new names, those of data.columns that it has as text).

@@ -11,6 +11,7 @@ from sera_jax.data.reasons import BadRow
 
 Row = dict[str, Any]
 ASKED = ("prompt", "instruction", "question", "query", "problem", "input", "inputs")
+_HASHED = re.compile(r"### ?(Human|Assistant):")
 _EXTRA_ID = re.compile(r"\n?<extra_id_1>(User|Assistant)\n?")
 
 
@@ -69,6 +70,16 @@ def asked(row: Fields) -> Row:
 
 def talk(row: Fields) -> Row:
     return {"messages": row.take(next(name for name in ("messages", "conversations", "conversation") if row.has(name)))}
+
+
+def hashed_talk(row: Fields) -> Row:
+    """Turns in one text, each after `### Human:` or `### Assistant:`."""
+    _, *rest = _HASHED.split(row.take("text"))
+    return {"messages": [{"role": role.lower(), "content": said.strip()} for role, said in zip(rest[::2], rest[1::2])]}
+
+
+def is_hashed_talk(row: Fields) -> bool:
+    return isinstance(text := row.value["text"], str) and _HASHED.split(text)[:2] in (["", "Human"], ["\n", "Human"])
 
 
 def talk_as_prompt(row: Fields) -> Row:

@@ -16,6 +16,7 @@ from sera_jax.data import turns
 from sera_jax.data.form_parts import ASKED, Fields, Row, Take, nothing
 from sera_jax.data.reasons import FORMS_PAGE, BadRow, shorten
 
+GUANACO = "### Human, ### Assistant"
 KINDS = {"preference": "pairs", "demonstration": "demonstrations", "prompt": "prompts", "text": "texts"}
 
 
@@ -72,6 +73,11 @@ def recognise(value: Mapping[str, Any], kind: str) -> tuple[str, Row, Row]:
 def _nearest(value: Mapping[str, Any], kind: str) -> str:
     """What the row has, which form is nearest, and the way out."""
     given = {field for field, part in value.items() if part is not None}
+    if {"message_id", "text", "role", "message_tree_id"} <= given:
+        return (
+            "a message of Open Assistant's flat file, of which a conversation is spread over rows; take its trees "
+            f"(ready.trees.jsonl.gz), a tree a row; all forms: {FORMS_PAGE}"
+        )
     options = [form for form in FORMS if form.kind == kind or (kind == "prompt" and form.kind != "text")]
 
     def lacks(form: Form) -> list[str]:
@@ -236,6 +242,9 @@ FORMS: tuple[Form, ...] = (
     Form("inputs, targets", "demonstration", ("inputs", "targets"), part.copy(prompt="inputs"),
          part.copy(response="targets"),
          {"inputs": _HERB, "targets": "Basil."}, _DEMO, known="FLAN, Aya"),
+    Form(GUANACO, "demonstration", ("text",), part.hashed_talk, nothing,
+         {"text": f"### Human: {_HERB}### Assistant: Basil."}, {"prompt": [_ASK], "response": "Basil."},
+         part.is_hashed_talk, "guanaco; as `data.pretrain` it is a text"),
     # prompts alone
     Form("prompt", "prompt", ("prompt",), part.copy("prompt"), nothing, {"prompt": _HERB}, {"prompt": _HERB},
          known="IFEval"),
@@ -250,7 +259,7 @@ FORMS: tuple[Form, ...] = (
     # texts for pretraining
     Form("text", "text", ("text",), nothing, part.copy("text"), {"text": "Basil is a herb."},
          {"text": "Basil is a herb."},
-         part.texts("text"), "C4 and the like; guanaco: the text as it is"),
+         part.texts("text"), "C4 and the like, guanaco"),
 )  # fmt: skip
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from sera_jax.data.reasons import BadRow, LeftOut, shorten
 
-Pair = dict[str, Any]  # chosen, rejected
+Pair = dict[str, Any]  # chosen, rejected, and of a list OTHERS
+OTHERS = "other pairs"  # the further (chosen, rejected) of a list; no name of a field
 
 
 def number(given: Any, field: str) -> float:
@@ -72,7 +73,8 @@ def by_flags(first: Any, second: Any, flags: tuple[Any, Any], fields: tuple[str,
 def of_list(
     entries: Any, field: str, text: Callable[[Any], Any], score: Callable[[Any], float | None], what: str
 ) -> Pair:
-    """The best entry of a list against the worst; equal scores are taken in the list's order.
+    """The best entry of a list against the worst, equal scores in the list's order; and all its other pairs, from the
+    best entry to the worst: entries that are scored alike, or say the same, make none.
 
     Args:
         text, score: of an entry; a greater score is better. what: the score's name.
@@ -89,7 +91,11 @@ def of_list(
     best, worst = max(scored, key=lambda pair: pair[0]), min(scored, key=lambda pair: pair[0])
     if best[0] == worst[0]:
         raise LeftOut("equal_scores", f"all answers of {field} have {what} {best[0]:g}")
-    return {"chosen": best[1], "rejected": worst[1]}
+    ranked = sorted(scored, key=lambda pair: -pair[0])
+    pairs = [(a, b) for k, a in enumerate(ranked) for b in ranked[k + 1 :]]
+    others = [(a[1], b[1]) for a, b in pairs if a[0] > b[0] and a[1].strip() != b[1].strip()]
+    first = (best[1], worst[1])
+    return {"chosen": best[1], "rejected": worst[1], OTHERS: [sides for sides in others if sides != first]}
 
 
 def finite(value: Any) -> float | None:

@@ -204,9 +204,14 @@ def read_records(
             report.rows += 1
             counts["rows"] += 1
             record = _parse(row, lambda value: parse(value, reading), report, where)
-            if record is not None:
-                report.read_as(name, record.form, record.unread)
-                yield name, where, _unique(record, index == previous, contents, ids, report, where)
+            for k, one in enumerate((record, *getattr(record, "more", ())) if record is not None else ()):
+                report.rows += k > 0  # a pair more counts as a row more
+                counts["rows"] += k > 0
+                if isinstance(one, BadRow):
+                    report.add("bad", one.reason, where, one.detail)
+                    continue
+                report.read_as(name, one.form, one.unread)
+                yield name, where, _unique(one, index == previous or k > 0, contents, ids, report, where)
             previous = index
         if source.failure is not None:
             report.rows += 1

@@ -8,7 +8,6 @@ the contents: the same input is prepared once, a changed file never gives the ol
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import pathlib
@@ -17,7 +16,7 @@ from collections.abc import Iterator
 
 from absl import app, flags
 
-from sera_jax.data.columns import THOUGHTS, Reading
+from sera_jax.data.columns import PAIRS, THOUGHTS, Reading
 from sera_jax.data.loading import read_records
 from sera_jax.data.records import AS_WRITTEN, PARSERS, Record
 from sera_jax.data.report import LoadReport
@@ -63,7 +62,7 @@ def prepare(
         [content_hash(name), weight, pathlib.PurePath(name).name if weight % 1 else ""] for name, weight in mixture
     ]
     fraction = seed if any(w % 1 for _, w in mixture) else None
-    identity = json.dumps([tfds_builders.VERSION, kind, parts, fraction, dataclasses.asdict(reading)])
+    identity = json.dumps([tfds_builders.VERSION, kind, parts, fraction, reading.named()])
     digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
     report = LoadReport(REPORT_NAME, spec)
 
@@ -102,6 +101,7 @@ def define_flags() -> None:
     flags.DEFINE_float("max_bad_fraction", 0.05, "More bad rows than this stop the preparation.", 0, 1)
     flags.DEFINE_string("columns", "", "Fields of other names, as data.columns.")
     flags.DEFINE_enum("thoughts", "keep", THOUGHTS, "As data.thoughts.")
+    flags.DEFINE_enum("pairs", "best_worst", PAIRS, "As data.pairs.")
     flags.DEFINE_integer("seed", 0, "Seed of the shares that weights below 1 take.")
 
 
@@ -118,7 +118,7 @@ def main(argv: list[str]) -> None:
                 data_dir=given.data_dir,
                 max_bad_fraction=given.max_bad_fraction,
                 seed=given.seed,
-                reading=Reading(given.columns, given.thoughts),
+                reading=Reading(given.columns, given.thoughts, given.pairs),
             )
     except ValueError as error:
         sys.exit(f"error: {error}")

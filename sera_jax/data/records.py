@@ -29,7 +29,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sera_jax.data import beside, forms, turns
+from sera_jax.data import beside, forms, judged, turns
 from sera_jax.data.columns import Reading
 from sera_jax.data.reasons import BadRow, shorten
 from sera_jax.data.turns import Message, Prompt, Seen
@@ -48,6 +48,7 @@ class PreferenceRecord:
         extra: the row's other fields.
         notes: keys of reasons.NOTES.
         form: what the row was read as. unread: names of fields that nobody reads.
+        more: further pairs of the row's answers (data.pairs), or why one is none.
     """
 
     id: str
@@ -58,6 +59,7 @@ class PreferenceRecord:
     notes: tuple[str, ...] = ()
     form: str = ""
     unread: tuple[str, ...] = ()
+    more: tuple[PreferenceRecord | BadRow, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +120,23 @@ class _Read:
 def parse_preference(value: Mapping[str, Any], reading: Reading = AS_WRITTEN) -> PreferenceRecord:
     """The preference record of a row; raises BadRow, or LeftOut where it prefers neither."""
     row = _read(value, "preference", reading)
+    others = row.own.pop(judged.OTHERS, ())
+    record = _preference(row, reading)
+    more = [_other_pair(row, sides, reading) for sides in others] if reading.pairs == "all" else ()
+    return dataclasses.replace(record, more=tuple(more)) if more else record
+
+
+def _other_pair(row: _Read, sides: tuple[str, str], reading: Reading) -> PreferenceRecord | BadRow:
+    """A further pair of the answers of a row."""
+    own = row.own | dict(zip(("chosen", "rejected"), sides, strict=True))
+    seen = dataclasses.replace(row.seen, notes=set(), unread=set(row.seen.unread))
+    try:
+        return _preference(dataclasses.replace(row, own=own, seen=seen), reading)
+    except BadRow as bad:
+        return bad
+
+
+def _preference(row: _Read, reading: Reading) -> PreferenceRecord:
     prompt, chosen, rejected = _split_pair(row)
     chosen, rejected = (_thoughts(text, reading, row.seen) for text in (chosen, rejected))
     for side, text in (("chosen", chosen), ("rejected", rejected)):
@@ -134,7 +153,10 @@ def parse_preference(value: Mapping[str, Any], reading: Reading = AS_WRITTEN) ->
 
 def parse_demonstration(value: Mapping[str, Any], reading: Reading = AS_WRITTEN) -> DemonstrationRecord:
     """The demonstration record of a row; raises BadRow, or LeftOut where it is marked as not to be imitated."""
-    row = _read(value, "demonstration", reading)
+    return _demonstration(_read(value, "demonstration", reading), reading)
+
+
+def _demonstration(row: _Read, reading: Reading) -> DemonstrationRecord:
     beside.heed_label(row.left, "messages" in row.own)
     if "messages" in row.own:
         turns.refuse_weight(row.own["messages"], "messages")
@@ -172,7 +194,10 @@ def parse_prompt(value: Mapping[str, Any], reading: Reading = AS_WRITTEN) -> Pro
 def parse_pretrain(value: Mapping[str, Any], reading: Reading = AS_WRITTEN) -> DemonstrationRecord | TextRecord:
     """A text as it is, of a row that is nothing but a text, else a demonstration; raises BadRow or LeftOut."""
     try:
-        return parse_demonstration(value, reading)
+        answered = _read(value, "demonstration", reading)
+        if not answered.form.startswith(forms.GUANACO):
+            return _demonstration(answered, reading)
+        row = _read(value, "text", reading)
     except BadRow as bad:
         if bad.reason != "missing_field":
             raise

@@ -116,6 +116,7 @@ def run(
         final, facts = method.run(Experiment(config, runtime, corpus, start, base))
         phases.end()
         summary = {**facts, **_of_the_run(asked, found, runtime, final), "held_out_rows": corpus.held_out_rows}
+        summary["contamination"] = corpus.contamination
         finish(config, method.report, runtime, final, summary)
     hosts.on_first(lambda: outputs.record(root, OUTPUTS))  # now that metrics and TensorBoard files are closed
     return summary

@@ -22,6 +22,7 @@ from sera_jax.data.packing import Layout
 from sera_jax.data.sources import content_hash, is_there, parse_mixture
 from sera_jax.data.tokenizing import Tokenizer
 from sera_jax.evaluation.gold import LIKENESS
+from sera_jax.experiment import overlaps
 from sera_jax.experiment.brought import SOURCES
 from sera_jax.experiment.corpus import Corpus, Reader
 from sera_jax.experiment.folders import check_two_models, has_tokenizer
@@ -36,8 +37,13 @@ from sera_jax.models.peft import read_adapter_config
 from sera_jax.training.parameters import Origin
 
 
-def read_corpus(config: Config, workdir: Workdir, say: Callable[[str], None]) -> Corpus:
-    """Read, tokenize and report every source of the config.
+def read_corpus(
+    config: Config, workdir: Workdir, say: Callable[[str], None], reader: Callable[..., Reader] = Reader
+) -> Corpus:
+    """Read, tokenize and report every source of the config, and say what of held-out prompts stands in them.
+
+    Args:
+        reader: makes what reads a source.
 
     Raises:
         ValueError: a missing file, too many bad rows, or a tokenizer that cannot be used; with the way out.
@@ -60,11 +66,11 @@ def read_corpus(config: Config, workdir: Workdir, say: Callable[[str], None]) ->
     options: dict[str, Any] = {
         "limits": limits,
         "max_bad_fraction": data.max_bad_fraction,
-        "reading": Reading(data.columns, data.thoughts),
+        "reading": Reading(data.columns, data.thoughts, data.pairs),
         "workdir": workdir.root,
         "seed": config.seed,
     }
-    read = Reader(
+    read = reader(
         tokenizer=tokenizer,
         tokenizer_dir=tokenizer_dir,
         gold=world_gold(tokenizer) if config.world.name else None,
@@ -74,7 +80,8 @@ def read_corpus(config: Config, workdir: Workdir, say: Callable[[str], None]) ->
     )
     corpus = method.read(config, data, heldout_prompts, read)
     tasks = world_tasks(tokenizer, corpus.eval_prompts) if config.world.name else []
-    return dataclasses.replace(corpus, eval_tasks=tasks)
+    looking = overlaps.Looking(data, method.texts[1][0], tuple(corpus.held_out_rows), heldout_prompts, config.seed)
+    return dataclasses.replace(corpus, eval_tasks=tasks, contamination=overlaps.said(looking, workdir.root, say))
 
 
 def make_world_files(config: Config, method: Method, workdir: Workdir) -> tuple[DataGroup, ModelGroup, str]:
@@ -96,7 +103,7 @@ def _write_world(spec: world.WorldSpec, folder: pathlib.Path) -> None:
 
 def check_sources(data: DataGroup, model: ModelGroup) -> None:
     """Refuse what is not there before anything is read: a missing last source would cost the reading of the others."""
-    for name in SOURCES:
+    for name in (*SOURCES, "benchmarks"):
         spec = getattr(data, name)
         for path, _ in parse_mixture(spec, field=f"config.data.{name}") if spec else ():
             if "://" not in path and not is_there(path):
@@ -127,7 +134,7 @@ def open_tokenizer(data: DataGroup, model: ModelGroup, workdir: Workdir, method:
     kind, fields = method.texts
     sources = {field: getattr(data, field) for field in fields}
 
-    reading = Reading(data.columns, data.thoughts)
+    reading = Reading(data.columns, data.thoughts, data.pairs)
 
     def texts() -> Iterator[str]:
         for field, spec in sources.items():
@@ -144,7 +151,7 @@ def open_tokenizer(data: DataGroup, model: ModelGroup, workdir: Workdir, method:
 
     contents = {field: _contents(spec, f"config.data.{field}") for field, spec in sources.items()}
     inputs = sources | {"vocab_size": model.vocab_size, "contents": contents}
-    inputs |= {} if reading == Reading() else {"reading": dataclasses.asdict(reading)}
+    inputs |= {} if reading == Reading() else {"reading": reading.named()}
     folder = workdir.phase("tokenizer", inputs, produce, alone=True).path / "tokenizer"
     return Tokenizer.load(folder, data.chat_template, add_bos=data.add_bos), str(folder)
 
@@ -164,10 +171,16 @@ def model_config(model: ModelGroup, tokenizer: Tokenizer) -> ModelConfig:
 def base_model(model: ModelGroup, tokenizer: Tokenizer, seed: int) -> tuple[ModelConfig, Origin]:
     """The base model's shape, and where its parameters come from: its folder, or, fresh, a random key."""
     path = model.model_name_or_path or model.sft_model_path
+    return model_shape(model, tokenizer), path or key_for(seed, Stream.INIT)
+
+
+def model_shape(model: ModelGroup, tokenizer: Tokenizer) -> ModelConfig:
+    """The base model's shape, with the tokenizer's ids."""
+    path = model.model_name_or_path or model.sft_model_path
     if not path:
-        return model_config(model, tokenizer), key_for(seed, Stream.INIT)
+        return model_config(model, tokenizer)
     cfg = config_from_hf(read_config(pathlib.Path(path)), **precision_of(model))
-    return with_vocabulary(cfg, tokenizer, path, field="config.model.tokenizer_name_or_path"), path
+    return with_vocabulary(cfg, tokenizer, path, field="config.model.tokenizer_name_or_path")
 
 
 def with_vocabulary(cfg: ModelConfig, tokenizer: Tokenizer, model: str, *, field: str) -> ModelConfig:

@@ -143,7 +143,7 @@ def _specs(config: Config) -> dict[str, list[tuple[str, float]]]:
     """field -> its mixture, of those that name a data set of the hub."""
     if config.world.name:
         return {}
-    said = {field: getattr(config.data, field) for field in SOURCES}
+    said = {field: getattr(config.data, field) for field in (*SOURCES, "benchmarks")}
     mixtures = {
         f: parse_mixture(spec, field=f"config.data.{f}") for f, spec in said.items() if data_sets.PREFIX in spec
     }

@@ -48,6 +48,7 @@ class Corpus:
         eval_prompts: what held-out generations answer. eval_tasks: the task of each, in the embedded world.
         gold: reward of (prompt item, response tokens): the embedded world's, or by eval.gold; NaN of a prompt that has
             none.
+        contamination: how many held-out and benchmark prompts stand in what is trained on (`overlaps.counts`).
         reward_pairs, heldout_reward_pairs: what the reward model of SRPPO's arm is trained on, after label noise, and
             judged by, clean; both empty without that arm.
     """
@@ -65,6 +66,7 @@ class Corpus:
     eval_prompts: list[Item]
     gold: Gold | None
     held_out_rows: dict[str, int] = dataclasses.field(default_factory=dict)
+    contamination: dict[str, Any] = dataclasses.field(default_factory=dict)
     eval_tasks: list[str] = dataclasses.field(default_factory=list)
     reward_pairs: list[PairItem] = dataclasses.field(default_factory=list)
     heldout_reward_pairs: list[PairItem] = dataclasses.field(default_factory=list)

@@ -8,6 +8,7 @@ from typing import Any
 
 from sera_jax.aot.programs import Program
 from sera_jax.config import Config, DataGroup
+from sera_jax.data.items import Item, PairItem
 from sera_jax.evaluation.look import ArmLook
 from sera_jax.evaluation.report import Report
 from sera_jax.experiment.corpus import Corpus, Reader
@@ -16,6 +17,23 @@ from sera_jax.loops.runtime import Policy, Runtime
 from sera_jax.losses.preference import ResolvedLoss
 
 Outcome = tuple[dict[str, Policy], dict[str, Any]]  # the last policy of each arm, `sft` first; a part of the summary
+
+
+@dataclasses.dataclass(frozen=True)
+class Trains:
+    """Trainings of one kind that a run makes.
+
+    Attributes:
+        what: in a word. group: the config group of its optimiser and batch.
+        entries: what each goes over; empty where it is made on the way.
+        updates: of each. times: how many there are.
+    """
+
+    what: str
+    group: str
+    entries: Sequence[Item | PairItem]
+    updates: int
+    times: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +100,7 @@ class Method:
         texts: the kind of rows, and the fields of `data`, that a tokenizer is trained on.
         read: its corpus.
         needs_base: it scores with the base beside the SFT model: both are kept, and must not be the same.
-        phases: names of all phases of `run`.
+        phases: names of all phases of `run`. trains: its trainings, after SFT.
         run: all arms of the config.
         report: how its summary is checked and shown.
         programs: all that it compiles, of a run as planned (`experiment.planned.Planned`), for a look ahead of time.
@@ -101,6 +119,7 @@ class Method:
     read: Callable[[Config, DataGroup, str, Reader], Corpus]
     needs_base: bool
     phases: Callable[[Config, Corpus], list[str]]
+    trains: Callable[[Config, Corpus], list[Trains]]
     run: Callable[[Experiment], Outcome]
     report: Report
     programs: Callable[[Any], list[Program]]

@@ -104,7 +104,7 @@ def _items(config: Config, tokenizer: Any, vocabulary: int) -> tuple[list[Item],
             first = pathlib.Path(folder) / "first.jsonl"
             first.write_text("".join(itertools.islice(lines, ROWS)), encoding="utf-8")
             how: dict[str, Any] = dict(max_bad_fraction=config.data.max_bad_fraction, name=fields[0], seed=config.seed)
-            how["reading"] = Reading(config.data.columns, config.data.thoughts)
+            how["reading"] = Reading(config.data.columns, config.data.thoughts, config.data.pairs)
             rows, _ = load(str(first), tokenizer, limits=limits, **how)
         return [row.item if isinstance(row, PairItem) else row for row in rows], f"the first rows of {files[0]}"
     rng = np.random.default_rng(config.seed)

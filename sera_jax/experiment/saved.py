@@ -12,6 +12,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from sera_jax.checkpoint.phases import file_digest, load_sealed, sealed, write_json
+from sera_jax.data.columns import Reading
 from sera_jax.data.tokenizing import Tokenizer
 from sera_jax.experiment.brought import model_folder
 from sera_jax.experiment.card import card as card_of
@@ -63,6 +64,15 @@ class SavedPolicy:
         for part in field.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         return otherwise if value is None else value
+
+    def reading(self, columns: str | None, thoughts: str | None) -> Reading:
+        """How rows are read, as given; else as in the run that trained the policy. Raises ValueError for what is no
+        reading."""
+        return Reading(
+            self.of_run("data.columns", "") if columns is None else columns,
+            self.of_run("data.thoughts", "keep") if thoughts is None else thoughts,
+            self.of_run("data.pairs", "best_worst"),
+        )
 
     def lengths(self, max_new_tokens: int | None, max_prompt_length: int | None) -> tuple[int, int]:
         """(new tokens, prompt tokens) as given; else as in the run that trained the policy; else the defaults above.

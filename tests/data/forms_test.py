@@ -134,6 +134,46 @@ def test_a_marker_in_an_answer_is_no_fault_of_the_prompt():
     assert parse_prompt(row).prompt == ({"role": "user", "content": "Hi"},)
 
 
+def test_a_list_of_answers_gives_one_pair_or_all_that_are_scored_apart(tmp_path):
+    scores = {"Basil.": 9, "Sage.": 7, "Thyme.": 7, "Sand.": 1, " Sand.": 0.5, "<think>hm</think>Chalk.": 8}
+    answers = [{"response": said, "overall_score": score} for said, score in scores.items()]
+    row = {"id": "a", "instruction": "Name a herb.", "completions": answers}
+    path = write(tmp_path / "a.jsonl", [row, {"prompt": "Another herb?", **PAIR}])
+    best, report = load_records(path, "preference")
+    assert [(r.chosen, r.rejected) for r in best] == [("Basil.", " Sand."), ("Basil.", "Sand.")]
+    every, report = load_records(path, "preference", reading=Reading("", "refuse", "all"), max_bad_fraction=1)
+    expected = {(a, b) for a in scores for b in scores if scores[a] > scores[b] and a.strip() != b.strip()}
+    marked = {pair for pair in expected if any("think" in side for side in pair)}
+    found = [(r.chosen, r.rejected) for r in every[:-1]]
+    assert set(found) == expected - marked
+    assert len(found) == len(set(found)) == len({r.id for r in every[:-1]})
+    assert (report.kept, report.bad["thoughts"].count) == (len(every), len(marked))
+    assert (
+        report.rows
+        == report.kept + report.bad_rows
+        == sum(sum(f.values()) for f in report.forms.values()) + len(marked)
+    )
+    assert not report.noted, "they are no repetitions of the row"
+
+
+def test_turns_that_stand_in_one_text_are_a_demonstration_and_as_a_text_stay_as_they_are():
+    text = "### Human: Name a herb.### Assistant: Basil.### Human: Another?### Assistant: Sage."
+    prompt = (ASK, BASIL, {"role": "user", "content": "Another?"})
+    assert outcome(parse_demonstration, {"text": text}) == (prompt, "Sage.")
+    assert outcome(parse_demonstration, {"text": f"{text}### Human: Thanks."}) == "ends_with_user_turn"
+    for said in (text, f"{text}### Human: Thanks."):
+        assert parse_pretrain({"text": said}).prompt == said
+    assert outcome(parse_demonstration, {"text": "Basil is a herb. ### Human: no"}) == "missing_field"
+    assert parse_pretrain({"text": text, "prompt": "Name a herb.", "response": "Basil."}).prompt == "Name a herb."
+
+
+def test_a_message_of_a_flat_file_says_what_it_is():
+    row = {"message_id": "a", "parent_id": None, "message_tree_id": "a", "text": "Name a herb.", "role": "prompter"}
+    for parse in (parse_demonstration, parse_preference, parse_prompt):
+        with pytest.raises(BadRow, match=r"Open Assistant's flat file.*ready\.trees"):
+            parse(row)
+
+
 def test_thoughts_are_kept_dropped_or_refused():
     row = {"prompt": "2+2?", "response": "<think>\ntwo and two\n</think>\n\n4"}
     assert outcome(parse_demonstration, row) == ("2+2?", row["response"])

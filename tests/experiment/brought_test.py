@@ -12,7 +12,7 @@ from sera_jax.checkpoint import StaleWorkdir
 from sera_jax.checkpoint.phases import check_config, plain, write_json
 from sera_jax.config import ModelGroup, to_dict
 from sera_jax.core import Stream, key_for
-from sera_jax.experiment import brought
+from sera_jax.experiment import brought, dry_run
 from sera_jax.experiment.card import card
 from sera_jax.experiment.saved import find_policy
 from sera_jax.models.config import ModelConfig
@@ -79,6 +79,18 @@ def test_a_run_records_the_commits_and_a_restart_goes_on_with_them(server, made,
     again = experiment.run(config)
     assert again["hub"] == summary["hub"]
     assert again["params_sha256"] == summary["params_sha256"]
+
+
+def test_a_dry_run_fetches_rows_config_and_tokenizer_and_no_weights(server, made, tmp_path):
+    commit = server.add("models/org/base", made[0])
+    server.add("datasets/org/rows", made[1])
+    facts = dry_run.look(config_of(tmp_path / "run"))
+    assert f"model org/base: commit {commit}" in facts["notes"]
+    assert facts["sources"][0]["rows"] == 64
+    here = {path.name for path in tmp_path.rglob("*")}
+    assert "config.json" in here
+    assert not any(name.endswith(".safetensors") for name in here)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_revision_is_of_the_model_wherever_it_is_named(server, made, tmp_path):

@@ -11,7 +11,7 @@ from sera_jax.evaluation.look import ArmLook
 from sera_jax.evaluation.report import ARM, Report, number, percent, plain
 from sera_jax.experiment.corpus import Corpus, of_pairs
 from sera_jax.experiment.evaluator import phases as evaluated
-from sera_jax.experiment.method import Arm, Experiment, Method, Outcome, looks
+from sera_jax.experiment.method import Arm, Experiment, Method, Outcome, Trains, looks
 from sera_jax.experiment.methods.online_programs import online_programs
 from sera_jax.experiment.methods.sera import (
     PAIR_ARM_COLUMNS,
@@ -26,6 +26,7 @@ from sera_jax.experiment.methods.sera import (
 from sera_jax.experiment.planned import Planned
 from sera_jax.loops.brake import LIMITS
 from sera_jax.loops.online import offline, online, segments, self_made, with_reference
+from sera_jax.loops.sera_study import updates_of
 
 # Fields of `sera` on how pairs are made that are of its rounds alone.
 _OF_ROUNDS = (
@@ -74,6 +75,15 @@ def phases(config: Config, corpus: Corpus) -> list[str]:
     return ["sft/pool", "round1", *arms, *looks_at]
 
 
+def trains(config: Config, corpus: Corpus) -> list[Trains]:
+    """Round 1, and what every arm makes after it."""
+    first = updates_of(config.train, sum(len(pair.pairs) for pair in corpus.train))
+    return [
+        Trains("round", "train", corpus.train, first),
+        Trains("arm", "train", [], config.online.updates, len(config.online.arms)),
+    ]
+
+
 def check(config: Config) -> None:
     """Raises ValueError, with the way out, where fields contradict each other."""
     check_pairs(config)
@@ -106,6 +116,7 @@ ONLINE_DPO = Method(
     read=of_pairs,
     needs_base=False,
     phases=phases,
+    trains=trains,
     run=run,
     report=Report(
         arm_columns=PAIR_ARM_COLUMNS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from sera_jax.evaluation.report import (
 )
 from sera_jax.experiment.corpus import Corpus, of_pairs
 from sera_jax.experiment.evaluator import phases as evaluated
-from sera_jax.experiment.method import Experiment, Method, Outcome, looks
+from sera_jax.experiment.method import Experiment, Method, Outcome, Trains, looks
 from sera_jax.experiment.methods.sera_arms import ARMS, DEFAULTS, NOISE_AWARE, OF_THE_REWARD, SMOOTHING
 from sera_jax.experiment.methods.sera_programs import sera_programs
 from sera_jax.guards import REASONS
@@ -32,7 +33,7 @@ from sera_jax.loops import cost
 from sera_jax.loops.rewards import Reward, implicit
 from sera_jax.loops.sera import phases as sera_phases
 from sera_jax.loops.sera import sera
-from sera_jax.loops.sera_study import SeraStudy
+from sera_jax.loops.sera_study import SeraStudy, updates_of
 from sera_jax.losses.preference import ResolvedLoss, resolve
 from sera_jax.sampling.engine import check_answers
 
@@ -84,6 +85,13 @@ def phases(config: Config, corpus: Corpus) -> list[str]:
     for policy in policies:
         names += evaluated(policy, corpus, config.eval, pairs=True, last=policy in last)
     return names
+
+
+def trains(config: Config, corpus: Corpus) -> list[Trains]:
+    """The rounds of all arms; a brake may end them early."""
+    rounds = {name for name in phases(config, corpus) if re.fullmatch(r"round\d+", name.rpartition("/")[2])}
+    updates = updates_of(config.train, sum(len(pair.pairs) for pair in corpus.train))
+    return [Trains("round", "train", corpus.train, updates, len(rounds))]
 
 
 def study_of(given: Experiment, loss: ResolvedLoss, evaluate: Any) -> SeraStudy:
@@ -332,6 +340,7 @@ SERA = Method(
     read=of_pairs,
     needs_base=False,
     phases=phases,
+    trains=trains,
     run=run,
     report=REPORT,
     programs=lambda planned: sera_programs(planned, study_of(planned.given, loss_of(planned.given.config), None)),

@@ -29,7 +29,7 @@ from sera_jax.evaluation.report import (
 from sera_jax.experiment.corpus import Corpus, Reader, of_demonstrations
 from sera_jax.experiment.evaluator import Evaluator
 from sera_jax.experiment.evaluator import phases as evaluated
-from sera_jax.experiment.method import Arm, Experiment, Method, Outcome, looks
+from sera_jax.experiment.method import Arm, Experiment, Method, Outcome, Trains, looks
 from sera_jax.experiment.methods.srppo_programs import srppo_programs
 from sera_jax.experiment.methods.srppo_rules import REWARD_MODEL, check
 from sera_jax.experiment.planned import Planned
@@ -205,6 +205,22 @@ def phases(config: Config, corpus: Corpus) -> list[str]:
     return names
 
 
+def trains(config: Config, corpus: Corpus) -> list[Trains]:
+    """The iterations of PPO, the reward model, and longer SFT; as much SFT as PPO cost is known when PPO is done."""
+    ppo, arms = config.ppo, config.ppo.arms
+    updates = ppo.num_ppo_epochs * ppo.num_mini_batches
+    found = [Trains("iteration", "train", [], updates, ppo.iterations * sum(arm in PPO_ARMS for arm in arms))]
+    if corpus.reward_pairs:
+        pairs = sum(len(pair.pairs) for pair in corpus.reward_pairs)
+        found.append(
+            Trains("reward model", "reward_model", corpus.reward_pairs, updates_of(config.reward_model, pairs))
+        )
+    if "sft_longer" in arms:
+        longer = ppo.sft_longer_factor * updates_of(config.sft, len(corpus.demonstrations))
+        found.append(Trains("longer SFT", "sft", corpus.demonstrations, longer))
+    return [one for one in found if one.times]
+
+
 def study_of(given: Experiment, evaluator: Evaluator) -> SrppoStudy:
     """What PPO and its controls are given."""
     config, corpus = given.config, given.corpus
@@ -359,6 +375,7 @@ SRPPO = Method(
     read=read_corpus,
     needs_base=True,
     phases=phases,
+    trains=trains,
     run=run,
     report=REPORT,
     programs=programs,
