@@ -58,8 +58,10 @@ def plan(config: Config, mesh: Mesh) -> Planned:
     run = Runtime(cfg, mesh, None, None, config.seed, layout, chunk, stop, parts, lora=lora)  # type: ignore[arg-type]
     if method.samples_pairs(config):
         longest = max(longest, config.sampling.max_new_tokens)
-    start = Policy("sft", pathlib.Path(), "sft")
     base = Policy("base", pathlib.Path(), "base")
+    tuned = run.trained(config.sft)
+    whole = bool(config.model.sft_model_path) or tuned.whole
+    start = Policy("sft", pathlib.Path(), "sft") if whole else Policy("sft", pathlib.Path(), "sft", False, tuned, base)
     given = Experiment(config, run, _corpus(config, tokenizer, longest), start, base)
     names = frozenset([*start_phases(config), *method.phases(config, given.corpus)])
     return Planned(given, sizes_of(config), names)

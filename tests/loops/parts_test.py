@@ -1,19 +1,24 @@
 """Runs that train a part: policies hold that part alone, the base stays, and a stop changes nothing."""
 
+import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
 
+from sera_jax.aot import topology
 from sera_jax.experiment import run
+from sera_jax.experiment.ahead import programs_of
 from sera_jax.experiment.saved import find_policy
 from sera_jax.export import main as export
+from sera_jax.loops import ppo
 from sera_jax.loops.runtime import Preempted
 from sera_jax.mesh import make_mesh
 from sera_jax.models.huggingface import load_pretrained
 from sera_jax.models.lora import merged
 from sera_jax.models.parts import paths
+from sera_jax.training.ppo_steps import make_programs
 from tests.loops.tiny import tiny_config, tiny_srppo
 
 SHORT = dict(lora__rank=4, sera__rounds=2, world__pretrain=60)
@@ -75,8 +80,50 @@ def test_patterns_move_what_they_name_and_nothing_else(tmp_path):
     assert moved == {path for path in after if path.endswith("norm/scale")}
 
 
-def test_ppo_trains_adapters_of_policy_and_critic_over_one_base(tmp_path):
-    run(tiny_srppo(tmp_path, lora__rank=2, ppo__iterations=2, ppo__eval_iterations=2, world__pretrain=60))
+class Recorded:
+    """A jitted function, and the kinds of models and states that it is called with."""
+
+    def __init__(self, jitted):
+        self.jitted, self.seen = jitted, set()
+
+    def __call__(self, first, batch, *frozen):
+        self.seen.add(kinds(first, *frozen))
+        return self.jitted(first, batch, *frozen)
+
+    def __getattr__(self, name):
+        return getattr(self.jitted, name)
+
+
+def kinds(*trees):
+    return str(jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), trees))
+
+
+def test_ppo_trains_adapters_of_policy_and_critic_over_one_base_as_planned(tmp_path, monkeypatch):
+    recorded = {}
+
+    def make_recorded(*given, **how):
+        made = make_programs(*given, **how)
+        recorded.update(
+            {name: Recorded(getattr(made, name)) for name in ("score", "values", "policy_step", "critic_step")}
+        )
+        return dataclasses.replace(made, **recorded)
+
+    monkeypatch.setattr(ppo, "make_programs", make_recorded)
+    config = tiny_srppo(tmp_path, lora__rank=2, ppo__iterations=2, ppo__eval_iterations=2, world__pretrain=60)
+    run(config)
+    planned = {program.name: program for program in programs_of(config, topology.find("cpu:1"))[0]}
+    made = {"srppo: rewards and advantages": [[None]], "srppo: score": None, "srppo: values": None}
+
+    def asked(*names):
+        arguments = [planned[f"srppo: {name}"].arguments(made) for name in names]
+        return {kinds(first, *frozen) for first, _, *frozen in arguments}
+
+    assert {name: jitted.seen for name, jitted in recorded.items()} == {
+        "score": asked("score", "score by the base"),
+        "values": asked("values"),
+        "policy_step": asked("policy update"),
+        "critic_step": asked("critic update"),
+    }
     last = tmp_path / "phases" / "srppo" / "iteration2"
     assert all("lora_" in path for path in stored(last))
     kept = json.loads((last / "state" / "checksums.json").read_text())
