@@ -111,6 +111,7 @@ def test_ppo_trains_adapters_of_policy_and_critic_over_one_base_as_planned(tmp_p
     monkeypatch.setattr(ppo, "make_programs", make_recorded)
     config = tiny_srppo(tmp_path, lora__rank=2, ppo__iterations=2, ppo__eval_iterations=2, world__pretrain=60)
     run(config)
+    monkeypatch.undo()
     planned = {program.name: program for program in programs_of(config, topology.find("cpu:1"))[0]}
     made = {"srppo: rewards and advantages": [[None]], "srppo: score": None, "srppo: values": None}
 
