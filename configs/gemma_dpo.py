@@ -16,7 +16,8 @@ from configs.mistral_sera import get_config as mistral
 def get_config() -> ConfigDict:
     c: Any = mistral()
     c.workdir = "runs/gemma_dpo"
-    c.model.model_name_or_path = c.model.sft_model_path = "google/gemma-2-2b-it"
+    c.model.model_name_or_path = "google/gemma-2-2b-it"
+    c.model.sft_model_path = "google/gemma-2-2b-it"
     c.sera.arms = ("daa",)
     c.sera.rounds = 1
     return c

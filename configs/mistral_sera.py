@@ -16,7 +16,8 @@ from configs.tinyllama_sera import get_config as tinyllama
 def get_config() -> ConfigDict:
     c: Any = tinyllama()
     c.workdir = "runs/mistral_sera"
-    c.model.model_name_or_path = c.model.sft_model_path = "HuggingFaceH4/mistral-7b-sft-beta"
+    c.model.model_name_or_path = "HuggingFaceH4/mistral-7b-sft-beta"
+    c.model.sft_model_path = "HuggingFaceH4/mistral-7b-sft-beta"
     c.data.demonstrations = ""
     c.data.chat_template = ""  # its own
     return c

@@ -15,5 +15,6 @@ from configs.mistral_sera import get_config as mistral
 def get_config() -> ConfigDict:
     c: Any = mistral()
     c.workdir = "runs/qwen_sera"
-    c.model.model_name_or_path = c.model.sft_model_path = "Qwen/Qwen2.5-7B-Instruct"
+    c.model.model_name_or_path = "Qwen/Qwen2.5-7B-Instruct"
+    c.model.sft_model_path = "Qwen/Qwen2.5-7B-Instruct"
     return c

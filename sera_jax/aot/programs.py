@@ -28,6 +28,7 @@ from sera_jax.mesh import ROW_AXES, placed_shapes, rows_sharding
 from sera_jax.models.activations import activation_bytes
 from sera_jax.models.critic import without_output
 from sera_jax.models.decoder import Params, abstract_params
+from sera_jax.models.parts import nested, paths
 from sera_jax.models.trained import Trained, adapted_shapes, laid_over
 from sera_jax.training.parameters import drawing
 
@@ -86,6 +87,12 @@ def shapes_of(run: Runtime, policy: Policy, under: Params) -> Params:
     return part if policy.over is None else laid_over(part, under)
 
 
+def frozen_of(trained: Trained, model: Params) -> Params:
+    """What a training leaves as it is, of a model of these shapes: leaves of it; {} where everything moves."""
+    still = paths(jax.eval_shape(lambda params: trained.divide(params)[1], model))
+    return nested({path: leaf for path, leaf in paths(model).items() if path in still})
+
+
 def without(tree: Any, *others: Any) -> list[Any]:
     """The leaves of a tree of shapes that are not those of others, too."""
     known = set(map(id, jax.tree.leaves(others)))
@@ -141,7 +148,7 @@ def training(
     frozen: tuple[Params, ...] = ()
     if not given.trained.whole:
         whole = placed_shapes(run.mesh, adapted_shapes(run.cfg, given.trained)) if of is None else of
-        frozen = (given.trained.divide(without_output(whole) if scalar else whole)[1],)
+        frozen = (frozen_of(given.trained, without_output(whole) if scalar else whole),)
     rows: Rows = getattr(batch, "rows", None) or batch.arrays.rows  # type: ignore[union-attr]
     working = gradients(run, params, parts) + activations(run, rows, parts, group.logits_chunk_tokens)
     levers = (f"{field}.gradient_accumulation_steps", "train.logits_chunk_tokens", "data.row_tokens")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 
 from sera_jax.aot import flops
-from sera_jax.aot.programs import Program, activations, full_items, on_mesh, training, without
+from sera_jax.aot.programs import Program, activations, frozen_of, full_items, on_mesh, training, without
 from sera_jax.aot.sampler import Use, sampler
 from sera_jax.data.batches import PairLoader, score_batches
 from sera_jax.data.items import PairItem
@@ -56,7 +56,7 @@ def _self_made(planned: Planned, study: SeraStudy) -> list[Program]:
     pairs = [PairItem(item) for item in full_items(group.batch_size, prompt, answer, answer)]
     loader = PairLoader(pairs, layout, batch_size=group.batch_size, seed=0, order="given")
     sft, trained = planned.models[1], run.trained(group)
-    still = () if trained.whole else (trained.divide(sft)[1],)
+    still = () if trained.whole else (frozen_of(trained, sft),)
     frozen = {"SFT model": without(sft, still)} if study.loss.uses_reference else {}
     own = Training(
         name="online",

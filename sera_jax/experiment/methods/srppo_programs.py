@@ -16,6 +16,7 @@ from sera_jax.aot.programs import (
     Made,
     Program,
     activations,
+    frozen_of,
     full_items,
     gradients,
     held,
@@ -153,7 +154,7 @@ def _iteration(planned: Planned, study: SrppoStudy, arm: PpoArm, arms: int, rewa
     )
     packed = lay_rollouts(rollouts, ppo.num_mini_batches, learner.layout, seed=0, iteration=1)
     parts = [on_mesh(part.rows, rows_sharding(run.mesh)) for part in packed]
-    still = {} if learner.trained.whole else learner.trained.divide(planned.models[1])[1]
+    still = frozen_of(learner.trained, planned.models[1])
     of = _Arm(planned, learner, parts, packed[0].rows, reward_model, still)
     programs, iterations = learner.programs, ppo.iterations * arms
     use = Use(
