@@ -56,7 +56,7 @@ def _self_made(planned: Planned, study: SeraStudy) -> list[Program]:
     pairs = [PairItem(item) for item in full_items(group.batch_size, prompt, answer, answer)]
     loader = PairLoader(pairs, layout, batch_size=group.batch_size, seed=0, order="given")
     sft, trained = planned.models[1], run.trained(group)
-    still = () if trained.whole else (frozen_of(trained, sft),)
+    still = frozen_of(trained, sft)
     frozen = {"SFT model": without(sft, still)} if study.loss.uses_reference else {}
     own = Training(
         name="online",
@@ -72,7 +72,7 @@ def _self_made(planned: Planned, study: SeraStudy) -> list[Program]:
     )
     first_state, update = training(run, own, group, "train", updates=updates, of=sft, beside=frozen)
     state = update.arguments({})[0]
-    policy = merge(state.params, *still)
+    policy = merge(state.params, still)
     beside = {**frozen, "moments": state.opt_state}
     count = config.sera.num_samples * group.batch_size
     use = Use("online: candidates", run.sampling_params(config.sampling), group.batch_size, count, updates)
