@@ -10,7 +10,7 @@ SFT is run first; an SFT model of one's own is named in `config.model.sft_model_
 same shape starts from scratch, which serves to compile and to measure.
 
 Of the paper (Zhang et al. 2025): the model, the three stages, the reward as a plain sum paid at the end token, GAE with
-a critic. Its values were not to be had: all that stands here, and all defaults, are our choice.
+a critic. Its values could not be obtained: all that stand here, and all defaults, are our choice.
 
 Four models are in memory during PPO, all split over `mesh.fsdp`. Bytes per parameter, with AdamW and float32
 parameters: policy 16 (parameters, gradient, two moments), critic 16 (as much, but no vocabulary), SFT model 4, base

@@ -9,7 +9,7 @@ Model and rows come from the hub; folders and files do as well. An SFT model of 
 
 Of the paper (Ko et al. 2025): the model, UltraChat-200k for SFT, UltraFeedback, three rounds, selection of the largest
 margins, one pair of each prompt by the ensemble of two rounds' rewards, the SFT model as reference. Its other values
-were not to be had: all that stands here, and all defaults, are our choice. Where it fits: docs/models.md.
+could not be obtained: they, and all defaults, are our choice. Where it fits, and how long it takes: docs/models.md.
 """
 
 from typing import Any
