@@ -3,7 +3,8 @@
     python -m sera_jax.main --config=configs/gemma_dpo.py
 
 The repository is gated: accept its licence on the hub, and give HF_TOKEN. No run of the papers: the baseline of
-configs/mistral_sera.py, whose rows and values these are.
+configs/mistral_sera.py, whose rows and values these are. By preflight's estimate it fits 8 H100 (docs/models.md, with
+expected hours).
 """
 
 from typing import Any

@@ -3,7 +3,10 @@
     python -m sera_jax.main --config=configs/llama_sera_lora.py
 
 The repository is gated: accept its licence on the hub, and give HF_TOKEN. The base is frozen in bfloat16. No run of the
-papers: rows and rounds of configs/tinyllama_sera.py; rank, alpha and rates are our choice.
+papers: rows and rounds of configs/tinyllama_sera.py; rank, alpha and rates are our choice. That it fits is preflight's
+estimate (docs/models.md, with expected hours):
+
+    python -m sera_jax.preflight --config=configs/llama_sera_lora.py --topology=gpu:h100:1
 """
 
 from typing import Any

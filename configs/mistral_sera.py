@@ -3,7 +3,8 @@
     python -m sera_jax.main --config=configs/mistral_sera.py
 
 Of the paper (Ko et al. 2025): Mistral-7B after SFT on UltraChat-200k. That this is the SFT model it started from is our
-guess. Rows and other values: configs/tinyllama_sera.py.
+guess. Rows and other values: configs/tinyllama_sera.py. By preflight's estimate it fits 8 H100 (docs/models.md, with
+expected hours).
 """
 
 from typing import Any

@@ -2,7 +2,8 @@
 
     python -m sera_jax.main --config=configs/mistral_srppo.py
 
-Of the paper (Zhang et al. 2025): the model, beside what that file says.
+Of the paper (Zhang et al. 2025): the model, beside what that file says. By preflight's estimate it fits 8 H100
+(docs/models.md, with expected hours).
 """
 
 from typing import Any

@@ -2,7 +2,8 @@
 
     python -m sera_jax.main --config=configs/qwen_sera.py
 
-No run of the papers: the method of configs/mistral_sera.py, whose rows and values these are.
+No run of the papers: the method of configs/mistral_sera.py, whose rows and values these are. By preflight's
+estimate it fits 8 H100 (docs/models.md, with expected hours).
 """
 
 from typing import Any

@@ -9,7 +9,11 @@ Model and rows come from the hub; folders and files do as well. An SFT model of 
 
 Of the paper (Ko et al. 2025): the model, UltraChat-200k for SFT, UltraFeedback, three rounds, selection of the largest
 margins, one pair of each prompt by the ensemble of two rounds' rewards, the SFT model as reference. Its other values
-could not be obtained: they, and all defaults, are our choice. Where it fits, and how long it takes: docs/models.md.
+could not be obtained: they, and all defaults, are our choice.
+
+It fits 8 chips of v5e, and by preflight's estimate one H100 (docs/models.md, with expected hours):
+
+    python -m sera_jax.preflight --config=configs/tinyllama_sera.py --topology=v5e:2x4
 """
 
 from typing import Any
