@@ -1,13 +1,16 @@
 """Self-Rewarding PPO on Llama-3-8B shapes: 256 responses of up to 1024 tokens an iteration, rows of 4096.
 
-Name the base, the demonstrations and prompts without answers on the command line:
+Demonstrations are those of TULU v2, new prompts those of UltraChat-200k. Name the base on the command line (this one is
+gated: accept its licence on the hub, and give HF_TOKEN):
 
     python -m sera_jax.main --config=configs/llama_srppo.py --config.workdir=runs/llama_srppo \\
-        --config.model.model_name_or_path=models/Meta-Llama-3-8B \\
-        --config.data.demonstrations=rows/tulu3_sft.jsonl --config.data.prompts=rows/ultrachat_prompts.jsonl
+        --config.model.model_name_or_path=meta-llama/Meta-Llama-3-8B
 
 SFT is run first; an SFT model of one's own is named in `config.model.sft_model_path`. Without `model_name_or_path` the
 same shape starts from scratch, which serves to compile and to measure.
+
+Of the paper (Zhang et al. 2025): the model, the three stages, the reward as a plain sum paid at the end token, GAE with
+a critic. Its values could not be obtained: all that stand here, and all defaults, are our choice.
 
 Four models are in memory during PPO, all split over `mesh.fsdp`. Bytes per parameter, with AdamW and float32
 parameters: policy 16 (parameters, gradient, two moments), critic 16 (as much, but no vocabulary), SFT model 4, base
@@ -21,7 +24,7 @@ Rows come in multiples of chips x `gradient_accumulation_steps`. A minibatch of 
 far fewer where answers are short: on few chips accumulate, on many raise `train.batch_size` with them, or most rows
 are filling (`rollout/padding_fraction`). Each evaluation saves a policy and the whole training state, about 190 GB.
 
-PPO's phases fit 16 chips of v6e (docs/preflight.md):
+PPO's phases fit 16 chips of v6e, and by adapters 16 of v5e (docs/preflight.md; hours: docs/models.md):
 
     python -m sera_jax.preflight --config=configs/llama_srppo.py --topology=v6e:4x4
 """
@@ -52,8 +55,9 @@ def get_config() -> ConfigDict:
     c.model.remat = "full"
     c.model.attn_implementation = "xla_loop"
 
-    c.data.demonstrations = "demonstrations.jsonl"
-    c.data.prompts = "prompts.jsonl"
+    c.data.demonstrations = "hub:allenai/tulu-v2-sft-mixture"
+    c.data.prompts = "hub:HuggingFaceH4/ultrachat_200k:train_gen"
+    c.data.chat_template = "hh"  # the base has none of its own
     c.data.row_tokens = 4096
     c.data.row_multiple = 16  # chips of the smallest pod that it is meant for, so that no row is filling
     c.data.max_prompt_length = 1024

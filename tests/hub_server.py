@@ -73,12 +73,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def _answer(self) -> None:
-        path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
+        asked = urllib.parse.urlsplit(self.path).path
+        path = urllib.parse.unquote(asked)
         self.hub.asked.append((self.command, path, self.headers.get("Range", "")))
         if self.hub.down:
             return self._send(self.hub.down, b"", {})
         if path.startswith("/api/"):
-            kind, *rest = path.removeprefix("/api/").split("/")
+            # a branch such as refs/convert/parquet is one part, quoted
+            kind, *rest = map(urllib.parse.unquote, asked.removeprefix("/api/").split("/"))
             name, rest = "/".join(rest[:2]), rest[2:]
         else:
             kind, path = ("datasets", path[9:]) if path.startswith("/datasets/") else ("models", path)

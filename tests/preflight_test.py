@@ -26,8 +26,14 @@ from sera_jax.experiment import rehearsal
 from sera_jax.experiment.ahead import programs_of, sizes_of
 from sera_jax.experiment.levers import smaller
 from sera_jax.experiment.methods import METHODS, parse
+from sera_jax.experiment.methods.srppo import study_of
 from sera_jax.experiment.start import phases as start_phases
+from sera_jax.loops.ppo import Learner
+from sera_jax.loops.srppo import SRPPO_ARM
 from sera_jax.models.config import ModelConfig
+from sera_jax.models.lora import ADAPTERS
+from sera_jax.models.parts import split
+from sera_jax.training.step import TrainState
 from tests.loops.tiny import tiny_config, tiny_flags, tiny_srppo
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -172,6 +178,55 @@ def test_what_ppo_holds_is_counted_beside_its_programs():
     assert sizes["critic's moments"] == pytest.approx(2 * critic, rel=1e-3), "AdamW has two"
     assert "policy" not in sizes and "spare state" in sizes, "a state this small is kept twice"
     assert names["score answers"].beside({}) == {}
+
+
+def alive(programs, name, devices):
+    """Bytes of the models and states that lie on a device at a program: its arguments, and what is beside."""
+    rows = "srppo: rewards and advantages"
+    made = {rows: [[None]], "srppo: score": None, "srppo: values": None}
+    models = [argument for argument in programs[name].arguments(made) if isinstance(argument, dict | TrainState)]
+    return held(models, devices), sum(held(tree, devices) for tree in programs[name].beside(made).values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({}, ("base", "sft")),
+        ({"lora__rank": 2, "model__tie_word_embeddings": False}, ("base", "adapters")),
+        ({"lora__rank": 2, "ppo__critic": "head"}, ("base", "adapters")),
+        ({"train__trainable": (".*norm/scale",)}, ("base", "sft")),
+        ({"train__trainable": (".*norm/scale",), "sft__trainable": (".*norm/scale",)}, ("base", "norms")),
+    ],
+)
+def test_at_every_program_of_an_iteration_the_same_models_are_alive(changes, kept):
+    """As arguments or beside them: the state with its spare, the base, and of the SFT model what it does not share."""
+    programs, mesh, planned = programs_of(tiny_srppo("runs/tiny", **changes), topology.find("gpu:h100:2"))
+    named = {program.name: program for program in programs}
+    state = Learner(
+        study_of(planned.given, planned.given.evaluator(base=planned.given.base)), SRPPO_ARM
+    ).programs.abstract
+    base, sft = planned.models
+    shared = {"base": base, "sft": sft, "adapters": split(sft, ADAPTERS)[0], "norms": split(sft, ".*norm/scale")[0]}
+    control = held(state.control, mesh.size)
+    expected = 2 * held(state, mesh.size) - control + sum(held(shared[name], mesh.size) for name in kept)
+    steps = [name for name in named if re.match("srppo: (score|values|rewards|.* update)", name)]
+    assert len(steps) >= 4
+    for name in steps:
+        assert sum(alive(named, name, mesh.size)) == pytest.approx(expected, abs=64), name  # a step and a flag
+    sampling = named["srppo: rollouts: prefill"].beside({})
+    assert sum(held(tree, mesh.size) for tree in sampling.values()) == pytest.approx(expected, abs=64)
+
+
+@pytest.mark.parametrize("method", ["sera", "online_dpo", "srppo"])
+def test_a_base_from_scratch_is_planned_whole_and_all_after_it_as_adapters(method):
+    config = (tiny_srppo if method == "srppo" else tiny_config)("runs/tiny", method=method, lora__rank=2)
+    programs, mesh, planned = programs_of(config, topology.find("gpu:h100:2"))
+    whole, (part, _) = held(planned.models[0], mesh.size), planned.given.start.trained.divide(planned.models[1])
+    for name, states in ((p.name, p.arguments({})) for p in programs if p.name.endswith("first state")):
+        if name.startswith("pretrain"):
+            assert held(states, mesh.size) == whole
+        elif not name.startswith("srppo"):  # whose first state is made of the SFT model
+            assert held(states, mesh.size) == held(part, mesh.size), name
 
 
 @pytest.mark.parametrize(

@@ -23,11 +23,13 @@ from sera_jax.core import Rows
 from sera_jax.data.items import Item
 from sera_jax.data.packing import laid_tokens
 from sera_jax.loops.optimise import Training, update_programs
-from sera_jax.loops.runtime import Runtime
+from sera_jax.loops.runtime import Policy, Runtime
 from sera_jax.mesh import ROW_AXES, placed_shapes, rows_sharding
 from sera_jax.models.activations import activation_bytes
+from sera_jax.models.critic import without_output
 from sera_jax.models.decoder import Params, abstract_params
-from sera_jax.models.trained import Trained, adapted_shapes
+from sera_jax.models.parts import nested, paths
+from sera_jax.models.trained import Trained, adapted_shapes, laid_over
 from sera_jax.training.parameters import drawing
 
 Made = Mapping[str, Any]  # what the programs so far return, as shapes on the mesh, by their names
@@ -78,6 +80,25 @@ def params_on(run: Runtime) -> Params:
     return placed_shapes(run.mesh, adapted_shapes(run.cfg, Trained(lora=run.lora)))
 
 
+def shapes_of(run: Runtime, policy: Policy, under: Params) -> Params:
+    """Shapes of a policy's parameters as they lie on the run's mesh. What it lies over are leaves of `under`: one copy
+    in memory is one leaf here."""
+    part = placed_shapes(run.mesh, jax.eval_shape(policy.trained.part, abstract_params(run.cfg)))
+    return part if policy.over is None else laid_over(part, under)
+
+
+def frozen_of(trained: Trained, model: Params) -> Params:
+    """What a training leaves as it is, of a model of these shapes: leaves of it; {} where everything moves."""
+    still = paths(jax.eval_shape(lambda params: trained.divide(params)[1], model))
+    return nested({path: leaf for path, leaf in paths(model).items() if path in still})
+
+
+def without(tree: Any, *others: Any) -> list[Any]:
+    """The leaves of a tree of shapes that are not those of others, too."""
+    known = set(map(id, jax.tree.leaves(others)))
+    return [leaf for leaf in jax.tree.leaves(tree) if id(leaf) not in known]
+
+
 def held(tree: Any, devices: int) -> int:
     """Bytes on each device; of what has no sharding, its share."""
 
@@ -101,13 +122,22 @@ def first_parameters(run: Runtime, name: str) -> list[Program]:
 
 
 def training(
-    run: Runtime, given: Training, group: Any, field: str, *, updates: float, times: int = 1, beside: Beside = NOTHING
+    run: Runtime,
+    given: Training,
+    group: Any,
+    field: str,
+    *,
+    updates: float,
+    times: int = 1,
+    of: Params | None = None,
+    beside: Beside = NOTHING,
 ) -> list[Program]:
     """The first state of a training and its update.
 
     Args:
         group: its optimiser settings, the group of the config that `field` names.
         updates: how many in the whole run, in `times` trainings.
+        of: shapes of the model that a part is trained of, where others in memory share them.
         beside: what else is in memory.
     """
     made_of, batch = update_programs(run, given), given.batches(None, 1)  # type: ignore[arg-type]
@@ -117,8 +147,8 @@ def training(
     params = made_of.abstract.params
     frozen: tuple[Params, ...] = ()
     if not given.trained.whole:
-        whole = made_of.of_params(adapted_shapes(run.cfg, given.trained))
-        frozen = (placed_shapes(run.mesh, given.trained.divide(whole)[1]),)
+        whole = placed_shapes(run.mesh, adapted_shapes(run.cfg, given.trained)) if of is None else of
+        frozen = (frozen_of(given.trained, without_output(whole) if scalar else whole),)
     rows: Rows = getattr(batch, "rows", None) or batch.arrays.rows  # type: ignore[union-attr]
     working = gradients(run, params, parts) + activations(run, rows, parts, group.logits_chunk_tokens)
     levers = (f"{field}.gradient_accumulation_steps", "train.logits_chunk_tokens", "data.row_tokens")

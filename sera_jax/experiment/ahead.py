@@ -28,7 +28,7 @@ from sera_jax.experiment.start import phases as start_phases
 from sera_jax.loops.runtime import Policy, Runtime
 from sera_jax.mesh import make_mesh
 from sera_jax.models.families import config_from_hf
-from sera_jax.models.folder import read_config
+from sera_jax.models.folder import is_adapter, read_config
 from sera_jax.world import VOCABULARY
 
 
@@ -58,8 +58,11 @@ def plan(config: Config, mesh: Mesh) -> Planned:
     run = Runtime(cfg, mesh, None, None, config.seed, layout, chunk, stop, parts, lora=lora)  # type: ignore[arg-type]
     if method.samples_pairs(config):
         longest = max(longest, config.sampling.max_new_tokens)
-    start = Policy("sft", pathlib.Path(), "sft")
     base = Policy("base", pathlib.Path(), "base")
+    tuned = run.trained(config.sft)
+    named = config.model.sft_model_path
+    whole = not (lora and is_adapter(pathlib.Path(named))) if named else tuned.whole
+    start = Policy("sft", pathlib.Path(), "sft") if whole else Policy("sft", pathlib.Path(), "sft", False, tuned, base)
     given = Experiment(config, run, _corpus(config, tokenizer, longest), start, base)
     names = frozenset([*start_phases(config), *method.phases(config, given.corpus)])
     return Planned(given, sizes_of(config), names)

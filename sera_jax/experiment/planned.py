@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 
-from sera_jax.aot.programs import Program, first_parameters, full_items, params_on, training
+from sera_jax.aot.programs import Program, first_parameters, full_items, params_on, shapes_of, training
 from sera_jax.aot.sampler import Use, sampler
 from sera_jax.config import SamplingGroup
 from sera_jax.data.items import Item
 from sera_jax.experiment.method import Experiment
 from sera_jax.loops.sera_study import updates_of
 from sera_jax.loops.sft import sft_training
+from sera_jax.models.decoder import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,14 @@ class Planned:
     sizes: Sizes
     names: frozenset[str]
 
+    @functools.cached_property
+    def models(self) -> tuple[Params, Params]:
+        """Shapes of the base and of the SFT model as they lie on the mesh; what they share in memory is shared here."""
+        run, given = self.given.runtime, self.given
+        assert given.base is not None
+        base = shapes_of(run, given.base, {})
+        return base, shapes_of(run, given.start, base)
+
     def count(self, last: str) -> int:
         """Of phases whose name's last part is this pattern."""
         return sum(re.fullmatch(last, name.split("/")[-1]) is not None for name in self.names)
@@ -64,7 +74,7 @@ def starting_programs(planned: Planned, *, more_sft: float = 0.0) -> list[Progra
     if "init" in planned.names:
         out += first_parameters(run, "init: largest parameter")
     if "pretrain" in planned.names:
-        texts = sft_training(run, "pretrain", given.base, corpus.pretrain, config.pretrain)
+        texts = sft_training(run, "pretrain", given.base, corpus.pretrain, config.pretrain, adapted=False)
         updates = updates_of(config.pretrain, sizes.pretrain)
         out += training(run, texts, config.pretrain, "pretrain", updates=updates)
     if not config.model.sft_model_path or more_sft:

@@ -76,11 +76,18 @@ def merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> Tree:
 
 def split_layers(tree: Mapping[str, Any], pattern: str) -> tuple[Tree, Tree]:
     """`split`, where `pattern` may also name layers of a stack by their numbers: `layers/3/q/kernel`. Of a stack of
-    which the last layers alone match, those are copied to `layers/last`, and all of it is in the rest.
+    which the last layers alone match, those are copied to `layers/last`, and all of it is in the rest. Where the tree
+    has the same layers apart already, it is those.
 
     Raises:
         ValueError: it names layers that are not the last ones, or not the same of every stack that it divides.
     """
+    if LAST in tree.get(LAYERS, {}):
+        below = {**tree, LAYERS: {BLOCK: tree[LAYERS][BLOCK]}}
+        matching, rest = split_layers(below, pattern)
+        if _shapes(matching.get(LAYERS, {}).get(LAST, {})) != _shapes(tree[LAYERS][LAST]):
+            return split_layers(joined(tree), pattern)
+        return {**matching, LAYERS: {**matching[LAYERS], LAST: tree[LAYERS][LAST]}}, rest
     stacked, rule = f"{LAYERS}/{BLOCK}/", re.compile(pattern)
     hits = {
         path: [i for i in range(leaf.shape[0]) if rule.fullmatch(f"{LAYERS}/{i}/{path.removeprefix(stacked)}")]
@@ -101,6 +108,10 @@ def split_layers(tree: Mapping[str, Any], pattern: str) -> tuple[Tree, Tree]:
             )
     own = {path.replace(f"/{BLOCK}/", f"/{LAST}/", 1): paths(rest)[path][found[0] :] for path, found in some.items()}
     return merge(matching, nested(own)), rest
+
+
+def _shapes(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {path: leaf.shape for path, leaf in paths(tree).items()}
 
 
 def last_layers(layers: Mapping[str, Any]) -> tuple[int, Tree, Tree]:

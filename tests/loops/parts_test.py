@@ -7,12 +7,15 @@ import jax
 import numpy as np
 import pytest
 
+from sera_jax.aot import topology
 from sera_jax.config import SamplingGroup, TrainGroup
 from sera_jax.core import Stream, key_for
 from sera_jax.data.items import Item
 from sera_jax.experiment import run
+from sera_jax.experiment.ahead import programs_of
 from sera_jax.experiment.saved import find_policy
 from sera_jax.export import main as export
+from sera_jax.loops import ppo
 from sera_jax.loops.runtime import Preempted
 from sera_jax.loops.sft import sft
 from sera_jax.mesh import make_mesh
@@ -22,6 +25,7 @@ from sera_jax.models.huggingface import load_pretrained
 from sera_jax.models.lora import Lora, merged
 from sera_jax.models.parts import joined, paths
 from sera_jax.models.peft import kernels_of
+from sera_jax.training.ppo_steps import make_programs
 from tests.loops.tiny import one_device_runtime, tiny_config, tiny_srppo
 
 SHORT = dict(lora__rank=4, sera__rounds=2, world__pretrain=60)
@@ -51,14 +55,6 @@ def test_policies_hold_adapters_alone_and_have_moved(adapted):
     assert all(np.abs(leaf).max() > 0 for path, leaf in paths(policy).items() if path.endswith("lora_b"))
 
 
-def test_a_run_of_adapters_stopped_amid_a_round_ends_to_the_bit_as_one_that_was_not(adapted, tmp_path):
-    _, whole = adapted
-    asked = iter(range(10**6))
-    with pytest.raises(Preempted):
-        run(tiny_config(tmp_path, train__save_steps=1, **SHORT), stop_requested=lambda: next(asked) > 12)
-    assert run(tiny_config(tmp_path, train__save_steps=1, **SHORT))["params_sha256"] == whole["params_sha256"]
-
-
 DEEP = ModelConfig(
     vocab_size=64,
     hidden_size=16,
@@ -86,11 +82,15 @@ def test_dropout_trains_other_adapters_and_a_stop_changes_nothing(tmp_path):
         cfg = dataclasses.replace(DEEP, lora_scale=lora.scale, lora_dropout=dropout)
         return trained_part(tmp_path / name, cfg, lora, save_steps=1, **how)[1].digest
 
-    asked = iter(range(10**6))
-    whole = train("whole", 0.3)
-    with pytest.raises(Preempted):
-        train("cut", 0.3, stop=lambda: next(asked) > 2)
-    assert train("cut", 0.3) == whole != train("without", 0.0)
+    def stopped(dropout):
+        asked = iter(range(10**6))
+        with pytest.raises(Preempted):
+            train(f"cut {dropout}", dropout, stop=lambda: next(asked) > 2)
+        return train(f"cut {dropout}", dropout)
+
+    whole = [train(f"whole {dropout}", dropout) for dropout in (0.0, 0.3)]
+    assert [stopped(dropout) for dropout in (0.0, 0.3)] == whole
+    assert whole[0] != whole[1]
 
 
 def test_the_last_layer_moves_alone_and_is_scored_and_sampled_as_the_whole_model_would_be(tmp_path):
@@ -127,15 +127,57 @@ def test_a_merged_export_is_the_policy_and_an_adapter_wants_its_base(adapted, tm
 
 
 def test_patterns_move_what_they_name_and_nothing_else(tmp_path):
-    run(tiny_config(tmp_path, train__trainable=(".*norm/scale",), sera__rounds=1, world__pretrain=60))
-    before = paths(find_policy(tmp_path / "phases" / "sft").params(mesh()))
-    after = paths(find_policy(tmp_path / "phases" / "round1").params(mesh()))
-    moved = {path for path, leaf in after.items() if (leaf != before[path]).any()}
-    assert moved == {path for path in after if path.endswith("norm/scale")}
+    before, policy, after = trained_part(tmp_path, trainable=(".*norm/scale",))
+    moved = {path for path, leaf in paths(after).items() if (leaf != before[path]).any()}
+    assert moved == {path for path in before if path.endswith("norm/scale")}
+    assert len(stored(policy.path)) == len(moved)
 
 
-def test_ppo_trains_adapters_of_policy_and_critic_over_one_base(tmp_path):
-    run(tiny_srppo(tmp_path, lora__rank=2, ppo__iterations=2, ppo__eval_iterations=2, world__pretrain=60))
+class Recorded:
+    """A jitted function, and the kinds of models and states that it is called with."""
+
+    def __init__(self, jitted):
+        self.jitted, self.seen = jitted, set()
+
+    def __call__(self, first, batch, *frozen):
+        self.seen.add(kinds(first, *frozen))
+        return self.jitted(first, batch, *frozen)
+
+    def __getattr__(self, name):
+        return getattr(self.jitted, name)
+
+
+def kinds(*trees):
+    return str(jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), trees))
+
+
+def test_ppo_trains_adapters_of_policy_and_critic_over_one_base_as_planned(tmp_path, monkeypatch):
+    recorded = {}
+
+    def make_recorded(*given, **how):
+        made = make_programs(*given, **how)
+        recorded.update(
+            {name: Recorded(getattr(made, name)) for name in ("score", "values", "policy_step", "critic_step")}
+        )
+        return dataclasses.replace(made, **recorded)
+
+    monkeypatch.setattr(ppo, "make_programs", make_recorded)
+    config = tiny_srppo(tmp_path, lora__rank=2, ppo__iterations=2, ppo__eval_iterations=2, world__pretrain=60)
+    run(config)
+    monkeypatch.undo()
+    planned = {program.name: program for program in programs_of(config, topology.find("cpu:1"))[0]}
+    made = {"srppo: rewards and advantages": [[None]], "srppo: score": None, "srppo: values": None}
+
+    def asked(*names):
+        arguments = [planned[f"srppo: {name}"].arguments(made) for name in names]
+        return {kinds(first, *frozen) for first, _, *frozen in arguments}
+
+    assert {name: jitted.seen for name, jitted in recorded.items()} == {
+        "score": asked("score", "score by the base"),
+        "values": asked("values"),
+        "policy_step": asked("policy update"),
+        "critic_step": asked("critic update"),
+    }
     last = tmp_path / "phases" / "srppo" / "iteration2"
     assert all("lora_" in path for path in stored(last))
     kept = json.loads((last / "state" / "checksums.json").read_text())

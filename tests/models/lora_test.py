@@ -163,6 +163,13 @@ def test_last_layers_move_alone_and_the_model_stays_the_same_function(pattern, r
     np.testing.assert_allclose(run(merge(part, frozen), cfg), run(whole, cfg), atol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, joined(laid_over(part, whole)), whole)
 
+    moved = jax.tree.map(lambda x: x + 1, part)
+    again, rest = Trained((pattern,)).divide(laid_over(moved, whole))
+    jax.tree.map(np.testing.assert_array_equal, (again, rest), (moved, frozen))
+    whole_again, nothing = Trained((".*",)).divide(laid_over(moved, whole))
+    assert not nothing
+    jax.tree.map(np.testing.assert_array_equal, whole_again, joined(laid_over(moved, whole)))
+
     def loss(params):
         return jnp.sum(jnp.sin(hidden_states(cfg, params, tokens())))
 

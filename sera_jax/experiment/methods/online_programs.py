@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 
 from sera_jax.aot import flops
-from sera_jax.aot.programs import Program, activations, full_items, on_mesh, params_on, training
+from sera_jax.aot.programs import Program, activations, frozen_of, full_items, on_mesh, training, without
 from sera_jax.aot.sampler import Use, sampler
 from sera_jax.data.batches import PairLoader, score_batches
 from sera_jax.data.items import PairItem
@@ -19,6 +19,7 @@ from sera_jax.loops.optimise import Training, Updates
 from sera_jax.loops.restartable import Span
 from sera_jax.loops.sera_study import Round, SeraStudy, pair_target, round_training, updates_of
 from sera_jax.mesh import rows_sharding
+from sera_jax.models.parts import merge
 
 
 def online_programs(planned: Planned, study: SeraStudy, *, samples: bool, trainings: int) -> list[Program]:
@@ -54,7 +55,9 @@ def _self_made(planned: Planned, study: SeraStudy) -> list[Program]:
     prompt, answer = len(planned.prompt.prompt), config.sampling.max_new_tokens
     pairs = [PairItem(item) for item in full_items(group.batch_size, prompt, answer, answer)]
     loader = PairLoader(pairs, layout, batch_size=group.batch_size, seed=0, order="given")
-    frozen = {"SFT model": params_on(run)} if study.loss.uses_reference else {}
+    sft, trained = planned.models[1], run.trained(group)
+    still = frozen_of(trained, sft)
+    frozen = {"SFT model": without(sft, still)} if study.loss.uses_reference else {}
     own = Training(
         name="online",
         start=given.start,
@@ -65,9 +68,11 @@ def _self_made(planned: Planned, study: SeraStudy) -> list[Program]:
         group=group,
         updates=Updates(updates, planned=updates),
         span=Span("train"),
+        trained=trained,
     )
-    first_state, update = training(run, own, group, "train", updates=updates, beside=frozen)
+    first_state, update = training(run, own, group, "train", updates=updates, of=sft, beside=frozen)
     state = update.arguments({})[0]
+    policy = merge(state.params, still)
     beside = {**frozen, "moments": state.opt_state}
     count = config.sera.num_samples * group.batch_size
     use = Use("online: candidates", run.sampling_params(config.sampling), group.batch_size, count, updates)
@@ -79,12 +84,12 @@ def _self_made(planned: Planned, study: SeraStudy) -> list[Program]:
     score = Program(
         "online: score candidates",
         run.scorer(source.window),
-        lambda made: (state.params, on_mesh(rows, rows_sharding(run.mesh))),
+        lambda made: (policy, on_mesh(rows, rows_sharding(run.mesh))),
         updates * (2 if study.loss.uses_reference else 1),
         flops.forward(run.cfg, flops.of_rows(rows)),
         beside=lambda made: beside,
         working=activations(run, rows, 1, run.chunk_tokens) / run.cfg.num_hidden_layers,
         levers=("train.batch_size", "data.row_tokens"),
     )
-    sampled = sampler(run, [use], slots=slots, longest=prompt, params=state.params, beside=beside)
+    sampled = sampler(run, [use], slots=slots, longest=prompt, params=policy, beside=beside)
     return [first_state, *sampled, score, update]

@@ -276,16 +276,7 @@ def iteration_metrics(phases: Iterable[pathlib.Path]) -> list[dict[str, Any]]:
 
 
 def programs(planned: Planned) -> list[Program]:
-    """All that it compiles.
-
-    Raises:
-        ValueError: PPO would train adapters or a part of the parameters.
-    """
-    if not planned.given.runtime.trained(planned.given.config.train).whole:
-        raise ValueError(
-            "the programs of PPO that trains adapters or a part of its parameters are not measured ahead yet: set "
-            "config.lora.rank=0 and leave out config.train.trainable, for what training all of them takes"
-        )
+    """All that it compiles."""
     config, sizes = planned.given.config, planned.sizes
     study = study_of(planned.given, planned.given.evaluator(base=planned.given.base))
     own = updates_of(config.sft, sizes.demonstrations)

@@ -1,6 +1,6 @@
 """The programs of Self-Rewarding PPO ahead of time. An iteration's state (policy and critic with their moments) and the
 two frozen models stay in memory from its rollouts to its updates; SFT and evaluation have the devices for
-themselves."""
+themselves. Where a part of the policy and the critic is trained, both lie over a model that is held once."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from sera_jax.aot.programs import (
     Made,
     Program,
     activations,
+    frozen_of,
     full_items,
     gradients,
     held,
@@ -23,6 +24,7 @@ from sera_jax.aot.programs import (
     params_on,
     scoring,
     training,
+    without,
 )
 from sera_jax.aot.sampler import Use, sampler
 from sera_jax.core import Rows
@@ -34,40 +36,68 @@ from sera_jax.loops.reward_model import OWN_ANSWERS, reward_model_training
 from sera_jax.loops.sera_study import updates_of
 from sera_jax.loops.srppo_study import PpoArm, SrppoStudy
 from sera_jax.mesh import rows_sharding
-from sera_jax.models.critic import without_value_head
+from sera_jax.models.critic import without_output, without_value_head
+from sera_jax.models.decoder import Params
+from sera_jax.models.parts import merge
+from sera_jax.training.ppo_steps import PpoState
 from sera_jax.training.rewards import Scored
 from sera_jax.training.step import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class _Arm:
-    """The programs of one PPO arm, and what it holds: shapes on the mesh by what they are."""
+    """The programs of one PPO arm, and what it holds: shapes on the mesh by what they are.
+
+    Attributes:
+        still: what does not move of the policy.
+    """
 
     planned: Planned
     learner: Learner
     parts: list[Rows]
     host_rows: Rows
     reward_model: Any
+    still: Params
 
     @property
     def run(self) -> Any:
         return self.planned.given.runtime
 
-    def holds(self, *without: str) -> dict[str, Any]:
-        """All that is alive in an iteration but the arguments of the program at hand."""
-        state = self.learner.programs.abstract
-        frozen = params_on(self.run)
+    @property
+    def state(self) -> PpoState:
+        return self.learner.programs.abstract
+
+    @property
+    def policy(self) -> Params:
+        return merge(without_value_head(self.state.policy.params), self.still)
+
+    @property
+    def critic(self) -> Params:
+        """The critic, or the policy with the head on it."""
+        if self.state.critic is None:
+            return merge(self.state.policy.params, self.still)
+        return merge(self.state.critic.params, without_output(self.still))
+
+    def holds(self, *arguments: Any) -> dict[str, Any]:
+        """All that is alive in an iteration but the arguments of the program at hand; what two models share counts as
+        that of the first."""
+        state, (base, sft) = self.state, self.planned.models
         own: dict[str, Any] = {
             "policy": state.policy.params,
             "policy's moments": state.policy.opt_state,
             "critic": None if state.critic is None else state.critic.params,
             "critic's moments": None if state.critic is None else state.critic.opt_state,
-            "SFT model": frozen,
-            "base model": frozen,
+            "base model": base,
+            "SFT model": sft,
             "reward model": self.reward_model,
-            "spare state": state if held(state, self.run.mesh.size) <= SPARE_BYTES else None,
         }
-        return {name: tree for name, tree in own.items() if tree is not None and name not in without}
+        found, known = {}, [*arguments]
+        for name, tree in own.items():
+            found[name] = without(tree, known)
+            known.append(tree)
+        if held(state, self.run.mesh.size) <= SPARE_BYTES:
+            found["spare state"] = jax.tree.leaves(state)
+        return {name: leaves for name, leaves in found.items() if leaves}
 
 
 def srppo_programs(
@@ -124,9 +154,9 @@ def _iteration(planned: Planned, study: SrppoStudy, arm: PpoArm, arms: int, rewa
     )
     packed = lay_rollouts(rollouts, ppo.num_mini_batches, learner.layout, seed=0, iteration=1)
     parts = [on_mesh(part.rows, rows_sharding(run.mesh)) for part in packed]
-    of = _Arm(planned, learner, parts, packed[0].rows, reward_model)
+    still = frozen_of(learner.trained, planned.models[1])
+    of = _Arm(planned, learner, parts, packed[0].rows, reward_model, still)
     programs, iterations = learner.programs, ppo.iterations * arms
-    policy = without_value_head(programs.abstract.policy.params)
     use = Use(
         f"{arm.name}: rollouts",
         run.sampling_params(learner.sampling),
@@ -141,47 +171,40 @@ def _iteration(planned: Planned, study: SrppoStudy, arm: PpoArm, arms: int, rewa
             [use],
             slots=learner.sampling.slots,
             longest=learner.longest_prompt,
-            params=policy,
-            beside=of.holds("policy"),
+            params=of.policy,
+            beside=of.holds(of.policy),
         ),
     ]
-    return out + _scoring(of, policy, iterations) + _updates(of, iterations)
+    return out + _scoring(of, iterations) + _updates(of, iterations)
 
 
-def _scoring(of: _Arm, policy: Any, iterations: int) -> list[Program]:
+def _scoring(of: _Arm, iterations: int) -> list[Program]:
     """Log-probs by three models, values, and what is made of them."""
     run, programs, name = of.run, of.learner.programs, of.learner.arm.name
     tokens, calls = flops.of_rows(of.host_rows), iterations * len(of.parts)
     working = activations(run, of.host_rows, 1, run.chunk_tokens) / run.cfg.num_hidden_layers
     levers = ("train.logits_chunk_tokens", "data.row_tokens")
     score, values = f"{name}: score", f"{name}: values"
-    out = [
-        Program(
-            score,
-            programs.score,
-            lambda made: (policy, of.parts[0]),
-            3 * calls,
-            flops.forward(run.cfg, tokens),
-            beside=lambda made: of.holds("policy"),
+
+    def scorer(what: str, jitted: Any, params: Params, times: int, vocabulary: bool = True) -> Program:
+        return Program(
+            what,
+            jitted,
+            lambda made: (params, of.parts[0]),
+            times * calls,
+            flops.forward(run.cfg, tokens, vocabulary=vocabulary),
+            beside=lambda made: of.holds(params),
             working=working,
             levers=levers,
         )
-    ]
+
+    if run.lora is None:
+        out = [scorer(score, programs.score, of.policy, 3)]
+    else:  # the base has no adapters, so it is scored by a program of its own
+        by_base = scorer(f"{name}: score by the base", programs.score, of.planned.models[0], 1)
+        out = [scorer(score, programs.score, of.policy, 2), by_base]
     if programs.values is not None:
-        state = programs.abstract
-        critic, which = (state.policy.params, "policy") if state.critic is None else (state.critic.params, "critic")
-        out.append(
-            Program(
-                values,
-                programs.values,
-                lambda made: (critic, of.parts[0]),
-                calls,
-                flops.forward(run.cfg, tokens, vocabulary=False),
-                beside=lambda made: of.holds(which),
-                working=working,
-                levers=levers,
-            )
-        )
+        out.append(scorer(values, programs.values, of.critic, 1, vocabulary=False))
 
     def experience(made: Made) -> tuple:
         return _scored(of, made[score], made.get(values)), programs.abstract.control
@@ -213,14 +236,14 @@ def _scored(of: _Arm, logp: Any, value: Any) -> list[Any]:
 def _updates(of: _Arm, iterations: int) -> list[Program]:
     """Of the critic and of the policy."""
     run, programs, name = of.run, of.learner.programs, of.learner.arm.name
-    config, state = of.planned.given.config, programs.abstract
+    config, state = of.planned.given.config, of.state
     ppo, group = config.ppo, config.train
     tokens, each = flops.of_rows(of.host_rows), ppo.num_ppo_epochs * ppo.num_mini_batches
     rewards = f"{name}: rewards and advantages"
 
-    def update(what: str, step: Any, trained: TrainState, updates: float, which: str, vocabulary: bool) -> Program:
+    def update(what: str, step: Any, trained: TrainState, still: Params, updates: float, vocabulary: bool) -> Program:
         def arguments(made: Made) -> tuple:
-            return trained, made[rewards][0][0]
+            return trained, made[rewards][0][0], *([still] if still else [])
 
         parts = run.microbatches(group, of.host_rows.tokens.size)
         return Program(
@@ -228,8 +251,8 @@ def _updates(of: _Arm, iterations: int) -> list[Program]:
             step,
             arguments,
             updates,
-            flops.update(run.cfg, tokens, vocabulary=vocabulary),
-            beside=lambda made: {**of.holds(which, f"{which}'s moments"), "experience": made[rewards][0][1:]},
+            flops.update(run.cfg, tokens, vocabulary=vocabulary, adapters=run.lora is not None),
+            beside=lambda made: {**of.holds(trained, still), "experience": made[rewards][0][1:]},
             working=gradients(run, trained.params, parts) + activations(run, of.host_rows, parts, run.chunk_tokens),
             levers=("train.gradient_accumulation_steps", "train.logits_chunk_tokens", "data.row_tokens"),
         )
@@ -237,8 +260,9 @@ def _updates(of: _Arm, iterations: int) -> list[Program]:
     out = []
     warming = min(ppo.critic_warmup_iterations * iterations // ppo.iterations, iterations)
     if programs.critic_step is not None and state.critic is not None:
-        out.append(update("critic", programs.critic_step, state.critic, iterations * each, "critic", False))
+        still = without_output(of.still)
+        out.append(update("critic", programs.critic_step, state.critic, still, iterations * each, False))
     elif programs.critic_step is not None and warming:
-        out.append(update("value head", programs.critic_step, state.policy, warming * each, "policy", False))
-    policy = update("policy", programs.policy_step, state.policy, (iterations - warming) * each, "policy", True)
+        out.append(update("value head", programs.critic_step, state.policy, of.still, warming * each, False))
+    policy = update("policy", programs.policy_step, state.policy, of.still, (iterations - warming) * each, True)
     return [*out, policy]
