@@ -14,7 +14,6 @@ import jax.numpy as jnp
 
 from sera_jax.checkpoint import load_tree
 from sera_jax.checkpoint.phases import write_json
-from sera_jax.core import Stream, key_for
 from sera_jax.data.items import items_digest
 from sera_jax.loops import cost
 from sera_jax.loops.policy import Policy, write_part
@@ -105,8 +104,8 @@ class _Iterations:
         learner, previous = self.learner, self.previous
         if self.segment.first > 1:
             return _state_after(previous, self.abstract)
-        params, key = learner.study.run.params(previous), key_for(learner.study.run.seed, Stream.ADAPTERS)
-        return learner.programs.start(learner.trained.adapted(params, key))
+        run = learner.study.run
+        return learner.programs.start(run.adapted(run.params(previous), learner.trained))
 
     def done(self, state: PpoState) -> int:
         return int(jax.device_get(state.control.iteration))

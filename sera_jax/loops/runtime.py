@@ -34,10 +34,10 @@ from sera_jax.mesh import row_shards
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.critic import critic_config, without_output
 from sera_jax.models.decoder import Params
-from sera_jax.models.lora import Lora
+from sera_jax.models.lora import Lora, has_adapters
 from sera_jax.models.trained import ALL, Trained, laid_over
 from sera_jax.sampling import Candidates, Draws, Sample, SamplingParams, generate, grouped, mesh_for
-from sera_jax.training.parameters import load_part
+from sera_jax.training.parameters import load_part, with_fresh_adapters
 from sera_jax.training.ppo_steps import PpoPrograms
 from sera_jax.training.score import make_rewards, make_score, place_rows
 from sera_jax.training.step import microbatches_for
@@ -182,6 +182,12 @@ class Runtime:
             return None
         return start.over if start.over is not None and start.trained == trained else start
 
+    def adapted(self, params: Params, trained: Trained) -> Params:
+        """The parameters, with fresh adapters where `trained` has some and they have none yet."""
+        if trained.lora is None or has_adapters(params):
+            return params
+        return with_fresh_adapters(self.mesh, trained.lora, params, key_for(self.seed, Stream.ADAPTERS))
+
     def divided(self, start: Policy, trained: Trained, of_params: Callable[[Params], Params]) -> tuple[Params, Params]:
         """What a training that moves a part begins with: that part, in buffers of its own, and the frozen rest.
 
@@ -191,8 +197,7 @@ class Runtime:
         over = self.over(start, trained)
         if over is not None:
             self.under(over)  # first, so that `start`, where it is that, is not a second copy
-        key = key_for(self.seed, Stream.ADAPTERS)
-        part, frozen = trained.divide(of_params(trained.adapted(self.load(start), key)))
+        part, frozen = trained.divide(of_params(self.adapted(self.load(start), trained)))
         return jax.tree.map(jnp.copy, part), frozen
 
     def store(

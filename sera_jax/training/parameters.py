@@ -18,7 +18,8 @@ from sera_jax.models.critic import critic_params
 from sera_jax.models.decoder import Params, abstract_params, init_params
 from sera_jax.models.families import mathematics
 from sera_jax.models.huggingface import load_pretrained
-from sera_jax.models.lora import Lora
+from sera_jax.models.lora import Lora, init_adapters
+from sera_jax.models.parts import merge
 from sera_jax.models.peft import load_adapter
 from sera_jax.models.trained import ALL, Trained
 
@@ -44,6 +45,14 @@ def load_params(cfg: ModelConfig, mesh: Mesh, origin: Origin) -> Params:
     found, params = load_pretrained(folder, mesh=mesh, param_dtype=cfg.param_dtype)
     assert mathematics(found) == mathematics(cfg), "whoever names a folder has read its config.json"
     return params
+
+
+def with_fresh_adapters(mesh: Mesh, lora: Lora, params: Params, key: jax.Array) -> Params:
+    """The parameters and new adapters beside them, drawn where they will lie on the mesh; leaves are shared."""
+    shapes = jax.eval_shape(lambda: params)
+    draw = functools.partial(init_adapters, lora, shapes)
+    made = jax.jit(draw, out_shardings=param_shardings(mesh, jax.eval_shape(draw, key)))(key)
+    return merge(params, made)
 
 
 def load_adapters(cfg: ModelConfig, mesh: Mesh, folder: str | os.PathLike) -> tuple[Lora, Params]:
