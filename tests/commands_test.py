@@ -36,4 +36,16 @@ def test_make_lists_its_targets():
         ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     listed = {line.split()[1] for line in done.stdout.splitlines()}
-    assert listed == {"help", "quickstart", "env", "test", "slow", "parity", "check", "format", "docs", "clean"}
+    assert listed == {
+        "help",
+        "quickstart",
+        "env",
+        "test",
+        "slow",
+        "parity",
+        "bench",
+        "check",
+        "format",
+        "docs",
+        "clean",
+    }

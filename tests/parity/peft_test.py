@@ -29,13 +29,20 @@ SHAPE = dict(
     intermediate_size=104,
     num_hidden_layers=3,
     num_attention_heads=4,
-    num_key_value_heads=2,
     initializer_range=0.15,
     bos_token_id=None,
     eos_token_id=None,
     pad_token_id=None,
 )
-FAMILIES = {"llama": {}, "qwen2": {}, "gemma2": dict(head_dim=16), "olmo2": {}, "phi3": {}, "gpt_neox": {}}
+GROUPED = dict(num_key_value_heads=2)
+FAMILIES = {
+    "llama": GROUPED,
+    "qwen2": GROUPED,
+    "gemma2": GROUPED | dict(head_dim=16),
+    "olmo2": GROUPED,
+    "phi3": GROUPED,
+    "gpt_neox": dict(num_attention_heads=3),
+}
 TARGETS = {
     "all": ("all-linear",),
     "attention": (r".*\.(q_proj|v_proj|qkv_proj|query_key_value)",),
