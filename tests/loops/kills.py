@@ -23,11 +23,16 @@ DEADLINE_SECONDS = 600
 Start = Callable[[pathlib.Path], subprocess.Popen]
 
 
+def xla_flags(devices: int) -> str:
+    """Of a process of its own, as tests/conftest.py gives them to this one."""
+    return f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+
+
 def start(flags: list[str], devices: int = 1) -> subprocess.Popen:
     """`python -m sera_jax.main` as a user has it, on simulated devices; the tests' compile cache makes it cheap."""
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla_flags(devices),
     }
     return subprocess.Popen(
         [sys.executable, "-m", "sera_jax.main", *flags],

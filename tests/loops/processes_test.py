@@ -42,7 +42,7 @@ def start(workdir, tiny, processes, devices):
 
 def launch(workdir, tiny, **environment):
     """Two processes of two devices by launch/local.sh, which waits a minute for one that is silent."""
-    own = {"PYTHON": sys.executable, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", **environment}
+    own = {"PYTHON": sys.executable, "XLA_FLAGS": kills.xla_flags(2), **environment}
     command = [ROOT / "launch" / "local.sh", "--processes=2", "--silent_seconds=60", *tiny_flags(workdir, tiny=tiny)]
     return subprocess.Popen(command, env=os.environ | own, stderr=subprocess.PIPE, text=True)
 
