@@ -1,0 +1,263 @@
+"""Items that lie in flat arrays, as on disk: an `Item` is made where one is asked for. Numpy only.
+
+A selection of stored items is the places of the items and what is shown of each: all of it, one response, the whole as
+one text, or the prompt alone. Selections are cheap, and what is asked of many at once (lengths, keys, digests) is
+answered from the arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar, overload
+
+import numpy as np
+
+from sera_jax.data.items import KEY_BYTES, Item, Lengths, PairItem, items_digest
+
+SIDES = ("chosen", "rejected")
+_AT_ONCE = 1024  # items that are hashed at a time
+_OFFLINE = (((0, 1),), ((1, 0),))
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stored:
+    """Items one after the other, each its prompt and then its responses, as many in all.
+
+    Attributes:
+        tokens: i32[N] of all items. lengths: i32[n, 1 + K] of the prompt and each response.
+        ids: u8[...] UTF-8 of all ids; id_ends: i64[n] where each ends.
+        contents: u8[n, 32] `content_key` of each prompt; keys: u8[n, 16] its `prompt_key`.
+        openings: u8[m, 32] of all items; opening_ends: i64[n].
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    ids: np.ndarray
+    id_ends: np.ndarray
+    contents: np.ndarray
+    keys: np.ndarray
+    openings: np.ndarray
+    opening_ends: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @functools.cached_property
+    def starts(self) -> np.ndarray:
+        """i64[n]: where each item's tokens begin."""
+        ends = np.cumsum(self.lengths.sum(1, dtype=np.int64))
+        return np.concatenate([np.zeros(1, np.int64), ends[:-1]]) if len(ends) else ends
+
+    def id(self, place: int) -> str:
+        start = int(self.id_ends[place - 1]) if place else 0
+        return self.ids[start : int(self.id_ends[place])].tobytes().decode()
+
+    def openings_of(self, place: int) -> tuple[str, ...]:
+        start = int(self.opening_ends[place - 1]) if place else 0
+        return tuple(key.tobytes().hex() for key in self.openings[start : int(self.opening_ends[place])])
+
+
+class _Selection(Sequence[T]):
+    """A sequence that is made element by element."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.take(np.arange(*index.indices(len(self))))
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self.make(int(index) % len(self))
+
+    def __iter__(self) -> Iterator[T]:
+        return (self.make(i) for i in range(len(self)))
+
+    def make(self, index: int) -> T:
+        raise NotImplementedError
+
+    def take(self, places: np.ndarray) -> Any:
+        """The elements at these places, in their order."""
+        raise NotImplementedError
+
+
+class Items(_Selection[Item]):
+    """Stored items.
+
+    Args:
+        places: i64[n] in the store.
+        side: i8[n] the one response that is shown of each; None: all.
+        bare: without responses. text: prompt and response as one text, see `as_text`.
+        renamed: bool[n] whose id gets "new/" before it; None: none's.
+    """
+
+    def __init__(
+        self,
+        stored: Stored,
+        places: np.ndarray,
+        *,
+        side: np.ndarray | None = None,
+        bare: bool = False,
+        text: bool = False,
+        renamed: np.ndarray | None = None,
+    ) -> None:
+        self.stored, self.places = stored, places
+        self._side, self._bare, self._text, self._renamed = side, bare, text, renamed
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def make(self, index: int) -> Item:
+        stored, place = self.stored, int(self.places[index])
+        ends = (stored.starts[place] + np.cumsum(stored.lengths[place])).tolist()
+        tokens = stored.tokens
+        prompt = np.asarray(tokens[int(stored.starts[place]) : ends[0]])
+        responses = tuple(np.asarray(tokens[a:b]) for a, b in zip(ends, ends[1:]))
+        if self._bare:
+            responses = ()
+        elif self._side is not None:
+            responses = (responses[self._side[index]],)
+        if self._text:
+            rest = np.concatenate([prompt[1:], *responses]).astype(np.int32)
+            prompt, responses = prompt[:1], (rest,)
+        content = stored.contents[place].tobytes().hex()
+        return Item(self.id(index), prompt, responses, content, stored.openings_of(place))
+
+    def id(self, index: int) -> str:
+        name = self.stored.id(int(self.places[index]))
+        if self._side is not None:
+            name = f"{name}/{SIDES[self._side[index]]}"
+        return f"new/{name}" if self._renamed is not None and self._renamed[index] else name
+
+    def take(self, places: np.ndarray) -> Items:
+        return self._shown(
+            self.places[places],
+            side=None if self._side is None else self._side[places],
+            renamed=None if self._renamed is None else self._renamed[places],
+        )
+
+    def with_side(self, places: np.ndarray, side: np.ndarray) -> Items:
+        """One response each of the items at these places, named as its row named it."""
+        return self._shown(self.places[places], side=side)
+
+    def as_texts(self) -> Items:
+        return self._shown(self.places, text=True)
+
+    def renamed(self, which: np.ndarray) -> Items:
+        """With "new/" before the ids of some, bool[n]."""
+        return self._shown(self.places, renamed=which)
+
+    def unique_prompts(self) -> Items:
+        """Each prompt once, without responses, in order."""
+        _, first = np.unique(self.keys().view(f"V{KEY_BYTES}").ravel(), return_index=True)
+        return self._shown(self.places[np.sort(first)], side=None, bare=True, renamed=None)
+
+    def _shown(self, places: np.ndarray, **changes: Any) -> Items:
+        now = dict(side=self._side, bare=self._bare, text=self._text, renamed=self._renamed) | changes
+        return Items(self.stored, places, **now)
+
+    def keys(self) -> np.ndarray:
+        """u8[n, 16]: `prompt_key` of each whole prompt."""
+        return self.stored.keys[self.places]
+
+    def contents(self) -> np.ndarray:
+        """u8[n, 32]: `content_key` of each."""
+        return self.stored.contents[self.places]
+
+    def lengths(self) -> Lengths:
+        found = self.stored.lengths[self.places].astype(np.int64)
+        prompt, responses = found[:, 0], found[:, 1:]
+        if self._bare:
+            responses = responses[:, :0]
+        elif self._side is not None:
+            responses = np.take_along_axis(responses, self._side[:, None].astype(np.int64), axis=1)
+        if self._text:
+            prompt, responses = np.ones_like(prompt), prompt[:, None] - 1 + responses.sum(1, keepdims=True)
+        return Lengths(prompt, np.full(len(found), responses.shape[1], np.int64), responses.ravel())
+
+    def digest(self) -> str:
+        """`items_digest`, once."""
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        if self._text:
+            return items_digest(list(self))
+        total, stored = hashlib.sha256(), self.stored
+        shown = [0] if self._bare else range(stored.lengths.shape[1])
+        for start in range(0, len(self), _AT_ONCE):
+            indices = range(start, min(start + _AT_ONCE, len(self)))
+            places = self.places[start : indices.stop]
+            lengths = stored.lengths[places].astype("<u4")
+            sizes, heads = lengths.tolist(), memoryview(lengths.tobytes())
+            pieces: list[Any] = []
+            for k, (index, at) in enumerate(zip(indices, stored.starts[places].tolist(), strict=True)):
+                pieces += (self.id(index).encode(), b"\0")
+                for part in shown if self._side is None else (0, 1 + int(self._side[index])):
+                    begin = at + sum(sizes[k][:part])
+                    head = 4 * (k * lengths.shape[1] + part)
+                    pieces += (heads[head : head + 4], stored.tokens[begin : begin + sizes[k][part]].data)
+            total.update(b"".join(pieces))
+        return total.hexdigest()
+
+
+class Pairs(_Selection[PairItem]):
+    """Stored items of two responses as pairs of weight 1.
+
+    Args:
+        items: of all of their responses. flipped: bool[n] of label noise. ref_logp: f32[n, 2], or None.
+    """
+
+    def __init__(self, items: Items, flipped: np.ndarray | None = None, ref_logp: np.ndarray | None = None) -> None:
+        self.items, self.ref_logp = items, ref_logp
+        self.flipped = np.zeros(len(items), bool) if flipped is None else flipped
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def make(self, index: int) -> PairItem:
+        flipped = bool(self.flipped[index])
+        reference = None if self.ref_logp is None else self.ref_logp[index]
+        return PairItem(self.items.make(index), _OFFLINE[flipped], reference, flipped=flipped)
+
+    def take(self, places: np.ndarray) -> Pairs:
+        places = np.asarray(places, np.int64)
+        reference = None if self.ref_logp is None else self.ref_logp[places]
+        return Pairs(self.items.take(places), self.flipped[places], reference)
+
+    def flip(self, which: np.ndarray) -> Pairs:
+        """With chosen and rejected exchanged where `which`, bool[n]."""
+        return Pairs(self.items, self.flipped ^ which, self.ref_logp)
+
+    def preferred(self) -> np.ndarray:
+        """i8[n]: which response each pair prefers."""
+        return self.flipped.astype(np.int8)
+
+
+def items_of(pairs: Sequence[PairItem]) -> Sequence[Item]:
+    """The items of pairs."""
+    return pairs.items if isinstance(pairs, Pairs) else [pair.item for pair in pairs]
+
+
+def pair_counts(pairs: Sequence[PairItem]) -> np.ndarray:
+    """i64[n]: pairs of each entry."""
+    if isinstance(pairs, Pairs):
+        return np.ones(len(pairs), np.int64)
+    return np.array([len(pair.pairs) for pair in pairs], np.int64)
+
+
+def with_reference(pairs: Sequence[PairItem], logps: Any) -> Sequence[PairItem]:
+    """The pairs with the reference log-probs f32[len(responses)] of each."""
+    if isinstance(pairs, Pairs):
+        return Pairs(pairs.items, pairs.flipped, np.asarray(logps, np.float32).reshape(len(pairs), 2))
+    return [dataclasses.replace(pair, ref_logp=logp) for pair, logp in zip(pairs, logps, strict=True)]
+
+
+def chosen_from(entries: Sequence[T], places: np.ndarray) -> Sequence[T]:
+    """The entries at these places, in their order."""
+    if isinstance(entries, _Selection):
+        return entries.take(np.asarray(places, np.int64))
+    return [entries[i] for i in places]
