@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sera_jax import hosts, memory
 from sera_jax.checkpoint.code import differences, versions, with_present
-from sera_jax.checkpoint.lock import METRICS, StaleWorkdir, has_results, lock
+from sera_jax.checkpoint.lock import ADDRESSED, METRICS, StaleWorkdir, has_results, lock
 from sera_jax.config.identity import is_as_before, is_identity
 
 if TYPE_CHECKING:
@@ -265,6 +265,33 @@ class Workdir:
             product = hosts.on_first(lambda: self._keep(name, inputs, folder, start))
         self.done[name] = product
         return product
+
+    def addressed(self, name: str, inputs: dict[str, Any], produce: Callable[[pathlib.Path], None]) -> Product:
+        """A product that is found by what it was made from: of other inputs another lies beside it. It ties the folder
+        to no config, and the first process makes it alone.
+
+        Raises:
+            ValueError: as `phase`.
+        """
+        inputs = plain(inputs)
+        folder = self.root / "phases" / ADDRESSED / f"{name}-{digest_of(inputs)[:16]}"
+
+        def find_or_make() -> Product:
+            if (folder / "manifest.json").exists():
+                return self._open(name, inputs, folder)
+            if folder.is_dir() and any(folder.iterdir()):
+                raise ValueError(f"{folder / 'manifest.json'} is missing; {to_make_anew(folder)}")
+            shutil.rmtree(torn := _torn(folder), ignore_errors=True)
+            torn.mkdir(parents=True)
+            try:
+                _make(f"{ADDRESSED}/{name}", torn, inputs, produce, memory.WAY_OUT)
+            except BaseException:
+                shutil.rmtree(torn, ignore_errors=True)
+                raise
+            torn.replace(folder)
+            return _product(folder, read_json(folder / "manifest.json"))
+
+        return hosts.on_first(find_or_make)
 
     def _start(self, name: str, inputs: dict[str, Any], folder: pathlib.Path) -> _Start:
         """What is there of a phase; where that is nothing, an empty folder to make it in, or to take it into."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
@@ -21,6 +22,7 @@ from sera_jax.data.packing import (
     Packed,
     RowSpec,
     build_rows,
+    check_sizes,
     laid_tokens,
     merge_specs,
     pack,
@@ -29,7 +31,7 @@ from sera_jax.data.packing import (
 )
 from sera_jax.data.planning import NO_SHAPES, Shapes, Step, deal_rows
 from sera_jax.data.steps import ORDERS, Entries, StepPlanner
-from sera_jax.data.stored import Pairs
+from sera_jax.data.stored import Pairs, parts_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +100,7 @@ class _Loader:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         if order not in ORDERS:
             raise ValueError(f"order={order!r} is unknown; choose one of {', '.join(ORDERS)}")
+        check_sizes(entries.sizes, entries.items, layout.row_tokens, layout.share_prompt)
         self._layout = layout
         self.steps_per_epoch = -(-int(np.maximum(entries.counts, 1).sum()) // batch_size)
         self._plan = lambda: StepPlanner(entries, layout, batch_size=batch_size, order=order, **how)
@@ -131,6 +134,11 @@ class _Loader:
         return plan, rows, build_rows(items, rows, self.spec, size, share_prompt)
 
 
+def _given_one_by_one(pairs: Sequence[PairItem]) -> Sequence[PairItem]:
+    """Those that may be anything: stored ones have each a pair of weight 1."""
+    return () if isinstance(pairs, Pairs) else pairs
+
+
 class PairLoader(_Loader):
     """Batches of exactly `batch_size` preference pairs.
 
@@ -162,14 +170,14 @@ class PairLoader(_Loader):
         known: Shapes = NO_SHAPES,
         order: str = "shuffle",
     ) -> None:
-        for pair in () if isinstance(pairs, Pairs) else pairs:  # stored ones have each a pair of weight 1
+        for pair in itertools.chain(*map(_given_one_by_one, parts_of(pairs))):
             if not pair.pairs or pair.weight <= 0:
                 raise ValueError(
                     f"entry {pair.item.id!r} has {len(pair.pairs)} pairs and weight {pair.weight}; "
                     f"every entry needs a pair and a weight above 0, leave it out otherwise"
                 )
         how = dict(batch_size=batch_size, seed=seed, stream_indices=stream_indices, known=known, order=order)
-        super().__init__(Entries.of_pairs(pairs), layout, **how)
+        super().__init__(Entries.of_pairs(pairs, layout.share_prompt), layout, **how)
         self._pairs = pairs
 
     def batch(self, step: int) -> Batch:
@@ -224,7 +232,7 @@ class ItemLoader(_Loader):
             raise ValueError(f"item {items[int(i)].id!r} has {counts[i]} responses; a demonstration has exactly 1")
         layout = dataclasses.replace(layout, share_prompt=True)  # with one response each the same, and one packing
         how = dict(batch_size=batch_size, seed=seed, stream_indices=stream_indices, known=known, order=order)
-        super().__init__(Entries(items, lambda entry: (), np.zeros(len(items), np.int64), True), layout, **how)
+        super().__init__(Entries.of_items(items, True), layout, **how)
 
     def batch(self, step: int) -> ItemBatch:
         """The batch of any step >= 0."""

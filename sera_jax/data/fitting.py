@@ -1,8 +1,8 @@
 """Which items share a row, from their sizes alone: best-fit decreasing, for many batches at once, and rows filled one
 after the other as full as a subset of the rest can. Numpy only.
 
-Sizes are i64[n, 4]: what an item takes of a row in tokens, scored positions, slots and pairs; `room` are the four that a
-row has. None of the last three limits where `room` is the tokens alone.
+Sizes are i64[n, 4]: what an item takes of a row in tokens, scored positions, slots and pairs; `room` are the four that
+a row has, or the tokens alone where nothing else limits.
 """
 
 from __future__ import annotations

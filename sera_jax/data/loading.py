@@ -227,6 +227,7 @@ def read_items(
     host: int = 0,
     host_count: int = 1,
     reading: Reading = rec.AS_WRITTEN,
+    into: Callable[[Any], None] | None = None,
 ) -> tuple[list[Any], LoadReport]:
     """Read, parse and encode every row of a mixture.
 
@@ -240,8 +241,10 @@ def read_items(
         seed: of the shares that weights below 1 take.
         host, host_count: which rows this process reads (every host_count-th); ids are unique per host.
         reading: of data.columns and data.thoughts.
+        into: takes each item; None: they are returned.
     """
     report, items = LoadReport(name, spec), []
+    add = items.append if into is None else into
     rows = read_records(spec, parse, report, seed=seed, host=host, host_count=host_count, reading=reading)
     while batch := list(itertools.islice(rows, _AT_ONCE)):
         results = encode([record for _, _, record in batch])
@@ -252,7 +255,7 @@ def read_items(
                 report.add("dropped", "prompt_too_long", where, str(result))
             else:
                 item, notes = result
-                items.append(item)
+                add(item)
                 report.kept += 1
                 report.sources[source]["kept"] += 1
                 for note in (*record.notes, *notes):

@@ -1,13 +1,13 @@
 """Lay items (a prompt and its responses) into rows of fixed length. Numpy only.
 
-Whole items are placed by best-fit decreasing; rows that it leaves loose are tried again (`fitting`). The layout is `core.Rows`: one copy of the prompt serves all
-responses of an item, or, with `share_prompt=False`, every response carries its own copy in a segment of its own.
+Whole items are placed by best-fit decreasing; rows that it leaves loose are tried again (`fitting`). The layout is
+`core.Rows`: one copy of the prompt serves all responses of an item, or, with `share_prompt=False`, every response
+carries its own copy in a segment of its own.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -276,9 +276,15 @@ def gather_scores(values: Sequence[np.ndarray], packed: Sequence[Packed], items:
     for block, batch in zip(values, packed, strict=True):
         full = batch.item >= 0
         flat[starts[batch.item[full]] + batch.response[full]] = np.asarray(block)[full]
+    return by_item(flat, items)
+
+
+def by_item(flat: np.ndarray, items: Sequence[Item]) -> list[np.ndarray] | np.ndarray:
+    """Values of all responses of all items, f32[...], as those of each item; one array where each has as many."""
+    counts = lengths_of(items).counts
     if len(counts) and (counts == counts[0]).all():
-        return flat.reshape(len(counts), -1)
-    return [flat[a:b] for a, b in itertools.pairwise(starts.tolist())]
+        return flat.reshape(len(counts), counts[0])
+    return [flat[end - count : end] for end, count in zip(np.cumsum(counts).tolist(), counts.tolist(), strict=True)]
 
 
 def window_for(items: Sequence[Item], row_tokens: int, share_prompt: bool = True) -> int:

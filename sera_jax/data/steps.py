@@ -11,7 +11,7 @@ import numpy as np
 from sera_jax.core import Stream, rng_for
 from sera_jax.data.fitting import Fitted, fit_all, least_rows
 from sera_jax.data.items import Item, PairItem
-from sera_jax.data.packing import Layout, RowSpec, check_sizes, merge_specs, room_of, rounded_spec, sizes_of
+from sera_jax.data.packing import Layout, RowSpec, merge_specs, room_of, rounded_spec, sizes_of
 from sera_jax.data.planning import (
     Shapes,
     Step,
@@ -24,7 +24,7 @@ from sera_jax.data.planning import (
     row_shares,
     step_targets,
 )
-from sera_jax.data.stored import Pairs, items_of, pair_counts
+from sera_jax.data.stored import Joined, Pairs, items_of, pair_counts
 
 ORDERS = ("shuffle", "given")
 # Rows of a step left free, since packing a few items cannot fill every row to the last token: the loader takes the
@@ -39,26 +39,32 @@ class Entries:
     Attributes:
         items: of each entry. pairs: (entry) -> its (chosen, rejected) indices, none for a demonstration.
         counts: i64[n] pairs of each entry; 0 for a demonstration.
-        every: whether each entry's pairs need all its responses.
+        sizes: i64[n, 4] of the entries, cut to the responses that their pairs need.
     """
 
     items: Sequence[Item]
     pairs: Callable[[int], tuple[tuple[int, int], ...]]
     counts: np.ndarray
-    every: bool
+    sizes: np.ndarray
 
     @classmethod
-    def of_pairs(cls, pairs: Sequence[PairItem]) -> Entries:
-        counts = pair_counts(pairs)
-        return cls(items_of(pairs), lambda entry: pairs[entry].pairs, counts, isinstance(pairs, Pairs))
+    def of_pairs(cls, pairs: Sequence[PairItem], share_prompt: bool) -> Entries:
+        sizes = _sizes_of_pairs(pairs, share_prompt)
+        return cls(items_of(pairs), lambda entry: pairs[entry].pairs, pair_counts(pairs), sizes)
 
-    def whole(self, index: int) -> Unit:
-        return cut_unit(index, self.items[index], self.pairs(index), 0, max(int(self.counts[index]), 1))
+    @classmethod
+    def of_items(cls, items: Sequence[Item], share_prompt: bool) -> Entries:
+        return cls(items, lambda entry: (), np.zeros(len(items), np.int64), sizes_of(items, share_prompt))
 
-    def sizes(self, share_prompt: bool) -> np.ndarray:
-        """i64[n, 4] of the entries, cut to the responses that their pairs need."""
-        needed = self.items if self.every else [self.whole(i).item for i in range(len(self.items))]
-        return sizes_of(needed, share_prompt, self.counts)
+
+def _sizes_of_pairs(pairs: Sequence[PairItem], share_prompt: bool) -> np.ndarray:
+    """i64[n, 4] of entries that are cut to the responses that their pairs need."""
+    if isinstance(pairs, Joined):
+        return np.concatenate([_sizes_of_pairs(part, share_prompt) for part in pairs.parts])
+    items = items_of(pairs)
+    if not isinstance(pairs, Pairs):
+        items = [cut_unit(0, pair.item, pair.pairs, 0, len(pair.pairs)).item for pair in pairs]
+    return sizes_of(items, share_prompt, pair_counts(pairs))
 
 
 class _Composed(NamedTuple):
@@ -105,8 +111,7 @@ class StepPlanner:
         self._entries, self._layout, self._batch_size = entries, layout, batch_size
         self._counts = np.maximum(entries.counts, 1)
         self._seed, self._indices, self._shuffle = seed, stream_indices, order == "shuffle"
-        self._sizes = entries.sizes(layout.share_prompt)
-        check_sizes(self._sizes, entries.items, layout.row_tokens, layout.share_prompt)
+        self._sizes = entries.sizes
         self._shares = row_shares(self._sizes[:, 0], layout.row_tokens)
         self._epochs: dict[int, _Plan] = {}
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar, overload
+import itertools
+import sys
+from collections.abc import Iterator, Sequence, Set
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from sera_jax.data.items import KEY_BYTES, Item, Lengths, PairItem, items_digest
+from sera_jax.data.items import KEY_BYTES, Item, Lengths, PairItem, items_digest, lengths_of, prompt_keys
 
 SIDES = ("chosen", "rejected")
 _AT_ONCE = 1024  # items that are hashed at a time
@@ -115,7 +116,7 @@ class Items(_Selection[Item]):
         ends = (stored.starts[place] + np.cumsum(stored.lengths[place])).tolist()
         tokens = stored.tokens
         prompt = np.asarray(tokens[int(stored.starts[place]) : ends[0]])
-        responses = tuple(np.asarray(tokens[a:b]) for a, b in zip(ends, ends[1:]))
+        responses = tuple(np.asarray(tokens[a:b]) for a, b in itertools.pairwise(ends))
         if self._bare:
             responses = ()
         elif self._side is not None:
@@ -152,14 +153,14 @@ class Items(_Selection[Item]):
 
     def unique_prompts(self) -> Items:
         """Each prompt once, without responses, in order."""
-        _, first = np.unique(self.keys().view(f"V{KEY_BYTES}").ravel(), return_index=True)
+        _, first = np.unique(self.token_keys().view(f"V{KEY_BYTES}").ravel(), return_index=True)
         return self._shown(self.places[np.sort(first)], side=None, bare=True, renamed=None)
 
     def _shown(self, places: np.ndarray, **changes: Any) -> Items:
         now = dict(side=self._side, bare=self._bare, text=self._text, renamed=self._renamed) | changes
         return Items(self.stored, places, **now)
 
-    def keys(self) -> np.ndarray:
+    def token_keys(self) -> np.ndarray:
         """u8[n, 16]: `prompt_key` of each whole prompt."""
         return self.stored.keys[self.places]
 
@@ -232,18 +233,59 @@ class Pairs(_Selection[PairItem]):
         """With chosen and rejected exchanged where `which`, bool[n]."""
         return Pairs(self.items, self.flipped ^ which, self.ref_logp)
 
+    def first_choice(self, values: np.ndarray) -> np.ndarray:
+        """Values of both responses, [n, 2], those of the chosen one first."""
+        return np.where(self.flipped[:, None], values[:, ::-1], values)
+
     def preferred(self) -> np.ndarray:
         """i8[n]: which response each pair prefers."""
         return self.flipped.astype(np.int8)
 
 
+class Joined(_Selection[T]):
+    """Two sequences one after the other."""
+
+    def __init__(self, first: Sequence[T], second: Sequence[T]) -> None:
+        self.parts = (first, second)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def make(self, index: int) -> T:
+        first, second = self.parts
+        return first[index] if index < len(first) else second[index - len(first)]
+
+    def take(self, places: np.ndarray) -> list[T]:
+        return [self.make(int(place)) for place in places]
+
+    def lengths(self) -> Lengths:
+        """Of items."""
+        both = [lengths_of(cast(Sequence[Item], part)) for part in self.parts]
+        names = [field.name for field in dataclasses.fields(Lengths)]
+        return Lengths(*(np.concatenate([getattr(one, name) for one in both]) for name in names))
+
+
+def joined(first: Sequence[T], second: Sequence[T]) -> Sequence[T]:
+    """The one and then the other."""
+    return Joined(first, second) if len(second) else first
+
+
+def parts_of(entries: Sequence[T]) -> Sequence[Sequence[T]]:
+    """What stands one after the other in it."""
+    return entries.parts if isinstance(entries, Joined) else (entries,)
+
+
 def items_of(pairs: Sequence[PairItem]) -> Sequence[Item]:
     """The items of pairs."""
+    if isinstance(pairs, Joined):
+        return Joined(*map(items_of, pairs.parts))
     return pairs.items if isinstance(pairs, Pairs) else [pair.item for pair in pairs]
 
 
 def pair_counts(pairs: Sequence[PairItem]) -> np.ndarray:
     """i64[n]: pairs of each entry."""
+    if isinstance(pairs, Joined):
+        return np.concatenate([pair_counts(part) for part in pairs.parts])
     if isinstance(pairs, Pairs):
         return np.ones(len(pairs), np.int64)
     return np.array([len(pair.pairs) for pair in pairs], np.int64)
@@ -261,3 +303,65 @@ def chosen_from(entries: Sequence[T], places: np.ndarray) -> Sequence[T]:
     if isinstance(entries, _Selection):
         return entries.take(np.asarray(places, np.int64))
     return [entries[i] for i in places]
+
+
+def id_of(items: Sequence[Item], index: int) -> str:
+    """The id of one of them."""
+    return items.id(index) if isinstance(items, Items) else items[index].id
+
+
+def content_texts(entries: Sequence[Any]) -> list[bytes]:
+    """The content key of each stored entry, as text; [] where they are not stored, or there are none."""
+    items = entries.items if isinstance(entries, Pairs) else entries
+    if not isinstance(items, Items):
+        return []
+    text, size = items.contents().tobytes().hex().encode(), 2 * items.stored.contents.shape[1]
+    return [text[start : start + size] for start in range(0, len(text), size)]
+
+
+def keys_of(entries: Sequence[Any]) -> set[str | bytes]:
+    """What the prompts of the entries are known by."""
+    items = entries.items if isinstance(entries, Pairs) else entries
+    if isinstance(items, Items):
+        return {*(key.tobytes() for key in items.token_keys()), *(text.decode() for text in content_texts(items))}
+    return {key for entry in items for key in prompt_keys(entry.item if isinstance(entry, PairItem) else entry)}
+
+
+def known(entries: Sequence[Any], keys: Set[str | bytes]) -> np.ndarray:
+    """bool[n]: whether the prompt of each entry is known by one of the keys."""
+    items = entries.items if isinstance(entries, Pairs) else entries
+    if not isinstance(items, Items):
+        found = (prompt_keys(entry.item if isinstance(entry, PairItem) else entry) for entry in items)
+        return np.array([bool(own & keys) for own in found], bool)
+    contents = {bytes.fromhex(key) for key in keys if isinstance(key, str)}
+    prompts = {key for key in keys if isinstance(key, bytes)}
+    return _among(items.contents(), contents) | _among(items.token_keys(), prompts)
+
+
+def _among(rows: np.ndarray, keys: Set[bytes]) -> np.ndarray:
+    """bool[n]: whether each row of bytes u8[n, w] is one of the keys; the first eight bytes tell of most."""
+    begun = np.ascontiguousarray(rows[:, :8]).view(np.uint64).ravel()
+    found = np.isin(begun, np.array([int.from_bytes(key[:8], sys.byteorder) for key in keys], np.uint64))
+    found[found] = [rows[i].tobytes() in keys for i in np.flatnonzero(found)]
+    return found
+
+
+def flipped(pairs: Sequence[PairItem]) -> np.ndarray:
+    """bool[n]: which were exchanged by label noise."""
+    return pairs.flipped if isinstance(pairs, Pairs) else np.array([pair.flipped for pair in pairs], bool)
+
+
+def lengths_of_pairs(pairs: Sequence[PairItem]) -> np.ndarray:
+    """i64[n, 2]: tokens of the chosen and the rejected response of each entry's first pair."""
+    if isinstance(pairs, Pairs):
+        return pairs.first_choice(pairs.items.lengths().responses.reshape(-1, 2))
+    return np.array([[len(pair.item.responses[k]) for k in pair.pairs[0]] for pair in pairs])
+
+
+def trained_on(pairs: Sequence[PairItem]) -> list[Any]:
+    """[pairs, weight, reference log-probs] of each entry."""
+    if isinstance(pairs, Pairs):
+        sides = [_OFFLINE[int(side)] for side in pairs.flipped]
+        references = [None] * len(pairs) if pairs.ref_logp is None else pairs.ref_logp.tolist()
+        return [[side, 1.0, reference] for side, reference in zip(sides, references, strict=True)]
+    return [[p.pairs, p.weight, None if p.ref_logp is None else np.asarray(p.ref_logp).tolist()] for p in pairs]

@@ -70,6 +70,7 @@ def read_corpus(config: Config, workdir: Workdir, say: Callable[[str], None]) ->
         likeness=likeness,
         options=options,
         say=say,
+        workdir=workdir,
     )
     corpus = method.read(config, data, heldout_prompts, read)
     tasks = world_tasks(tokenizer, corpus.eval_prompts) if config.world.name else []

@@ -25,7 +25,7 @@ from sera_jax.config import SamplingGroup, TrainGroup
 from sera_jax.core import Stream, key_for
 from sera_jax.data.batches import PairLoader, ScoreBatches, score_batches
 from sera_jax.data.items import Item, items_digest
-from sera_jax.data.packing import Layout, gather_scores, pack, split_items
+from sera_jax.data.packing import Layout, by_item, gather_scores, pack, split_items
 from sera_jax.data.planning import NO_SHAPES, Shapes
 from sera_jax.data.rollouts import rounded_rows
 from sera_jax.loops.cost import Ledger, laid
@@ -232,9 +232,7 @@ class Runtime:
 
         product = self.workdir.phase(name, inputs, produce, LOWER_ROWS)
         self.ledger.note(name, {"scoring": laid(items, self.layout)})
-        flat = np.load(product.path / "logps.npy")
-        ends = np.cumsum([len(item.responses) for item in items])
-        return np.split(flat, ends[:-1]) if len(items) else []
+        return by_item(np.load(product.path / "logps.npy"), items)
 
     def score_candidates(self, name: str, policy: Policy, candidates: Sequence[Candidates]) -> list[np.ndarray]:
         """Summed log-prob of every answer under `policy`: f32[N] for each prompt; answers may overflow a row."""
@@ -345,7 +343,7 @@ class Runtime:
         product = self.workdir.phase(name, inputs, produce, LOWER_SLOTS)
         rows = map(json.loads, (product.path / "samples.jsonl").read_text().splitlines())
         candidates = grouped(prompts, [_sample_of(row) for row in rows])
-        self.ledger.note(name, {"sampling": laid((c.item for c in candidates), self.layout)})
+        self.ledger.note(name, {"sampling": laid([c.item for c in candidates], self.layout)})
         return candidates
 
     def generate(
