@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from sera_jax.core import Rows
 from sera_jax.data.fitting import TIGHT_ITEMS, as_rows, fit_all, rows_of_all
 from sera_jax.data.items import Item, lengths_of
+
+Scores = list[np.ndarray] | np.ndarray  # f32[len(responses)] of every item; an array where each has as many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,19 +79,29 @@ class RowSpec:
     pairs: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Packed:
-    """Rows and where their slots come from.
+class Slots(NamedTuple):
+    """Where the slots of rows come from.
 
     Attributes:
-        rows: the packed rows (numpy).
         item: i32[R, K] index of the item in the list that was packed; -1 where the slot is empty.
         response: i32[R, K] index into that item's responses; -1 where the slot is empty.
     """
 
+    item: np.ndarray
+    response: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Rows (numpy) and where their slots come from; `item` and `response` as in Slots."""
+
     rows: Rows
     item: np.ndarray
     response: np.ndarray
+
+    @property
+    def slots(self) -> Slots:
+        return Slots(self.item, self.response)
 
 
 def laid_tokens(item: Item, share_prompt: bool = True) -> int:
@@ -260,30 +273,47 @@ def merge_specs(a: RowSpec | None, b: RowSpec) -> RowSpec:
     return RowSpec(a.row_tokens, max(a.scored, b.scored), max(a.slots, b.slots), max(a.pairs, b.pairs))
 
 
-def scatter_scores(values: np.ndarray, packed: Packed, items: Sequence[Item]) -> list[np.ndarray]:
+def scatter_scores(values: np.ndarray, packed: Packed, items: Sequence[Item]) -> Scores:
     """Slot values f32[R, K] back to f32[len(responses)] of every item; nan where `packed` lacks the response."""
     return gather_scores([values], [packed], items)
 
 
-def gather_scores(values: Sequence[np.ndarray], packed: Sequence[Packed], items: Sequence[Item]) -> list[np.ndarray]:
+def gather_scores(values: Sequence[np.ndarray], packed: Sequence[Packed], items: Sequence[Item]) -> Scores:
     """Slot values of several packed batches, f32[R, K] each, to f32[len(responses)] of every item.
 
     nan where no batch holds the response.
     """
-    counts = lengths_of(items).counts
-    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
-    flat = np.full(int(starts[-1]), np.nan, np.float32)
+    scores = Gathering(items)
     for block, batch in zip(values, packed, strict=True):
-        full = batch.item >= 0
-        flat[starts[batch.item[full]] + batch.response[full]] = np.asarray(block)[full]
-    return by_item(flat, items)
+        scores.take(batch.slots, block)
+    return scores.by_item()
 
 
-def by_item(flat: np.ndarray, items: Sequence[Item]) -> list[np.ndarray] | np.ndarray:
+class Gathering:
+    """Collects slot values of packed batches, see `gather_scores`."""
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        self._counts = lengths_of(items).counts
+        self._starts = np.cumsum(self._counts) - self._counts
+        self._flat = np.full(int(self._counts.sum()), np.nan, np.float32)
+
+    def take(self, slots: Slots, values: np.ndarray) -> None:
+        """Of one batch, f32[R, K]."""
+        full = slots.item >= 0
+        self._flat[self._starts[slots.item[full]] + slots.response[full]] = np.asarray(values)[full]
+
+    def by_item(self) -> Scores:
+        return _by_item(self._flat, self._counts)
+
+
+def by_item(flat: np.ndarray, items: Sequence[Item]) -> Scores:
     """Values of all responses of all items, f32[...], as those of each item; one array where each has as many."""
-    counts = lengths_of(items).counts
+    return _by_item(flat, lengths_of(items).counts)
+
+
+def _by_item(flat: np.ndarray, counts: np.ndarray) -> Scores:
     if len(counts) and (counts == counts[0]).all():
-        return flat.reshape(len(counts), counts[0])
+        return flat.reshape(len(counts), int(counts[0]))
     return [flat[end - count : end] for end, count in zip(np.cumsum(counts).tolist(), counts.tolist(), strict=True)]
 
 

@@ -13,7 +13,7 @@ from sera_jax import guards, irm
 from sera_jax.config import SeraGroup
 from sera_jax.core import Stream, rng_for
 from sera_jax.data.items import Item, PairItem
-from sera_jax.data.packing import Layout, laid_tokens
+from sera_jax.data.packing import Layout, Scores, laid_tokens
 from sera_jax.data.stored import Pairs, lengths_of_pairs
 from sera_jax.evaluation import gold, rankings
 from sera_jax.loops.rewards import Reward, implicit
@@ -30,7 +30,7 @@ def review(
     """Which offline pairs to train on (ascending indices): those that the rule selects by their ensembled margin and
     those that replay takes back; and the margins of all."""
 
-    def margins_of(logps: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
+    def margins_of(logps: Scores) -> np.ndarray:
         return pool_margins(study.loss, pool, logps)
 
     newest, before = pool_logps(study, policies[-1]), pool_logps(study, policies[-2])
@@ -73,7 +73,7 @@ def review(
     return np.union1d(chosen, back), margins, record
 
 
-def _chosen_logratio(pool: Sequence[PairItem], logps: Sequence[np.ndarray]) -> float:
+def _chosen_logratio(pool: Sequence[PairItem], logps: Scores) -> float:
     """Mean of the chosen answers' summed log pi - log pi_sft, nats, whatever the loss reads."""
     if isinstance(pool, Pairs) and pool.ref_logp is not None:
         return float(np.mean(pool.first_choice(np.asarray(logps) - pool.ref_logp)[:, 0]))

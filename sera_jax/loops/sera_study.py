@@ -18,7 +18,9 @@ from sera_jax.core import Stream
 from sera_jax.data import stored
 from sera_jax.data.batches import PairLoader
 from sera_jax.data.items import Item, PairItem, items_digest
+from sera_jax.data.packing import Scores
 from sera_jax.data.stored import Pairs, id_of, items_of, pair_counts, trained_on
+from sera_jax.loops import shapes
 from sera_jax.loops.log import warn_of_still_margins
 from sera_jax.loops.optimise import Target, Training, Updates, optimise
 from sera_jax.loops.restartable import Span
@@ -61,7 +63,7 @@ class SeraStudy:
     own_loss: bool = False
 
 
-def pool_logps(study: SeraStudy, policy: Policy) -> list[np.ndarray]:
+def pool_logps(study: SeraStudy, policy: Policy) -> Scores:
     """Summed log-prob of both responses of every offline pair under `policy`: f32[2] each."""
     return study.run.score(f"{policy.name}/pool", policy, items_of(study.pool))
 
@@ -73,7 +75,7 @@ def pair_margins(loss: ResolvedLoss, pair: PairItem, logp: np.ndarray) -> np.nda
     return np.array([irm.margin(reward[[w]], reward[[l]])[0] for w, l in pair.pairs], np.float32)
 
 
-def pool_margins(loss: ResolvedLoss, pool: Sequence[PairItem], logps: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
+def pool_margins(loss: ResolvedLoss, pool: Sequence[PairItem], logps: Scores) -> np.ndarray:
     """The margin of the first pair of every entry, f32[n]."""
     if not isinstance(pool, Pairs):
         return np.array([pair_margins(loss, pair, logp)[0] for pair, logp in zip(pool, logps, strict=True)])
@@ -133,6 +135,8 @@ def train_round(
     run, training = study.run, round_training(study, settings, before, pairs, round_, ordered=ordered)
     looked_at = training.name in run.workdir.done  # by another arm, whose round 1 is the same
     policy = optimise(run, training)
+    assert training.shapes is not None
+    run.pair_shapes.known = shapes.read(policy.path) or training.shapes()
     if training.name in run.workdir.fresh and not looked_at:
         warn_of_still_margins(run, training.span, study.loss, study.train.learning_rate)
     return policy
@@ -160,7 +164,7 @@ def round_training(
         known=run.pair_shapes.known,
         order="given" if ordered else "shuffle",
     )
-    run.pair_shapes.note(loader, run.layout.window(items_of(pairs)))
+    run.pair_shapes.window = max(run.pair_shapes.window, run.layout.window(items_of(pairs)))
     return Training(
         name=round_.name,
         start=before,
@@ -177,6 +181,7 @@ def round_training(
         ),
         continue_from=before if continues else None,
         span=round_.span(updates),
+        shapes=lambda: loader.shapes,
     )
 
 

@@ -260,7 +260,7 @@ def test_answers_are_compared_with_the_preferred_ones_before_the_flips(tmp_path,
     for row in rows[:-1]:
         assert set(golds(corpus, [items[rows.index(row)]], [row["chosen"]])) == {1.0}
     assert golds(corpus, items[1:6], [row["rejected"] for row in PAIRS[1:]]) == [0.0] * 5
-    assert golds(corpus, corpus.eval_prompts * 2, ["oak", "elm"]) == [1.0, 0.0]
+    assert golds(corpus, [*corpus.eval_prompts] * 2, ["oak", "elm"]) == [1.0, 0.0]
     assert np.isnan(golds(corpus, corpus.prompts, ["cow drill", "fig"])).tolist() == [False, True]
     assert "gold: 1 of 2 prompts have no preferred answer, and so no gold reward" in said
 
@@ -307,7 +307,7 @@ def test_held_out_evaluation_is_cut_to_what_the_config_asks_for(read, rows):
     assert (len(corpus.heldout_demonstrations), len(corpus.eval_prompts)) == (5, 3)
     assert prompts_of(corpus.eval_prompts) <= prompts_of(corpus.heldout_demonstrations)
     corpus, _ = read("none", heldout=twice, eval__num_prompts=-1)
-    assert (len(corpus.heldout_demonstrations), corpus.eval_prompts) == (24, []), "held out, but not answered"
+    assert (len(corpus.heldout_demonstrations), len(corpus.eval_prompts)) == (24, 0), "held out, but not answered"
 
 
 def test_the_base_reads_the_whole_demonstrations_that_are_not_held_out(read):
@@ -363,7 +363,7 @@ def test_prompts_that_are_all_known_are_refused_where_new_ones_are_asked_for(rea
     ):
         read(prompts=known, ppo__prompt_overlap=0.5)
     corpus, _ = read("other", prompts=known, ppo__prompt_overlap=1.0)
-    assert corpus.prompts == []
+    assert len(corpus.prompts) == 0
 
 
 def test_a_tokenizer_for_a_model_from_scratch_is_trained_on_demonstrations_and_texts(read, rows, tmp_path):
