@@ -103,18 +103,24 @@ def content_key(prompt: str | Sequence[Mapping[str, str]]) -> str:
     characters as the same characters decomposed.
     """
     turns = [("user", prompt)] if isinstance(prompt, str) else [(turn["role"], turn["content"]) for turn in prompt]
-    said = [(role, " ".join(unicodedata.normalize("NFC", text).split())) for role, text in turns]
+    said = [(role, " ".join(_composed(text).split())) for role, text in turns]
     return hashlib.sha256(json.dumps([turn for turn in said if turn[1]]).encode()).hexdigest()
+
+
+def _composed(text: str) -> str:
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
 def openings_of(prompt: str | Sequence[Mapping[str, str]]) -> tuple[str, ...]:
     """Keys of the prompts that a conversation begins with: up to each user turn, with and without system turns."""
-    turns = [] if isinstance(prompt, str) else list(prompt)
+    if isinstance(prompt, str) or (len(prompt) == 1 and prompt[0]["role"] == "user"):
+        return ()  # which begins with nothing shorter
+    turns = list(prompt)
     ends = [k + 1 for k, turn in enumerate(turns) if turn["role"] == "user"]
     begun = [turns[:end] for end in ends]
     begun += [[turn for turn in some if turn["role"] != "system"] for some in begun]
-    keys = dict.fromkeys(map(content_key, begun))
-    return tuple(key for key in keys if key != content_key(turns))
+    keys, whole = dict.fromkeys(map(content_key, begun)), content_key(turns)
+    return tuple(key for key in keys if key != whole)
 
 
 def prompt_keys(item: Item) -> set[str | bytes]:
