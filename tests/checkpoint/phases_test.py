@@ -248,3 +248,32 @@ def test_a_damaged_list_of_versions_says_nothing_of_who_made_the_work(tmp_path, 
     (tmp_path / "versions.json").write_text(text)
     with pytest.raises(StaleWorkdir, match=r"numerics unknown there"):
         Workdir(tmp_path, {})
+
+
+def test_what_is_found_by_its_inputs_is_made_once_and_lies_beside_that_of_others(tmp_path):
+    made = []
+
+    def produce(folder):
+        made.append(folder)
+        (folder / "x.txt").write_text("a")
+
+    Workdir(tmp_path, {"a": 1}).addressed("rows", {"n": 1}, produce)
+    again = Workdir(tmp_path, {"a": 2}).addressed("rows", {"n": 1}, produce)  # which ties the folder to no config
+    other = Workdir(tmp_path, {"a": 2}).addressed("rows", {"n": 2}, produce)
+    assert len(made) == 2 and again.path != other.path
+    assert not (tmp_path / "config.json").exists()
+    (again.path / "x.txt").write_text("b")
+    with pytest.raises(
+        ValueError, match=rf"{again.path}/x\.txt is not what its manifest says; delete {again.path} and"
+    ):
+        Workdir(tmp_path, {"a": 2}).addressed("rows", {"n": 1}, produce)
+
+
+def test_what_could_not_be_made_leaves_nothing(tmp_path):
+    def produce(folder):
+        (folder / "x.txt").write_text("half")
+        raise ValueError("bad rows")
+
+    with pytest.raises(ValueError, match="bad rows"):
+        Workdir(tmp_path, {}).addressed("rows", {}, produce)
+    assert list((tmp_path / "phases" / "corpus").iterdir()) == []
