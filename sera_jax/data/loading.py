@@ -185,6 +185,11 @@ def read_records(
 
     Ids come out unique: a repetition gets `#2`, `#3`, ... Each host reads its share of the rows and sees the same
     failures.
+
+    Args:
+        seed: of the shares that weights below 1 take.
+        host, host_count: which rows this process reads (every host_count-th); ids are unique per host.
+        reading: of data.columns and data.thoughts.
     """
     contents: set[int] = set()
     ids: dict[str, int] = {}
@@ -221,11 +226,8 @@ def read_items(
     max_bad_fraction: float = 0.05,
     workdir: pathlib.Path | None = None,
     name: str = "train",
-    seed: int = 0,
-    host: int = 0,
-    host_count: int = 1,
-    reading: Reading = rec.AS_WRITTEN,
     into: Callable[[Any], None] | None = None,
+    **which: Any,
 ) -> tuple[list[Any], LoadReport]:
     """Read, parse and encode every row of a mixture.
 
@@ -236,14 +238,12 @@ def read_items(
         max_bad_fraction: more bad rows than this stop the run.
         workdir: where the report goes; None writes none.
         name: field of the `data` group that `spec` was typed in; names the report.
-        seed: of the shares that weights below 1 take.
-        host, host_count: which rows this process reads (every host_count-th); ids are unique per host.
-        reading: of data.columns and data.thoughts.
         into: takes each item; None: they are returned.
+        **which: rows, and how they are read: seed, host, host_count and reading of `read_records`.
     """
     report, items = LoadReport(name, spec), []
     add = items.append if into is None else into
-    rows = read_records(spec, parse, report, seed=seed, host=host, host_count=host_count, reading=reading)
+    rows = read_records(spec, parse, report, **which)
     while batch := list(itertools.islice(rows, _AT_ONCE)):
         results = encode([record for _, _, record in batch])
         for (source, where, record), result in zip(batch, results, strict=True):

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from sera_jax.checkpoint import Workdir
+from sera_jax.checkpoint.addressed import addressed
 from sera_jax.config import Config, DataGroup
 from sera_jax.data import keeping
 from sera_jax.data.items import Item, PairItem, unique_prompts
@@ -117,7 +118,7 @@ class Reader:
             how = {**self.options, "name": name}
             keeping.keep(folder, kind, lambda into: load(spec, self.tokenizer, into=into, **how)[1])
 
-        items, report = keeping.kept(self.workdir.addressed(name, inputs, produce).path)
+        items, report = keeping.kept(addressed(self.workdir, name, inputs, produce).path)
         report.finish(self.options["max_bad_fraction"], self.options["workdir"])
         self.say(report.table())
         return Pairs(items) if kind == 2 else items

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from sera_jax.checkpoint import StaleWorkdir, Workdir, code, outputs, phases
+from sera_jax.checkpoint.addressed import addressed
 
 PRESENT = code.versions()
 
@@ -257,16 +258,16 @@ def test_what_is_found_by_its_inputs_is_made_once_and_lies_beside_that_of_others
         made.append(folder)
         (folder / "x.txt").write_text("a")
 
-    Workdir(tmp_path, {"a": 1}).addressed("rows", {"n": 1}, produce)
-    again = Workdir(tmp_path, {"a": 2}).addressed("rows", {"n": 1}, produce)  # which ties the folder to no config
-    other = Workdir(tmp_path, {"a": 2}).addressed("rows", {"n": 2}, produce)
+    addressed(Workdir(tmp_path, {"a": 1}), "rows", {"n": 1}, produce)
+    again = addressed(Workdir(tmp_path, {"a": 2}), "rows", {"n": 1}, produce)  # which ties the folder to no config
+    other = addressed(Workdir(tmp_path, {"a": 2}), "rows", {"n": 2}, produce)
     assert len(made) == 2 and again.path != other.path
     assert not (tmp_path / "config.json").exists()
     (again.path / "x.txt").write_text("b")
     with pytest.raises(
         ValueError, match=rf"{again.path}/x\.txt is not what its manifest says; delete {again.path} and"
     ):
-        Workdir(tmp_path, {"a": 2}).addressed("rows", {"n": 1}, produce)
+        addressed(Workdir(tmp_path, {"a": 2}), "rows", {"n": 1}, produce)
 
 
 def test_what_could_not_be_made_leaves_nothing(tmp_path):
@@ -275,5 +276,5 @@ def test_what_could_not_be_made_leaves_nothing(tmp_path):
         raise ValueError("bad rows")
 
     with pytest.raises(ValueError, match="bad rows"):
-        Workdir(tmp_path, {}).addressed("rows", {}, produce)
+        addressed(Workdir(tmp_path, {}), "rows", {}, produce)
     assert list((tmp_path / "phases" / "corpus").iterdir()) == []

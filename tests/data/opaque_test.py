@@ -16,7 +16,8 @@ COPIES = [
     each("{% set c = m['content'] %}{% if loop.first %}{% set c = 'a' ~ c %}{% endif %}{{ c }}|", ""),
     "{% if messages[0]['role'] == 'system' %}{% set s = messages[0]['content'] %}{% set rest = messages[1:] %}"
     "{% else %}{% set s = '' %}{% set rest = messages %}{% endif %}{{ s }}#{% for m in rest %}"
-    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('order') }}{% endif %}{{ m['content'] }}|{% endfor %}",
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('order') }}{% endif %}"
+    "{{ m['content'] }}|{% endfor %}",
     each("{% if m.content is string and 'tool_calls' not in m %}{{ m.content }}{% endif %}|"),
 ]
 LOOKS = [
