@@ -94,14 +94,16 @@ def refuse_lost(left: Mapping[str, Any], prompt: Prompt, seen: Seen) -> None:
 
 def _refuse_other_talk(raw: list[Any], field: str, said: Any) -> None:
     """Refuse a conversation beside the prompt that opens with another question."""
+    asked = next(
+        (t if isinstance(t, str) else t["content"] for t in said if isinstance(t, str) or t["role"] == "user"), ""
+    )
+    if type(raw[0]) is dict and raw[0].get("role") == "user" and raw[0].get("content") == asked:
+        return
     try:
         talk = turns.messages(raw[:2], field, Seen(True))
     except BadRow:
         return  # of another shape: nobody reads it
     first = next((turn["content"] for turn in talk if turn["role"] == "user"), None)
-    asked = next(
-        (t if isinstance(t, str) else t["content"] for t in said if isinstance(t, str) or t["role"] == "user"), ""
-    )
     if first is not None and " ".join(first.split()) != " ".join(asked.split()):
         raise BadRow("differing_sources", f"{field} begins with {shorten(repr(first))}, the prompt is another")
 

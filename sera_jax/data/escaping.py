@@ -18,6 +18,7 @@ import tokenizers
 
 # Unicode noncharacters: never assigned, so practically never in text; where one is, the next is used.
 _MARKERS = tuple(chr(code) for code in range(0xFDD0, 0xFDF0))
+_CACHED_WORDS = 1 << 18  # of which a backend remembers the tokens; by itself 10,000, fewer than a corpus has
 
 
 class PromptRefused(ValueError):
@@ -90,7 +91,8 @@ class EscapingEncoder:
             if reason:
                 results[index] = PromptRefused(reason)
                 continue
-            marker = next((m for m in _MARKERS if not any(m in piece for _, piece in text.pieces)), None)
+            others = [piece for _, piece in text.pieces if not piece.isascii()]
+            marker = next((m for m in _MARKERS if not any(m in piece for piece in others)), None)
             if marker is None:
                 results[index] = PromptRefused("the text holds every Unicode noncharacter U+FDD0..U+FDEF; remove them")
                 continue
@@ -156,6 +158,8 @@ class EscapingEncoder:
             add = backend.add_special_tokens if flags["special"] else backend.add_tokens
             add([token])
             originals[backend.token_to_id(written)] = flags["id"]
+        if (resize := getattr(backend.model, "_resize_cache", None)) is not None:  # of models that have one
+            resize(_CACHED_WORDS)
         original = np.arange(max([*vocab.values(), *originals], default=0) + 1)
         original[list(originals)] = list(originals.values())
         return backend, original.astype(np.int32), np.isin(original, list(self._watched))
@@ -201,6 +205,8 @@ def _unusable(text: Text) -> str | None:
     for _, piece in text.pieces:
         if not isinstance(piece, str):
             return f"a content is {type(piece).__name__}, not text"
+        if piece.isascii():
+            continue
         try:
             piece.encode()
         except UnicodeEncodeError:

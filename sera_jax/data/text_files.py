@@ -92,10 +92,10 @@ class JsonSource(Source):
             return RawRow(
                 self.path, line, None, "non_utf8", f"byte {raw[error.start]:#04x} at column {error.start + 1}"
             )
-        if not text.strip():
+        if not text or text.isspace():
             return RawRow(self.path, line, None, "blank_line")
         try:
-            value = json.loads(text, object_pairs_hook=_each_once)
+            value = _DECODER.decode(text)
         except _Twice as error:
             return RawRow(self.path, line, None, "duplicate_field", f"{str(error)[:60]!r}")
         except RecursionError:
@@ -244,6 +244,9 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         counts = collections.Counter(name for name, _ in pairs)
         raise _Twice(next(name for name, count in counts.items() if count > 1))
     return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_each_once)
 
 
 def _is_deep(value: Any) -> bool:

@@ -109,6 +109,8 @@ def messages(raw: Any, field: str, seen: Seen) -> tuple[Message, ...]:
     """Messages from a list, from one message, from a dict of lists (as some columnar formats give them), or from texts
     that alternate, the user's first; raises BadRow."""
     raw = decoded(raw, field)
+    if type(raw) is list and raw and type(raw[0]) is dict and "role" in raw[0] and "input" not in raw[0]:
+        return tuple([_message(turn, field, seen) for turn in raw])
     if isinstance(raw, dict | Mapping):
         lists = {key: part for key, part in raw.items() if isinstance(part, list)}
         columns = len(lists) == len(raw) > 0 and len({len(part) for part in lists.values()}) == 1
