@@ -169,14 +169,19 @@ def parse_mixture(spec: str, *, field: str = "input") -> list[tuple[str, float]]
 def content_hash(spec: str, *, field: str = "input") -> str:
     """sha256 over the bytes of the source (of every file of a folder or glob, in order)."""
     digest = hashlib.sha256()
-    plain = pathlib.Path(spec).is_file() and "://" not in spec
-    source = None if plain else open_source(spec, field=field)
-    if isinstance(source, TfdsSource):
+    path, named = pathlib.Path(spec), spec.startswith(("tfds:", "hub:"))
+    if path.is_file():
+        files = [spec]
+    elif not named and (is_glob(spec) or is_saved_dataset(path) or not (path / "dataset_info.json").is_file()):
+        if not path.exists() and not is_glob(spec):
+            open_source(spec, field=field)  # which says so
+        files = files_of(spec, field)
+    elif isinstance(source := open_source(spec, field=field), TfdsSource):
         root = pathlib.Path(source.path.rpartition(":")[0])
         digest.update(source.path.rpartition(":")[2].encode())
         files = sorted(path for path in root.rglob("*") if path.is_file())
     else:
-        files = [spec] if source is None else source.files()
+        files = source.files()
     for path in files:
         about = os.stat(path)
         digest.update(_file_digest(str(path), about.st_size, about.st_mtime_ns))
