@@ -7,7 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from sera_jax.data.report import Count, LoadReport
 from sera_jax.data.stored import Items, Stored
 
 REPORT = "report.json"
+_KINDS, _BY_SOURCE = ("bad", "dropped", "noted"), ("sources", "forms")  # of a report
 _CONTENT_BYTES = 32
 _AT_ONCE = 4096  # items that are written together
 _LIBRARIES = ("tokenizers", "transformers", "jinja2")  # which make tokens of a text
@@ -100,21 +101,45 @@ class _Growing:
         np.lib.format.write_array_header_1_0(self._file, about)
 
 
-def keep(folder: pathlib.Path, responses: int, read: Callable[[Callable[[Item], None]], LoadReport]) -> None:
-    """Write what `read` gives to the function that it is given, items of so many responses, and its report."""
+def keep(
+    folder: pathlib.Path,
+    responses: int,
+    names: Sequence[str],
+    read: Callable[[Callable[[Item], None]], LoadReport],
+) -> None:
+    """Write what `read` gives to the function that it is given, items of so many responses, and its report.
+
+    Args:
+        names: of the sources, which are not written down: the same rows elsewhere are the same files here.
+    """
     keeper = Keeper(folder, responses)
     report = read(keeper.add)
     keeper.close()
-    (folder / REPORT).write_text(json.dumps(dataclasses.asdict(report), indent=1), encoding="utf-8")
+    fields = dataclasses.asdict(report)
+    for kind in _KINDS:
+        for entry in fields[kind].values():
+            of = max(
+                (k for k, n in enumerate(names) if entry["first"].startswith(n)),
+                key=lambda k: len(names[k]),
+                default=-1,
+            )
+            entry["first"] = [of, entry["first"][len(names[of]) if of >= 0 else 0 :]]
+    for about in _BY_SOURCE:
+        fields[about] = {names.index(name): found for name, found in fields[about].items()}
+    (folder / REPORT).write_text(json.dumps(fields | {"spec": ""}, indent=1), encoding="utf-8")
 
 
-def kept(folder: pathlib.Path) -> tuple[Items, LoadReport]:
-    """What `keep` wrote: tokens stay on disk until they are asked for."""
+def kept(folder: pathlib.Path, spec: str, names: Sequence[str]) -> tuple[Items, LoadReport]:
+    """What `keep` wrote, of sources that now have these names: tokens stay on disk until they are asked for."""
     arrays = {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in [*_ARRAYS, "lengths"]}
     stored = Stored(**arrays)
-    fields = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    for kind in ("bad", "dropped", "noted"):
-        fields[kind] = {reason: Count(**entry) for reason, entry in fields[kind].items()}
+    fields = json.loads((folder / REPORT).read_text(encoding="utf-8")) | {"spec": spec}
+    for kind in _KINDS:
+        for reason, entry in fields[kind].items():
+            of, rest = entry["first"]
+            fields[kind][reason] = Count(**entry | {"first": (names[of] if of >= 0 else "") + rest})
+    for about in _BY_SOURCE:
+        fields[about] = {names[int(of)]: found for of, found in fields[about].items()}
     return Items(stored, np.arange(len(stored))), LoadReport(**fields)
 
 

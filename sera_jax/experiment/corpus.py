@@ -103,10 +103,11 @@ class Reader:
         """
         kind = {load_preferences: 2, load_prompts: 0}.get(load, 1)
         mixture = parse_mixture(spec, field=f"config.data.{name}")
+        names = [path for path, _ in mixture]
         inputs = {
             "read": load.__name__,
-            "spec": spec,
             "contents": [content_hash(path, field=f"config.data.{name}") for path, _ in mixture],
+            "weights": [[weight, pathlib.PurePath(path).name if weight % 1 else ""] for path, weight in mixture],
             "shares_by": self.options["seed"] if any(weight % 1 for _, weight in mixture) else None,
             "limits": dataclasses.asdict(self.options["limits"]),
             "reading": dataclasses.asdict(self.options["reading"]),
@@ -116,9 +117,9 @@ class Reader:
 
         def produce(folder: pathlib.Path) -> None:
             how = {**self.options, "name": name}
-            keeping.keep(folder, kind, lambda into: load(spec, self.tokenizer, into=into, **how)[1])
+            keeping.keep(folder, kind, names, lambda into: load(spec, self.tokenizer, into=into, **how)[1])
 
-        items, report = keeping.kept(addressed(self.workdir, name, inputs, produce).path)
+        items, report = keeping.kept(addressed(self.workdir, name, inputs, produce).path, spec, names)
         report.finish(self.options["max_bad_fraction"], self.options["workdir"])
         self.say(report.table())
         return Pairs(items) if kind == 2 else items

@@ -32,9 +32,12 @@ def loaded(tmp_path_factory):
     def read(into):
         return load_preferences(path, Bytes(), limits=WIDE, into=into)[1]
 
-    keeping.keep(folder, 2, read)
-    items, found = keeping.kept(folder)
+    keeping.keep(folder, 2, [path], read)
+    items, found = keeping.kept(folder, path, [path])
     assert found == report and report.bad_rows == 1
+    moved = keeping.kept(folder, "b=1", ["b"])[1]
+    assert moved.table() == report.table().replace(path, "b").replace("of b:", "of b=1:", 1)
+    assert path not in (folder / keeping.REPORT).read_text()
     return pairs, stored.Pairs(items)
 
 
@@ -117,10 +120,9 @@ def test_demonstrations_and_scored_items_are_laid_as_those_of_a_list(loaded):
 
 
 def test_nothing_is_kept_and_found_again(tmp_path):
-    keeping.keep(
-        tmp_path, 1, lambda into: load_preferences(write(tmp_path / "a.jsonl", [row(1)]), Bytes(), limits=WIDE)[1]
-    )
-    items, report = keeping.kept(tmp_path)
+    path = write(tmp_path / "a.jsonl", [row(1)])
+    keeping.keep(tmp_path, 1, [path], lambda into: load_preferences(path, Bytes(), limits=WIDE)[1])
+    items, report = keeping.kept(tmp_path, path, [path])
     assert (len(items), report.kept) == (0, 1)
     assert items_digest(items) == items_digest([])
     assert isinstance(stored.chosen_from([PairItem(Item("a", np.ones(1), ()))], [0])[0], PairItem)
