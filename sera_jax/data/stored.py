@@ -20,6 +20,7 @@ import numpy as np
 from sera_jax.data.items import KEY_BYTES, Item, Lengths, PairItem, items_digest, lengths_of, prompt_keys
 
 SIDES = ("chosen", "rejected")
+_TAILS = tuple(f"/{side}\0".encode() for side in SIDES)
 _AT_ONCE = 1024  # items that are hashed at a time
 _OFFLINE = (((0, 1),), ((1, 0),))
 
@@ -187,22 +188,38 @@ class Items(_Selection[Item]):
     def _digest(self) -> str:
         if self._text:
             return items_digest(list(self))
-        total, stored = hashlib.sha256(), self.stored
-        shown = [0] if self._bare else range(stored.lengths.shape[1])
+        total = hashlib.sha256()
         for start in range(0, len(self), _AT_ONCE):
-            indices = range(start, min(start + _AT_ONCE, len(self)))
-            places = self.places[start : indices.stop]
-            lengths = stored.lengths[places].astype("<u4")
-            sizes, heads = lengths.tolist(), memoryview(lengths.tobytes())
-            pieces: list[Any] = []
-            for k, (index, at) in enumerate(zip(indices, stored.starts[places].tolist(), strict=True)):
-                pieces += (self.id(index).encode(), b"\0")
-                for part in shown if self._side is None else (0, 1 + int(self._side[index])):
-                    begin = at + sum(sizes[k][:part])
-                    head = 4 * (k * lengths.shape[1] + part)
-                    pieces += (heads[head : head + 4], stored.tokens[begin : begin + sizes[k][part]].data)
-            total.update(b"".join(pieces))
+            total.update(b"".join(self._hashed(slice(start, start + _AT_ONCE))))
         return total.hexdigest()
+
+    def _hashed(self, some: slice) -> list[Any]:
+        """What `items_digest` takes of some items: each id, and each part with its length."""
+        stored, places = self.stored, self.places[some]
+        sizes = stored.lengths[places].astype(np.int64)
+        begins = stored.starts[places][:, None] + np.cumsum(sizes, axis=1) - sizes
+        tails = [b"\0"] * len(places)
+        if self._bare:
+            sizes, begins = sizes[:, :1], begins[:, :1]
+        elif self._side is not None:
+            shown = np.stack([np.zeros(len(places), np.int64), 1 + self._side[some].astype(np.int64)], axis=1)
+            sizes, begins = (np.take_along_axis(values, shown, axis=1) for values in (sizes, begins))
+            tails = [_TAILS[side] for side in self._side[some].tolist()]
+        fronts = [b""] * len(places)
+        if self._renamed is not None:
+            fronts = [b"new/" if named else b"" for named in self._renamed[some].tolist()]
+        ids, tokens = memoryview(stored.ids), memoryview(stored.tokens)
+        stops = stored.id_ends[places].tolist()
+        id_starts = np.where(places > 0, stored.id_ends[places - 1], 0).tolist()
+        count, heads = sizes.shape[1], memoryview(sizes.astype("<u4").tobytes())
+        spans = list(zip(begins.ravel().tolist(), (begins + sizes).ravel().tolist(), strict=True))
+        pieces: list[Any] = []
+        for k, (front, begin, stop, tail) in enumerate(zip(fronts, id_starts, stops, tails, strict=True)):
+            pieces += (front, ids[begin:stop], tail)
+            for part in range(k * count, (k + 1) * count):
+                first, last = spans[part]
+                pieces += (heads[4 * part : 4 * part + 4], tokens[first:last])
+        return pieces
 
 
 class Pairs(_Selection[PairItem]):
