@@ -29,6 +29,7 @@ KINDS = {
     "phase: manifest.json": r"phases/.*manifest\.json",
     "phase: metrics.jsonl": r"phases/.*metrics\.jsonl",
     "phase: data and tokenizer": r"phases/world/",
+    "phase: corpus": r"phases/corpus/",
     "phase: scores": r"phases/.*\.npy",
     "phase: samples, pairs, costs": r"phases/",
     "metrics.jsonl": r"metrics\.jsonl",

@@ -7,6 +7,7 @@ import fcntl
 import pathlib
 from typing import Any
 
+ADDRESSED = "corpus"  # below phases/: what is found by what it was made from, and is no config's
 METRICS = "metrics.jsonl"  # its lines follow log.logging_steps, which is no part of what a run is
 
 
@@ -38,6 +39,7 @@ def lock(root: pathlib.Path) -> Any:
 
 def has_results(root: pathlib.Path) -> bool:
     """Whether anything was made there: a run that is refused before leaves the folder free for another."""
-    made = any(any((root / name).glob("*")) for name in ("phases", "checkpoints"))
+    folders = (path for name in ("phases", "checkpoints") for path in (root / name).glob("*"))
+    made = any(path.name != ADDRESSED for path in folders)
     metrics = root / METRICS
     return made or (metrics.exists() and metrics.stat().st_size > 0)

@@ -258,8 +258,8 @@ class Workdir:
             if start.taken:
                 self.taken.append(name)
             else:
-                make = functools.partial(_make, name, _torn(folder), inputs, produce, way_out)
-                hosts.on_first(make) if alone else make()
+                act = functools.partial(make, name, torn_of(folder), inputs, produce, way_out)
+                hosts.on_first(act) if alone else act()
                 hosts.barrier()  # each may have written its part
                 self.fresh.append(name)
             product = hosts.on_first(lambda: self._keep(name, inputs, folder, start))
@@ -270,13 +270,13 @@ class Workdir:
         """What is there of a phase; where that is nothing, an empty folder to make it in, or to take it into."""
         asked = digest_of(inputs)
         if (folder / "manifest.json").exists():
-            product = self._open(name, inputs, folder)
+            product = self.open(name, inputs, folder)
             shutil.rmtree(self.checkpoints(name), ignore_errors=True)  # a kill may have come between rename and this
             return _Start(asked, product)
         if folder.is_dir() and any(folder.iterdir()):
             raise ValueError(f"{folder / 'manifest.json'} is missing; {to_make_anew(folder)}")
         self.begin()
-        shutil.rmtree(torn := _torn(folder), ignore_errors=True)
+        shutil.rmtree(torn := torn_of(folder), ignore_errors=True)
         torn.mkdir(parents=True)
         # a checkpoint may be of other versions, or of another machine
         whole = not any(self.checkpoints(name).glob("[0-9]*"))
@@ -284,13 +284,13 @@ class Workdir:
 
     def _keep(self, name: str, inputs: dict[str, Any], folder: pathlib.Path, start: _Start) -> Product:
         """Let a product appear that is whole, and what led to it go."""
-        _torn(folder).replace(folder)
+        torn_of(folder).replace(folder)
         if self.shared and not start.taken and start.whole:
             self.shared.give(name, inputs, folder)
         shutil.rmtree(self.checkpoints(name), ignore_errors=True)
-        return _product(folder, read_json(folder / "manifest.json"))
+        return product_of(folder, read_json(folder / "manifest.json"))
 
-    def _open(self, name: str, inputs: dict[str, Any], folder: pathlib.Path) -> Product:
+    def open(self, name: str, inputs: dict[str, Any], folder: pathlib.Path) -> Product:
         manifest = load_manifest(folder)
         if manifest["inputs"] != inputs:
             raise StaleWorkdir(
@@ -299,15 +299,15 @@ class Workdir:
             )
         for damage in damaged_files(folder, manifest):
             raise ValueError(damage)
-        return _product(folder, manifest)
+        return product_of(folder, manifest)
 
 
-def _torn(folder: pathlib.Path) -> pathlib.Path:
+def torn_of(folder: pathlib.Path) -> pathlib.Path:
     """Where a product is made."""
     return folder.with_name(folder.name + ".partial")
 
 
-def _make(
+def make(
     name: str, folder: pathlib.Path, inputs: dict[str, Any], produce: Callable[[pathlib.Path], None], way_out: str
 ) -> None:
     """Fill the folder, and write its manifest."""
@@ -384,7 +384,7 @@ def _history(found: Any) -> list[dict[str, Any]]:
     return [seen for seen in found if isinstance(seen, dict)] if isinstance(found, list) else []
 
 
-def _product(folder: pathlib.Path, manifest: dict[str, Any]) -> Product:
+def product_of(folder: pathlib.Path, manifest: dict[str, Any]) -> Product:
     files = {file: digest for file, digest in manifest["files"].items() if file != METRICS}
     return Product(folder, digest_of([manifest["inputs"], files]), manifest["seconds"])
 

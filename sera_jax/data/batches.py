@@ -8,25 +8,30 @@ similar work.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Mapping, Sequence
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 
 from sera_jax.core import Mean, PairBatch, Rows
-from sera_jax.data.items import Item, PairItem
+from sera_jax.data.items import Item, PairItem, lengths_of
 from sera_jax.data.packing import (
     Layout,
     Packed,
     RowSpec,
     build_rows,
+    check_sizes,
     laid_tokens,
     merge_specs,
     pack,
     padding_fraction,
     spec_for,
 )
-from sera_jax.data.planning import NO_SHAPES, Shapes, Step, StepPlanner, deal_rows
+from sera_jax.data.planning import NO_SHAPES, Shapes, Step, deal_rows
+from sera_jax.data.steps import ORDERS, Entries, StepPlanner
+from sera_jax.data.stored import Pairs, parts_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,14 +91,23 @@ class ItemBatch:
 
 
 class _Loader:
-    """What both loaders share: the plan, its shapes, and laying a step's rows."""
+    """What both loaders share: the plan, made where it is first asked for, its shapes, and laying a step's rows."""
 
-    def __init__(self, planner: StepPlanner, layout: Layout) -> None:
-        self._planner, self._layout = planner, layout
+    def __init__(self, entries: Entries, layout: Layout, *, batch_size: int, order: str, **how: Any) -> None:
+        if not len(entries.items):
+            raise ValueError("nothing to plan: no items were given; look at the loading report for what was dropped")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        if order not in ORDERS:
+            raise ValueError(f"order={order!r} is unknown; choose one of {', '.join(ORDERS)}")
+        check_sizes(entries.sizes, entries.items, layout.row_tokens, layout.share_prompt)
+        self._layout = layout
+        self.steps_per_epoch = -(-int(np.maximum(entries.counts, 1).sum()) // batch_size)
+        self._plan = lambda: StepPlanner(entries, layout, batch_size=batch_size, order=order, **how)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return self._planner.steps_per_epoch
+    @functools.cached_property
+    def _planner(self) -> StepPlanner:
+        return self._plan()
 
     @property
     def shapes(self) -> Shapes:
@@ -118,6 +132,11 @@ class _Loader:
         work = [sum(laid_tokens(items[i], share_prompt) for i in row) for row in plan.rows]
         rows = deal_rows(plan.rows, work, self._layout.dealt, size)
         return plan, rows, build_rows(items, rows, self.spec, size, share_prompt)
+
+
+def _given_one_by_one(pairs: Sequence[PairItem]) -> Sequence[PairItem]:
+    """Those that may be anything: stored ones have each a pair of weight 1."""
+    return () if isinstance(pairs, Pairs) else pairs
 
 
 class PairLoader(_Loader):
@@ -151,15 +170,14 @@ class PairLoader(_Loader):
         known: Shapes = NO_SHAPES,
         order: str = "shuffle",
     ) -> None:
-        for pair in pairs:
+        for pair in itertools.chain(*map(_given_one_by_one, parts_of(pairs))):
             if not pair.pairs or pair.weight <= 0:
                 raise ValueError(
                     f"entry {pair.item.id!r} has {len(pair.pairs)} pairs and weight {pair.weight}; "
                     f"every entry needs a pair and a weight above 0, leave it out otherwise"
                 )
-        entries = [(pair.item, pair.pairs) for pair in pairs]
         how = dict(batch_size=batch_size, seed=seed, stream_indices=stream_indices, known=known, order=order)
-        super().__init__(StepPlanner(entries, layout, **how), layout)
+        super().__init__(Entries.of_pairs(pairs, layout.share_prompt), layout, **how)
         self._pairs = pairs
 
     def batch(self, step: int) -> Batch:
@@ -209,12 +227,12 @@ class ItemLoader(_Loader):
         known: Shapes = NO_SHAPES,
         order: str = "shuffle",
     ) -> None:
-        for item in items:
-            if len(item.responses) != 1:
-                raise ValueError(f"item {item.id!r} has {len(item.responses)} responses; a demonstration has exactly 1")
+        counts = lengths_of(items).counts
+        for i in np.flatnonzero(counts != 1)[:1]:
+            raise ValueError(f"item {items[int(i)].id!r} has {counts[i]} responses; a demonstration has exactly 1")
         layout = dataclasses.replace(layout, share_prompt=True)  # with one response each the same, and one packing
         how = dict(batch_size=batch_size, seed=seed, stream_indices=stream_indices, known=known, order=order)
-        super().__init__(StepPlanner([(item, ()) for item in items], layout, **how), layout)
+        super().__init__(Entries.of_items(items, True), layout, **how)
 
     def batch(self, step: int) -> ItemBatch:
         """The batch of any step >= 0."""

@@ -13,6 +13,7 @@ SCORES = tuple(
     (pattern.format("chosen"), pattern.format("rejected"))
     for pattern in ("score_{}", "{}_score", "{}_rating", "rating_{}", "{}-rating")
 )
+_ASKED = (*form_parts.ASKED, "context")
 _TOOLS = ("tools", "functions")
 _THOUGHTS = ("reasoning_content", "thinking")
 _NOTHING = ("", "[]", "{}", "null", "None")  # tools as JSON in a text
@@ -56,10 +57,12 @@ def _after(history: Any, said: list[Message], seen: Seen) -> list[Message]:
 
 def refuse_lost(left: Mapping[str, Any], prompt: Prompt, seen: Seen) -> None:
     """Refuse a row that has more to say to the model than what is read of it."""
+    if not left:
+        return
     said = [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
     for field in _TOOLS:
         part = left.get(field)
-        if not turns.is_empty(part) and not (isinstance(part, str) and part.strip() in _NOTHING):
+        if part is not None and not turns.is_empty(part) and not (isinstance(part, str) and part.strip() in _NOTHING):
             raise BadRow("tools", f"{field} is {shorten(repr(part))}")
     for field in turns.TOOL_FIELDS:
         if not turns.is_empty(part := left.get(field)):
@@ -72,10 +75,13 @@ def refuse_lost(left: Mapping[str, Any], prompt: Prompt, seen: Seen) -> None:
     weight = left.get("weight")
     if isinstance(weight, int | float) and weight != 1:
         raise BadRow("weight", f"weight is {shorten(repr(weight))}")
-    text = " ".join(" ".join(said).split())
-    for field in (*form_parts.ASKED, "context"):
+    text = None
+    for field in _ASKED:
         part = left.get(field)
-        if isinstance(part, str) and part.strip() and " ".join(part.split()) not in text:
+        if not isinstance(part, str) or not part.strip():
+            continue
+        text = " ".join(" ".join(said).split()) if text is None else text
+        if " ".join(part.split()) not in text:
             if turns.is_transcript(part) and turns.parse_transcript(part)[0]["content"] in said:
                 continue
             raise BadRow(
@@ -88,14 +94,16 @@ def refuse_lost(left: Mapping[str, Any], prompt: Prompt, seen: Seen) -> None:
 
 def _refuse_other_talk(raw: list[Any], field: str, said: Any) -> None:
     """Refuse a conversation beside the prompt that opens with another question."""
+    asked = next(
+        (t if isinstance(t, str) else t["content"] for t in said if isinstance(t, str) or t["role"] == "user"), ""
+    )
+    if type(raw[0]) is dict and raw[0].get("role") == "user" and raw[0].get("content") == asked:
+        return
     try:
         talk = turns.messages(raw[:2], field, Seen(True))
     except BadRow:
         return  # of another shape: nobody reads it
     first = next((turn["content"] for turn in talk if turn["role"] == "user"), None)
-    asked = next(
-        (t if isinstance(t, str) else t["content"] for t in said if isinstance(t, str) or t["role"] == "user"), ""
-    )
     if first is not None and " ".join(first.split()) != " ".join(asked.split()):
         raise BadRow("differing_sources", f"{field} begins with {shorten(repr(first))}, the prompt is another")
 
@@ -112,7 +120,7 @@ def heed_label(left: Mapping[str, Any], messages: bool) -> None:
 def heed_scores(scores: Mapping[str, Any], seen: Seen) -> None:
     """Leave out a pair of equal scores, note one whose chosen response has the lower one."""
     for fields in SCORES:
-        first, second = (scores.get(field) for field in fields)
+        first, second = scores.get(fields[0]), scores.get(fields[1])
         if isinstance(first, int | float) and isinstance(second, int | float):
             if first == second:
                 raise LeftOut("equal_scores", f"{fields[0]} and {fields[1]} are {first!r}")

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
+from sera_jax.data import opaque
 from sera_jax.data.escaping import PromptRefused
 
 Messages = Sequence[Mapping[str, str]]
@@ -90,6 +91,7 @@ class ChatTemplate:
         self.source = with_fixed_date(source)
         self._renderer = render
         self._shapes: dict[tuple[str, ...], Shape] = {}
+        self._copies = opaque.copies_contents(self.source)
 
     def shape(self, roles: tuple[str, ...]) -> Shape:
         """The literal pieces for a prompt with these roles; PromptRefused where the template cannot be cut."""
@@ -107,7 +109,7 @@ class ChatTemplate:
         Raises:
             PromptRefused: the template's own rendering of this conversation is not its pieces around the contents.
         """
-        roles = tuple(message["role"] for message in messages)
+        roles = tuple([message["role"] for message in messages])
         if not roles:
             raise PromptRefused("the prompt has no messages; a prompt needs at least one user message")
         if roles[-1] == "assistant":
@@ -116,13 +118,14 @@ class ChatTemplate:
         texts = [message["content"] for message in messages]
         if not all(isinstance(text, str) for text in texts):
             raise PromptRefused("a message's content is not text; only text can be trained on")
-        turns = [dict(role=role, content=text) for role, text in zip(roles, texts, strict=True)]
-        if answer is not None:
-            texts.append(answer)
-            turns.append(dict(role="assistant", content=answer))
         pieces, trims, order = shape.prompt, shape.prompt_trims, shape.order
         if answer is not None:
+            texts.append(answer)
             pieces, trims, order = shape.full, shape.full_trims, shape.full_order
+        if self._copies:  # the rendering is known
+            return shape, [_strip(texts[index], trim) for index, trim in zip(order, trims, strict=True)]
+        said = zip((*roles, "assistant"), texts)
+        turns = [dict(role=role, content=text) for role, text in said]
         rendered = self._render(turns, answer is None) + (shape.header if answer is None else "")
         for said in (texts, _without_thoughts(texts, roles)):
             stripped = [_strip(said[index], trim) for index, trim in zip(order, trims, strict=True)]

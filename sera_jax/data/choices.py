@@ -12,12 +12,13 @@ from typing import Any, TypeVar
 import numpy as np
 
 from sera_jax.core import Stream, rng_for
+from sera_jax.data import stored
 from sera_jax.data.items import Item, PairItem, content_key
 
 T = TypeVar("T")
 
 
-def split_heldout(entries: Sequence[T], fraction: float, seed: int) -> tuple[list[T], list[T]]:
+def split_heldout(entries: Sequence[T], fraction: float, seed: int) -> tuple[Sequence[T], Sequence[T]]:
     """(training, held-out): entries of one prompt stay together, whatever their order or company.
 
     A prompt is held out if its hash with the seed falls into the first `fraction` of all hashes, so the share is met in
@@ -26,13 +27,12 @@ def split_heldout(entries: Sequence[T], fraction: float, seed: int) -> tuple[lis
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"the held-out fraction must be at least 0 and below 1, got {fraction}")
-    train, heldout = [], []
-    for entry in entries:
-        (heldout if _uniform("heldout", seed, _prompt_bytes(entry)) < fraction else train).append(entry)
-    return train, heldout
+    keys = stored.content_texts(entries) or map(_prompt_bytes, entries)
+    held = np.array([_uniform("heldout", seed, key) < fraction for key in keys], bool)
+    return stored.chosen_from(entries, np.flatnonzero(~held)), stored.chosen_from(entries, np.flatnonzero(held))
 
 
-def flip_labels(pairs: Sequence[PairItem], fraction: float, seed: int) -> list[PairItem]:
+def flip_labels(pairs: Sequence[PairItem], fraction: float, seed: int) -> Sequence[PairItem]:
     """Exchange chosen and rejected of exactly round(fraction * n) entries, marked `flipped`.
 
     Those with the smallest hash of (seed, id): the choice does not depend on the order, and a larger fraction flips
@@ -40,9 +40,15 @@ def flip_labels(pairs: Sequence[PairItem], fraction: float, seed: int) -> list[P
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"data.label_noise must lie between 0 and 1, got {fraction}")
-    ranks = sorted(range(len(pairs)), key=lambda i: (_uniform("flip", seed, pairs[i].item.id.encode()), i))
-    flipped = set(ranks[: round(fraction * len(pairs))])
-    return [_flip(pair) if index in flipped else pair for index, pair in enumerate(pairs)]
+    if not fraction:
+        return pairs
+    items = stored.items_of(pairs)
+    drawn = np.array([_uniform("flip", seed, stored.id_of(items, i).encode()) for i in range(len(items))])
+    flipped = np.zeros(len(pairs), bool)
+    flipped[np.argsort(drawn, kind="stable")[: round(fraction * len(pairs))]] = True
+    if isinstance(pairs, stored.Pairs):
+        return pairs.flip(flipped)
+    return [_flip(pair) if flips else pair for pair, flips in zip(pairs, flipped, strict=True)]
 
 
 def weighted_rows(rows: int, weight: float, seed: int, spec: str) -> np.ndarray:

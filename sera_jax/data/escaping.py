@@ -18,6 +18,7 @@ import tokenizers
 
 # Unicode noncharacters: never assigned, so practically never in text; where one is, the next is used.
 _MARKERS = tuple(chr(code) for code in range(0xFDD0, 0xFDF0))
+_CACHED_WORDS = 1 << 18  # of which a backend remembers the tokens; by itself 10,000, fewer than a corpus has
 
 
 class PromptRefused(ValueError):
@@ -55,9 +56,11 @@ class EscapingEncoder:
         self._control = control
         self._names = list(control)
         self._index = {name: index for index, name in enumerate(self._names)}
-        self._watched = np.array(sorted(id for name, id in control.items() if name not in set(unknown)), np.int32)
+        self._watched = {id for name, id in control.items() if name not in set(unknown)}
         self._pattern = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or "(?!)")
-        self._backends: dict[tuple[str, bool], tuple[tokenizers.Tokenizer, np.ndarray]] = {}
+        self._begin = {name[:1] for name in control}
+        self._written: dict[tuple[str, str], tuple[str, list[int]]] = {}
+        self._backends: dict[tuple[str, bool], tuple[tokenizers.Tokenizer, np.ndarray, np.ndarray]] = {}
         flags = {token["content"]: token for token in spec["added_tokens"]}
         odd = [name for name in control if flags.get(name, {}).get("single_word")]
         if odd:
@@ -66,6 +69,8 @@ class EscapingEncoder:
 
     def split(self, text: str) -> tuple[str, str | None]:
         """The text before its first control token and that token; (text, None) if it has none."""
+        if not any(first in text for first in self._begin):
+            return text, None
         match = self._pattern.search(text)
         return (text, None) if match is None else (text[: match.start()], match.group())
 
@@ -86,45 +91,48 @@ class EscapingEncoder:
             if reason:
                 results[index] = PromptRefused(reason)
                 continue
-            marker = next((m for m in _MARKERS if not any(m in piece for _, piece in text.pieces)), None)
+            others = [piece for _, piece in text.pieces if not piece.isascii()]
+            marker = next((m for m in _MARKERS if not any(m in piece for piece in others)), None)
             if marker is None:
                 results[index] = PromptRefused("the text holds every Unicode noncharacter U+FDD0..U+FDEF; remove them")
                 continue
             groups.setdefault((marker, text.start), []).append(index)
         for (marker, start), members in groups.items():
-            backend, original = self._backend(marker, start)
-            written = [self._escape(texts[index].pieces, marker) for index in members]
-            for index, encoding in zip(
-                members, backend.encode_batch_fast(written, add_special_tokens=False), strict=True
-            ):
-                results[index] = self._checked(texts[index], original[encoding.ids].astype(np.int32))
+            backend, original, watched = self._backend(marker, start)
+            written, wanted = zip(*(self._escape(texts[index].pieces, marker) for index in members))
+            encodings = backend.encode_batch_fast(list(written), add_special_tokens=False)
+            for index, encoding, asked in zip(members, encodings, wanted, strict=True):
+                results[index] = _checked(texts[index], np.array(encoding.ids, np.int32), asked, original, watched)
         return results
 
-    def _escape(self, pieces: Sequence[tuple[bool, str]], marker: str) -> str:
-        def name(match: re.Match[str]) -> str:
-            return f"{marker}{self._index[match.group()]}{marker}"
+    def _escape(self, pieces: Sequence[tuple[bool, str]], marker: str) -> tuple[str, list[int]]:
+        """The text with the control tokens that a template wrote under other names, and their ids."""
+        texts: list[str] = []
+        ids: list[int] = []
+        for template, piece in pieces:
+            if template:
+                piece, found = self._renamed(piece, marker)
+                ids += found
+            texts.append(piece)
+        return "".join(texts), ids
 
-        return "".join(self._pattern.sub(name, piece) if template else piece for template, piece in pieces)
+    def _renamed(self, piece: str, marker: str) -> tuple[str, list[int]]:
+        """The same of one piece of a template, of which there are few."""
+        if (known := self._written.get((piece, marker))) is None:
+            names = self._pattern.findall(piece)
+            ids = [self._control[name] for name in names]
+            text = self._pattern.sub(lambda match: f"{marker}{self._index[match.group()]}{marker}", piece)
+            known = self._written[piece, marker] = text, [id for id in ids if id in self._watched]
+        return known
 
-    def _checked(self, text: Text, ids: np.ndarray) -> np.ndarray | PromptRefused:
-        wanted = [
-            self._control[match]
-            for template, piece in text.pieces
-            if template
-            for match in self._pattern.findall(piece)
-        ]
-        found = ids[np.isin(ids, self._watched)]
-        if not np.array_equal(found, np.array([id for id in wanted if id in self._watched], np.int32)):
-            return PromptRefused("a content was encoded to a control token by this tokenizer's own model; drop the row")
-        ids = ids[text.skip :]
-        return ids if text.end is None else np.append(ids, np.int32(text.end))
-
-    def _backend(self, marker: str, start: bool) -> tuple[tokenizers.Tokenizer, np.ndarray]:
+    def _backend(self, marker: str, start: bool) -> tuple[tokenizers.Tokenizer, np.ndarray, np.ndarray]:
         if (marker, start) not in self._backends:
             self._backends[marker, start] = self._build(marker, start)
         return self._backends[marker, start]
 
-    def _build(self, marker: str, start: bool) -> tuple[tokenizers.Tokenizer, np.ndarray]:
+    def _build(self, marker: str, start: bool) -> tuple[tokenizers.Tokenizer, np.ndarray, np.ndarray]:
+        """A tokenizer that knows control tokens under other names, the ids that its own mean i32[ids], and which of
+        its own are control tokens bool[ids]."""
         spec = dict(self._spec, added_tokens=[], post_processor=None, truncation=None, padding=None)
         if not start:
             spec["normalizer"] = _without_dummy_space(spec["normalizer"])
@@ -150,9 +158,23 @@ class EscapingEncoder:
             add = backend.add_special_tokens if flags["special"] else backend.add_tokens
             add([token])
             originals[backend.token_to_id(written)] = flags["id"]
+        if (resize := getattr(backend.model, "_resize_cache", None)) is not None:  # of models that have one
+            resize(_CACHED_WORDS)
         original = np.arange(max([*vocab.values(), *originals], default=0) + 1)
         original[list(originals)] = list(originals.values())
-        return backend, original
+        return backend, original.astype(np.int32), np.isin(original, list(self._watched))
+
+
+def _checked(
+    text: Text, ids: np.ndarray, wanted: list[int], original: np.ndarray, watched: np.ndarray
+) -> np.ndarray | PromptRefused:
+    """The ids of a text as the tokenizer numbers them; refused where a control token is one that no template wrote."""
+    marked = watched[ids]
+    ids = original[ids]
+    if (ids[marked].tolist() if marked.any() else []) != wanted:
+        return PromptRefused("a content was encoded to a control token by this tokenizer's own model; drop the row")
+    ids = ids[text.skip :]
+    return ids if text.end is None else np.append(ids, np.int32(text.end))
 
 
 def attempt(make: Callable[..., Text], *args: Any) -> Text | PromptRefused:
@@ -183,6 +205,8 @@ def _unusable(text: Text) -> str | None:
     for _, piece in text.pieces:
         if not isinstance(piece, str):
             return f"a content is {type(piece).__name__}, not text"
+        if piece.isascii():
+            continue
         try:
             piece.encode()
         except UnicodeEncodeError:

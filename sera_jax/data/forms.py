@@ -7,6 +7,7 @@ A row takes the first form whose fields it has. Its fields become those of this 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -45,7 +46,20 @@ class Form:
     known: str = ""
 
     def is_of(self, row: Fields) -> bool:
-        return all(any(row.has(name) for name in need.split("|")) for need in self.needs) and self.fits(row)
+        given = row.value
+        for names in _names(self.needs):
+            for name in names:
+                if given.get(name) is not None:
+                    break
+            else:
+                return False
+        return self.fits(row)
+
+
+@functools.cache
+def _names(needs: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    """The names of which one is needed, of each need."""
+    return tuple(tuple(need.split("|")) for need in needs)
 
 
 def recognise(value: Mapping[str, Any], kind: str) -> tuple[str, Row, Row]:

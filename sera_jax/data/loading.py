@@ -8,9 +8,7 @@ Too many bad rows, a source of which nothing is left, or a damaged file stop the
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
-import json
 import pathlib
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any, Protocol, TypeVar
@@ -187,8 +185,13 @@ def read_records(
 
     Ids come out unique: a repetition gets `#2`, `#3`, ... Each host reads its share of the rows and sees the same
     failures.
+
+    Args:
+        seed: of the shares that weights below 1 take.
+        host, host_count: which rows this process reads (every host_count-th); ids are unique per host.
+        reading: of data.columns and data.thoughts.
     """
-    contents: set[str] = set()
+    contents: set[int] = set()
     ids: dict[str, int] = {}
     for name, weight in parse_mixture(spec, field=f"data.{report.name}"):
         source = open_source(name, field=f"data.{report.name}")
@@ -228,10 +231,8 @@ def read_items(
     max_bad_fraction: float = 0.05,
     workdir: pathlib.Path | None = None,
     name: str = "train",
-    seed: int = 0,
-    host: int = 0,
-    host_count: int = 1,
-    reading: Reading = rec.AS_WRITTEN,
+    into: Callable[[Any], None] | None = None,
+    **which: Any,
 ) -> tuple[list[Any], LoadReport]:
     """Read, parse and encode every row of a mixture.
 
@@ -242,12 +243,12 @@ def read_items(
         max_bad_fraction: more bad rows than this stop the run.
         workdir: where the report goes; None writes none.
         name: field of the `data` group that `spec` was typed in; names the report.
-        seed: of the shares that weights below 1 take.
-        host, host_count: which rows this process reads (every host_count-th); ids are unique per host.
-        reading: of data.columns and data.thoughts.
+        into: takes each item; None: they are returned.
+        **which: rows, and how they are read: seed, host, host_count and reading of `read_records`.
     """
     report, items = LoadReport(name, spec), []
-    rows = read_records(spec, parse, report, seed=seed, host=host, host_count=host_count, reading=reading)
+    add = items.append if into is None else into
+    rows = read_records(spec, parse, report, **which)
     while batch := list(itertools.islice(rows, _AT_ONCE)):
         results = encode([record for _, _, record in batch])
         for (source, where, record), result in zip(batch, results, strict=True):
@@ -257,7 +258,7 @@ def read_items(
                 report.add("dropped", "prompt_too_long", where, str(result))
             else:
                 item, notes = result
-                items.append(item)
+                add(item)
                 report.kept += 1
                 report.sources[source]["kept"] += 1
                 for note in (*record.notes, *notes):
@@ -366,17 +367,15 @@ def _parse(row: RawRow, parse: Callable[[dict], Record], report: LoadReport, whe
 def _unique(record: Record, repeated: bool, contents: set, ids: dict, report: LoadReport, where: str) -> Record:
     """The record with an id of its own; duplicates that the weights did not ask for are noted."""
     texts = [getattr(record, side, None) for side in ("chosen", "rejected", "response")]
-    content = hashlib.sha256(json.dumps([rec.prompt_key(record.prompt), *texts]).encode()).hexdigest()
-    prompt = f"prompt {hash(rec.prompt_key(record.prompt))}"
+    key = rec.prompt_key(record.prompt)
+    content = hash((key, *texts))  # 64 bits: of a million rows two share them practically never
     if not repeated and content in contents:
         report.add("noted", "duplicate_row", where)
     elif not repeated and record.id in ids:
         report.add("noted", "duplicate_id", where, record.id)
-    elif not repeated and texts[0] is not None and prompt in contents:
-        swapped = hashlib.sha256(json.dumps([rec.prompt_key(record.prompt), texts[1], texts[0], None]).encode())
-        if swapped.hexdigest() in contents:
-            report.add("noted", "opposite_label", where)
-    contents.update((content, prompt))
+    elif not repeated and texts[0] is not None and hash((key, texts[1], texts[0], None)) in contents:
+        report.add("noted", "opposite_label", where)
+    contents.add(content)
     name, seen = record.id, ids.get(record.id, 0)
     while name in ids:  # the next free one, in case a row brings an id such as "7#2" itself
         seen += 1

@@ -1,24 +1,23 @@
 """Lay items (a prompt and its responses) into rows of fixed length. Numpy only.
 
-Whole items are placed by best-fit decreasing; rows that it leaves loose are tried again by filling one row after
-the other as full as a subset of the remaining items can. The layout is `core.Rows`: one copy of the prompt serves all
-responses of an item, or, with `share_prompt=False`, every response carries its own copy in a segment of its own.
+Whole items are placed by best-fit decreasing; rows that it leaves loose are tried again (`fitting`). The layout is
+`core.Rows`: one copy of the prompt serves all responses of an item, or, with `share_prompt=False`, every response
+carries its own copy in a segment of its own.
 """
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from sera_jax.core import Rows
-from sera_jax.data.items import Item
+from sera_jax.data.fitting import TIGHT_ITEMS, as_rows, fit_all, rows_of_all
+from sera_jax.data.items import Item, lengths_of
 
-_TIGHT_ITEMS = 256  # above this many items a loose row is lost in the crowd, and the second try costs seconds
-_TIGHT_TRIES = 30
+Scores = list[np.ndarray] | np.ndarray  # f32[len(responses)] of every item; an array where each has as many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,19 +79,29 @@ class RowSpec:
     pairs: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Packed:
-    """Rows and where their slots come from.
+class Slots(NamedTuple):
+    """Where the slots of rows come from.
 
     Attributes:
-        rows: the packed rows (numpy).
         item: i32[R, K] index of the item in the list that was packed; -1 where the slot is empty.
         response: i32[R, K] index into that item's responses; -1 where the slot is empty.
     """
 
+    item: np.ndarray
+    response: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Rows (numpy) and where their slots come from; `item` and `response` as in Slots."""
+
     rows: Rows
     item: np.ndarray
     response: np.ndarray
+
+    @property
+    def slots(self) -> Slots:
+        return Slots(self.item, self.response)
 
 
 def laid_tokens(item: Item, share_prompt: bool = True) -> int:
@@ -120,100 +129,50 @@ def pack(
     Raises:
         ValueError: an item does not fit a row of its own; names its id, size and the limit.
     """
-    sizes = [_sizes(item, row_tokens, share_prompt, limits, pairs[i] if pairs else 0) for i, item in enumerate(items)]
-    rows = _best_fit(sizes, row_tokens, limits)
-    least = -(-sum(s[0] for s in sizes) // row_tokens)
-    if len(rows) > least and len(items) <= _TIGHT_ITEMS:
-        rng = np.random.default_rng(0)
-        for _ in range(_TIGHT_TRIES):
-            tight = _fill_rows([s[0] for s in sizes], row_tokens, rng)
-            if len(tight) < len(rows) and all(_within(row, sizes, limits) for row in tight):
-                rows = tight
-            if len(rows) == least:
-                break
-    return rows
+    sizes = sizes_of(items, share_prompt, pairs)
+    check_sizes(sizes, items, row_tokens, share_prompt, limits)
+    if limits is None and (len(items) > TIGHT_ITEMS or (len(items) and not sizes[:, 0].all())):
+        rows = as_rows(rows_of_all(sizes[:, 0], row_tokens), sizes[:, 0])
+    else:
+        rows = fit_all(sizes, [np.arange(len(items))], room_of(row_tokens, limits))[0] if len(items) else ()
+    return [list(row) for row in rows]
 
 
-def _sizes(
-    item: Item, row_tokens: int, share_prompt: bool, limits: RowSpec | None, pairs: int
-) -> tuple[int, int, int, int]:
-    """(tokens, scored positions, slots, pairs) that the item takes of a row."""
-    tokens = laid_tokens(item, share_prompt)
-    if tokens > row_tokens:
+def sizes_of(items: Sequence[Item], share_prompt: bool, pairs: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+    """i64[n, 4]: (tokens, scored positions, slots, pairs) that each item takes of a row."""
+    lengths = lengths_of(items)
+    count = np.zeros(len(items), np.int64) if pairs is None else np.asarray(pairs, np.int64)
+    return np.stack([lengths.laid(share_prompt), lengths.scored, lengths.counts, count], axis=1).reshape(-1, 4)
+
+
+def check_sizes(
+    sizes: np.ndarray, items: Sequence[Item], row_tokens: int, share_prompt: bool, limits: RowSpec | None = None
+) -> None:
+    """Raises ValueError for the first item that does not fit a row of its own; names its id, size and the limit."""
+    for i in np.flatnonzero(sizes[:, 0] > row_tokens)[:1]:
         how = "with its prompt shared" if share_prompt else "with its prompt once per response"
         raise ValueError(
-            f"item {item.id!r} takes {tokens} tokens {how}, more than the {row_tokens} of a row; "
+            f"item {items[int(i)].id!r} takes {sizes[i, 0]} tokens {how}, more than the {row_tokens} of a row; "
             f"raise the row length or truncate its prompt or responses"
         )
-    size = (tokens, sum(len(r) for r in item.responses), len(item.responses), pairs)
-    if limits is not None:
-        for name, need, limit in zip(("scored", "slots", "pairs"), size[1:], _limits(limits)[1:], strict=True):
-            if need > limit:
-                raise ValueError(f"item {item.id!r} needs {name}={need} of a row, more than the {limit} of {limits}")
-    return size
+    if limits is None:
+        return
+    for axis, name in enumerate(("scored", "slots", "pairs"), 1):
+        limit = _limits(limits)[axis]
+        for i in np.flatnonzero(sizes[:, axis] > limit)[:1]:
+            need = sizes[i, axis]
+            raise ValueError(
+                f"item {items[int(i)].id!r} needs {name}={need} of a row, more than the {limit} of {limits}"
+            )
+
+
+def room_of(row_tokens: int, limits: RowSpec | None) -> tuple[int, ...]:
+    """What a row has room for, as `fitting` takes it."""
+    return (row_tokens,) if limits is None else _limits(limits)
 
 
 def _limits(spec: RowSpec) -> tuple[int, int, int, int]:
     return spec.row_tokens, spec.scored, spec.slots, spec.pairs
-
-
-def _within(row: list[int], sizes: list[tuple[int, int, int, int]], limits: RowSpec | None) -> bool:
-    if limits is None:
-        return True
-    return all(sum(column) <= limit for column, limit in zip(zip(*(sizes[i] for i in row)), _limits(limits)))
-
-
-def _best_fit(sizes: list[tuple[int, int, int, int]], row_tokens: int, limits: RowSpec | None) -> list[list[int]]:
-    """Best-fit decreasing: the largest item first, into the fullest row that still holds it."""
-    rows: list[list[int]] = []
-    used: list[tuple[int, ...]] = []
-    free: list[tuple[int, int]] = []  # (free tokens, row), sorted
-    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i][0], i)):
-        size = sizes[i]
-        place = bisect.bisect_left(free, (size[0], -1))
-        if limits is not None:
-            while place < len(free) and any(
-                u + s > limit for u, s, limit in zip(used[free[place][1]], size, _limits(limits))
-            ):
-                place += 1
-        if place == len(free):
-            left, row = row_tokens, len(rows)
-            rows.append([])
-            used.append((0, 0, 0, 0))
-        else:
-            left, row = free.pop(place)
-        rows[row].append(i)
-        used[row] = tuple(u + s for u, s in zip(used[row], size))
-        bisect.insort(free, (left - size[0], row))
-    return rows
-
-
-def _fill_rows(tokens: list[int], row_tokens: int, rng: np.random.Generator) -> list[list[int]]:
-    """One row after the other: the first item left, then the subset of the rest that fills the row best.
-
-    Items come from large to small, loosely: where the strict order ends with a few that fit nowhere, another order
-    often does not. Subset sums are bit sets in Python integers: bit s of `reach` says that s tokens can be had.
-    """
-    left = np.argsort(-np.array(tokens) * rng.uniform(1, 2, len(tokens)), kind="stable").tolist()
-    rows = []
-    while left:
-        row, left = [left[0]], left[1:]
-        gap = row_tokens - tokens[row[0]]
-        full = (1 << (gap + 1)) - 1
-        reach = [1]
-        for i in left:
-            reach.append(reach[-1] | (reach[-1] << tokens[i]) & full)
-        got = reach[-1].bit_length() - 1
-        rest = []
-        for j in range(len(left) - 1, -1, -1):
-            if reach[j] >> got & 1:
-                rest.append(left[j])
-            else:
-                row.append(left[j])
-                got -= tokens[left[j]]
-        left = rest[::-1]
-        rows.append(row)
-    return rows
 
 
 def build_rows(
@@ -285,11 +244,13 @@ def spec_for(
 
     M goes up to the next eighth of the row, K and Q (which cost next to nothing) to the next power of two, at least 4.
     """
-    scored = slots = count = 0
-    for row in assignment:
-        scored = max(scored, sum(len(r) for i in row for r in items[i].responses))
-        slots = max(slots, sum(len(items[i].responses) for i in row))
-        count = max(count, sum(pairs[i] for i in row) if pairs else 0)
+    sizes = sizes_of(items, True, pairs)[:, 1:]
+    return rounded_spec(row_tokens, [sizes[list(row)].sum(0) for row in assignment])
+
+
+def rounded_spec(row_tokens: int, taken: Sequence[np.ndarray] | np.ndarray) -> RowSpec:
+    """The smallest coarse spec of rows that take so many (scored, slots, pairs) each."""
+    scored, slots, count = np.max(taken, axis=0).tolist() if len(taken) else (0, 0, 0)
     step = max(row_tokens // 8, 1)
     scored = min(max(-(-scored // step), 1) * step, row_tokens)
     return RowSpec(row_tokens, scored, _power_of_two(slots), _power_of_two(count) if count else 0)
@@ -312,31 +273,57 @@ def merge_specs(a: RowSpec | None, b: RowSpec) -> RowSpec:
     return RowSpec(a.row_tokens, max(a.scored, b.scored), max(a.slots, b.slots), max(a.pairs, b.pairs))
 
 
-def scatter_scores(values: np.ndarray, packed: Packed, items: Sequence[Item]) -> list[np.ndarray]:
+def scatter_scores(values: np.ndarray, packed: Packed, items: Sequence[Item]) -> Scores:
     """Slot values f32[R, K] back to f32[len(responses)] of every item; nan where `packed` lacks the response."""
     return gather_scores([values], [packed], items)
 
 
-def gather_scores(values: Sequence[np.ndarray], packed: Sequence[Packed], items: Sequence[Item]) -> list[np.ndarray]:
+def gather_scores(values: Sequence[np.ndarray], packed: Sequence[Packed], items: Sequence[Item]) -> Scores:
     """Slot values of several packed batches, f32[R, K] each, to f32[len(responses)] of every item.
 
     nan where no batch holds the response.
     """
-    counts = np.array([len(item.responses) for item in items], np.int64)
-    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
-    flat = np.full(int(starts[-1]), np.nan, np.float32)
+    scores = Gathering(items)
     for block, batch in zip(values, packed, strict=True):
-        full = batch.item >= 0
-        flat[starts[batch.item[full]] + batch.response[full]] = np.asarray(block)[full]
-    return [flat[a:b] for a, b in itertools.pairwise(starts.tolist())]
+        scores.take(batch.slots, block)
+    return scores.by_item()
+
+
+class Gathering:
+    """Collects slot values of packed batches, see `gather_scores`."""
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        self._counts = lengths_of(items).counts
+        self._starts = np.cumsum(self._counts) - self._counts
+        self._flat = np.full(int(self._counts.sum()), np.nan, np.float32)
+
+    def take(self, slots: Slots, values: np.ndarray) -> None:
+        """Of one batch, f32[R, K]."""
+        full = slots.item >= 0
+        self._flat[self._starts[slots.item[full]] + slots.response[full]] = np.asarray(values)[full]
+
+    def by_item(self) -> Scores:
+        return _by_item(self._flat, self._counts)
+
+
+def by_item(flat: np.ndarray, items: Sequence[Item]) -> Scores:
+    """Values of all responses of all items, f32[...], as those of each item; one array where each has as many."""
+    return _by_item(flat, lengths_of(items).counts)
+
+
+def _by_item(flat: np.ndarray, counts: np.ndarray) -> Scores:
+    if len(counts) and (counts == counts[0]).all():
+        return flat.reshape(len(counts), int(counts[0]))
+    return [flat[end - count : end] for end, count in zip(np.cumsum(counts).tolist(), counts.tolist(), strict=True)]
 
 
 def window_for(items: Sequence[Item], row_tokens: int, share_prompt: bool = True) -> int:
     """Static attention window of these items: tokens of the longest, rounded up to 64, at most `row_tokens`."""
+    lengths = lengths_of(items)
     if share_prompt:
-        longest = max((item.tokens for item in items), default=1)
+        longest = int(lengths.laid(True).max(initial=1))
     else:
-        longest = max((len(item.prompt) + len(r) for item in items for r in item.responses), default=1)
+        longest = int((np.repeat(lengths.prompt, lengths.counts) + lengths.responses).max(initial=1))
     return rounded_window(longest, row_tokens)
 
 

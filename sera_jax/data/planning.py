@@ -16,14 +16,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sera_jax.core import Stream, rng_for
+from sera_jax.data.fitting import rows_of_all
 from sera_jax.data.items import Item
-from sera_jax.data.packing import Layout, RowSpec, laid_tokens, merge_specs, pack, spec_for
+from sera_jax.data.packing import RowSpec
 
-ORDERS = ("shuffle", "given")
-# Rows of a step left free, since packing a few items cannot fill every row to the last token: the loader takes the
-# one that needs the fewest rows, small where items are small against the row, large where they are not.
-_SLACKS = (0.1, 0.25, 0.5)
 _TOLERANCE_ROWS = 0.02
 _SPREAD = 1.5  # the standard deviation of the steps' work may become this many times what a plain shuffle gives
 
@@ -107,16 +103,14 @@ def cut_steps(counts: Sequence[int], order: Sequence[int], size: int) -> list[li
     return steps
 
 
-def row_shares(items: Sequence[Item], row_tokens: int, share_prompt: bool) -> np.ndarray:
-    """f64[n] rows that each item costs: its share of the row it lands in when the whole pool is packed.
+def row_shares(tokens: np.ndarray, row_tokens: int) -> np.ndarray:
+    """f64[n] rows that each item of so many laid tokens costs: its share of the row it lands in when the whole pool is
+    packed.
 
     An item that leaves no room for a neighbour costs its whole row, whatever its tokens.
     """
-    tokens = np.array([laid_tokens(item, share_prompt) for item in items], np.float64)
-    shares = np.zeros(len(items))
-    for row in pack(items, row_tokens, share_prompt):
-        shares[row] = tokens[row] / max(tokens[row].sum(), 1)
-    return shares
+    row = rows_of_all(tokens, row_tokens)
+    return tokens / np.maximum(np.bincount(row, tokens), 1)[row]
 
 
 def step_targets(
@@ -163,41 +157,51 @@ def balance(groups: list[list[int]], cost: np.ndarray, kind: np.ndarray, target:
         kind: i64[units] only units of equal kind (number of pairs) are exchanged.
         target: f64[groups].
     """
-    excess = np.array([cost[g].sum() for g in groups]) - target
+    members = [np.asarray(group) for group in groups]
+    excess = np.array([cost[g].sum() for g in members]) - target
+    alike = len(kind) > 0 and bool((kind == kind[0]).all())
     exchanges = 0
     for _ in range(8 * len(groups)):
-        over, under = int(np.argmax(excess)), int(np.argmin(excess))
+        over, under = int(excess.argmax()), int(excess.argmin())
         if excess[over] < _TOLERANCE_ROWS and excess[under] > -_TOLERANCE_ROWS:
             break
         want = (excess[over] - excess[under]) / 2
         best = (abs(want), 0.0, -1, -1)
-        give, take = np.array(groups[over]), np.array(groups[under])
-        take_order = np.argsort(cost[take], kind="stable")
-        for k in np.unique(kind[give]):
-            places = take_order[kind[take[take_order]] == k]
-            if not len(places):
-                continue
-            sources = np.flatnonzero(kind[give] == k)
-            sought = cost[give[sources]] - want
-            right = np.searchsorted(cost[take[places]], sought)
-            for near in (np.clip(right - 1, 0, len(places) - 1), np.clip(right, 0, len(places) - 1)):
-                moved = cost[give[sources]] - cost[take[places[near]]]
-                b = int(np.argmin(np.abs(moved - want)))
-                best = min(best, (abs(moved[b] - want), float(moved[b]), int(sources[b]), int(places[near[b]])))
+        give, take = cost[members[over]], cost[members[under]]
+        take_order = take.argsort(kind="stable")
+        if alike:
+            options = [(np.arange(len(give)), take_order)]
+        else:
+            gives, takes = kind[members[over]], kind[members[under]][take_order]
+            options = [(np.flatnonzero(gives == k), take_order[takes == k]) for k in np.unique(gives)]
+        for sources, places in options:
+            if len(places):
+                best = min(best, *_exchanges(give, take, sources, places, want))
         if best[2] < 0:
             break
         _, moved, i, j = best
-        groups[over][i], groups[under][j] = groups[under][j], groups[over][i]
+        members[over][i], members[under][j] = members[under][j], members[over][i]
         excess[over] -= moved
         excess[under] += moved
         exchanges += 1
+    for group, now in zip(groups, members, strict=True):
+        group[:] = now
     return exchanges
 
 
-def pack_step(units: Sequence[Unit], row_tokens: int, share_prompt: bool, limits: RowSpec | None) -> Step:
-    """Pack the units of one step."""
-    rows = pack([u.item for u in units], row_tokens, share_prompt, limits, [len(u.pairs) for u in units])
-    return Step(tuple(units), tuple(tuple(row) for row in rows))
+def _exchanges(
+    give: np.ndarray, take: np.ndarray, sources: np.ndarray, places: np.ndarray, want: float
+) -> list[tuple[float, float, int, int]]:
+    """(distance from the wanted cost, cost that moves, place in the one group, in the other) of two exchanges, one of
+    which is the best; `places` in the order of their costs."""
+    sought, costs, found = give[sources], take[places], []
+    right = np.searchsorted(costs, sought - want)
+    for near in (np.minimum(np.maximum(right - 1, 0), len(places) - 1), np.minimum(right, len(places) - 1)):
+        moved = sought - costs[near]
+        away = np.abs(moved - want)
+        b = int(away.argmin())
+        found.append((away[b], float(moved[b]), int(sources[b]), int(places[near[b]])))
+    return found
 
 
 def choose_sizes(needed: Sequence[int], *, multiple: int, most: int, known: Sequence[int] = ()) -> tuple[int, ...]:
@@ -259,133 +263,3 @@ def deal_rows(rows: Sequence[Sequence[int]], work: Sequence[int], groups: int, s
         parts[groups - 1 - within if turn % 2 else within].append(list(rows[r]))
     depth = size // groups
     return [row for part in parts for row in part + [[]] * (depth - len(part))]
-
-
-class StepPlanner:
-    """Plans epochs of steps: a pure function of its arguments and the epoch, so a restart needs no iterator state.
-
-    Attributes:
-        steps_per_epoch: steps of an epoch; the last one may be partial.
-        shapes: the one row spec of all steps, and the row counts that they are planned for, chosen on the first epoch
-            and kept; on the devices at hand a step is laid in `layout.laid` of them.
-    """
-
-    def __init__(
-        self,
-        entries: Sequence[tuple[Item, tuple[tuple[int, int], ...]]],
-        layout: Layout,
-        *,
-        batch_size: int,
-        seed: int,
-        stream_indices: tuple[int, ...],
-        known: Shapes,
-        order: str,
-    ) -> None:
-        if not entries:
-            raise ValueError("nothing to plan: no items were given; look at the loading report for what was dropped")
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1")
-        if order not in ORDERS:
-            raise ValueError(f"order={order!r} is unknown; choose one of {', '.join(ORDERS)}")
-        self._entries = entries
-        self._counts = [max(len(pairs), 1) for _, pairs in entries]
-        self._batch_size, self._row_tokens, self._layout = batch_size, layout.row_tokens, layout
-        self._seed, self._indices = seed, stream_indices
-        self._share_prompt, self._shuffle = layout.share_prompt, order == "shuffle"
-        self._whole = [cut_unit(i, *entry, 0, self._counts[i]) for i, entry in enumerate(entries)]
-        self._shares = row_shares([u.item for u in self._whole], self._row_tokens, self._share_prompt)
-        self._epochs: dict[int, list[Step]] = {}
-
-        self._slack = _SLACKS[0]
-        first = self._compose(0)
-        self.steps_per_epoch = len(first)
-        self._spec = self._choose_spec(first, known.spec)
-        tries = []
-        for slack in _SLACKS if self._shuffle else _SLACKS[:1]:
-            self._slack = slack
-            steps = self._pack(self._compose(0))
-            needed = [len(step.rows) for step in steps]
-            sizes = choose_sizes(needed, multiple=layout.planned, most=layout.max_shapes, known=known.sizes)
-            rows = sum(round_up(n, sizes) or 0 for n in needed)
-            tries.append((rows, len(set(sizes) - set(known.sizes)), len(tries), slack, sizes, steps))
-        *_, self._slack, sizes, self._first = min(tries, key=lambda t: t[:3])
-        self.shapes = Shapes(sizes, self._spec)
-        self._epochs[0] = self._first
-
-    def step(self, step: int) -> tuple[Step, int]:
-        """The contents of a step >= 0 and the number of rows it is laid in."""
-        if step < 0:
-            raise ValueError(f"step={step} must be at least 0")
-        epoch, place = divmod(step, self.steps_per_epoch)
-        plan = self._plan(epoch if self._shuffle else 0)[place]
-        size = round_up(len(plan.rows), self.shapes.sizes)
-        assert size is not None, "every planned step fits the largest size"
-        return plan, self._layout.laid(size)
-
-    def _plan(self, epoch: int) -> list[Step]:
-        if epoch not in self._epochs:
-            steps = self._pack(self._compose(epoch))
-            if any(len(step.rows) > self.shapes.sizes[-1] for step in steps):
-                # This shuffle needs more rows than are compiled; the first epoch's steps in another order do not.
-                rng = rng_for(self._seed, Stream.SHUFFLE, *self._indices, epoch)
-                full = len(steps) - (sum(self._counts) % self._batch_size > 0)
-                steps = [self._first[i] for i in rng.permutation(full)] + self._first[full:]
-            while len(self._epochs) > 1:
-                self._epochs.pop(next(iter(self._epochs)))
-            self._epochs[epoch] = steps
-        return self._epochs[epoch]
-
-    def _pack(self, steps: list[list[Unit]]) -> list[Step]:
-        return [pack_step(units, self._row_tokens, self._share_prompt, self._spec) for units in steps]
-
-    def _unit(self, index: int, start: int, end: int) -> Unit:
-        if end - start == self._counts[index]:
-            return self._whole[index]
-        return cut_unit(index, *self._entries[index], start, end)
-
-    def _compose(self, epoch: int) -> list[list[Unit]]:
-        count = len(self._entries)
-        if not self._shuffle:
-            cuts = cut_steps(self._counts, range(count), self._batch_size)
-            return [[self._unit(*cut) for cut in step] for step in cuts]
-        order = rng_for(self._seed, Stream.SHUFFLE, *self._indices, epoch).permutation(count)
-        cuts = cut_steps(self._counts, order.tolist(), self._batch_size)
-        units = [self._unit(*cut) for step in cuts for cut in step]
-        ends = np.cumsum([len(step) for step in cuts])
-        groups = [list(range(end - len(step), end)) for end, step in zip(ends, cuts)]
-        cost = np.array([self._cost(u) for u in units])
-        kind = np.array([u.count for u in units])
-        target = step_targets(
-            np.array([cost[g].sum() for g in groups]),
-            np.array([kind[g].sum() for g in groups]),
-            self._batch_size,
-            spread=float(cost.std() * np.sqrt(len(units) / len(groups))),
-            multiple=self._layout.planned,
-            slack=self._slack,
-        )
-        balance(groups, cost, kind, target)
-        return [[units[i] for i in group] for group in groups]
-
-    def _cost(self, unit: Unit) -> float:
-        whole = laid_tokens(self._whole[unit.index].item, self._share_prompt)
-        return float(self._shares[unit.index]) * laid_tokens(unit.item, self._share_prompt) / max(whole, 1)
-
-    def _choose_spec(self, steps: list[list[Unit]], given: RowSpec | None) -> RowSpec:
-        """A given spec, grown to hold the largest item; else the fewest scored positions that cost no further row."""
-        items, pairs = [u.item for u in self._whole], [len(u.pairs) for u in self._whole]
-        least = spec_for(items, [[i] for i in range(len(items))], self._row_tokens, pairs)
-        if given is not None:
-            return merge_specs(given, least)
-        spec, rows = least, 0
-        for units in steps:
-            step = pack_step(units, self._row_tokens, self._share_prompt, None)
-            rows += len(step.rows)
-            spec = merge_specs(
-                spec, spec_for([u.item for u in units], step.rows, self._row_tokens, [len(u.pairs) for u in units])
-            )
-        for scored in range(least.scored, spec.scored, max(self._row_tokens // 8, 1)):
-            limits = dataclasses.replace(spec, scored=scored)
-            packed = [pack_step(units, self._row_tokens, self._share_prompt, limits) for units in steps]
-            if sum(len(step.rows) for step in packed) <= rows:
-                return limits
-        return spec

@@ -36,6 +36,7 @@ from sera_jax.data.turns import Message, Prompt, Seen
 
 PREPARED = "sera_prompt_format"  # marks rows that sera_jax.data.tfds_builders wrote, which are well formed
 AS_WRITTEN = Reading()
+_READ = {"id", "source", "label", "kto_tag", *(field for fields in beside.SCORES for field in fields)}
 _ANSWERS = {"response", "completion", "chosen", "rejected", "output", "answer"}  # of a row of which the prompt is taken
 
 
@@ -108,8 +109,7 @@ class _Read:
     def record(self, kind: Callable[..., Any], prompt: Prompt, *texts: str) -> Any:
         beside.refuse_lost(self.left, prompt, self.seen)
         name = _identity(self.value, prompt, *texts)
-        read = {"id", "source", "label", "kto_tag", *(field for fields in beside.SCORES for field in fields)}
-        unread = {key for key, part in self.left.items() if key not in read and not turns.is_empty(part)}
+        unread = {key for key, part in self.left.items() if key not in _READ and not turns.is_empty(part)}
         unread -= _ANSWERS if kind is PromptRecord else set()
         extra = _stored(self.value, "extra", dict) if PREPARED in self.value else self.left
         unread = set() if PREPARED in self.value else unread | self.seen.unread

@@ -15,8 +15,10 @@ source's `failure`. The contents of a file, not its name, tell what it is. The s
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
+import os
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
@@ -166,18 +168,31 @@ def parse_mixture(spec: str, *, field: str = "input") -> list[tuple[str, float]]
 
 def content_hash(spec: str, *, field: str = "input") -> str:
     """sha256 over the bytes of the source (of every file of a folder or glob, in order)."""
-    source = open_source(spec, field=field)
     digest = hashlib.sha256()
-    if isinstance(source, TfdsSource):
+    path, named = pathlib.Path(spec), spec.startswith(("tfds:", "hub:"))
+    if path.is_file():
+        files = [spec]
+    elif not named and (is_glob(spec) or is_saved_dataset(path) or not (path / "dataset_info.json").is_file()):
+        if not path.exists() and not is_glob(spec):
+            open_source(spec, field=field)  # which says so
+        files = files_of(spec, field)
+    elif isinstance(source := open_source(spec, field=field), TfdsSource):
         root = pathlib.Path(source.path.rpartition(":")[0])
         digest.update(source.path.rpartition(":")[2].encode())
         files = sorted(path for path in root.rglob("*") if path.is_file())
     else:
         files = source.files()
     for path in files:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        about = os.stat(path)
+        digest.update(_file_digest(str(path), about.st_size, about.st_mtime_ns))
     return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=4096)
+def _file_digest(path: str, size: int, changed: int) -> bytes:
+    """sha256 of a file of this size that was changed at that time: once in a process."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _open_tfds(spec: str, field: str) -> TfdsSource:

@@ -21,6 +21,7 @@ from sera_jax.data.rawrows import LFS_PREFIX, RawRow, Source, lfs_failure
 GZIP_MAGIC, ZSTD_MAGIC, BOM = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xef\xbb\xbf"
 MAX_ROW_BYTES = 4 << 20  # about a million tokens: a mistake in the file, not a row to train on
 MAX_DEPTH = 100  # lists and objects within one another; Python's own recursion ends at some 900
+_SCANNED = 1 << 24  # bytes that are searched at a time
 CSV_NAMES = (".csv", ".tsv")
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[\]{},"]', re.DOTALL)  # a lone quote opens a text that never ends
 
@@ -63,7 +64,7 @@ class JsonSource(Source):
         if not len(data) and failure is None:
             self.failure = RawRow(path, 1, None, "empty_file", "the file holds nothing")
         if spans is None:
-            ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n"))
+            ends = _line_ends(data)
             starts = np.concatenate([[0], ends + 1])
             starts = starts[:-1] if starts[-1] == len(data) else starts
             stops = np.append(starts[1:] - 1, len(data)) if len(starts) else starts
@@ -91,10 +92,10 @@ class JsonSource(Source):
             return RawRow(
                 self.path, line, None, "non_utf8", f"byte {raw[error.start]:#04x} at column {error.start + 1}"
             )
-        if not text.strip():
+        if not text or text.isspace():
             return RawRow(self.path, line, None, "blank_line")
         try:
-            value = json.loads(text, object_pairs_hook=_each_once)
+            value = _DECODER.decode(text)
         except _Twice as error:
             return RawRow(self.path, line, None, "duplicate_field", f"{str(error)[:60]!r}")
         except RecursionError:
@@ -176,6 +177,15 @@ def _unpacked(path: str, head: bytes) -> Any:
     return pyarrow.CompressedInputStream(path, "zstd")
 
 
+def _line_ends(data: bytes | mmap.mmap) -> np.ndarray:
+    """i64[lines]: where the line feeds are."""
+    view = np.frombuffer(data, np.uint8)
+    parts = [
+        start + np.flatnonzero(view[start : start + _SCANNED] == ord("\n")) for start in range(0, len(view), _SCANNED)
+    ]
+    return np.concatenate([np.zeros(0, np.int64), *parts])
+
+
 def _is_json(text: bytes) -> bool:
     try:
         json.loads(text)
@@ -234,6 +244,9 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         counts = collections.Counter(name for name, _ in pairs)
         raise _Twice(next(name for name, count in counts.items() if count > 1))
     return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_each_once)
 
 
 def _is_deep(value: Any) -> bool:

@@ -71,7 +71,8 @@ class Tokenizer:
         control = {name: vocab[name] for name in self._control_tokens() if name in vocab}
         unknown = [tokenizer.unk_token] if tokenizer.unk_token is not None else []
         self._encoder = EscapingEncoder(self._spec, control, unknown)
-        self._control_ids = np.array(sorted(control.values()), np.int32)
+        self._ends: dict[str, int] = {}
+        self._control = frozenset(control.values())
         self.end_id: int = self._end_of(self._chat.shape(("user",)) if self._chat else None)
         self.stop_ids: tuple[int, ...] = tuple(
             sorted({self.end_id, self.end_id if self.eos_id is None else self.eos_id})
@@ -176,7 +177,7 @@ class Tokenizer:
         parts = {
             "policy": POLICY,
             "tokenizer": {**self._spec, "post_processor": None},  # what it does to prompts is said below
-            "ids": [self.bos_id, self.eos_id, self.end_id, self._control_ids.tolist()],
+            "ids": [self.bos_id, self.eos_id, self.end_id, sorted(self._control)],
             "template": self.template,
             "bos_first": self._bos_first and self._chat is None,
         }
@@ -221,7 +222,9 @@ class Tokenizer:
         if self._chat is None:
             return Text(((False, text),), start=not _plain_prompt(prompt), end=self.end_id if complete else None)
         shape, said = self._answer(_as_messages(prompt), text)
-        if self._end_of(shape) != self.end_id:
+        if shape.after not in self._ends:
+            self._ends[shape.after] = self._end_of(shape)
+        if self._ends[shape.after] != self.end_id:
             raise PromptRefused(
                 "the chat template ends this answer with another token than others; use another template"
             )
@@ -335,8 +338,8 @@ class Tokenizer:
         return chat.with_bos(template) if self._bos_first and not first.startswith(bos) else template
 
     def _plain(self, ids: Sequence[int] | np.ndarray) -> list[int]:
-        ids = np.asarray(ids, np.int32)
-        return ids[~np.isin(ids, self._control_ids)].tolist()
+        control = self._control
+        return [id for id in (ids.tolist() if isinstance(ids, np.ndarray) else map(int, ids)) if id not in control]
 
     def _continuation(self, ids: list[int]) -> str:
         """Decode ids as the middle of a text, so that a decoder that strips the first space does not."""

@@ -32,6 +32,7 @@ _MARKER = re.compile(r"\n\n(Human|Assistant):")
 # A marker that the transcript's own splitting does not see: inside a line, in the plural, or cut off at the end.
 STRAY = re.compile(r"(?:^|\n|[.!?\"'”’)\]*]\s*|  )(?:Human|Assistant)s?:|\n\s*(?:Human|Assistant)s?:?(?=\s*(?:\n|$))")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_CONTROL_BYTES = bytes(code for code in range(0x80) if _CONTROL.match(chr(code)))
 # Marks of the field's chat templates, whatever the tokenizer: control tokens, and role markers at the start of a line.
 _TEMPLATE = re.compile(
     r"<\|(?:im_start|im_end|start_header_id|end_header_id|eot_id|user|assistant|system|end|end_of_turn|begin_of_text)\|>"
@@ -70,14 +71,18 @@ def check_text(raw: Any, field: str, seen: Seen) -> str:
         raise BadRow("wrong_type", f"{field} is a {type(raw).__name__}{meant}: {shorten(repr(raw))}")
     if isinstance(raw, NotText):
         raise BadRow("non_utf8", f"{field}: {raw}")
-    try:
-        raw.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadRow("invalid_unicode", f"{field}: {raw[error.start]!r} at character {error.start + 1}") from None
-    if "\ufffd" in raw:
-        seen.notes.add("replacement_char")
-    if _CONTROL.search(raw):
-        seen.notes.add("control_char")
+    if raw.isascii():
+        if len(written := raw.encode()) != len(written.translate(None, _CONTROL_BYTES)):
+            seen.notes.add("control_char")
+    else:
+        try:
+            raw.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise BadRow("invalid_unicode", f"{field}: {raw[error.start]!r} at character {error.start + 1}") from None
+        if "\ufffd" in raw:
+            seen.notes.add("replacement_char")
+        if _CONTROL.search(raw):
+            seen.notes.add("control_char")
     if (("<" in raw and ("|>" in raw or "_" in raw or "SYS" in raw)) or "INST]" in raw) and _TEMPLATE.search(raw):
         seen.notes.add("carries_template")
     return raw
@@ -104,7 +109,9 @@ def messages(raw: Any, field: str, seen: Seen) -> tuple[Message, ...]:
     """Messages from a list, from one message, from a dict of lists (as some columnar formats give them), or from texts
     that alternate, the user's first; raises BadRow."""
     raw = decoded(raw, field)
-    if isinstance(raw, Mapping):
+    if type(raw) is list and raw and type(raw[0]) is dict and "role" in raw[0] and "input" not in raw[0]:
+        return tuple([_message(turn, field, seen) for turn in raw])
+    if isinstance(raw, dict | Mapping):
         lists = {key: part for key, part in raw.items() if isinstance(part, list)}
         columns = len(lists) == len(raw) > 0 and len({len(part) for part in lists.values()}) == 1
         columns = columns and any(name in lists for name in _ROLE_NAMES)
@@ -113,17 +120,21 @@ def messages(raw: Any, field: str, seen: Seen) -> tuple[Message, ...]:
         raise BadRow("wrong_type", f"{field} is a {type(raw).__name__}, where a list of messages is read")
     if not raw:
         raise BadRow("missing_field", f"{field} is an empty list")
-    if all(isinstance(turn, str) for turn in raw):
+    if type(raw[0]) is str and all(isinstance(turn, str) for turn in raw):
         return tuple(
             {"role": ROLES[1 + index % 2], "content": check_text(turn, field, seen)} for index, turn in enumerate(raw)
         )
-    if all(isinstance(turn, Mapping) and {"input", "output"} <= turn.keys() for turn in raw):
+    if all(isinstance(turn, dict | Mapping) and {"input", "output"} <= turn.keys() for turn in raw):
         pairs = [(turn["input"], turn["output"]) for turn in raw]
         raw = [{"role": ROLES[1 + k], "content": pair[k]} for pair in pairs for k in (0, 1)]
     return tuple(_message(turn, field, seen) for turn in raw)
 
 
 def _message(turn: Any, field: str, seen: Seen) -> Message:
+    if type(turn) is dict and len(turn) == 2:  # as nearly all are
+        role, content = turn.get("role"), turn.get("content")
+        if type(role) is str and type(content) is str and role in ROLES:
+            return {"role": role, "content": check_text(content, field, seen)}
     if not isinstance(turn, Mapping):
         raise BadRow("bad_message", f"{field}: {shorten(repr(turn))}")
     named = next((name for name in _ROLE_NAMES if turn.get(name) is not None), "role")
@@ -218,7 +229,8 @@ def as_prompt(turns: tuple[Message, ...], seen: Seen) -> tuple[Message, ...]:
     for turn in turns:
         if not turn["content"].strip():
             seen.notes.add("empty_earlier_turn")
-        if STRAY.search(turn["content"]):
+        said = turn["content"]
+        if ("Human" in said or "Assistant" in said) and STRAY.search(said):
             seen.notes.add("stray_role_marker_in_prompt")
         if joined and joined[-1]["role"] == turn["role"]:
             seen.notes.add("consecutive_same_role_in_prompt")
@@ -252,5 +264,5 @@ def of_transcript(prompt: str, text: str, field: str) -> str:
 
 def refuse_stray(text: str, field: str) -> None:
     """Raise BadRow where an answer to a transcript holds a further turn."""
-    if found := STRAY.search(text):
+    if ("Human" in text or "Assistant" in text) and (found := STRAY.search(text)):
         raise BadRow("stray_role_marker", f"{field}: ...{text[max(0, found.start() - 20) : found.end() + 20]!r}")

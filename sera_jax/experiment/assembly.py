@@ -77,6 +77,7 @@ def read_corpus(
         likeness=likeness,
         options=options,
         say=say,
+        workdir=workdir,
     )
     corpus = method.read(config, data, heldout_prompts, read)
     tasks = world_tasks(tokenizer, corpus.eval_prompts) if config.world.name else []

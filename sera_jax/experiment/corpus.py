@@ -8,6 +8,7 @@ reward model judge that alone: their prompts are new to it and to SFT, and PPO m
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
@@ -15,8 +16,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from sera_jax.checkpoint import Workdir
+from sera_jax.checkpoint.addressed import addressed
 from sera_jax.config import Config, DataGroup
-from sera_jax.data.items import Item, PairItem, prompt_keys, unique_prompts
+from sera_jax.data import keeping
+from sera_jax.data.items import Item, PairItem, unique_prompts
 from sera_jax.data.loading import (
     flip_labels,
     load_demonstrations,
@@ -25,6 +29,8 @@ from sera_jax.data.loading import (
     load_prompts,
     split_heldout,
 )
+from sera_jax.data.sources import content_hash, parse_mixture
+from sera_jax.data.stored import Items, Pairs, chosen_from, id_of, items_of, keys_of, known
 from sera_jax.data.tokenizing import Tokenizer
 from sera_jax.evaluation.gold import Likeness
 from sera_jax.loops.sera_study import Gold
@@ -55,21 +61,21 @@ class Corpus:
 
     tokenizer: Tokenizer
     tokenizer_dir: str
-    train: list[PairItem]
-    heldout: list[PairItem]
-    demonstrations: list[Item]
+    train: Sequence[PairItem]
+    heldout: Sequence[PairItem]
+    demonstrations: Sequence[Item]
     demonstrations_are: str
-    heldout_demonstrations: list[Item]
-    pretrain: list[Item]
-    prompts: list[Item]
+    heldout_demonstrations: Sequence[Item]
+    pretrain: Sequence[Item]
+    prompts: Sequence[Item]
     prompts_left_out: dict[str, int]
-    eval_prompts: list[Item]
+    eval_prompts: Sequence[Item]
     gold: Gold | None
     held_out_rows: dict[str, int] = dataclasses.field(default_factory=dict)
     contamination: dict[str, Any] = dataclasses.field(default_factory=dict)
     eval_tasks: list[str] = dataclasses.field(default_factory=list)
-    reward_pairs: list[PairItem] = dataclasses.field(default_factory=list)
-    heldout_reward_pairs: list[PairItem] = dataclasses.field(default_factory=list)
+    reward_pairs: Sequence[PairItem] = ()
+    heldout_reward_pairs: Sequence[PairItem] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,11 +95,36 @@ class Reader:
     likeness: Likeness | None
     options: dict[str, Any]
     say: Callable[[str], None]
+    workdir: Workdir
 
-    def __call__(self, load: Callable[..., Any], spec: str, name: str) -> list[Any]:
-        rows, report = load(spec, self.tokenizer, name=name, **self.options)
+    def __call__(self, load: Callable[..., Any], spec: str, name: str) -> Sequence[Any]:
+        """The source's entries, tokenized once and kept (`keeping`), and the table of what became of its rows.
+
+        Raises:
+            ValueError: a source that cannot be opened. TooManyBadRows: it cannot be used as it is.
+        """
+        kind = {load_preferences: 2, load_prompts: 0}.get(load, 1)
+        mixture = parse_mixture(spec, field=f"config.data.{name}")
+        names = [path for path, _ in mixture]
+        inputs = {
+            "read": load.__name__,
+            "contents": [content_hash(path, field=f"config.data.{name}") for path, _ in mixture],
+            "weights": [[weight, pathlib.PurePath(path).name if weight % 1 else ""] for path, weight in mixture],
+            "shares_by": self.options["seed"] if any(weight % 1 for _, weight in mixture) else None,
+            "limits": dataclasses.asdict(self.options["limits"]),
+            "reading": dataclasses.asdict(self.options["reading"]),
+            "tokenizer": self.tokenizer.fingerprint(),
+            **keeping.decided_by(),
+        }
+
+        def produce(folder: pathlib.Path) -> None:
+            how = {**self.options, "name": name}
+            keeping.keep(folder, kind, names, lambda into: load(spec, self.tokenizer, into=into, **how)[1])
+
+        items, report = keeping.kept(addressed(self.workdir, name, inputs, produce).path, spec, names)
+        report.finish(self.options["max_bad_fraction"], self.options["workdir"])
         self.say(report.table())
-        return rows
+        return Pairs(items) if kind == 2 else items
 
     def gold_of(self, preferred: Iterable[Item], prompts: Sequence[Item]) -> Gold | None:
         """The gold reward of a run: the embedded world's, or how like the nearest preferred answer of its prompt an
@@ -130,14 +161,14 @@ class HeldOut:
     """
 
     rows: list[Any]
-    prompts: list[Item]
+    prompts: Sequence[Item]
     say: Callable[[str], None]
     left_out: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._keys = _keys_of([*self.rows, *self.prompts])
+        self._keys = keys_of(self.rows) | keys_of(self.prompts)
 
-    def keep_out(self, entries: Sequence[Entry], source: str) -> list[Entry]:
+    def keep_out(self, entries: Sequence[Entry], source: str) -> Sequence[Entry]:
         """The entries of data.`source` whose prompt is not held out; how many have one that is, is counted and said.
 
         Raises:
@@ -146,7 +177,7 @@ class HeldOut:
         held = self._keys
         if source == "prompts":  # nor is an answer sampled to what a held-out conversation begins with
             held = held | {key for entry in [*self.rows, *self.prompts] for key in _item_of(entry).openings}
-        kept = [entry for entry in entries if not prompt_keys(_item_of(entry)) & held]
+        kept = chosen_from(entries, np.flatnonzero(~known(entries, held)))
         self.left_out[source] = len(entries) - len(kept)
         if self.left_out[source]:
             self.say(f"{source}: left out {self.left_out[source]} of {len(entries)} rows, whose prompts are held out")
@@ -160,7 +191,7 @@ class HeldOut:
 
 def main_source(
     data: DataGroup, heldout_prompts: str, read: Reader, load: Callable[..., Any], source: str
-) -> tuple[list[Any], HeldOut]:
+) -> tuple[Sequence[Any], HeldOut]:
     """The rows of data.`source` that are trained on, and what is held out: the rows of data.eval, or of a share of the
     source's prompts. `heldout_prompts`: a file of further prompts that are held out, to be answered; "" for none.
 
@@ -183,7 +214,7 @@ def main_source(
     if heldout_prompts:
         prompts = read(load_prompts, heldout_prompts, "heldout_prompts")
     else:
-        prompts = unique_prompts(map(_item_of, heldout))
+        prompts = unique_prompts(_items_of(heldout))
     held = HeldOut(heldout, prompts, read.say)
     return held.keep_out(rows, source), held
 
@@ -202,18 +233,18 @@ def of_pairs(config: Config, data: DataGroup, heldout_prompts: str, read: Reader
         )
         origin = "data.demonstrations"
     else:
-        demonstrations = [_side(pair, pair.pairs[0][0]) for pair in noisy]
+        demonstrations = _preferred(noisy)
         origin = "the chosen responses of data.train" + (", after label noise" if data.label_noise else "")
     if data.pretrain:
         pretrain = held.keep_out(read(load_pretrain, data.pretrain, "pretrain"), "pretrain")
     elif data.demonstrations:
-        pretrain = [as_text(item) for item in demonstrations]
+        pretrain = as_texts(demonstrations)
     else:
-        pretrain = [as_text(_side(pair, k)) for pair in train for k in (0, 1)]  # the same base whatever the noise
+        pretrain = as_texts(_both_sides(train))  # the same base whatever the noise
     if data.prompts:
         prompts = held.keep_out(read(load_prompts, data.prompts, "prompts"), "prompts")
     else:
-        prompts = unique_prompts(pair.item for pair in train)
+        prompts = unique_prompts(items_of(train))
     return Corpus(
         tokenizer=read.tokenizer,
         tokenizer_dir=read.tokenizer_dir,
@@ -226,7 +257,7 @@ def of_pairs(config: Config, data: DataGroup, heldout_prompts: str, read: Reader
         prompts=prompts,
         prompts_left_out={},
         eval_prompts=_first(held.prompts, config.eval.num_prompts),
-        gold=read.gold_of((_side(pair, pair.pairs[0][0]) for pair in [*train, *held.rows]), prompts),
+        gold=read.gold_of(itertools.chain(_preferred(train), _preferred(held.rows)), prompts),
         held_out_rows=held.left_out,
     )
 
@@ -246,12 +277,12 @@ def of_demonstrations(
     if data.pretrain:
         pretrain = held.keep_out(read(load_pretrain, data.pretrain, "pretrain"), "pretrain")
     else:
-        pretrain = [as_text(item) for item in demonstrations]
+        pretrain = as_texts(demonstrations)
     pairs, heldout_pairs = _reward_pairs(config, data, demonstrations, held, read) if with_pairs else ([], [])
     prompts, left_out = [], {}
     if data.prompts:
         given = held.keep_out(read(load_prompts, data.prompts, "prompts"), "prompts")
-        prompts, left_out = new_prompts(given, [*demonstrations, *held.rows])
+        prompts, left_out = new_prompts(given, demonstrations, held.rows)
         left_out["known"] += held.left_out["prompts"]
         counts = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         read.say(f"new prompts: {len(prompts)} that no demonstration has (left out: {counts})")
@@ -272,7 +303,7 @@ def of_demonstrations(
         prompts=prompts,
         prompts_left_out=left_out,
         eval_prompts=_first(held.prompts, config.eval.num_prompts),
-        gold=read.gold_of([*demonstrations, *held.rows], prompts),
+        gold=read.gold_of(itertools.chain(demonstrations, held.rows), prompts),
         held_out_rows=held.left_out,
         reward_pairs=pairs,
         heldout_reward_pairs=heldout_pairs,
@@ -281,7 +312,7 @@ def of_demonstrations(
 
 def _reward_pairs(
     config: Config, data: DataGroup, demonstrations: Sequence[Item], held: HeldOut, read: Reader
-) -> tuple[list[PairItem], list[PairItem]]:
+) -> tuple[Sequence[PairItem], Sequence[PairItem]]:
     """Pairs for a reward model, after label noise, and held-out ones: those of the embedded world, which lie beside its
     pairs, or of a share of the pairs' own prompts. The model is started from the SFT model, so a prompt that has a
     demonstration is not among the held-out ones.
@@ -294,11 +325,10 @@ def _reward_pairs(
         beside = str(pathlib.Path(data.train).with_name("heldout_preferences.jsonl"))
         heldout = read(load_preferences, beside, "heldout_preferences") if config.world.heldout_preferences else []
     else:
-        total, known = len(pairs), _keys_of(demonstrations)
+        total = len(pairs)
         _, split = split_heldout(pairs, data.eval_fraction, data.split_seed)
-        heldout = [pair for pair in split if not prompt_keys(pair.item) & known]
-        taken = _keys_of(pair.item for pair in heldout)
-        pairs = [pair for pair in pairs if not prompt_keys(pair.item) & taken]
+        heldout = chosen_from(split, np.flatnonzero(~known(split, keys_of(demonstrations))))
+        pairs = chosen_from(pairs, np.flatnonzero(~known(pairs, keys_of(heldout))))
         read.say(
             f"held out {len(heldout)} of {total} pairs for the reward model, by a hash of the prompt, of prompts that "
             "no demonstration has"
@@ -312,16 +342,27 @@ def _reward_pairs(
     return flip_labels(pairs, data.label_noise, config.seed), _first(heldout, config.eval.max_pairs)
 
 
-def new_prompts(prompts: Sequence[Item], known: Sequence[Item]) -> tuple[list[Item], dict[str, int]]:
-    """Those that no known item has, each once, in order; and how many were left out as `known` and as `repeated`.
+def new_prompts(prompts: Sequence[Item], *demonstrated: Sequence[Item]) -> tuple[Sequence[Item], dict[str, int]]:
+    """Those that no demonstrated item has, each once, in order; and how many were left out as `known` and as
+    `repeated`.
 
-    An id that a known item has, too, is changed: ids name the random draws of what is sampled.
+    An id that a demonstrated item has, too, is changed: ids name the random draws of what is sampled.
     """
-    taken, ids = _keys_of(known), {item.id for item in known}
-    fresh = [item for item in prompts if not prompt_keys(item) & taken]
+    taken = set[str | bytes]().union(*map(keys_of, demonstrated))
+    ids = {id_of(items, i) for items in demonstrated for i in range(len(items))}
+    fresh = chosen_from(prompts, np.flatnonzero(~known(prompts, taken)))
     once = unique_prompts(fresh)
-    named = [dataclasses.replace(item, id=f"new/{item.id}") if item.id in ids else item for item in once]
+    again = np.array([id_of(once, i) in ids for i in range(len(once))], bool)
+    if isinstance(once, Items):
+        named = once.renamed(again)
+    else:
+        named = [dataclasses.replace(item, id=f"new/{item.id}") if a else item for item, a in zip(once, again)]
     return named, {"known": len(prompts) - len(fresh), "repeated": len(fresh) - len(once)}
+
+
+def as_texts(items: Sequence[Item]) -> Sequence[Item]:
+    """`as_text` of each."""
+    return items.as_texts() if isinstance(items, Items) else list(map(as_text, items))
 
 
 def as_text(item: Item) -> Item:
@@ -330,21 +371,25 @@ def as_text(item: Item) -> Item:
     return dataclasses.replace(item, prompt=item.prompt[:1], responses=(rest,))
 
 
-def _side(pair: PairItem, side: int) -> Item:
-    """One response of a pair, named as its row named it."""
-    name = "chosen" if side == 0 else "rejected"
-    return dataclasses.replace(pair.item, id=f"{pair.item.id}/{name}", responses=(pair.item.responses[side],))
+def _preferred(pairs: Pairs) -> Items:
+    """The chosen response of each pair, named as its row named it."""
+    return pairs.items.with_side(np.arange(len(pairs)), pairs.preferred())
+
+
+def _both_sides(pairs: Pairs) -> Items:
+    """Both responses of each pair, one after the other."""
+    count = len(pairs)
+    return pairs.items.with_side(np.repeat(np.arange(count), 2), np.tile(np.array([0, 1], np.int8), count))
+
+
+def _items_of(entries: Sequence[Any]) -> Sequence[Item]:
+    return items_of(entries) if isinstance(entries, Pairs) else entries
 
 
 def _item_of(entry: Item | PairItem) -> Item:
     return entry.item if isinstance(entry, PairItem) else entry
 
 
-def _keys_of(entries: Iterable[Item | PairItem]) -> set[str | bytes]:
-    """What the prompts of the entries are known by."""
-    return {key for entry in entries for key in prompt_keys(_item_of(entry))}
-
-
-def _first(items: list[Any], count: int) -> list[Any]:
+def _first(items: Sequence[Any], count: int) -> Sequence[Any]:
     """The first `count` items; all where it is 0, none where it is -1."""
     return items[: max(count, 0)] if count else items

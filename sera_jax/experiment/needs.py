@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from sera_jax import memory
 from sera_jax.config import Config
+from sera_jax.data.stored import pair_counts
 from sera_jax.experiment.assembly import precision_of
 from sera_jax.experiment.corpus import Corpus
 from sera_jax.experiment.start import phases as start_phases
@@ -51,7 +52,7 @@ def check_memory(config: Config, mesh: Mesh) -> None:
 def batches_in_words(config: Config, corpus: Corpus) -> list[str]:
     """A line for every training that is run and whose batch is larger than its data."""
     pairs = {"train": corpus.train, "reward_model": corpus.reward_pairs}
-    counts = {name: (sum(len(entry.pairs) for entry in entries), "pairs") for name, entries in pairs.items()}
+    counts = {name: (int(pair_counts(entries).sum()), "pairs") for name, entries in pairs.items()}
     if not config.model.sft_model_path:
         counts["sft"] = (len(corpus.demonstrations), "demonstrations")
     if "pretrain" in start_phases(config):

@@ -10,11 +10,11 @@ that was stopped has the same costs.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from sera_jax.data.items import Item
-from sera_jax.data.packing import Layout, laid_tokens
+from sera_jax.data.items import Item, lengths_of
+from sera_jax.data.packing import Layout
 from sera_jax.training.ppo_steps import TRAIN_PASSES
 
 KINDS = ("training", "sampling", "scoring")
@@ -52,9 +52,9 @@ def facts(costs: Iterable[Cost]) -> dict[str, float]:
     return {"cost/passes_tokens": sum(parts.values()), **parts} if costs else {}
 
 
-def laid(items: Iterable[Item], layout: Layout) -> int:
+def laid(items: Sequence[Item], layout: Layout) -> int:
     """Tokens of items in rows, without padding."""
-    return sum(laid_tokens(item, layout.share_prompt) for item in items)
+    return int(lengths_of(items).laid(layout.share_prompt).sum())
 
 
 def of_lines(lines: Iterable[Mapping[str, Any]]) -> Cost:

@@ -21,11 +21,13 @@ import numpy as np
 from sera_jax import guards, irm
 from sera_jax.config.groups import OnlineGroup
 from sera_jax.core import Mean, Stream
+from sera_jax.data import stored
 from sera_jax.data.batches import Batch, PairLoader
 from sera_jax.data.items import PairItem, items_digest
 from sera_jax.data.packing import rounded_window
 from sera_jax.data.planning import Shapes
 from sera_jax.data.rollouts import PromptSchedule, coarse_sizes
+from sera_jax.data.stored import items_of
 from sera_jax.evaluation import gold
 from sera_jax.loops.log import warn_of_still_margins, write_round
 from sera_jax.loops.optimise import Training, Updates, optimise
@@ -197,12 +199,11 @@ def offline(study: SeraStudy) -> Source:
         known=run.pair_shapes.known,
     )
     depends = {"pairs": pairs_digest(study.pool), "seed": run.seed, "row_tokens": run.layout.row_tokens}
-    window = run.layout.window([pair.item for pair in study.pool])
+    window = run.layout.window(items_of(study.pool))
     return Source(lambda state, update: loader.batch(update - 1), window, depends, loader.steps_per_epoch)
 
 
 def with_reference(study: SeraStudy) -> SeraStudy:
     """The study whose offline pairs carry the SFT model's log-probs, which training reads."""
     reference = pool_logps(study, study.sft)
-    pool = [dataclasses.replace(pair, ref_logp=logp) for pair, logp in zip(study.pool, reference, strict=True)]
-    return dataclasses.replace(study, pool=pool)
+    return dataclasses.replace(study, pool=stored.with_reference(study.pool, reference))

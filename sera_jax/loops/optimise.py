@@ -14,7 +14,8 @@ import numpy as np
 from sera_jax.checkpoint import load_tree
 from sera_jax.config import TrainGroup
 from sera_jax.core import Mean, Stream, key_for
-from sera_jax.loops import cost
+from sera_jax.data.planning import Shapes
+from sera_jax.loops import cost, shapes
 from sera_jax.loops.policy import Policy, part_of, write_part
 from sera_jax.loops.restartable import Span, run_to_end
 from sera_jax.loops.runtime import NonFinite, Runtime
@@ -77,6 +78,7 @@ class Training:
         target: what is minimised. group: optimiser settings. updates: how many. trained: what moves.
         span: what the log counts the updates in.
         continue_from: the policy whose optimiser state goes on; None starts afresh.
+        shapes: what the batches are planned for, left for later trainings (`loops.shapes`); None: nobody asks.
     """
 
     name: str
@@ -90,6 +92,7 @@ class Training:
     span: Span
     continue_from: Policy | None = None
     trained: Trained = ALL
+    shapes: Callable[[], Shapes] | None = None
 
 
 def optimise(run: Runtime, training: Training) -> Policy:
@@ -266,6 +269,8 @@ class _Optimisation:
     def leave(self, folder: pathlib.Path, state: TrainState) -> dict[str, Any]:
         trained = self.training.trained
         write_part(folder, trained, self.run.over(self.training.start, trained))
+        if self.training.shapes is not None:
+            shapes.write(folder, self.training.shapes())
         return {part_of(self.training.target.scalar): state.params, "optimizer": state.opt_state}
 
     def close(self) -> None:

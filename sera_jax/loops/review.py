@@ -13,11 +13,12 @@ from sera_jax import guards, irm
 from sera_jax.config import SeraGroup
 from sera_jax.core import Stream, rng_for
 from sera_jax.data.items import Item, PairItem
-from sera_jax.data.packing import Layout, laid_tokens
+from sera_jax.data.packing import Layout, Scores, laid_tokens
+from sera_jax.data.stored import Pairs, lengths_of_pairs
 from sera_jax.evaluation import gold, rankings
 from sera_jax.loops.rewards import Reward, implicit
 from sera_jax.loops.runtime import Policy
-from sera_jax.loops.sera_study import Gold, SeraStudy, pair_margins, pool_logps
+from sera_jax.loops.sera_study import Gold, SeraStudy, pool_logps, pool_margins
 from sera_jax.sampling import Candidates
 
 SUPPORT_PROMPTS = 1000  # whose answers say well enough where a quantile lies
@@ -29,8 +30,8 @@ def review(
     """Which offline pairs to train on (ascending indices): those that the rule selects by their ensembled margin and
     those that replay takes back; and the margins of all."""
 
-    def margins_of(logps: Sequence[np.ndarray]) -> np.ndarray:
-        return np.array([pair_margins(study.loss, pair, logp)[0] for pair, logp in zip(pool, logps, strict=True)])
+    def margins_of(logps: Scores) -> np.ndarray:
+        return pool_margins(study.loss, pool, logps)
 
     newest, before = pool_logps(study, policies[-1]), pool_logps(study, policies[-2])
     current, previous = margins_of(newest), margins_of(before)
@@ -56,7 +57,7 @@ def review(
     back = guards.replayed(
         chosen, len(pool), fraction=settings.replay_fraction, seed=study.run.seed, round_index=round_
     )
-    lengths = np.array([[len(pair.item.responses[k]) for k in pair.pairs[0]] for pair in pool])
+    lengths = lengths_of_pairs(pool)
     record = {
         "margin_mean": float(margins.mean()),
         "margin_p10": float(np.percentile(margins, 10)),
@@ -72,8 +73,10 @@ def review(
     return np.union1d(chosen, back), margins, record
 
 
-def _chosen_logratio(pool: Sequence[PairItem], logps: Sequence[np.ndarray]) -> float:
+def _chosen_logratio(pool: Sequence[PairItem], logps: Scores) -> float:
     """Mean of the chosen answers' summed log pi - log pi_sft, nats, whatever the loss reads."""
+    if isinstance(pool, Pairs) and pool.ref_logp is not None:
+        return float(np.mean(pool.first_choice(np.asarray(logps) - pool.ref_logp)[:, 0]))
     ratios = [(logp - np.asarray(p.ref_logp))[p.pairs[0][0]] for p, logp in zip(pool, logps, strict=True)]
     return float(np.mean(ratios))
 

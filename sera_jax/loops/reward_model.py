@@ -20,6 +20,7 @@ import numpy as np
 from sera_jax.core import Stream
 from sera_jax.data.batches import PairLoader
 from sera_jax.data.items import PairItem
+from sera_jax.data.stored import items_of
 from sera_jax.evaluation.heldout import accuracy
 from sera_jax.loops.optimise import Target, Training, Updates, optimise
 from sera_jax.loops.ppo import prompt_schedule
@@ -73,7 +74,7 @@ def reward_model_training(study: SrppoStudy) -> Training:
         seed=run.seed,
         stream_indices=(Stream.REWARD,),
     )
-    window = run.layout.window([pair.item for pair in study.pairs])
+    window = run.layout.window(items_of(study.pairs))
     updates = group.max_steps or group.num_train_epochs * loader.steps_per_epoch
     return Training(
         name=NAME,

@@ -24,8 +24,8 @@ from sera_jax.checkpoint.phases import write_jsonl
 from sera_jax.config import SamplingGroup, TrainGroup
 from sera_jax.core import Stream, key_for
 from sera_jax.data.batches import ScoreBatches, score_batches
-from sera_jax.data.items import Item, items_digest
-from sera_jax.data.packing import Layout, gather_scores, pack, split_items
+from sera_jax.data.items import Item, items_digest, lengths_of
+from sera_jax.data.packing import Gathering, Layout, Scores, by_item, pack, split_items
 from sera_jax.data.rollouts import rounded_rows
 from sera_jax.loops.cost import Ledger, laid
 from sera_jax.loops.policy import Policy, part_of, write_part
@@ -220,7 +220,7 @@ class Runtime:
 
     # ---- score
 
-    def score(self, name: str, policy: Policy, items: Sequence[Item]) -> list[np.ndarray]:
+    def score(self, name: str, policy: Policy, items: Sequence[Item]) -> Scores:
         """Summed log-prob of every response of every item under `policy`, or a reward model's score of it:
         f32[len(responses)] each."""
         rows = [self.layout.row_tokens, self.layout.share_prompt]
@@ -231,9 +231,7 @@ class Runtime:
 
         product = self.workdir.phase(name, inputs, produce, LOWER_ROWS)
         self.ledger.note(name, {"scoring": laid(items, self.layout)})
-        flat = np.load(product.path / "logps.npy")
-        ends = np.cumsum([len(item.responses) for item in items])
-        return np.split(flat, ends[:-1]) if len(items) else []
+        return by_item(np.load(product.path / "logps.npy"), items)
 
     def score_candidates(self, name: str, policy: Policy, candidates: Sequence[Candidates]) -> list[np.ndarray]:
         """Summed log-prob of every answer under `policy`: f32[N] for each prompt; answers may overflow a row."""
@@ -273,15 +271,23 @@ class Runtime:
         batches: ScoreBatches,
         *,
         advance: bool,
-    ) -> list[np.ndarray]:
-        """The scores of every item; with `advance` the open span counts the batches."""
-        values = []
+    ) -> Scores:
+        """The scores of every item; with `advance` the open span counts the batches.
+
+        While the devices work on a batch the next one is laid, and the scores of the one before are fetched.
+        """
+        scores, waiting = Gathering(items), None
         for step, packed in enumerate(batches, 1):
             self.check_stop()
-            values.append(jax.device_get(score(params, place_rows(packed.rows, self.mesh))))
+            coming = packed.slots, score(params, place_rows(packed.rows, self.mesh))
+            if waiting is not None:
+                scores.take(waiting[0], jax.device_get(waiting[1]))
+            waiting = coming
             if advance:
-                self.writer.advance(step, tokens=int((packed.rows.segment > 0).sum()))
-        return gather_scores(values, batches, items)
+                self.writer.advance(step, tokens=int(np.count_nonzero(packed.rows.segment)))
+        if waiting is not None:
+            scores.take(waiting[0], jax.device_get(waiting[1]))
+        return scores.by_item()
 
     def batches_to_score(self, items: Sequence[Item]) -> ScoreBatches:
         """The rows of items that are scored in a phase of their own."""
@@ -294,13 +300,15 @@ class Runtime:
             # window and shapes come from the items alone, so that a restart computes the same numbers to the bit
             score = self.scorer(self.layout.window(items), policy.scalar)
             scores = self._score_batches(score, self.params(policy), items, batches, advance=True)
-        if bad := [item.id for item, found in zip(items, scores, strict=True) if not np.isfinite(found).all()]:
+        flat = np.concatenate(scores) if len(items) else np.zeros(0, np.float32)
+        for bad in np.flatnonzero(~np.isfinite(flat))[:1]:
+            index = int(np.searchsorted(np.cumsum(lengths_of(items).counts), bad, side="right"))
             raise NonFinite(
-                f"{name}: the {'score' if policy.scalar else 'log-prob'} of record {bad[0]!r} is not finite; look at "
-                f"the parameters of {policy.path}"
+                f"{name}: the {'score' if policy.scalar else 'log-prob'} of record {items[index].id!r} is not finite; "
+                f"look at the parameters of {policy.path}"
             )
         if hosts.is_first():
-            np.save(folder / "logps.npy", np.concatenate(scores) if items else np.zeros(0, np.float32))
+            np.save(folder / "logps.npy", flat)
 
     # ---- sample
 
@@ -344,7 +352,7 @@ class Runtime:
         product = self.workdir.phase(name, inputs, produce, LOWER_SLOTS)
         rows = map(json.loads, (product.path / "samples.jsonl").read_text().splitlines())
         candidates = grouped(prompts, [_sample_of(row) for row in rows])
-        self.ledger.note(name, {"sampling": laid((c.item for c in candidates), self.layout)})
+        self.ledger.note(name, {"sampling": laid([c.item for c in candidates], self.layout)})
         return candidates
 
     def generate(

@@ -11,13 +11,15 @@ The implicit reward is that of the loss, with the SFT model as the fixed referen
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from sera_jax import irm
 from sera_jax.config import SeraGroup
+from sera_jax.data import stored
+from sera_jax.data.stored import chosen_from, flipped, joined
 from sera_jax.loops.brake import brake
 from sera_jax.loops.log import write_round
 from sera_jax.loops.review import bootstrap, bootstrap_phases, review
@@ -41,7 +43,7 @@ def sera(study: SeraStudy, arm: str, settings: SeraGroup) -> tuple[Policy, list[
     """
     reviews = _reviews(settings)
     reference = pool_logps(study, study.sft)
-    pool = [dataclasses.replace(pair, ref_logp=logp) for pair, logp in zip(study.pool, reference, strict=True)]
+    pool = stored.with_reference(study.pool, reference)
     policies, facts = [study.sft], []
 
     for round_ in range(1, settings.rounds + 1):
@@ -56,9 +58,9 @@ def sera(study: SeraStudy, arm: str, settings: SeraGroup) -> tuple[Policy, list[
             if ended := brake(study, settings, policies, facts, record):
                 return ended, facts
             save_pairs(study, f"{arm}/pairs{round_}", chosen, margins, fresh)
-            kept = [pool[i] for i in chosen[irm.order(margins[chosen], settings.curriculum)]]
+            kept = chosen_from(pool, chosen[irm.order(margins[chosen], settings.curriculum)])
         ordered = kept is not pool and settings.curriculum != "none"
-        pairs = irm.spread(kept, fresh) if ordered else [*kept, *fresh]
+        pairs = irm.spread(kept, fresh) if ordered else joined(kept, fresh)
         pairs = with_reference(study, settings, policies, pairs, place)
         _refuse_nothing(pairs, settings, arm, round_)
 
@@ -72,8 +74,8 @@ def sera(study: SeraStudy, arm: str, settings: SeraGroup) -> tuple[Policy, list[
             "updates": updates_per_round(study),
             **study.evaluate(policies[-1], round_),
         }
-        if kept and any(pair.flipped for pair in pool):  # without label noise, nobody knows which labels are wrong
-            record["flipped_fraction_kept"] = float(np.mean([pair.flipped for pair in kept]))
+        if kept and flipped(pool).any():  # without label noise, nobody knows which labels are wrong
+            record["flipped_fraction_kept"] = float(np.mean(flipped(kept)))
         facts.append(record)
         write_round(study.run, {"iteration": round_, **record}, round_ * updates_per_round(study))
     return policies[-1], facts
@@ -108,7 +110,7 @@ def phases(
     return names, policies[1:]
 
 
-def _refuse_nothing(pairs: list[Any], settings: SeraGroup, arm: str, round_: int) -> None:
+def _refuse_nothing(pairs: Sequence[Any], settings: SeraGroup, arm: str, round_: int) -> None:
     if not pairs:
         raise ValueError(
             f"{arm}, round {round_}: no pair is left to train on (selection={settings.selection!r}, "

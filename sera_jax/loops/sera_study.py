@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,8 +15,12 @@ from sera_jax import irm
 from sera_jax.checkpoint.phases import digest_of, write_jsonl
 from sera_jax.config import SamplingGroup, SeraGroup, TrainGroup
 from sera_jax.core import Stream
+from sera_jax.data import stored
 from sera_jax.data.batches import PairLoader
 from sera_jax.data.items import Item, PairItem, items_digest
+from sera_jax.data.packing import Scores
+from sera_jax.data.stored import Pairs, id_of, items_of, pair_counts, trained_on
+from sera_jax.loops import shapes
 from sera_jax.loops.log import warn_of_still_margins
 from sera_jax.loops.optimise import Target, Training, Updates, optimise
 from sera_jax.loops.restartable import Span
@@ -24,6 +30,7 @@ from sera_jax.losses.preference import ResolvedLoss
 from sera_jax.mesh import row_shards
 from sera_jax.training.objectives import align_objective
 
+_AT_ONCE = 4096  # pairs that are hashed at a time
 Gold = Callable[[Item, np.ndarray], float]  # the reward of (prompt item, response tokens); NaN where there is none
 
 
@@ -56,9 +63,9 @@ class SeraStudy:
     own_loss: bool = False
 
 
-def pool_logps(study: SeraStudy, policy: Policy) -> list[np.ndarray]:
+def pool_logps(study: SeraStudy, policy: Policy) -> Scores:
     """Summed log-prob of both responses of every offline pair under `policy`: f32[2] each."""
-    return study.run.score(f"{policy.name}/pool", policy, [pair.item for pair in study.pool])
+    return study.run.score(f"{policy.name}/pool", policy, items_of(study.pool))
 
 
 def pair_margins(loss: ResolvedLoss, pair: PairItem, logp: np.ndarray) -> np.ndarray:
@@ -68,9 +75,18 @@ def pair_margins(loss: ResolvedLoss, pair: PairItem, logp: np.ndarray) -> np.nda
     return np.array([irm.margin(reward[[w]], reward[[l]])[0] for w, l in pair.pairs], np.float32)
 
 
+def pool_margins(loss: ResolvedLoss, pool: Sequence[PairItem], logps: Scores) -> np.ndarray:
+    """The margin of the first pair of every entry, f32[n]."""
+    if not isinstance(pool, Pairs):
+        return np.array([pair_margins(loss, pair, logp)[0] for pair, logp in zip(pool, logps, strict=True)])
+    lengths = pool.items.lengths().responses.reshape(-1, 2)
+    reward = pool.first_choice(loss.score(np.asarray(logps), lengths, pool.ref_logp if loss.uses_reference else None))
+    return irm.margin(reward[:, 0], reward[:, 1]).astype(np.float32)
+
+
 def updates_per_round(study: SeraStudy) -> int:
     """The same in every round and arm: `max_steps`, or the epochs over the offline pairs."""
-    return updates_of(study.train, sum(len(pair.pairs) for pair in study.pool))
+    return updates_of(study.train, int(pair_counts(study.pool).sum()))
 
 
 def updates_of(group: TrainGroup, entries: int) -> int:
@@ -119,6 +135,8 @@ def train_round(
     run, training = study.run, round_training(study, settings, before, pairs, round_, ordered=ordered)
     looked_at = training.name in run.workdir.done  # by another arm, whose round 1 is the same
     policy = optimise(run, training)
+    assert training.shapes is not None
+    run.pair_shapes.known = shapes.read(policy.path) or training.shapes()
     if training.name in run.workdir.fresh and not looked_at:
         warn_of_still_margins(run, training.span, study.loss, study.train.learning_rate)
     return policy
@@ -146,7 +164,7 @@ def round_training(
         known=run.pair_shapes.known,
         order="given" if ordered else "shuffle",
     )
-    run.pair_shapes.note(loader, run.layout.window([pair.item for pair in pairs]))
+    run.pair_shapes.window = max(run.pair_shapes.window, run.layout.window(items_of(pairs)))
     return Training(
         name=round_.name,
         start=before,
@@ -163,6 +181,7 @@ def round_training(
         ),
         continue_from=before if continues else None,
         span=round_.span(updates),
+        shapes=lambda: loader.shapes,
     )
 
 
@@ -178,14 +197,12 @@ def pair_target(run: Runtime, loss: ResolvedLoss, window: int) -> Target:
 
 def with_reference(
     study: SeraStudy, settings: SeraGroup, policies: Sequence[Policy], pairs: Sequence[PairItem], round_: Round
-) -> list[PairItem]:
+) -> Sequence[PairItem]:
     """The pairs with the reference log-probs that training uses: of the SFT model (they carry those already), or, with
     reference="previous", of the last round's policy."""
     if settings.reference == "fixed" or not study.loss.uses_reference or round_.number == 1:
-        return list(pairs)
-    items = [pair.item for pair in pairs]
-    logps = study.run.score(round_.reference_phase, policies[-1], items)
-    return [dataclasses.replace(pair, ref_logp=logp) for pair, logp in zip(pairs, logps, strict=True)]
+        return pairs
+    return stored.with_reference(pairs, study.run.score(round_.reference_phase, policies[-1], items_of(pairs)))
 
 
 def save_pairs(study: SeraStudy, name: str, kept: np.ndarray, margins: np.ndarray, fresh: Sequence[PairItem]) -> None:
@@ -194,10 +211,10 @@ def save_pairs(study: SeraStudy, name: str, kept: np.ndarray, margins: np.ndarra
 
     def produce(folder: pathlib.Path) -> None:
         keep = set(kept.tolist())
-        offline = zip(study.pool, margins.tolist(), strict=True)
+        items = items_of(study.pool)
         write_jsonl(
             folder / "offline.jsonl",
-            ({"id": p.item.id, "margin": m, "kept": i in keep} for i, (p, m) in enumerate(offline)),
+            ({"id": id_of(items, i), "margin": m, "kept": i in keep} for i, m in enumerate(margins.tolist())),
         )
         write_jsonl(
             folder / "sampled.jsonl",
@@ -219,5 +236,11 @@ def save_pairs(study: SeraStudy, name: str, kept: np.ndarray, margins: np.ndarra
 
 def pairs_digest(pairs: Sequence[PairItem]) -> str:
     """Digest of what training on the pairs depends on, their order included."""
-    rest = [[p.pairs, p.weight, None if p.ref_logp is None else np.asarray(p.ref_logp).tolist()] for p in pairs]
-    return digest_of([items_digest([p.item for p in pairs]), rest])
+    digest, first = hashlib.sha256(), True
+    digest.update(f'["{items_digest(items_of(pairs))}", ['.encode())
+    for start in range(0, len(pairs), _AT_ONCE):  # as digest_of gives it of both in a list
+        rest = trained_on(pairs[start : start + _AT_ONCE])
+        digest.update(("" if first else ", ").encode() + json.dumps(rest)[1:-1].encode())
+        first = False
+    digest.update(b"]]")
+    return digest.hexdigest()

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from sera_jax.checkpoint import StaleWorkdir, Workdir, code, outputs, phases
+from sera_jax.checkpoint.addressed import addressed
 
 PRESENT = code.versions()
 
@@ -248,3 +249,32 @@ def test_a_damaged_list_of_versions_says_nothing_of_who_made_the_work(tmp_path, 
     (tmp_path / "versions.json").write_text(text)
     with pytest.raises(StaleWorkdir, match=r"numerics unknown there"):
         Workdir(tmp_path, {})
+
+
+def test_what_is_found_by_its_inputs_is_made_once_and_lies_beside_that_of_others(tmp_path):
+    made = []
+
+    def produce(folder):
+        made.append(folder)
+        (folder / "x.txt").write_text("a")
+
+    addressed(Workdir(tmp_path, {"a": 1}), "rows", {"n": 1}, produce)
+    again = addressed(Workdir(tmp_path, {"a": 2}), "rows", {"n": 1}, produce)  # which ties the folder to no config
+    other = addressed(Workdir(tmp_path, {"a": 2}), "rows", {"n": 2}, produce)
+    assert len(made) == 2 and again.path != other.path
+    assert not (tmp_path / "config.json").exists()
+    (again.path / "x.txt").write_text("b")
+    with pytest.raises(
+        ValueError, match=rf"{again.path}/x\.txt is not what its manifest says; delete {again.path} and"
+    ):
+        addressed(Workdir(tmp_path, {"a": 2}), "rows", {"n": 1}, produce)
+
+
+def test_what_could_not_be_made_leaves_nothing(tmp_path):
+    def produce(folder):
+        (folder / "x.txt").write_text("half")
+        raise ValueError("bad rows")
+
+    with pytest.raises(ValueError, match="bad rows"):
+        addressed(Workdir(tmp_path, {}), "rows", {}, produce)
+    assert list((tmp_path / "phases" / "corpus").iterdir()) == []

@@ -8,7 +8,9 @@ import pytest
 
 from sera_jax import world
 from sera_jax.checkpoint import Workdir
+from sera_jax.data import loading
 from sera_jax.data.items import Item
+from sera_jax.data.loading import TooManyBadRows
 from sera_jax.evaluation import gold
 from sera_jax.experiment.assembly import check_sources, read_corpus
 from sera_jax.experiment.corpus import HeldOut, as_text, new_prompts
@@ -260,7 +262,7 @@ def test_answers_are_compared_with_the_preferred_ones_before_the_flips(tmp_path,
     for row in rows[:-1]:
         assert set(golds(corpus, [items[rows.index(row)]], [row["chosen"]])) == {1.0}
     assert golds(corpus, items[1:6], [row["rejected"] for row in PAIRS[1:]]) == [0.0] * 5
-    assert golds(corpus, corpus.eval_prompts * 2, ["oak", "elm"]) == [1.0, 0.0]
+    assert golds(corpus, [*corpus.eval_prompts] * 2, ["oak", "elm"]) == [1.0, 0.0]
     assert np.isnan(golds(corpus, corpus.prompts, ["cow drill", "fig"])).tolist() == [False, True]
     assert "gold: 1 of 2 prompts have no preferred answer, and so no gold reward" in said
 
@@ -307,7 +309,7 @@ def test_held_out_evaluation_is_cut_to_what_the_config_asks_for(read, rows):
     assert (len(corpus.heldout_demonstrations), len(corpus.eval_prompts)) == (5, 3)
     assert prompts_of(corpus.eval_prompts) <= prompts_of(corpus.heldout_demonstrations)
     corpus, _ = read("none", heldout=twice, eval__num_prompts=-1)
-    assert (len(corpus.heldout_demonstrations), corpus.eval_prompts) == (24, []), "held out, but not answered"
+    assert (len(corpus.heldout_demonstrations), len(corpus.eval_prompts)) == (24, 0), "held out, but not answered"
 
 
 def test_the_base_reads_the_whole_demonstrations_that_are_not_held_out(read):
@@ -363,7 +365,7 @@ def test_prompts_that_are_all_known_are_refused_where_new_ones_are_asked_for(rea
     ):
         read(prompts=known, ppo__prompt_overlap=0.5)
     corpus, _ = read("other", prompts=known, ppo__prompt_overlap=1.0)
-    assert corpus.prompts == []
+    assert len(corpus.prompts) == 0
 
 
 def test_a_tokenizer_for_a_model_from_scratch_is_trained_on_demonstrations_and_texts(read, rows, tmp_path):
@@ -397,3 +399,36 @@ def test_a_text_is_its_first_token_and_the_rest():
     text = as_text(item("x", [1, 2, 3], [4, 5]))
     assert (text.prompt.tolist(), [r.tolist() for r in text.responses]) == ([1], [[2, 3, 4, 5]])
     assert dataclasses.asdict(text)["id"] == "x"
+
+
+def test_a_corpus_is_read_once_and_said_at_every_start(read, rows, monkeypatch):
+    first, said = read(demonstrations=[*rows["demonstrations"], {"prompt": "copy : a"}], data__max_bad_fraction=0.5)
+    loads = []
+    encode = loading.read_items
+    monkeypatch.setattr(loading, "read_items", lambda *args, **how: loads.append(how["name"]) or encode(*args, **how))
+
+    def again(**changes):
+        loads.clear()
+        demonstrations = [*rows["demonstrations"], {"prompt": "copy : a"}]
+        return *read(**dict(demonstrations=demonstrations, data__max_bad_fraction=0.5) | changes), list(loads)
+
+    corpus, same, loaded = again()
+    assert (same, loaded) == (said, []) and "1 bad" in said
+    assert ids(corpus.demonstrations) == ids(first.demonstrations)
+    assert again(data__max_prompt_length=31)[2] == ["demonstrations"], "other limits"
+    assert again(demonstrations=rows["demonstrations"])[2] == ["demonstrations"], "another file"
+    assert again()[2] == []
+    with pytest.raises(TooManyBadRows, match="1 of 61 rows are bad"):
+        again(data__max_bad_fraction=0.01)
+
+
+def test_damage_to_a_kept_corpus_is_refused_with_the_way_out(read, tmp_path):
+    read()
+    (tokens,) = (tmp_path / "run" / "phases" / "corpus").glob("demonstrations-*/tokens.npy")
+    data = bytearray(tokens.read_bytes())
+    data[-1] ^= 1
+    tokens.write_bytes(bytes(data))
+    with pytest.raises(
+        ValueError, match=rf"tokens\.npy is not what its manifest says; delete {tokens.parent} and start"
+    ):
+        read()

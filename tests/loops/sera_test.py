@@ -17,9 +17,11 @@ from sera_jax import experiment, guards
 from sera_jax.checkpoint import Checkpoints, Workdir, save_tree
 from sera_jax.config import Config
 from sera_jax.core import Stream, rng_for
+from sera_jax.data import batches
 from sera_jax.data.batches import PairLoader
 from sera_jax.data.items import Item
 from sera_jax.data.packing import RowSpec, build_rows
+from sera_jax.data.stored import with_reference
 from sera_jax.evaluation.rankings import RANKINGS
 from sera_jax.evaluation.report import check_summary
 from sera_jax.experiment.methods import sera as sera_method
@@ -645,6 +647,24 @@ def test_a_round_without_pairs_is_an_error_with_the_way_out(lab, tmp_path):
     study = _study(lab, tmp_path, train=SHORT, rounds=2, selection="threshold", threshold=1e6, min_margin=1e6)
     with pytest.raises(ValueError, match=r"sera, round 2: no pair is left.*threshold=1000000\.0.*keep more"):
         _run(study)
+
+
+def test_finished_rounds_are_found_without_planning_them(lab, tmp_path, monkeypatch):
+    policy, facts = _run(_study(lab, tmp_path, train=SHORT, rounds=2))
+    left = json.loads((tmp_path / "phases" / "round1" / "shapes.json").read_text())
+    assert left["sizes"] and left["spec"]["row_tokens"] == lab.config.data.row_tokens
+    monkeypatch.setattr(batches, "StepPlanner", lambda *args, **how: pytest.fail("planned"))
+    again, found = _run(_study(lab, tmp_path, train=SHORT, rounds=2))
+    assert (again.digest, found) == (policy.digest, facts)
+
+
+def test_margins_of_stored_pairs_are_those_of_each(lab):
+    study = lab.study
+    logps = np.random.default_rng(0).normal(-20, 5, (2, len(study.pool), 2)).astype(np.float32)
+    pool = with_reference(study.pool, logps[0])
+    margins = study_module.pool_margins(study.loss, pool, logps[1])
+    np.testing.assert_array_equal(margins, study_module.pool_margins(study.loss, list(pool), logps[1]))
+    assert margins.dtype == np.float32 and any(pair.flipped for pair in pool)
 
 
 @pytest.fixture

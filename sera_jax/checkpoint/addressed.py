@@ -1,0 +1,53 @@
+"""Products that are found by what they were made from: of other inputs another lies beside it.
+
+They tie the work directory to no config, and are no part of what a run has done.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+from sera_jax import hosts, memory
+from sera_jax.checkpoint.lock import ADDRESSED
+from sera_jax.checkpoint.phases import (
+    Product,
+    Workdir,
+    digest_of,
+    make,
+    plain,
+    product_of,
+    read_json,
+    to_make_anew,
+    torn_of,
+)
+
+
+def addressed(workdir: Workdir, name: str, inputs: dict[str, Any], produce: Callable[[pathlib.Path], None]) -> Product:
+    """The product of these inputs: as it lies there, or made now by `produce(folder)`, by the first process alone.
+
+    Raises:
+        ValueError: a file of the product is not what its manifest says, or the manifest cannot be read; or what
+            `produce` raises, of which nothing is left.
+    """
+    inputs = plain(inputs)
+    folder = workdir.root / "phases" / ADDRESSED / f"{name}-{digest_of(inputs)[:16]}"
+
+    def find_or_make() -> Product:
+        if (folder / "manifest.json").exists():
+            return workdir.open(name, inputs, folder)
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(f"{folder / 'manifest.json'} is missing; {to_make_anew(folder)}")
+        shutil.rmtree(torn := torn_of(folder), ignore_errors=True)
+        torn.mkdir(parents=True)
+        try:
+            make(f"{ADDRESSED}/{name}", torn, inputs, produce, memory.WAY_OUT)
+        except BaseException:
+            shutil.rmtree(torn, ignore_errors=True)
+            raise
+        torn.replace(folder)
+        return product_of(folder, read_json(folder / "manifest.json"))
+
+    return hosts.on_first(find_or_make)
