@@ -28,6 +28,7 @@ from sera_jax.data.items import Item, items_digest, lengths_of
 from sera_jax.data.packing import Gathering, Layout, Scores, by_item, pack, split_items
 from sera_jax.data.rollouts import rounded_rows
 from sera_jax.loops.cost import Ledger, laid
+from sera_jax.loops.endings import NonFinite, Preempted
 from sera_jax.loops.policy import Policy, part_of, write_part
 from sera_jax.loops.shapes import PairShapes
 from sera_jax.mesh import row_shards
@@ -53,18 +54,6 @@ LOWER_SLOTS = (
 __all__ = ["NonFinite", "Policy", "Preempted", "Runtime"]
 
 Made = TypeVar("Made")
-
-
-class Preempted(Exception):
-    """The process was asked to stop; everything needed to go on is on disk."""
-
-
-class NonFinite(ValueError):
-    """A loss or gradient was not finite. `good`: the last good state and its step, to be saved by who saves."""
-
-    def __init__(self, message: str, good: tuple[Any, int] | None = None) -> None:
-        super().__init__(message)
-        self.good = good
 
 
 @dataclasses.dataclass
