@@ -87,6 +87,7 @@ class Reader:
         gold: the embedded world's. likeness: what eval.gold names.
         options: of every load: limits, max_bad_fraction, workdir, seed, reading.
         say: takes a line for the user.
+        workdir: where tokens are kept.
     """
 
     tokenizer: Tokenizer
