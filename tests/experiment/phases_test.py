@@ -114,7 +114,9 @@ def test_as_many_phases_begin_as_were_announced(case, pretended, tmp_path, capsy
     assert begun == [(n, total) for n in range(1, total + 1)]
     assert found == []
     made = {path.parent.relative_to(tmp_path / "phases") for path in (tmp_path / "phases").rglob("manifest.json")}
-    assert total == len({str(name) for name in made} - {"world"})
+    assert total == len({str(name) for name in made if name.parts[0] not in ("world", "corpus")}), (
+        "what is read is no step"
+    )
 
 
 def test_rounds_that_end_early_leave_out_some_of_the_phases_that_were_announced(pretended, tmp_path, capsys):
