@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sera_jax.data.fitting import rows_of_all
+from sera_jax.data.fitting import TIGHT_ITEMS, fit_all, rows_of_all
 from sera_jax.data.items import Item
 from sera_jax.data.packing import RowSpec
 
@@ -110,6 +110,9 @@ def row_shares(tokens: np.ndarray, row_tokens: int) -> np.ndarray:
     An item that leaves no room for a neighbour costs its whole row, whatever its tokens.
     """
     row = rows_of_all(tokens, row_tokens)
+    if 0 < len(tokens) <= TIGHT_ITEMS:  # few are packed as the rows of a step are
+        for number, members in enumerate(fit_all(tokens[:, None], [np.arange(len(tokens))], (row_tokens,))[0]):
+            row[list(members)] = number
     return tokens / np.maximum(np.bincount(row, tokens), 1)[row]
 
 
