@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sera_jax.data.items import Item
+from sera_jax.data.packing import pack
 from sera_jax.data.planning import (
     balance,
     choose_sizes,
@@ -122,3 +123,16 @@ def test_rows_are_dealt_so_that_microbatches_work_alike():
 def test_data_smaller_than_a_batch_have_a_target_without_a_mean_of_nothing():
     (target,) = step_targets(np.array([5.0]), np.array([3]), 8, spread=10.0, multiple=1, slack=0.5)
     assert target == 5.0
+
+
+@pytest.mark.parametrize("count", [1, 40, 256, 300])
+def test_a_share_is_that_of_the_row_that_the_item_is_packed_into(count):
+    rng = np.random.default_rng(count)
+    items = [
+        Item(str(i), np.ones(n, np.int32), (np.ones(n, np.int32),)) for i, n in enumerate(rng.integers(3, 30, count))
+    ]
+    tokens = np.array([item.tokens for item in items])
+    wanted = np.zeros(count)
+    for row in pack(items, 64):
+        wanted[row] = tokens[row] / tokens[row].sum()
+    np.testing.assert_array_equal(row_shares(tokens, 64), wanted)
