@@ -125,14 +125,13 @@ def test_data_smaller_than_a_batch_have_a_target_without_a_mean_of_nothing():
     assert target == 5.0
 
 
-@pytest.mark.parametrize("count", [1, 40, 256, 300])
+@pytest.mark.parametrize("count", [1, 200, 256, 300])
 def test_a_share_is_that_of_the_row_that_the_item_is_packed_into(count):
-    rng = np.random.default_rng(count)
-    items = [
-        Item(str(i), np.ones(n, np.int32), (np.ones(n, np.int32),)) for i, n in enumerate(rng.integers(3, 30, count))
-    ]
+    rng = np.random.default_rng(0)
+    sizes = rng.integers((6, 3), (11, 15), (count, 2))  # of 200, best fit alone leaves a row too many
+    items = [Item(str(i), np.ones(p, np.int32), (np.ones(r, np.int32),)) for i, (p, r) in enumerate(sizes)]
     tokens = np.array([item.tokens for item in items])
     wanted = np.zeros(count)
-    for row in pack(items, 64):
+    for row in pack(items, 128):
         wanted[row] = tokens[row] / tokens[row].sum()
-    np.testing.assert_array_equal(row_shares(tokens, 64), wanted)
+    np.testing.assert_array_equal(row_shares(tokens, 128), wanted)
