@@ -60,9 +60,10 @@ def init_adapters(lora: Lora, params: Tree, key: jax.Array) -> Tree:
 
 def dropping(lora: Lora, params: Tree, key: jax.Array) -> Tree:
     """The parameters with a key [L, 2] beside each adapter, another in every layer: what is computed of them drops."""
+    kernels = paths(params)
 
     def keys(path: str) -> jax.Array:
-        layers = paths(params)[path].shape[0]
+        layers = kernels[path].shape[0]
         return jax.random.key_data(jax.random.split(jax.random.fold_in(key, zlib.crc32(path.encode())), layers))
 
     return merge(params, nested({path.removesuffix(KERNEL) + KEY: keys(path) for path in lora.kernels}))

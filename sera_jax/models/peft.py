@@ -7,6 +7,7 @@ module's adapter is made of theirs, one beside the other: n kernels give rank n 
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import pathlib
@@ -53,9 +54,15 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 }
 
 
+@functools.lru_cache(maxsize=4)
+def _shapes(cfg: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Every parameter by its path. Kept, since tracing a model takes long and each kernel of each layer asks."""
+    return paths(abstract_params(cfg))
+
+
 def modules(cfg: ModelConfig) -> dict[str, str]:
     """Path of every kernel of the layers -> PEFT's name of the module, with `{layer}` in it."""
-    there = paths(abstract_params(cfg))
+    there = _shapes(cfg)
     return {
         tensor.path: tensor.name.removesuffix(".weight")
         for tensor in family_of(cfg.family).tensors
@@ -198,7 +205,7 @@ def _adapted(cfg: ModelConfig, lora: Lora) -> dict[str, list[str]]:
 def _rows(cfg: ModelConfig, kernel: str) -> np.ndarray:
     """Which rows of its module's weight [out, in] a kernel is."""
     of_part = family_of(cfg.family).paths[kernel].rows
-    return np.arange(paths(abstract_params(cfg))[kernel].shape[2]) if of_part is None else of_part(cfg)
+    return np.arange(_shapes(cfg)[kernel].shape[2]) if of_part is None else of_part(cfg)
 
 
 def _pair(leaves: Mapping[str, np.ndarray], kernel: str, layer: int) -> tuple[np.ndarray, np.ndarray]:
@@ -242,7 +249,7 @@ def _patterns(cfg: ModelConfig, lora: Lora) -> dict[str, dict[str, float]]:
 
 
 def _check_shapes(cfg: ModelConfig, folder: pathlib.Path, name: str, a: np.ndarray, b: np.ndarray, rank: int) -> None:
-    of_model = paths(abstract_params(cfg))
+    of_model = _shapes(cfg)
     kernels = [kernel for kernel, of in modules(cfg).items() if of == name]
     wide = of_model[kernels[0]].shape[1], sum(of_model[kernel].shape[2] for kernel in kernels)
     for part, value, shape in (("lora_A", a, (rank, wide[0])), ("lora_B", b, (wide[1], rank))):
