@@ -15,20 +15,10 @@ import time
 import jax
 import numpy as np
 
-from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import init_params
 from sera_jax.sampling import Draws, SamplingParams, Stats, generate
+from tests.benchmarks.training_speed import BENCH
 
-BENCH = ModelConfig(
-    vocab_size=8192,
-    hidden_size=256,
-    intermediate_size=688,
-    num_hidden_layers=8,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    head_dim=32,
-    tie_word_embeddings=False,
-)
 FIXED = SamplingParams(temperature=0.7, max_new_tokens=128, min_new_tokens=128, stop_ids=(2,))
 VARIANTS = {
     "top-p 1": (FIXED, 1),

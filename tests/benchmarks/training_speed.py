@@ -34,17 +34,9 @@ from sera_jax.training.objectives import align_objective
 from sera_jax.training.optimizer import make_optimizer
 from sera_jax.training.score import make_score, place_rows
 from sera_jax.training.step import abstract_state, init_state, make_step, place_batch
+from tests.benchmarks.bench.works import SHAPE
 
-BENCH = ModelConfig(
-    vocab_size=8192,
-    hidden_size=256,
-    intermediate_size=688,
-    num_hidden_layers=8,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    head_dim=32,
-    tie_word_embeddings=False,
-)
+BENCH = ModelConfig(**SHAPE, tie_word_embeddings=False)
 SCORE_TOKENS = 16384  # tokens of a scoring batch, as the experiments take them
 MATMUL = 2048
 
