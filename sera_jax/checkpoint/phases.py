@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sera_jax import hosts, memory
-from sera_jax.checkpoint.code import differences, versions, with_present
+from sera_jax.checkpoint.code import check_versions, history_of, versions, with_present
 from sera_jax.checkpoint.lock import METRICS, StaleWorkdir, has_results, lock
 from sera_jax.config.identity import is_as_before, is_identity
 
@@ -171,10 +171,13 @@ class Workdir:
 
     _lock: Any = None  # of the first process
 
-    def __init__(self, root: pathlib.Path, config: dict[str, Any], *, allow_other_versions: bool = False):
+    def __init__(
+        self, root: pathlib.Path, config: dict[str, Any], *, numerics: int = 0, allow_other_versions: bool = False
+    ):
         """Open or make the work directory, and hold it; nothing in it is changed yet.
 
         Args:
+            numerics: that of the method alone (`code.versions`).
             allow_other_versions: go on with results of another numerics version or minor release of a library.
 
         Raises:
@@ -191,7 +194,9 @@ class Workdir:
         self.shared: SharedPhases | None = None
         self._config = plain({k: v for k, v in config.items() if k != "workdir"})
         self._begun = False
-        self.code = with_present(hosts.on_first(lambda: self._enter(allow_other_versions)), allow_other_versions)
+        self._now = versions(numerics)
+        found = hosts.on_first(lambda: self._enter(allow_other_versions))
+        self.code = with_present(found, self._now, allow_other_versions)
 
     def _enter(self, allow_other_versions: bool) -> list[dict[str, Any]]:
         """Hold the folder, and refuse it where it is another's; the versions that were at work in it."""
@@ -199,8 +204,8 @@ class Workdir:
         if not has_results(self.root):
             return []
         self.notes += check_config(self.root, self._config)
-        history = _history(read_json(self.root / "versions.json").get("history"))
-        self._check_versions(history, allow_other_versions)
+        history = history_of(read_json(self.root / "versions.json"))
+        self.notes += check_versions(self.root, history, self._now, allow_other_versions)
         return history
 
     def begin(self) -> None:
@@ -211,16 +216,6 @@ class Workdir:
             write_json(self.root / "versions.json", {"history": self.code})
             (self.root / DIGESTS).unlink(missing_ok=True)  # what it lists is about to change
         self._begun = True
-
-    def _check_versions(self, history: list[dict[str, Any]], allowed: bool) -> None:
-        """Refuse to go on with the results of code that computes otherwise; note what else differs."""
-        grave, slight = differences(history[-1] if history else {}, versions())
-        if grave and not allowed:
-            raise StaleWorkdir(
-                f"{self.root} was made by other versions ({'; '.join(grave)}), which may compute other numbers; "
-                "install those, choose another --config.workdir, or go on with --allow_other_versions (it is recorded)"
-            )
-        self.notes += [f"versions: {difference}" for difference in [*grave, *slight]]
 
     def checkpoints(self, name: str) -> pathlib.Path:
         return self.root / "checkpoints" / name
@@ -377,11 +372,6 @@ def damaged_files(folder: pathlib.Path, manifest: dict[str, Any]) -> Iterator[st
 
 def to_make_anew(folder: pathlib.Path) -> str:
     return f"delete {folder} and start the same command again to make it anew"
-
-
-def _history(found: Any) -> list[dict[str, Any]]:
-    """What a file lists as versions, whatever it holds."""
-    return [seen for seen in found if isinstance(seen, dict)] if isinstance(found, list) else []
 
 
 def product_of(folder: pathlib.Path, manifest: dict[str, Any]) -> Product:

@@ -1,7 +1,8 @@
 """Rollouts in packed rows, and which prompts an iteration rolls out. Numpy only; pure functions of the iteration.
 
-An iteration's shapes follow from its own rollouts, rounded up, and from the shapes before, which are kept where they
-hold the rollouts without much filling. They are a part of the training state, so a restart goes on with the same ones.
+An iteration's shapes follow from its own rollouts: of the few lengths and numbers of rows, those that lay the least
+filling. The shapes before are kept where they hold the rollouts without much of it. They are a part of the training
+state, so a restart goes on with the same ones.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from sera_jax.data.items import Item
 from sera_jax.data.packing import Layout, Packed, build_rows, laid_tokens, merge_specs, pack, spec_for
 from sera_jax.data.planning import deal_rows
 
-Shape = tuple[int, int, int]  # R, M, K of a minibatch
-_STEPS = (4, 5, 6, 7)  # sizes of R are these times powers of two: at most a fifth of the rows is filling
-_LOOSE = 1.6  # an earlier shape that has more than this many times the rows needed is given up
+Shape = tuple[int, int, int, int]  # R, T, M, K of a minibatch
+NO_SHAPE: Shape = (0, 0, 0, 0)
+_STEPS = (4, 5, 6, 7)  # sizes of R and T are these times powers of two: at most a fifth of the rows is filling
+_LENGTHS = 64  # T is a multiple of so many tokens, or as long as a row may be
+_LOOSE = 1.3  # an earlier shape that has more than this many times the tokens needed is given up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +77,12 @@ class PromptSchedule:
 
 
 def lay_rollouts(
-    items: Sequence[Item], parts: int, layout: Layout, *, seed: int, iteration: int, earlier: Shape = (0, 0, 0)
+    items: Sequence[Item], parts: int, layout: Layout, *, seed: int, iteration: int, earlier: Shape = NO_SHAPE
 ) -> list[Packed]:
     """An iteration's rollouts as `parts` minibatches of the same shape, with as many items each, drawn at random.
+
+    Rows are as long as lays the fewest tokens, at most the layout's: a minibatch of a few short answers in rows that
+    were made for pairs is mostly filling.
 
     Args:
         items: prompts with their responses; a multiple of `parts`.
@@ -90,27 +96,56 @@ def lay_rollouts(
     """
     assert len(items) % parts == 0, "the config's rules make the rollouts divisible by the minibatches"
     order = rng_for(seed, Stream.SHUFFLE, int(Stream.PROMPTS), iteration).permutation(len(items))
-    groups = [[items[i] for i in group] for group in np.split(order, parts)]
-    packed = [pack(group, layout.row_tokens, layout.share_prompt) for group in groups]
+    draws = np.split(order, parts)
+    groups = [[items[i] for i in draw] for draw in draws]
+    rows, length, packed = _laid(groups, layout, earlier)
     spec = None
-    for group, rows in zip(groups, packed, strict=True):
-        spec = merge_specs(spec, spec_for(group, rows, layout.row_tokens))
+    for group, assigned in zip(groups, packed, strict=True):
+        spec = merge_specs(spec, spec_for(group, assigned, length))
     assert spec is not None
-    size = rounded_rows(max(map(len, packed)), layout.dealt)
-    if size <= earlier[0] <= _LOOSE * size and earlier[0] % layout.dealt == 0:
-        size = earlier[0]
-        spec = dataclasses.replace(spec, scored=max(spec.scored, earlier[1]), slots=max(spec.slots, earlier[2]))
+    if (rows, length) == earlier[:2]:
+        spec = dataclasses.replace(spec, scored=max(spec.scored, earlier[2]), slots=max(spec.slots, earlier[3]))
     out = []
-    for indices, group, rows in zip(np.split(order, parts), groups, packed, strict=True):
-        work = [sum(laid_tokens(group[i], layout.share_prompt) for i in row) for row in rows]
-        laid = build_rows(group, deal_rows(rows, work, layout.dealt, size), spec, size, layout.share_prompt)
-        item = np.where(laid.item >= 0, indices[laid.item], -1).astype(np.int32)
+    for draw, group, assigned in zip(draws, groups, packed, strict=True):
+        work = [sum(laid_tokens(group[i], layout.share_prompt) for i in row) for row in assigned]
+        laid = build_rows(group, deal_rows(assigned, work, layout.dealt, rows), spec, rows, layout.share_prompt)
+        item = np.where(laid.item >= 0, draw[laid.item], -1).astype(np.int32)
         out.append(dataclasses.replace(laid, item=item))
     return out
 
 
+_Laid = tuple[int, int, list[list[list[int]]]]  # R, T, and the items of each row of each minibatch
+
+
+def _laid(groups: Sequence[Sequence[Item]], layout: Layout, earlier: Shape) -> _Laid:
+    """The minibatches in the shape before, or in the one of fewest tokens; of equal ones the one of shorter rows."""
+    sizes = [[laid_tokens(item, layout.share_prompt) for item in group] for group in groups]
+    longest, most = max(map(max, sizes)), max(map(sum, sizes))
+
+    def laid(length: int) -> _Laid:
+        packed = [pack(group, length, layout.share_prompt) for group in groups]
+        return rounded_rows(max(map(len, packed)), layout.dealt), length, packed
+
+    lengths = [t for t in coarse_sizes(_LENGTHS, layout.row_tokens // _LENGTHS) if longest <= t < layout.row_tokens]
+    best: _Laid | None = None
+    full = ((rounded_rows(-(-most // t), layout.dealt) * t, t) for t in (*lengths, layout.row_tokens))
+    for bound, length in sorted(full):
+        if best is not None and bound > best[0] * best[1]:
+            break  # not even full rows of this length, or of those that follow, are fewer tokens
+        found = laid(length)
+        if best is None or (found[0] * length, length) < (best[0] * best[1], best[1]):
+            best = found
+    assert best is not None
+    rows, length = earlier[:2]
+    if rows % layout.dealt == 0 and longest <= length and rows * length <= _LOOSE * best[0] * best[1]:
+        needed, _, packed = laid(length)
+        if needed <= rows:
+            return rows, length, packed
+    return best
+
+
 def coarse_sizes(multiple: int = 1, most: int = 4096) -> tuple[int, ...]:
-    """The few numbers of rows that are laid where each batch needs another: multiples of `multiple`, ascending."""
+    """The few sizes that are laid where each batch needs another: `multiple` times 1 to `most`, ascending."""
     scales = (2**power for power in range(most.bit_length()))
     units = [*range(1, _STEPS[0]), *(step * scale for scale in scales for step in _STEPS)]
     return tuple(multiple * unit for unit in units if unit <= most)

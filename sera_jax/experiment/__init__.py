@@ -61,12 +61,11 @@ def run(
         ValueError: what was asked for cannot be done; the message says the way out.
         Preempted: stopped on request, with everything saved.
     """
-    method = METHODS[config.method]
-    root = pathlib.Path(config.workdir)
-    workdir = Workdir(root, config_lib.to_dict(config), allow_other_versions=allow_other_versions)
+    method, root, fields = METHODS[config.method], pathlib.Path(config.workdir), config_lib.to_dict(config)
+    workdir = Workdir(root, fields, numerics=method.numerics, allow_other_versions=allow_other_versions)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     meet(mesh)
-    text = json.dumps(config_lib.to_dict(config), indent=1, default=str)
+    text = json.dumps(fields, indent=1, default=str)
     found = brought.survey(config, root)
     asked, config = config, found.config
     check_sources(config.data, config.model)

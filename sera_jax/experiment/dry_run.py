@@ -19,8 +19,8 @@ from sera_jax import config as config_lib
 from sera_jax.aot import flops
 from sera_jax.aot.chips import GPUS, TPUS
 from sera_jax.checkpoint import Workdir
-from sera_jax.checkpoint.code import differences, versions
-from sera_jax.checkpoint.lock import StaleWorkdir, has_results
+from sera_jax.checkpoint.code import check_versions, history_of, versions
+from sera_jax.checkpoint.lock import has_results
 from sera_jax.checkpoint.phases import check_config, plain, read_json
 from sera_jax.config import Config
 from sera_jax.data import lengths
@@ -114,15 +114,8 @@ def _check_workdir(config: Config, root: pathlib.Path, allowed: bool) -> list[st
         return []
     there = {name: value for name, value in config_lib.to_dict(config).items() if name != "workdir"}
     notes = check_config(root, plain(there))
-    history = read_json(root / "versions.json").get("history")
-    known = [seen for seen in history if isinstance(seen, dict)] if isinstance(history, list) else []
-    grave, slight = differences(known[-1] if known else {}, versions())
-    if grave and not allowed:
-        raise StaleWorkdir(
-            f"{root} was made by other versions ({'; '.join(grave)}), which may compute other numbers; choose another "
-            "--config.workdir, or --allow_other_versions"
-        )
-    return [*notes, *(f"versions: {difference}" for difference in [*grave, *slight])]
+    history = history_of(read_json(root / "versions.json"))
+    return [*notes, *check_versions(root, history, versions(METHODS[config.method].numerics), allowed)]
 
 
 def _facts(config: Config, corpus: Corpus, sources: list[Facts], notes: list[str]) -> Facts:

@@ -132,8 +132,7 @@ def expand(study: Study) -> list[Run]:
     """
     if not study.seeds or len(set(study.seeds)) != len(study.seeds):
         raise ValueError(f"config.seeds={tuple(study.seeds)!r}; give one at least, and each once")
-    code = versions()
-    runs = [_run(study, *cell, seed, code) for cell in _cells(study) for seed in study.seeds]
+    runs = [_run(study, *cell, seed) for cell in _cells(study) for seed in study.seeds]
     if not runs:
         raise ValueError("the study has no run: a field of its grid has no value, or it has no setting")
     for what, of in (("name", lambda run: run.name), ("config", lambda run: (run.identity, run.seed))):
@@ -177,7 +176,7 @@ def _cells(study: Study) -> Iterator[tuple[str, dict[str, Any]]]:
             yield ",".join(filter(None, [name, setting_name(point, among)])), {**fields, **point}
 
 
-def _run(study: Study, setting: str, varied: dict[str, Any], seed: int, code: Mapping[str, str]) -> Run:
+def _run(study: Study, setting: str, varied: dict[str, Any], seed: int) -> Run:
     overrides = {**study.overrides, **varied}
     for field in overrides:
         if field in _FIXED:
@@ -193,7 +192,8 @@ def _run(study: Study, setting: str, varied: dict[str, Any], seed: int, code: Ma
         raise ValueError(f"{setting or 'the study'}: {error}") from error
     start = {name: config[name] for name in _START}
     start["data"] = {name: value for name, value in start["data"].items() if name != "label_noise"}
-    arms = ("sft", *config[METHODS[config["method"]].group]["arms"])
+    method = METHODS[config["method"]]
+    arms, code = ("sft", *config[method.group]["arms"]), versions(method.numerics)
     return Run(setting, seed, varied, overrides, arms, identity(config, code), digest_of(start))
 
 

@@ -19,7 +19,7 @@ from sera_jax.training.rewards import Scored, TokenReward, by_response, response
 
 @struct.dataclass
 class Control:
-    """What iterations hand on besides parameters: i32[] iterations done, i32[3] the shape of their minibatches
+    """What iterations hand on besides parameters: i32[] iterations done, i32[4] the shape of their minibatches
     (`data.rollouts.Shape`), the KL coefficient, the moments of the scores and of the tokens' returns so far, and what
     training cost: f32[] tokens times passes through a model (a backward pass counts as two)."""
 
@@ -41,7 +41,7 @@ class Passes:
 
 
 def initial_control(settings: PpoGroup) -> Control:
-    shape = jnp.zeros(3, jnp.int32)
+    shape = jnp.zeros(4, jnp.int32)
     none = coherent.no_moments()
     return Control(jnp.int32(0), shape, jnp.float32(settings.kl_coef), none, none, jnp.float32(0))
 
@@ -113,7 +113,7 @@ def make_experience(
         filled = (batch.rows.segment > 0).astype(jnp.float32)
         tokens = jnp.sum(filled)
         metrics["rollout/padding_fraction"] = 1 - tokens / filled.size
-        sizes = (batch.rows.tokens.shape[1], batch.rows.source.shape[2], batch.rows.num_slots)
+        sizes = (*batch.rows.tokens.shape[1:], batch.rows.source.shape[2], batch.rows.num_slots)
         names = [field.name for field in dataclasses.fields(Passes)]
         cost = {n: jnp.where(warming, getattr(warmup_passes, n), getattr(passes, n)) * tokens for n in names}
         metrics |= {f"cost/{name}": value for name, value in cost.items()}

@@ -11,8 +11,9 @@ import pytest
 
 from sera_jax.core import rng_for
 from sera_jax.data.items import Item
-from sera_jax.data.packing import Layout, laid_tokens
+from sera_jax.data.packing import Layout, laid_tokens, pack
 from sera_jax.data.rollouts import (
+    NO_SHAPE,
     PromptSchedule,
     lay_response_values,
     lay_rollouts,
@@ -209,20 +210,21 @@ def test_the_rows_asked_for_are_rounded_up_to_few_sizes():
 
 
 def shape_of(part):
-    return (*part.rows.slot.shape, part.rows.num_slots)
+    return (*part.rows.tokens.shape, part.rows.slot.shape[1], part.rows.num_slots)
 
 
 def test_the_shape_before_is_kept_where_it_holds_the_rollouts_and_is_not_much_too_large():
     items = rollouts(3, count=24)
     own = shape_of(lay(items, parts=2, shards=1)[0])
-    rows, scored, slots = own
-    kept = (rows + rows // 3, scored + 5, 2 * slots)
+    rows, length, scored, slots = own
+    kept = (rows + rows // 4, length, scored + 5, 2 * slots)
     for earlier, expected in (
         (own, own),
         (kept, kept),
-        ((kept[0], 1, 1), (kept[0], scored, slots)),  # too few places: as many as are needed
-        ((rows - 1, 10 * scored, 10 * slots), own),  # too few rows
-        ((2 * rows, scored, slots), own),  # mostly filling
+        ((*kept[:2], 1, 1), (*kept[:2], scored, slots)),  # too few places: as many as are needed
+        ((rows - 1, length, 10 * scored, 10 * slots), own),  # too few rows
+        ((2 * rows, length, scored, slots), own),  # mostly filling
+        ((2 * rows, 12, scored, slots), own),  # shorter than an item
     ):
         parts = lay(items, parts=2, shards=1, earlier=earlier)
         assert {shape_of(part) for part in parts} == {expected}, earlier
@@ -231,14 +233,14 @@ def test_the_shape_before_is_kept_where_it_holds_the_rollouts_and_is_not_much_to
 
 
 def test_a_shape_that_does_not_divide_over_the_devices_is_not_kept():
-    items = rollouts(3, count=24)
+    items = rollouts(3, count=96)
     own = shape_of(lay(items, parts=2, shards=4)[0])
     assert shape_of(lay(items, parts=2, shards=4, earlier=(own[0] + 1, *own[1:]))[0]) == own
     larger = (own[0] + 4, *own[1:])
     assert shape_of(lay(items, parts=2, shards=4, earlier=larger)[0]) == larger
 
 
-@pytest.mark.parametrize("earlier", [(0, 0, 0), (24, 40, 16)])
+@pytest.mark.parametrize("earlier", [NO_SHAPE, (24, 40, 40, 16)])
 def test_which_rollouts_a_minibatch_takes_depends_neither_on_the_devices_nor_on_the_shape_before(earlier):
     items = rollouts(3, count=24)
     alone = lay(items, parts=2, shards=1)
@@ -246,6 +248,24 @@ def test_which_rollouts_a_minibatch_takes_depends_neither_on_the_devices_nor_on_
         spread = lay(items, parts=2, shards=multiple, earlier=earlier)
         for ours, theirs in zip(spread, alone, strict=True):
             assert set(ours.item.flat) - {-1} == set(theirs.item.flat) - {-1}
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+@pytest.mark.parametrize("shards", [1, 4])
+@pytest.mark.parametrize("most", [20, 60, 200])
+def test_rows_are_as_long_as_lays_the_fewest_tokens(most, shards, share_prompt):
+    """No other length of row, with as many rows as it takes, holds the same minibatches in fewer tokens."""
+    items = oracles.random_items(np.random.default_rng(most), 24, vocab=90, prompt=(8, 40), response=(10, most), most=2)
+    parts = lay(items, row_tokens=512, shards=shards, share_prompt=share_prompt)
+    groups = [[items[i] for i in sorted(set(part.item.flat) - {-1})] for part in parts]
+    rows, length = parts[0].rows.tokens.shape
+    longest = max(laid_tokens(item, share_prompt) for item in items)
+    assert longest <= length <= 512 and length % 64 == 0
+    for other in range(-(-longest // 64) * 64, 513, 64):
+        needed = max(len(pack(group, other, share_prompt)) for group in groups)
+        assert rows * length <= rounded_rows(needed, shards) * other
+    least = sum(laid_tokens(item, share_prompt) for item in items) / 3
+    assert rows * length <= 1.5 * least + 64 * shards, "filling is a rest, not half of the rows"
 
 
 def test_an_item_that_fits_no_row_names_itself_and_the_limit():

@@ -370,4 +370,5 @@ SRPPO = Method(
     run=run,
     report=REPORT,
     programs=programs,
+    numerics=1,
 )
