@@ -1,11 +1,13 @@
 """Shared fixtures. The environment is set before jax starts: 8 simulated devices, a persistent compile cache."""
 
+import gc
 import os
 import pathlib
 
+from tests.xla_flags import xla_flags
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling is most of what tests wait for, and their shapes are tiny: machine code as it comes takes a quarter less.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
+os.environ.setdefault("XLA_FLAGS", xla_flags(8))
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -14,6 +16,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_mappings():
+    """Lets go of compiled programs before they are too many for the system.
+
+    Each holds some twenty mappings of memory, and at 65,530 (Linux's vm.max_map_count) the next one aborts the process.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

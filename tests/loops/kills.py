@@ -16,16 +16,12 @@ import jax
 from sera_jax.experiment.saved import find_policy
 from sera_jax.mesh import make_mesh
 from sera_jax.writer import read_records
+from tests.xla_flags import xla_flags
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 DEADLINE_SECONDS = 600
 
 Start = Callable[[pathlib.Path], subprocess.Popen]
-
-
-def xla_flags(devices: int) -> str:
-    """Of a process of its own, as tests/conftest.py gives them to this one."""
-    return f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
 
 
 def start(flags: list[str], devices: int = 1) -> subprocess.Popen:

@@ -21,6 +21,7 @@ from tests.loops.alike import assert_alike, run_on
 from tests.loops.kills import ROOT, finish, metrics, signal_when, wait_for
 from tests.loops.tiny import TINY, TINY_SRPPO, tiny_config, tiny_flags
 from tests.tolerances import TOLERANCES
+from tests.xla_flags import xla_flags
 
 SAVING = {f"{group}.save_steps": 1 for group in ("pretrain", "sft", "train")}
 SERA = {**TINY, **SAVING, "world.pretrain": 64, "sera.arms": ("sera",), "sera.rounds": 2, "sampling.temperature": 0.0}
@@ -42,7 +43,7 @@ def start(workdir, tiny, processes, devices):
 
 def launch(workdir, tiny, **environment):
     """Two processes of two devices by launch/local.sh, which waits a minute for one that is silent."""
-    own = {"PYTHON": sys.executable, "XLA_FLAGS": kills.xla_flags(2), **environment}
+    own = {"PYTHON": sys.executable, "XLA_FLAGS": xla_flags(2), **environment}
     command = [ROOT / "launch" / "local.sh", "--processes=2", "--silent_seconds=60", *tiny_flags(workdir, tiny=tiny)]
     return subprocess.Popen(command, env=os.environ | own, stderr=subprocess.PIPE, text=True)
 
