@@ -47,6 +47,7 @@ class Batch:
         tokens: R x T.
         real_tokens: those that are not padding.
         metrics: what the log says of how the batch was made.
+        spent: what making it cost, by kind (`loops.cost`).
     """
 
     step: int
@@ -57,6 +58,7 @@ class Batch:
     tokens: int
     real_tokens: int
     metrics: Mapping[str, Mean] = dataclasses.field(default_factory=dict)
+    spent: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def arrays(self) -> PairBatch:
@@ -83,6 +85,7 @@ class ItemBatch:
     tokens: int
     real_tokens: int
     metrics: Mapping[str, Mean] = dataclasses.field(default_factory=dict)
+    spent: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def arrays(self) -> tuple[Rows, np.ndarray]:

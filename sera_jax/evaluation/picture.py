@@ -16,6 +16,7 @@ _STEP = 0.07  # arms stand this far apart around a round, so that equal values s
 Round = dict[str, Any]
 # What warns of a ranking without a gold reward: its title and its axis.
 _WARNINGS = {
+    "kl_to_sft": ("KL to the SFT model", "of the candidates (nats per answer)"),
     "reward_ref_corr": ("Ranking against the SFT model", "correlation with its log-prob, within a prompt"),
     "reward_length_corr": ("Ranking against length", "correlation with length, within a prompt"),
     "repeated_ngrams": ("Candidates that repeat themselves", "share of 3-grams said before"),
@@ -82,10 +83,20 @@ class _Report:
             f["length_baseline_accuracy"] for r in self.arms.values() for f in r if "length_baseline_accuracy" in f
         ]
         if baselines:
-            axis.axhline(100 * baselines[0], color=GREY, ls=(0, (4, 3)), lw=1.2, zorder=1)
-            place = axis.get_yaxis_transform()  # x as a share of the axis, y as data
-            axis.text(
-                0.99, 100 * baselines[0], "longer answer wins", transform=place, ha="right", va="bottom", color=GREY
+            level = baselines[0]
+            axis.axhline(100 * level, color=GREY, ls=(0, (4, 3)), lw=1.2, zorder=1)
+            ends = [rounds[-1].get("heldout_accuracy", level) for rounds in self.arms.values()]
+            nearest = min(ends, key=lambda end: abs(end - level))
+            below = nearest >= level  # away from the nearest curve
+            axis.annotate(
+                "longer answer wins",
+                (0.99, 100 * level),
+                xycoords=axis.get_yaxis_transform(),  # x as a share of the axis, y as data
+                xytext=(0, -3 if below else 2),
+                textcoords="offset points",
+                ha="right",
+                va="top" if below else "bottom",
+                color=GREY,
             )
         axis.set(title="Held-out pairs ranked as labelled", ylabel="reward accuracy (%)")
 
@@ -189,7 +200,9 @@ def _panels(report: _Report) -> list[Callable[[Any], None]]:
         ("kept", report.pairs),
         ("agreement", report.agreement),
     ]
-    panels += [(f"bootstrap/{name}", report.warning(f"bootstrap/{name}", *words)) for name, words in _WARNINGS.items()]
+    for name, words in _WARNINGS.items():
+        shown = name != "repeated_ngrams" or not report.has("gold_mean")
+        panels.append((f"bootstrap/{name}", report.warning(f"bootstrap/{name}", *words) if shown else None))
     return [draw for name, draw in panels if draw is not None and report.has(name)]
 
 

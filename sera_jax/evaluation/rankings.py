@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ COLUMNS = [
     ("ranked by", plain("ranking")),
     ("pairs", plain("pairs")),
     ("agree/not/tie", shares("agreement", ("agree", "disagree", "tie"))),
-    ("gold gap", lambda facts: f"{facts['gold_gap']:+.3f} ± {1.96 * facts['gold_gap_se']:.3f}"),
+    ("gold gap", lambda facts: f"{facts['gold_gap']:+.3f} ± {1.96 * facts.get('gold_gap_se', math.nan):.3f}"),
     ("tokens gap", lambda facts: f"{facts['tokens_gap']:+.1f}"),
     ("corr.", number("gold_corr", 2)),
 ]
@@ -77,7 +78,7 @@ def facts(
             "pairs": len(pairs),
             "agreement": gold.agreement(*both.T),
             "gold_gap": float(gap.mean()),
-            "gold_gap_se": float(gap.std() / np.sqrt(len(gap))),
+            **({"gold_gap_se": float(gap.std(ddof=1) / np.sqrt(len(gap)))} if len(gap) > 1 else {}),
             "tokens_gap": float(np.mean(tokens)),
             **({} if corr is None else {"gold_corr": corr}),
         }

@@ -29,6 +29,7 @@ from sera_jax.data.planning import Shapes
 from sera_jax.data.rollouts import PromptSchedule, coarse_sizes
 from sera_jax.data.stored import items_of
 from sera_jax.evaluation import gold
+from sera_jax.loops import cost
 from sera_jax.loops.log import warn_of_still_margins, write_round
 from sera_jax.loops.optimise import Training, Updates, optimise
 from sera_jax.loops.restartable import Span
@@ -130,8 +131,11 @@ def self_made(study: SeraStudy) -> Source:
         count = sum(map(len, kept))
         loader = PairLoader(pairs, layout, batch_size=count, seed=run.seed, known=known, order="given")
         margins = [pair.margin for made in kept for pair in made]
+        tokens = cost.laid([group.item for group in candidates], layout)
         return dataclasses.replace(
-            loader.batch(0), metrics=_metrics(study, pairs, np.array(margins, np.float32), pairings)
+            loader.batch(0),
+            metrics=_metrics(study, pairs, np.array(margins, np.float32), pairings),
+            spent={"sampling": tokens, "scoring": (1 + study.loss.uses_reference) * tokens},
         )
 
     depends = {

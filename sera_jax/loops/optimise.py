@@ -177,6 +177,7 @@ class _Waiting(NamedTuple):
     tokens: int
     real_tokens: int
     metrics: dict[str, Any]
+    spent: dict[str, float]
 
 
 class _Optimisation:
@@ -225,7 +226,7 @@ class _Optimisation:
         parts = run.microbatches(group, batch.tokens)
         state, metrics = self.programs.update(state, place_batch(batch.arrays, parts, run.mesh), *frozen)
         metrics = {**metrics, **batch.metrics}
-        self.waiting.append(_Waiting(number, batch.ids, batch.tokens, batch.real_tokens, metrics))
+        self.waiting.append(_Waiting(number, batch.ids, batch.tokens, batch.real_tokens, metrics, dict(batch.spent)))
         run.writer.advance(number, tokens=batch.real_tokens)
         if number % run.logging_steps == 0:
             self.flush(state, number)
@@ -241,6 +242,8 @@ class _Optimisation:
         for made in updates_made:
             for key, value in made.metrics.items():
                 record[key] = record[key] + value if isinstance(value, Mean) and key in record else value
+            for kind, passes in made.spent.items():
+                record[f"cost/{kind}"] = record.get(f"cost/{kind}", 0.0) + passes
         real = sum(made.real_tokens for made in updates_made)
         training, updates = self.training, self.training.updates
         record |= {

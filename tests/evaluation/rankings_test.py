@@ -37,7 +37,7 @@ def test_a_ranking_agrees_with_itself_and_never_with_its_opposite(name):
     assert found[name]["gold_corr"] == pytest.approx(1.0)
     gaps = [np.ptp(gold) for gold in golds]
     assert found[name]["gold_gap"] == pytest.approx(np.mean(gaps))
-    assert found[name]["gold_gap_se"] == pytest.approx(np.std(gaps) / np.sqrt(len(given)))
+    assert found[name]["gold_gap_se"] == pytest.approx(np.std(gaps, ddof=1) / np.sqrt(len(given)))
     against = judged_by(name, -1.0)[2][name]
     assert (against["agreement"]["disagree"], against["gold_gap"]) == (1.0, -found[name]["gold_gap"])
     assert against["tokens_gap"] == found[name]["tokens_gap"]

@@ -14,6 +14,7 @@ from sera_jax import experiment
 from sera_jax.checkpoint import Workdir
 from sera_jax.config import Config
 from sera_jax.data.items import Item, PairItem
+from sera_jax.data.stored import items_of
 from sera_jax.experiment.methods import METHODS, online_dpo
 from sera_jax.experiment.methods.online_dpo import ARMS
 from sera_jax.loops.online import _metrics, online, self_made
@@ -111,6 +112,19 @@ def test_both_arms_start_from_the_same_round_and_make_as_many_updates(lab):
     peak = int(np.argmax(rates["daa"]))
     assert rates["daa"][peak:] == sorted(rates["daa"][peak:], reverse=True), "one schedule over all segments"
     assert len(set(lab.summary["params_sha256"].values())) == 3
+
+
+def test_an_arm_costs_what_its_lines_and_round_1_say(lab):
+    """The policy's answers are sampled once, and scored by it and by the reference; the control samples nothing."""
+    of_reference = sum(item.tokens for item in items_of(lab.study.pool))
+    for arm in ARMS:
+        lines, facts = [*lab.lines(""), *lab.lines(arm)], lab.summary["arms"][arm]
+        sampled = sum(line.get("cost/sampling", 0) for line in lines)
+        assert (sampled > 0) is (arm == "online_dpo")
+        assert facts["cost/sampling"] == sampled
+        assert facts["cost/scoring"] == 2 * sampled + of_reference
+        assert facts["cost/training"] == 3 * sum(line["num_tokens"] for line in lines)
+    assert lab.summary["arms"]["sft"]["cost/training"] > 0
 
 
 def test_what_is_said_of_the_pairs_adds_up(lab):

@@ -24,6 +24,7 @@ from sera_jax.experiment.methods.sera import (
     study_of,
 )
 from sera_jax.experiment.planned import Planned
+from sera_jax.loops import cost
 from sera_jax.loops.brake import LIMITS
 from sera_jax.loops.online import offline, online, segments, self_made, with_reference
 from sera_jax.loops.sera_study import updates_of
@@ -53,14 +54,18 @@ def run(given: Experiment) -> Outcome:
     config, loss = given.config, loss_of(given.config)
     evaluator = given.evaluator(loss=loss)
     evaluator.look_at(given.start, 0)
-    study = with_reference(study_of(given, loss, evaluator.look_at))
-    arms: dict[str, dict[str, Any]] = {"sft": evaluator.of_arm(given.start)}
+    ledger = given.runtime.ledger
+    with ledger.account() as of_all:
+        study = with_reference(study_of(given, loss, evaluator.look_at))
+    sft = evaluator.of_arm(given.start) | cost.facts(ledger.of(given.start.name))
+    arms: dict[str, dict[str, Any]] = {"sft": sft}
     rounds: list[dict[str, Any]] = []
     final = {"sft": given.start}
     for arm in config.online.arms:
-        final[arm], facts = online(study, config.online, arm, ARMS[arm].how(study))
+        with ledger.account() as spent:
+            final[arm], facts = online(study, config.online, arm, ARMS[arm].how(study))
         rounds += facts
-        arms[arm] = evaluator.of_arm(final[arm])
+        arms[arm] = evaluator.of_arm(final[arm]) | cost.facts([*of_all.values(), *spent.values()])
     return final, {"arms": arms, "rounds": rounds, "loss": loss.as_dict()}
 
 
