@@ -20,6 +20,8 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
+from sera_jax import whole
+
 SECONDS = 5.0  # between two stamps
 SILENT_SECONDS = 600.0  # longer than anything that says nothing is known to take
 FOLDER = "progress"  # in the work directory
@@ -169,10 +171,6 @@ def _line_of(thread: int) -> str:
 
 
 def _write(path: pathlib.Path, text: str) -> None:
-    """At once, where files can be renamed."""
     torn = path.with_name(path.name + ".tmp")
-    torn.write_text(text)
-    try:
-        torn.replace(path)
-    except OSError:  # a mounted bucket may rename nothing
-        path.write_text(text)
+    torn.write_text(text)  # not brought to the disk: it is of the moment
+    whole.appear(torn, path)

@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 
+from sera_jax import whole
 from sera_jax.core import Stream, rng_for
 from sera_jax.world_authors import AUTHORS, Habits
 
@@ -377,7 +378,7 @@ def write_world(spec: WorldSpec, directory: str | os.PathLike[str]) -> dict[str,
         write_tokenizer(temporary / "tokenizer")
         (temporary / "world.json").write_text(manifest, encoding="utf-8")
         temporary.chmod(0o755)
-        os.replace(temporary, directory)
+        whole.appear(temporary, directory, last="world.json")
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

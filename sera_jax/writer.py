@@ -26,7 +26,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sera_jax import hosts, stamps
+from sera_jax import hosts, stamps, whole
 from sera_jax.board import RESERVED, Board
 from sera_jax.core import Mean
 from sera_jax.progress import Progress
@@ -336,12 +336,8 @@ def key_of(record: Mapping[str, Any]) -> SpanKey:
 
 def _replace(path: pathlib.Path, records: list[dict]) -> None:
     """Puts a file of these records at `path` in one step: a kill leaves the old file or the new one."""
-    fresh = path.with_suffix(".jsonl.tmp")
-    with fresh.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
+    lines = (json.dumps(record, allow_nan=False) + "\n" for record in records)
+    whole.write(path, lambda file: file.writelines(lines))
 
 
 def _number(value: Any) -> float | int:

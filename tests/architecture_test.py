@@ -34,6 +34,7 @@ LAYERS = [
     ["mesh"],
     ["core", "config", "progress", "memory", "compiling", "board", "stop", "hosts", "world_authors"],
     ["stamps"],
+    ["whole"],
 ]
 SIBLINGS = {
     ("world", "data"),  # the embedded world makes the same records that real data becomes

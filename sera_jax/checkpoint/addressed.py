@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
-from sera_jax import hosts, memory
+from sera_jax import hosts, memory, whole
 from sera_jax.checkpoint.lock import ADDRESSED
 from sera_jax.checkpoint.phases import (
     Product,
@@ -47,7 +47,7 @@ def addressed(workdir: Workdir, name: str, inputs: dict[str, Any], produce: Call
         except BaseException:
             shutil.rmtree(torn, ignore_errors=True)
             raise
-        torn.replace(folder)
+        whole.appear(torn, folder, last="manifest.json")
         return product_of(folder, read_json(folder / "manifest.json"))
 
     return hosts.on_first(find_or_make)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from sera_jax import hosts, memory
+from sera_jax import hosts, memory, whole
 from sera_jax.checkpoint.phases import StaleWorkdir, digest_of, first_difference, plain
 from sera_jax.mesh import fetch
 
@@ -210,12 +210,18 @@ def save_tree(path: pathlib.Path, tree: Any) -> str:
     devices hold, the first the checksums."""
     path = path.absolute()
     sums = checksums(tree)
-    with _writing(path), ocp.StandardCheckpointer() as checkpointer:
+    with _writing(path), ocp.StandardCheckpointer(temporary_path_class=_made_under(path)) as checkpointer:
         checkpointer.save(path / "arrays", tree)
         checkpointer.wait_until_finished()
     if hosts.is_first():
         (path / "checksums.json").write_text(json.dumps(sums, indent=1))
     return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
+
+
+def _made_under(folder: pathlib.Path) -> Any:
+    """How orbax makes a folder whole or absent: by renaming it, or, where the file system does not, by a file in it."""
+    renamed = hosts.on_first(lambda: whole.folders_can_be_renamed(folder))
+    return None if renamed else ocp.path.atomicity.CommitFileTemporaryPath
 
 
 def load_tree(path: pathlib.Path, abstract: Any) -> Any:
@@ -244,9 +250,10 @@ class Checkpoints:
         self._path = path.absolute()
         self._inputs = None if inputs is None else plain(inputs)
         self.notes: dict[str, Any] = {}
-        self._manager = ocp.CheckpointManager(
-            self._path, options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, cleanup_tmp_directories=True, temporary_path_class=_made_under(self._path.parent)
         )
+        self._manager = ocp.CheckpointManager(self._path, options=options)
 
     def save(self, step: int, state: Any, notes: dict[str, Any] | None = None) -> None:
         """Start writing `state`, and notes beside it that JSON can hold; its buffers may be donated as soon as this

@@ -13,14 +13,13 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import pathlib
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sera_jax import hosts, memory
+from sera_jax import hosts, memory, whole
 from sera_jax.checkpoint.code import check_versions, history_of, versions, with_present
 from sera_jax.checkpoint.lock import METRICS, StaleWorkdir, has_results, lock
 from sera_jax.config.identity import is_as_before, is_identity
@@ -149,12 +148,7 @@ def _write_whole(path: pathlib.Path, text: str) -> None:
     if not hosts.is_first():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    torn = path.with_name(path.name + ".tmp")
-    with torn.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    torn.replace(path)
+    whole.write_text(path, text)
 
 
 class Workdir:
@@ -263,7 +257,9 @@ class Workdir:
 
     def _start(self, name: str, inputs: dict[str, Any], folder: pathlib.Path) -> _Start:
         """What is there of a phase; where that is nothing, an empty folder to make it in, or to take it into."""
-        asked = digest_of(inputs)
+        asked, torn = digest_of(inputs), torn_of(folder)
+        if folder.is_dir() and (torn / "manifest.json").exists():  # files were being moved, as on a mounted bucket
+            whole.move_files(torn, folder, last="manifest.json")
         if (folder / "manifest.json").exists():
             product = self.open(name, inputs, folder)
             shutil.rmtree(self.checkpoints(name), ignore_errors=True)  # a kill may have come between rename and this
@@ -271,15 +267,15 @@ class Workdir:
         if folder.is_dir() and any(folder.iterdir()):
             raise ValueError(f"{folder / 'manifest.json'} is missing; {to_make_anew(folder)}")
         self.begin()
-        shutil.rmtree(torn := torn_of(folder), ignore_errors=True)
+        shutil.rmtree(torn, ignore_errors=True)
         torn.mkdir(parents=True)
         # a checkpoint may be of other versions, or of another machine
-        whole = not any(self.checkpoints(name).glob("[0-9]*"))
-        return _Start(asked, None, whole, taken=self.shared is not None and self.shared.take(name, inputs, torn))
+        from_start = not any(self.checkpoints(name).glob("[0-9]*"))
+        return _Start(asked, None, from_start, taken=self.shared is not None and self.shared.take(name, inputs, torn))
 
     def _keep(self, name: str, inputs: dict[str, Any], folder: pathlib.Path, start: _Start) -> Product:
         """Let a product appear that is whole, and what led to it go."""
-        torn_of(folder).replace(folder)
+        whole.appear(torn_of(folder), folder, last="manifest.json")
         if self.shared and not start.taken and start.whole:
             self.shared.give(name, inputs, folder)
         shutil.rmtree(self.checkpoints(name), ignore_errors=True)

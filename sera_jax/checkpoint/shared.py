@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from typing import Any
 
+from sera_jax import whole
 from sera_jax.checkpoint.code import versions
 from sera_jax.checkpoint.phases import digest_of, plain
 from sera_jax.checkpoint.verify import damages_of_phase
@@ -48,8 +49,8 @@ class SharedPhases:
         _link(folder, torn / "whole")
         with contextlib.suppress(OSError):  # another run left its own in the meantime
             if place.exists():
-                place.rename(torn / "damaged")
-            (torn / "whole").rename(place)
+                whole.appear(place, torn / "damaged")
+            whole.appear(torn / "whole", place, last="manifest.json")
         shutil.rmtree(torn, ignore_errors=True)
 
     def _place(self, name: str, inputs: dict[str, Any]) -> pathlib.Path:

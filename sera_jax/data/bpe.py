@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from sera_jax import whole
 from sera_jax.data import chat
 
 # Order gives the ids; padding is 0, as in the packed rows' filling.
@@ -136,7 +137,7 @@ def _publish(out: pathlib.Path, files: Mapping[str, str]) -> None:
         for name, text in files.items():
             (fresh / name).write_text(text, encoding="utf-8")
         fresh.chmod(0o755)  # mkdtemp's folders are private
-        fresh.rename(out)
+        whole.appear(fresh, out)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise

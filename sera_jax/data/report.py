@@ -8,7 +8,7 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-from sera_jax import hosts
+from sera_jax import hosts, whole
 from sera_jax.data.reasons import BAD_REASONS, DROPPED, FILE_REASONS, FORMS_PAGE, NOTES, REMEDIES
 
 MANY = 0.1  # of the kept rows: that many that carry a template stop a run
@@ -109,7 +109,7 @@ class LoadReport:
         fields = {**dataclasses.asdict(self), "bad_rows": self.bad_rows, "bad_fraction": self.bad_fraction}
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
         part.write_text(json.dumps(fields, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        part.replace(path)
+        whole.appear(part, path)
         return path
 
     def finish(self, max_bad_fraction: float, workdir: pathlib.Path | None) -> None:

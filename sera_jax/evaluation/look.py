@@ -10,6 +10,8 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from sera_jax import whole
+
 # Okabe and Ito's palette, told apart by every common kind of colour vision; markers differ as well.
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 BLACK, YELLOW, BROWN = "#000000", "#F0E442", "#7A5230"
@@ -97,7 +99,7 @@ def page(path: str | os.PathLike[str], *, columns: int, lines: int) -> Iterator[
         path.parent.mkdir(parents=True, exist_ok=True)
         torn = path.with_name(path.name + ".tmp")
         figure.savefig(torn, format="png", dpi="figure")
-        torn.replace(path)
+        whole.appear(torn, path)
 
 
 def head(figure: Any, text: str, handles: Sequence[Any], *, wide: bool) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from sera_jax import whole
+
 Summary = dict[str, Any]
 Cell = Callable[[Any], str]  # of the facts of an arm or a round; KeyError where the fact is absent
 Column = tuple[str, Cell]  # with its heading
@@ -128,13 +130,7 @@ def write_summary(path: str | os.PathLike[str], summary: Summary, report: Report
     summary = _applicable(_plain(summary), report)
     check_summary(summary, report)
     path.parent.mkdir(parents=True, exist_ok=True)
-    torn = path.with_name(path.name + ".tmp")
-    with torn.open("w", encoding="utf-8") as file:
-        json.dump(summary, file, indent=1, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    torn.replace(path)
+    whole.write_text(path, json.dumps(summary, indent=1, allow_nan=False) + "\n")
 
 
 def table(summary: Summary, report: Report) -> str:

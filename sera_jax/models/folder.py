@@ -15,7 +15,7 @@ import ml_dtypes  # noqa: F401 (teaches numpy, and so safetensors, the dtype bfl
 import numpy as np
 import safetensors
 
-from sera_jax import hub
+from sera_jax import hub, whole
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -192,15 +192,15 @@ def _flush(folder: pathlib.Path) -> None:
 
 def _swap(partial: pathlib.Path, path: pathlib.Path) -> None:
     """Give the finished folder its name. An old folder is moved aside first and removed last."""
-    if not path.exists():
-        partial.rename(path)
-        return
-    old = path.parent / f".{path.name}.old"
-    if old.exists():
+    if path.exists():
+        old = path.parent / f".{path.name}.old"
+        if old.exists():
+            shutil.rmtree(old)
+        whole.appear(path, old)
+        whole.appear(partial, path, last="config.json")
         shutil.rmtree(old)
-    path.rename(old)
-    partial.rename(path)
-    shutil.rmtree(old)
+    else:
+        whole.appear(partial, path, last="config.json")
 
 
 def some(names: list[str]) -> str:

@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sera_jax.checkpoint import Checkpoints, CorruptCheckpoint, Workdir, load_tree, save_tree, tree_digest
 from sera_jax.checkpoint.arrays import checksums, part_sum
 from sera_jax.mesh import make_mesh
+from tests import bucket
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
@@ -289,6 +290,24 @@ def test_a_damaged_checkpoint_is_never_replaced_by_an_older_one_in_silence(tmp_p
     with pytest.raises(CorruptCheckpoint, match="delete"):
         again.restore(_abstract(tree))
     again.close()
+
+
+def test_where_nothing_is_renamed_a_checkpoint_that_was_cut_is_none(tmp_path, monkeypatch):
+    """The one before it is the newest; and where renames work again, what was written without them is read."""
+    tree = {"w": jnp.arange(8.0)}
+    with monkeypatch.context() as patch:
+        bucket.mount(patch)
+        assert save_tree(tmp_path / "tree", tree)
+        checkpoints = Checkpoints(tmp_path / "c", keep=2)
+        for step in (1, 2):
+            checkpoints.save(step, {"w": tree["w"] + step})
+        checkpoints.close()
+        (tmp_path / "c" / "2" / "commit_success.txt").unlink()
+        again = Checkpoints(tmp_path / "c", keep=2)
+        assert again.latest_step() == 1
+        assert again.restore(_abstract(tree))["w"].tolist() == (tree["w"] + 1).tolist()
+        again.close()
+    assert load_tree(tmp_path / "tree", _abstract(tree))["w"].tolist() == tree["w"].tolist()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "bool"])

@@ -17,6 +17,7 @@ from sera_jax.experiment.assembly import open_tokenizer
 from sera_jax.experiment.methods import METHODS
 from sera_jax.loops.runtime import Preempted
 from sera_jax.mesh import make_mesh
+from tests import bucket
 from tests.loops.flags import set_flags
 from tests.loops.tiny import tiny_config
 
@@ -83,6 +84,16 @@ def test_following_the_advice_after_a_refusal_ends_as_a_fresh_run(go, fresh, tmp
     assert f"delete {tmp_path / 'checkpoints' / 'round1'} to start that phase anew" in str(refused.value)
     shutil.rmtree(checkpoints)
     assert go(tmp_path)["params_sha256"] == fresh[1]
+
+
+def test_a_mounted_bucket_that_locks_and_renames_nothing_ends_in_the_same_bytes(go, fresh, tmp_path, monkeypatch):
+    bucket.mount(monkeypatch)
+    with pytest.raises(Preempted):
+        go(tmp_path, stop=True)
+    assert [p.name for p in tmp_path.rglob("commit_success.txt")], "orbax, too, does without"
+    summary = go(tmp_path)
+    assert summary["params_sha256"] == fresh[1]
+    assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("*.partial"))
 
 
 def test_without_its_phases_a_run_goes_on_as_itself_and_as_no_other(go, fresh, tmp_path):

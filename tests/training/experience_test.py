@@ -237,7 +237,8 @@ def test_advantages_are_whitened_over_the_real_tokens_of_all_minibatches_togethe
     close(flat.mean(), 0.0)
     close(flat.var(), 1.0)
     packed, _ = lay(one, SAID)
-    assert control.shape.tolist() == [*packed[0].rows.slot.shape, packed[0].rows.num_slots]
+    rows = packed[0].rows
+    assert control.shape.tolist() == [*rows.tokens.shape, rows.slot.shape[1], rows.num_slots]
     of_parts = [
         np.concatenate(
             [got["advantage"][SAMPLES * i + k] for i in {*part.item[part.item >= 0]} for k in range(SAMPLES)]
