@@ -159,6 +159,7 @@ class Workdir:
         code: the versions that were at work in it, the present ones last.
         done: products of the phases that were asked for; fresh: names of those made by this process; taken: of those
             that came from `shared`.
+        keeps_states: whether states that nothing reads any more are kept (`retention`).
         watch: called with the name of every phase that is asked for, and whether its product lies there already.
         shared: products of other work directories, taken where they are the same; None: there are none.
     """
@@ -184,6 +185,7 @@ class Workdir:
         self.fresh: list[str] = []
         self.taken: list[str] = []
         self.notes: list[str] = []
+        self.keeps_states = False
         self.watch: Callable[[str, bool], None] = lambda name, finished: None
         self.shared: SharedPhases | None = None
         self._config = plain({k: v for k, v in config.items() if k != "workdir"})

@@ -26,9 +26,8 @@ class DataGroup:
     demonstrations: for SFT (empty: the chosen responses).
     pretrain: prompts and responses for a base model from scratch, which learns the responses (empty: the whole texts of
         the demonstrations, or else of both sides of the pairs).
-    row_multiple: steps are planned to fill a multiple of so many rows in each microbatch: on a pod the number of parts
-        that rows are spread over (mesh.data x mesh.fsdp), or the last rows are filling. Which pairs make a step depends
-        on it, and so not on the devices.
+    row_multiple: steps are planned to fill a multiple of so many rows in each microbatch: on a pod the parts that rows
+        are spread over (mesh.data x mesh.fsdp). Which pairs make a step depends on it, and so not on the devices.
     add_bos: whether a prompt begins with BOS: as the `tokenizer` does it (where its own chat template writes BOS; with
         plain text or another template, where it puts BOS before text by itself), `always` (once), or `never` (none but
         what the chat template writes). An export begins prompts the same way.
@@ -363,13 +362,15 @@ class EvalGroup:
 
 @dataclasses.dataclass(frozen=True)
 class LogGroup:
-    """What is written. rollout_iterations: rollouts are saved as text every so many PPO iterations (0: never)."""
+    """What is written. rollout_iterations: rollouts are saved as text every so many PPO iterations (0: never).
+    keep_states: the state of an optimiser stays also when the phase that goes on from it is finished."""
 
     logging_steps: int = at_least(10, 1)
     rollout_iterations: int = at_least(10, 0)
     tensorboard: bool = True
     report: bool = True
     hf_export: bool = False
+    keep_states: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

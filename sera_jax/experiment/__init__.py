@@ -63,6 +63,7 @@ def run(
     """
     method, root, fields = METHODS[config.method], pathlib.Path(config.workdir), config_lib.to_dict(config)
     workdir = Workdir(root, fields, numerics=method.numerics, allow_other_versions=allow_other_versions)
+    workdir.keeps_states = config.log.keep_states
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     meet(mesh)
     text = json.dumps(fields, indent=1, default=str)

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from sera_jax.checkpoint import load_tree
+from sera_jax.checkpoint.retention import check_kept, let_go
 from sera_jax.config import TrainGroup
 from sera_jax.core import Mean, Stream, key_for
 from sera_jax.data.planning import Shapes
@@ -78,6 +79,7 @@ class Training:
         target: what is minimised. group: optimiser settings. updates: how many. trained: what moves.
         span: what the log counts the updates in.
         continue_from: the policy whose optimiser state goes on; None starts afresh.
+        alone: nothing else goes on from that state, which is then let go.
         shapes: what the batches are planned for, left for later trainings (`loops.shapes`); None: nobody asks.
     """
 
@@ -91,6 +93,7 @@ class Training:
     updates: Updates
     span: Span
     continue_from: Policy | None = None
+    alone: bool = False
     trained: Trained = ALL
     shapes: Callable[[], Shapes] | None = None
 
@@ -115,6 +118,8 @@ def optimise(run: Runtime, training: Training) -> Policy:
     if not trained.whole:
         inputs["trained"] = dataclasses.asdict(trained)
     product = run_to_end(run, training.name, inputs, lambda: _Optimisation(run, training))
+    if training.continue_from and training.alone:
+        let_go(run.workdir, training.continue_from.path, "optimizer")
     run.ledger.note(training.name, cost.of_lines(read_records(product.path / METRICS)[0]))
     over = run.over(training.start, trained)
     return Policy(training.name, product.path, product.digest, training.target.scalar, trained, over)
@@ -212,6 +217,7 @@ class _Optimisation:
         if before is None:
             opt_state = self.programs.init(params)
         else:
+            check_kept(run.workdir, before.path, "optimizer")
             opt_state = load_tree(before.path / "optimizer", self.abstract.opt_state)
         return self.programs.join(params, opt_state)
 

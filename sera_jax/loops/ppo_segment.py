@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from sera_jax.checkpoint import load_tree
 from sera_jax.checkpoint.phases import write_json
+from sera_jax.checkpoint.retention import check_kept, let_go
 from sera_jax.data.items import items_digest
 from sera_jax.loops import cost
 from sera_jax.loops.policy import Policy, write_part
@@ -70,6 +71,8 @@ def train_segment(
         inputs["reward_model"] = [paying.model.digest, paying.shift, paying.scale]
     name = f"{arm}/iteration{segment.last}"
     product = run_to_end(study.run, name, inputs, lambda: _Iterations(learner, iterate, segment, previous))
+    if segment.first > 1:
+        let_go(study.run.workdir, previous.path, "state")
     study.run.ledger.note(name, cost.of_lines(read_records(product.path / METRICS)[0]))
     policy = Policy(name, product.path, product.digest, trained=learner.trained, over=learner.over)
     return policy, product.json("spent.json")
@@ -103,6 +106,7 @@ class _Iterations:
     def fresh(self) -> PpoState:
         learner, previous = self.learner, self.previous
         if self.segment.first > 1:
+            check_kept(learner.study.run.workdir, previous.path, "state")
             return _state_after(previous, self.abstract)
         run = learner.study.run
         return learner.programs.start(run.adapted(run.params(previous), learner.trained))

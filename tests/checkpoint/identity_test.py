@@ -16,6 +16,7 @@ MAY_CHANGE = {
     "data.benchmarks",
     *(f"mesh.{axis}" for axis in ("data", "fsdp", "tensor", "decode_tensor")),
     *(f"log.{field}" for field in ("logging_steps", "rollout_iterations", "tensorboard", "report", "hf_export")),
+    "log.keep_states",
 }
 
 

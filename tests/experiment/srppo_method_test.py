@@ -153,6 +153,14 @@ def test_a_finished_run_is_sound_and_what_was_changed_in_it_is_a_line_and_exit_c
     assert of_summary == f"{summary} is not what the run left; start the same command again, which writes it anew"
 
 
+def test_of_each_arm_the_last_state_alone_is_kept_and_the_policy_of_every_evaluation(done):
+    """So the last phase can be gone on with; --verify, above, misses nothing."""
+    for arm in ("srppo", "ppo_reward_model"):
+        folders = [done.root / "phases" / arm / f"iteration{i}" for i in range(1, ITERATIONS + 1)]
+        assert [(folder / "state" / "arrays").exists() for folder in folders] == [False] * (ITERATIONS - 1) + [True]
+        assert all((folder / "params" / "arrays").exists() for folder in folders)
+
+
 def test_verifying_stops_between_two_phases_with_nobody_at_work_meanwhile(done, monkeypatch):
     asked = itertools.count(1)
     held = []

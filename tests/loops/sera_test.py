@@ -201,6 +201,14 @@ def test_the_policy_starts_at_its_reference(lab):
     assert lab.train_lines("", 1)[-1]["rewards/margins"] != 0
 
 
+def test_the_state_of_a_round_is_let_go_when_the_next_one_of_its_arm_is_done(lab):
+    """That of round 1 is of all arms, that of the last nobody has gone on from."""
+    for arm in ARMS:
+        rounds = [lab.root / "phases" / arm / f"round{n}" / "optimizer" / "arrays" for n in (2, 3)]
+        assert [folder.exists() for folder in rounds] == [False, True]
+    assert (lab.root / "phases" / "round1" / "optimizer" / "arrays").exists()
+
+
 def test_the_learning_rate_goes_on_over_the_rounds_and_ends_near_zero(lab):
     rates = [r["learning_rate"] for key in (("", 1), ("sera", 2), ("sera", 3)) for r in lab.train_lines(*key)]
     peak = int(np.argmax(rates))
