@@ -6,11 +6,13 @@ import shutil
 
 import numpy as np
 import pytest
+from jax._src.array import ArrayImpl
 
 from sera_jax.checkpoint import CorruptCheckpoint
 from sera_jax.config import TrainGroup
 from sera_jax.core import Stream, key_for
 from sera_jax.data.items import Item
+from sera_jax.loops.optimise import _Optimisation
 from sera_jax.loops.runtime import NonFinite, Preempted
 from sera_jax.loops.sft import sft
 from sera_jax.models.config import ModelConfig
@@ -71,6 +73,22 @@ def test_a_loss_that_is_not_finite_is_found_before_its_line_is_due_and_the_state
     (saved,) = [path.name for path in (tmp_path / "checkpoints" / "sft").iterdir() if path.name.isdigit()]
     assert f"The last good state (update {saved}) is saved in" in str(refused.value)
     assert int(saved) < 5
+
+
+def test_between_two_lines_nothing_is_fetched_from_the_device(tmp_path, monkeypatch):
+    """Host and device run side by side: an update waits for nothing. (A transfer guard sees nothing on a CPU.)"""
+    value, at, fetched = ArrayImpl._value, [0], set()
+
+    def watched(work, state, number, step=_Optimisation.step):
+        at[0] = number
+        state = step(work, state, number)
+        at[0] = 0
+        return state
+
+    monkeypatch.setattr(ArrayImpl, "_value", property(lambda x: fetched.add(at[0]) or value.fget(x)))
+    monkeypatch.setattr(_Optimisation, "step", watched)
+    train(tmp_path)
+    assert fetched - {0} == {3, 6}, "the lines that are due within the loop; the last one is written after it"
 
 
 def test_how_often_lines_are_written_changes_no_product(tmp_path):
