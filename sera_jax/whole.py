@@ -14,19 +14,24 @@ from collections.abc import Callable
 from typing import IO
 
 
-def write(path: pathlib.Path, fill: Callable[[IO[str]], object]) -> None:
-    """A text file, on the disk before its name is."""
+def write(path: pathlib.Path, fill: Callable[[IO[bytes]], object]) -> None:
+    """A file, on the disk before its name is."""
     torn = path.with_name(f"{path.name}.tmp")
-    with torn.open("w", encoding="utf-8") as file:
+    with torn.open("wb") as file:
         fill(file)
         file.flush()
         os.fsync(file.fileno())
     appear(torn, path)
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
+def write_bytes(path: pathlib.Path, data: bytes) -> None:
     """As `write`."""
-    write(path, lambda file: file.write(text))
+    write(path, lambda file: file.write(data))
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """As `write`, in UTF-8."""
+    write_bytes(path, text.encode())
 
 
 def appear(torn: pathlib.Path, path: pathlib.Path, *, last: str = "") -> None:

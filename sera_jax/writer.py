@@ -336,7 +336,7 @@ def key_of(record: Mapping[str, Any]) -> SpanKey:
 
 def _replace(path: pathlib.Path, records: list[dict]) -> None:
     """Puts a file of these records at `path` in one step: a kill leaves the old file or the new one."""
-    lines = (json.dumps(record, allow_nan=False) + "\n" for record in records)
+    lines = ((json.dumps(record, allow_nan=False) + "\n").encode() for record in records)
     whole.write(path, lambda file: file.writelines(lines))
 
 

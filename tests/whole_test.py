@@ -36,7 +36,7 @@ def test_a_file_that_cannot_be_filled_leaves_the_one_before(tmp_path):
     whole.write_text(tmp_path / "x", "before")
 
     def fill_half(file):
-        file.write("half")
+        file.write(b"half")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
