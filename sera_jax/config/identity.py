@@ -30,10 +30,26 @@ YOUNGER: dict[str, Any] = {
     "model.revision": "",
 }
 
+# Values that are other names of what a run computes: results of the one go on with the other.
+_OTHER_NAMES: dict[str, dict[Any, Any]] = {
+    "model.attn_implementation": {"auto": "xla"},  # on other devices it differs in the order of sums only
+}
+
+
+def known_as(field: str, value: Any) -> Any:
+    """The value by which a run's identity knows it."""
+    return _OTHER_NAMES[field].get(value, value) if field in _OTHER_NAMES else value
+
 
 def is_identity(field: str) -> bool:
     """Whether a field, `seed` or `train.batch_size`, belongs to the identity."""
     return field not in FREE and field.split(".")[0] not in FREE
+
+
+def is_same(field: str, there: Any, now: Any) -> bool:
+    """Whether a work directory of the value `there` goes on with the value `now`; None there where it had no field."""
+    same = known_as(field, there) == known_as(field, now)
+    return same or not is_identity(field) or (there is None and is_as_before(field, now))
 
 
 def is_as_before(field: str, value: Any) -> bool:

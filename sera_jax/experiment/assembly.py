@@ -31,9 +31,11 @@ from sera_jax.experiment.methods import METHODS
 from sera_jax.loops.sera_study import Gold
 from sera_jax.mesh import row_shards
 from sera_jax.models.config import ModelConfig
+from sera_jax.models.decoder import attention_of
 from sera_jax.models.families import config_from_hf, mathematics
 from sera_jax.models.folder import is_adapter, read_config
 from sera_jax.models.peft import read_adapter_config
+from sera_jax.ops import backends
 from sera_jax.training.parameters import Origin
 
 
@@ -227,6 +229,20 @@ def check_positions(config: Config, cfg: ModelConfig) -> None:
                 f"config.data.max_prompt_length={prompt} and config.{field}={length} exceed the model's "
                 f"max_position_embeddings={room} together; lower one of them"
             )
+
+
+def attention_in_words(config: Config, cfg: ModelConfig, mesh: Mesh) -> list[str]:
+    """Which attention is computed, where the devices have a kernel for it.
+
+    Raises:
+        ValueError: the back end that the config names cannot compute it there.
+    """
+    devices = backends.devices(mesh)
+    try:
+        name, why = attention_of(cfg, devices, config.data.row_tokens)
+    except ValueError as error:
+        raise ValueError(f"config.model.{error}") from error
+    return [] if devices == "cpu" else [f"attention: {name}" + (f", since {why}" if why else "")]
 
 
 def check_shape(model: ModelGroup, cfg: ModelConfig) -> None:

@@ -89,6 +89,12 @@ def test_fields_that_may_change_do_not_hide_one_that_may_not(root):
         Workdir(root, to_dict(config))
 
 
+def test_a_value_goes_on_with_its_other_name(root):
+    config = changed(Config(workdir="runs/x"), "model.attn_implementation", "xla")
+    assert Workdir(root, to_dict(config)).notes, "said"
+    assert "model.attn_implementation" not in MAY_CHANGE
+
+
 def test_the_table_names_what_there_is():
     groups = {field.split(".")[0] for field in FIELDS}
     assert set(FREE) - groups - set(FIELDS) == {"tensor"}, "the flag of the evaluation command"

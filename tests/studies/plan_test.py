@@ -72,6 +72,15 @@ def test_rows_outlive_a_field_that_is_younger_and_changes_nothing(monkeypatch):
     assert identity(config, versions()) != identity(before, versions())
 
 
+def test_rows_outlive_another_name_of_what_they_computed():
+    config = to_dict(config_of("--config=configs/quickstart.py"))
+
+    def by(name):
+        return identity(config | {"model": config["model"] | {"attn_implementation": name}}, versions())
+
+    assert by("auto") == by("xla") != by("xla_loop")
+
+
 def test_runs_share_a_start_exactly_where_nothing_before_the_method_differs():
     def start(**fields):
         (run,) = expand(study(settings={"": fields}))
