@@ -29,6 +29,7 @@ from sera_jax.experiment.assembly import (
     check_sources,
     layout_of,
     read_corpus,
+    try_attention,
 )
 from sera_jax.experiment.card import card
 from sera_jax.experiment.ends import end_ids, ends_in_words
@@ -100,6 +101,7 @@ def run(
         writer.announce(ends_in_words(corpus.tokenizer, ends))
         for line in (*attention_in_words(config, cfg, mesh), *batches_in_words(config, corpus)):
             writer.announce(line)
+        try_attention(config, cfg, mesh)
         runtime = Runtime(
             cfg=cfg,
             mesh=mesh,

@@ -31,12 +31,15 @@ from sera_jax.experiment.methods import METHODS
 from sera_jax.loops.sera_study import Gold
 from sera_jax.mesh import row_shards
 from sera_jax.models.config import ModelConfig
-from sera_jax.models.decoder import attention_of
+from sera_jax.models.decoder import asked_attention
 from sera_jax.models.families import config_from_hf, mathematics
 from sera_jax.models.folder import is_adapter, read_config
 from sera_jax.models.peft import read_adapter_config
 from sera_jax.ops import backends
 from sera_jax.training.parameters import Origin
+
+_ATTENTION_ERROR = 0.05  # of a kernel, as a share: in bfloat16 a right one has 0.006, one without branches 0.14
+_WITHOUT_KERNEL = "set --config.model.attn_implementation=xla_loop"
 
 
 def read_corpus(
@@ -237,12 +240,31 @@ def attention_in_words(config: Config, cfg: ModelConfig, mesh: Mesh) -> list[str
     Raises:
         ValueError: the back end that the config names cannot compute it there.
     """
-    devices = backends.devices(mesh)
+    asked = asked_attention(cfg, backends.devices(mesh), config.data.row_tokens)
     try:
-        name, why = attention_of(cfg, devices, config.data.row_tokens)
+        name, why = backends.choose(cfg.attn_implementation, asked)
     except ValueError as error:
         raise ValueError(f"config.model.{error}") from error
-    return [] if devices == "cpu" else [f"attention: {name}" + (f", since {why}" if why else "")]
+    return [] if asked.devices == "cpu" else [f"attention: {name}" + (f", since {why}" if why else "")]
+
+
+def try_attention(config: Config, cfg: ModelConfig, mesh: Mesh) -> None:
+    """Try the kernel that attention is computed by, if it is one: whatever it was tested on, these devices, their
+    driver and their compiler are the user's.
+
+    Raises:
+        ValueError: it fails, or does not compute what plain XLA does on the same devices.
+    """
+    asked = asked_attention(cfg, backends.devices(mesh), config.data.row_tokens)
+    name, _ = backends.choose(cfg.attn_implementation, asked)
+    if not backends.ATTENTION[name].devices:
+        return
+    try:
+        error = backends.error_of(name, asked)
+    except RuntimeError as failure:
+        raise ValueError(f"attention: {name} fails on these devices ({failure}); {_WITHOUT_KERNEL}") from failure
+    if not error < _ATTENTION_ERROR:
+        raise ValueError(f"attention: {name} is {error:.0%} off what plain XLA computes here; {_WITHOUT_KERNEL}")
 
 
 def check_shape(model: ModelGroup, cfg: ModelConfig) -> None:

@@ -275,10 +275,9 @@ def head_matrix(cfg: ModelConfig, params: Params) -> jax.Array:
     return (params["head"] if "head" in params else params["embed"].T).astype(cfg.dtype)
 
 
-def attention_of(cfg: ModelConfig, devices: str, tokens: int) -> tuple[str, str]:
-    """`ops.backends.choose` for rows of so many tokens on those devices."""
-    asked = backends.Asked(devices, cfg.dtype, cfg.head_dim, tokens, cfg.attn_logit_softcapping)
-    return backends.choose(cfg.attn_implementation, asked)
+def asked_attention(cfg: ModelConfig, devices: str, tokens: int) -> backends.Asked:
+    """What a model asks of attention in rows of so many tokens on those devices (`ops.backends.devices`)."""
+    return backends.Asked(devices, cfg.dtype, cfg.head_dim, tokens, cfg.attn_logit_softcapping)
 
 
 def row_attention(
@@ -291,7 +290,8 @@ def row_attention(
         longest_item: no item takes more tokens of a row than this (static).
         keep_kv: keep each layer's rotated keys and its values, [R, G, T, d] both.
     """
-    name, _ = attention_of(cfg, backends.devices(), places.segment.shape[1])
+    asked = asked_attention(cfg, backends.devices(), places.segment.shape[1])
+    name, _ = backends.choose(cfg.attn_implementation, asked)
     attention = backends.ATTENTION[name].attend
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Any, **of_model: Any) -> tuple[jax.Array, Any]:

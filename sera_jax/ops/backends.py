@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from sera_jax.ops.attention import Attention, blocked_attention
+from sera_jax.ops.attention import Attention, Places, blocked_attention
 from sera_jax.ops.kernels import LANES, dot_product, of_kernel, splash
 
 LONGEST = 16384  # tokens of a row whose mask a kernel is given: 2 GiB with its copies
@@ -100,6 +102,33 @@ def choose(name: str, asked: Asked) -> tuple[str, str]:
         return "xla" if asked.devices == "cpu" else "xla_loop", ""
     why = _why_not(kernel, asked)
     return ("xla_loop", f"{kernel} {why}") if why else (kernel, "")
+
+
+def error_of(name: str, asked: Asked) -> float:
+    """How far a back end's values and gradients lie from those of plain XLA on the devices of the mesh that is set, as
+    a share of their norm: of a row of two items, one of which has two answers to its prompt, and padding."""
+    parts = np.array([(1, 0, 300), (1, 1, 200), (1, 2, 200), (2, 0, 100), (2, 1, 150), (0, 0, 74)])
+    segment, branch = (np.repeat(column, parts[:, 2])[None].astype(np.int32) for column in parts.T[:2])
+    at = Places.in_rows(segment, branch, np.arange(segment.size, dtype=np.int32)[None])
+    rng, shape = np.random.default_rng(0), (1, 2, segment.size, asked.depth)
+    heads = [rng.standard_normal(shape).astype(jnp.dtype(asked.dtype))[:, :count] for count in (2, 1, 1)]
+
+    def mixed(attend: Attention) -> list[jax.Array]:
+        def total(heads: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+            out = attend(*heads, at, at, soft_cap=asked.soft_cap).astype(jnp.float32)
+            out = jnp.where(segment[0, :, None] > 0, out, 0.0)
+            return jnp.sum(out**2), out
+
+        (_, out), grads = jax.value_and_grad(total, has_aux=True)(heads)
+        return [x.astype(jnp.float32) for x in (out, *grads)]
+
+    @jax.jit
+    def error(heads: list[jax.Array]) -> jax.Array:
+        plain = mixed(ATTENTION["xla_loop"].attend)
+        apart = [jnp.linalg.norm(x - y) / jnp.linalg.norm(y) for x, y in zip(mixed(ATTENTION[name].attend), plain)]
+        return jnp.max(jnp.stack(apart))
+
+    return float(error(heads))
 
 
 def anywhere(name: str) -> str:

@@ -13,7 +13,7 @@ from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import abstract_params, hidden_states
 from sera_jax.ops import kernels
 from sera_jax.ops.attention import Places, blocked_attention
-from sera_jax.ops.backends import ATTENTION, AUTO, LONGEST, Asked, anywhere, choose, devices
+from sera_jax.ops.backends import ATTENTION, AUTO, LONGEST, Asked, BackEnd, anywhere, choose, devices, error_of
 from tests import oracles
 from tests.ops.attention_test import close, mixed, places, plain_attention, random_heads, whole_mask
 
@@ -150,3 +150,16 @@ def test_a_model_is_lowered_to_cudnns_call_for_nvidia_gpus(rows, monkeypatch):
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91900)  # asks the library, which only GPUs have
     text = of_a_model(rows, "cuda").lower(lowering_platforms=("cuda",)).as_text()
     assert "__cudnn$fmhaScaleBiasSoftmax" in text
+
+
+def test_a_kernel_is_tried_by_a_row_in_which_a_wrong_mask_shows(monkeypatch):
+    def without_branches(q, k, v, queries, keys, **of_model):
+        keys = keys._replace(branch=0 * keys.branch)
+        return KERNELS["cudnn"](q, k, v, queries, keys, **of_model)
+
+    def error(attend):
+        monkeypatch.setitem(ATTENTION, "cudnn", BackEnd(attend, "cuda"))
+        return error_of("cudnn", WANTED._replace(dtype="float32", depth=8))
+
+    assert error(KERNELS["cudnn"]) < 1e-5
+    assert error(without_branches) > 0.1
