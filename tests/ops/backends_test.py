@@ -1,8 +1,10 @@
 """The attention back ends: which one a name stands for, and that the kernels mix what plain attention does."""
 
 import functools
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
@@ -133,23 +135,28 @@ def test_a_saved_model_is_opened_on_any_devices():
     }
 
 
-def of_a_model(rows, kind):
-    """The hidden states of a tiny model in bfloat16, traced for devices that are not here."""
-    cfg = ModelConfig(dtype="bfloat16")
-    with jax.sharding.use_abstract_mesh(mesh_of(kind)):
-        return jax.jit(lambda params, rows: hidden_states(cfg, params, rows)).trace(abstract_params(cfg), rows)
-
-
-def test_a_model_takes_the_kernel_of_the_devices_that_it_is_traced_for(rows):
-    assert "splash" in str(of_a_model(rows, "tpu").jaxpr)
-    assert "splash" not in str(of_a_model(rows, "gpu").jaxpr)
-
-
-def test_a_model_is_lowered_to_cudnns_call_for_nvidia_gpus(rows, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "calls"),
+    [
+        ("tpu", ["splash_mha_fwd_residuals", "splash_mha_dq_no_residuals", "splash_mha_dkv_no_residuals"]),
+        ("cuda", ["__cudnn$fmhaScaleBiasSoftmax(", "__cudnn$fmhaScaleBiasSoftmaxBackward("]),
+        ("gpu", []),
+    ],
+)
+def test_a_model_is_lowered_to_the_kernel_of_devices_that_are_not_here(rows, kind, calls, monkeypatch):
     cudnn = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91900)  # asks the library, which only GPUs have
-    text = of_a_model(rows, "cuda").lower(lowering_platforms=("cuda",)).as_text()
-    assert "__cudnn$fmhaScaleBiasSoftmax" in text
+    cfg = ModelConfig(dtype="bfloat16")
+
+    def total(params):
+        return jnp.sum(hidden_states(cfg, params, rows).astype(jnp.float32))
+
+    with jax.sharding.use_abstract_mesh(mesh_of(kind)):
+        traced = jax.jit(jax.grad(total)).trace(abstract_params(cfg))
+    text = traced.lower(lowering_platforms=("cuda" if kind == "gpu" else kind,)).as_text()
+    for call in calls:
+        assert call in text
+    assert calls or not re.search("splash|cudnn", text)
 
 
 def test_a_kernel_is_tried_by_a_row_in_which_a_wrong_mask_shows(monkeypatch):
