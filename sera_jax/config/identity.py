@@ -30,15 +30,14 @@ YOUNGER: dict[str, Any] = {
     "model.revision": "",
 }
 
-# Values that are other names of what a run computes: results of the one go on with the other.
-_OTHER_NAMES: dict[str, dict[Any, Any]] = {
-    "model.attn_implementation": {"auto": "xla"},  # on other devices it differs in the order of sums only
-}
+# Fields whose every value computes the same but for the order of sums, as the devices have it, each with the value that
+# stands for all of them in digests, older ones included.
+ANY_VALUE: dict[str, Any] = {"model.attn_implementation": "xla"}
 
 
 def known_as(field: str, value: Any) -> Any:
     """The value by which a run's identity knows it."""
-    return _OTHER_NAMES[field].get(value, value) if field in _OTHER_NAMES else value
+    return ANY_VALUE.get(field, value)
 
 
 def is_identity(field: str) -> bool:

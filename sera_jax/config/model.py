@@ -50,4 +50,4 @@ class ModelGroup:
     param_dtype: str = one_of("float32", "bfloat16")
     logits_dtype: str = one_of("float32", "bfloat16")
     remat: str = one_of("auto", "none", "full", "dots", "groups")
-    attn_implementation: str = one_of("auto", "xla_loop", "xla", "splash", "cudnn")
+    attn_implementation: str = one_of("auto", "xla", "xla_loop", "splash", "cudnn")

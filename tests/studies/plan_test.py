@@ -72,13 +72,12 @@ def test_rows_outlive_a_field_that_is_younger_and_changes_nothing(monkeypatch):
     assert identity(config, versions()) != identity(before, versions())
 
 
-def test_rows_outlive_another_name_of_what_they_computed():
-    config = to_dict(config_of("--config=configs/quickstart.py"))
+def test_rows_are_of_one_run_whatever_computes_attention():
+    def digest(name):
+        config = to_dict(config_of("--config=configs/quickstart.py", f"--config.model.attn_implementation={name}"))
+        return identity(config, versions())
 
-    def by(name):
-        return identity(config | {"model": config["model"] | {"attn_implementation": name}}, versions())
-
-    assert by("auto") == by("xla") != by("xla_loop")
+    assert digest("auto") == digest("xla") == digest("splash")
 
 
 def test_runs_share_a_start_exactly_where_nothing_before_the_method_differs():
