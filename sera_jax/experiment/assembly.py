@@ -248,23 +248,25 @@ def attention_in_words(config: Config, cfg: ModelConfig, mesh: Mesh) -> list[str
     return [] if asked.devices == "cpu" else [f"attention: {name}" + (f", since {why}" if why else "")]
 
 
-def try_attention(config: Config, cfg: ModelConfig, mesh: Mesh) -> None:
-    """Try the kernel that attention is computed by, if it is one: whatever it was tested on, these devices, their
+def tried_attention(config: Config, cfg: ModelConfig, mesh: Mesh) -> list[str]:
+    """`attention_in_words`, once a kernel that computes it was tried: whatever it was tested on, these devices, their
     driver and their compiler are the user's.
 
     Raises:
-        ValueError: it fails, or does not compute what plain XLA does on the same devices.
+        ValueError: also where the kernel fails, or does not compute what plain XLA does on the same devices.
     """
+    words = attention_in_words(config, cfg, mesh)
     asked = asked_attention(cfg, backends.devices(mesh), config.data.row_tokens)
     name, _ = backends.choose(cfg.attn_implementation, asked)
     if not backends.ATTENTION[name].devices:
-        return
+        return words
     try:
         error = backends.error_of(name, asked)
     except RuntimeError as failure:
         raise ValueError(f"attention: {name} fails on these devices ({failure}); {_WITHOUT_KERNEL}") from failure
     if not error < _ATTENTION_ERROR:
         raise ValueError(f"attention: {name} is {error:.0%} off what plain XLA computes here; {_WITHOUT_KERNEL}")
+    return words
 
 
 def check_shape(model: ModelGroup, cfg: ModelConfig) -> None:

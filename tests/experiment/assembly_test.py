@@ -10,7 +10,7 @@ import pytest
 from sera_jax import world
 from sera_jax.config import Config, DataGroup, EvalGroup, ModelGroup, SamplingGroup
 from sera_jax.data.tokenizing import Tokenizer
-from sera_jax.experiment.assembly import attention_in_words, base_model, check_positions, try_attention
+from sera_jax.experiment.assembly import attention_in_words, base_model, check_positions, tried_attention
 from sera_jax.mesh import make_mesh
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import init_params
@@ -97,9 +97,9 @@ def test_a_kernel_that_does_not_compute_attention_is_refused_before_any_work(mon
     monkeypatch.setattr(backends, "error_of", error)
     refused = pytest.raises(ValueError, match=words) if words else contextlib.nullcontext()
     with refused:
-        try_attention(FITS, CFG, make_mesh())
+        assert tried_attention(FITS, CFG, make_mesh()) == ["attention: splash"]
 
 
 def test_plain_xla_is_not_tried(monkeypatch):
     monkeypatch.setattr(backends, "error_of", lambda name, asked: 1.0)
-    try_attention(FITS, CFG, make_mesh())
+    assert tried_attention(FITS, CFG, make_mesh()) == []
