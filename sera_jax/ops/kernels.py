@@ -102,7 +102,7 @@ def splash(
             attn_logits_soft_cap=soft_cap,
             interpret=interpret,
         )
-        # asked for in Python, and made an array with all else of the mask
+        # made an array with all else of the mask, and yet asked for in Python, where under jit it has no value
         attend.fwd_mask_info = attend.fwd_mask_info._replace(is_dynamic_mask=True)
         return attend(q, k, v)
 
