@@ -115,7 +115,8 @@ def error_of(name: str, asked: Asked) -> float:
 
     def mixed(attend: Attention) -> list[jax.Array]:
         def total(heads: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-            out = attend(*heads, at, at, soft_cap=asked.soft_cap).astype(jnp.float32)
+            q, k, v = heads
+            out = attend(q, k, v, at, at, soft_cap=asked.soft_cap).astype(jnp.float32)
             out = jnp.where(segment[0, :, None] > 0, out, 0.0)
             return jnp.sum(out**2), out
 
