@@ -35,7 +35,6 @@ def get_config() -> ConfigDict:
     c.model.tie_word_embeddings = False
     c.model.dtype = "bfloat16"
     c.model.remat = "full"
-    c.model.attn_implementation = "xla_loop"
 
     c.data.train = "ultrafeedback.jsonl"
     c.data.row_tokens = 4096

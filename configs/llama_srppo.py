@@ -53,7 +53,6 @@ def get_config() -> ConfigDict:
     c.model.tie_word_embeddings = False
     c.model.dtype = "bfloat16"
     c.model.remat = "full"
-    c.model.attn_implementation = "xla_loop"
 
     c.data.demonstrations = "hub:allenai/tulu-v2-sft-mixture"
     c.data.prompts = "hub:HuggingFaceH4/ultrachat_200k:train_gen"

@@ -32,7 +32,6 @@ def get_config() -> ConfigDict:
     c.model.model_name_or_path = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
     c.model.dtype = "bfloat16"
     c.model.remat = "full"
-    c.model.attn_implementation = "xla_loop"
 
     c.data.demonstrations = "hub:HuggingFaceH4/ultrachat_200k:train_sft"
     c.data.train = "hub:HuggingFaceH4/ultrafeedback_binarized:train_prefs"

@@ -61,10 +61,13 @@ def look(config: Any, topology: Any) -> dict[str, Any]:
     from sera_jax.aot.measure import measure_all
     from sera_jax.checkpoint.phases import write_json
     from sera_jax.experiment.ahead import programs_of
+    from sera_jax.experiment.assembly import attention_in_words
     from sera_jax.experiment.levers import search
     from sera_jax.experiment.rehearsal import rehearse, said
 
     programs, mesh, planned = programs_of(config, topology)
+    for line in attention_in_words(planned.given.config, planned.given.runtime.cfg, mesh):
+        _say(line)
     names = [program.name for program in programs]
     wanted = {name for name in names if not _ONLY.value or name.startswith(tuple(_ONLY.value))}
     if not wanted:

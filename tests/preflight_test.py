@@ -229,6 +229,15 @@ def test_a_base_from_scratch_is_planned_whole_and_all_after_it_as_adapters(metho
             assert held(states, mesh.size) == held(part, mesh.size), name
 
 
+def test_an_attention_that_the_devices_do_not_have_is_refused_in_a_line(folder, capsys):
+    named = "--config.model.attn_implementation=splash"
+    assert looked(folder / "none", *tiny_flags(folder), named, "--topology=cpu:2") == (2, None)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: config.model.attn_implementation='splash' runs on tpu devices, and these are cpu;")
+    code, _ = looked(folder / "estimated", *tiny_flags(folder), named, "--topology=gpu:h100:2", "--only=train")
+    assert code == 0, "nothing is compiled for GPUs"
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [("v5e-16", "give a TPU slice as v5e:4x4"), ("cpu:x", "is unknown"), ("gpu:z9:8", "h100"), ("tpu9:2x2", "v5p")],
@@ -245,13 +254,14 @@ def test_without_the_tpu_compiler_it_says_what_to_install(folder, capsys, monkey
     assert "pip install libtpu" in capsys.readouterr().err
 
 
-def test_a_tiny_scorer_is_compiled_for_a_tpu(folder):
+def test_a_tiny_scorer_and_an_update_are_compiled_for_a_tpu_with_its_attention(folder):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("the TPU compiler is not installed: pip install libtpu")
-    how = ["--topology=v5e:2x2", "--only=score pairs", "--nocheck", f"--out={folder / 'tpu'}"]
+    how = ["--topology=v5e:2x2", "--only=score pairs,train", "--nocheck", f"--out={folder / 'tpu'}"]
     command = [sys.executable, "-m", "sera_jax.preflight", *tiny_flags(folder), *how]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)  # libtpu changes its process
     assert done.returncode == 0, done.stderr
+    assert "attention: splash\n" in done.stderr
     report = json.loads((folder / "tpu" / "preflight.json").read_text())
     assert report["limit_gib"] == pytest.approx(15.75, abs=0.01) and report["hours"] > 0
     assert report["rows"][0]["collectives"], "weights are gathered"

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sera_jax import hosts, memory, whole
 from sera_jax.checkpoint.code import check_versions, history_of, versions, with_present
 from sera_jax.checkpoint.lock import METRICS, StaleWorkdir, has_results, lock
-from sera_jax.config.identity import is_as_before, is_identity
+from sera_jax.config.identity import is_same
 
 if TYPE_CHECKING:
     from sera_jax.checkpoint.shared import SharedPhases
@@ -329,7 +329,7 @@ def check_config(root: pathlib.Path, config: dict[str, Any]) -> list[str]:
         )
     way_out = "put back what the run was started with, or choose another --config.workdir"
     differ = _differences(load_json(path, way_out), config)
-    changed = [k for k, (old, new) in differ.items() if is_identity(k) and not (old is None and is_as_before(k, new))]
+    changed = [k for k, (old, new) in differ.items() if not is_same(k, old, new)]
     if changed:
         shown = "; ".join("{}: {!r} there, {!r} now".format(k, *differ[k]) for k in changed[:5])
         raise StaleWorkdir(

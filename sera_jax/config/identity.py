@@ -30,10 +30,25 @@ YOUNGER: dict[str, Any] = {
     "model.revision": "",
 }
 
+# Fields whose every value computes the same but for the order of sums, as the devices have it, each with the value that
+# stands for all of them in digests, older ones included.
+ANY_VALUE: dict[str, Any] = {"model.attn_implementation": "xla"}
+
+
+def known_as(field: str, value: Any) -> Any:
+    """The value by which a run's identity knows it."""
+    return ANY_VALUE.get(field, value)
+
 
 def is_identity(field: str) -> bool:
     """Whether a field, `seed` or `train.batch_size`, belongs to the identity."""
     return field not in FREE and field.split(".")[0] not in FREE
+
+
+def is_same(field: str, there: Any, now: Any) -> bool:
+    """Whether a work directory of the value `there` goes on with the value `now`; None there where it had no field."""
+    same = known_as(field, there) == known_as(field, now)
+    return same or not is_identity(field) or (there is None and is_as_before(field, now))
 
 
 def is_as_before(field: str, value: Any) -> bool:

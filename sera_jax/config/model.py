@@ -24,8 +24,9 @@ class ModelGroup:
     remat: what the backward pass computes again instead of keeping it: `none`, `dots` (all but the matmuls), `full`
         (all but the input of each layer), `groups` (all but the input of every fourth layer, at the price of about one
         more forward pass), or `auto`, the least of the first three that keeps at most 1 GiB of a row.
-    attn_implementation: `xla`, or `xla_loop`, which holds less and compiles sooner where rows are long, for up to
-        twice the work of attention.
+    attn_implementation: `xla`, blocks of queries in plain XLA; `xla_loop`, which holds less and compiles sooner where
+        rows are long, for up to twice the work of attention; `splash`, a kernel of TPUs; `cudnn`, one of NVIDIA GPUs;
+        or `auto`, the kernel of the devices where it can do what the model asks, else `xla_loop`, and `xla` on a CPU.
     """
 
     model_name_or_path: str = ""
@@ -49,4 +50,4 @@ class ModelGroup:
     param_dtype: str = one_of("float32", "bfloat16")
     logits_dtype: str = one_of("float32", "bfloat16")
     remat: str = one_of("auto", "none", "full", "dots", "groups")
-    attn_implementation: str = one_of("xla", "xla_loop")
+    attn_implementation: str = one_of("auto", "xla", "xla_loop", "splash", "cudnn")

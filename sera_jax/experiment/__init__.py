@@ -22,7 +22,14 @@ from sera_jax.config import Config
 from sera_jax.evaluation import report
 from sera_jax.evaluation.report import Report
 from sera_jax.experiment import brought
-from sera_jax.experiment.assembly import base_model, check_positions, check_sources, layout_of, read_corpus
+from sera_jax.experiment.assembly import (
+    base_model,
+    check_positions,
+    check_sources,
+    layout_of,
+    read_corpus,
+    tried_attention,
+)
 from sera_jax.experiment.card import card
 from sera_jax.experiment.ends import end_ids, ends_in_words
 from sera_jax.experiment.method import Experiment
@@ -91,7 +98,7 @@ def run(
         base_folder, sft_folder = config.model.model_name_or_path, config.model.sft_model_path
         ends = end_ids(corpus.tokenizer, sft_folder, base_folder)
         writer.announce(ends_in_words(corpus.tokenizer, ends))
-        for line in batches_in_words(config, corpus):
+        for line in (*tried_attention(config, cfg, mesh), *batches_in_words(config, corpus)):
             writer.announce(line)
         runtime = Runtime(
             cfg=cfg,

@@ -29,12 +29,15 @@ from sera_jax.loops.runtime import Policy, Runtime
 from sera_jax.mesh import make_mesh
 from sera_jax.models.families import config_from_hf
 from sera_jax.models.folder import is_adapter, read_config
+from sera_jax.ops.backends import AUTO
 from sera_jax.world import VOCABULARY
 
 
 def programs_of(config: Config, topology: Topology) -> tuple[list[Program], Mesh, Planned]:
     """All programs of the run of `config` on those devices, in its order. Raises ValueError as `plan`."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=topology.devices)
+    if not topology.compiles:  # nor are its devices those that it stands for
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, attn_implementation=AUTO))
     planned = plan(config, mesh)
     return METHODS[config.method].programs(planned), mesh, planned
 

@@ -31,10 +31,15 @@ from sera_jax.experiment.methods import METHODS
 from sera_jax.loops.sera_study import Gold
 from sera_jax.mesh import row_shards
 from sera_jax.models.config import ModelConfig
+from sera_jax.models.decoder import asked_attention
 from sera_jax.models.families import config_from_hf, mathematics
 from sera_jax.models.folder import is_adapter, read_config
 from sera_jax.models.peft import read_adapter_config
+from sera_jax.ops import backends
 from sera_jax.training.parameters import Origin
+
+_ATTENTION_ERROR = 0.05  # of a kernel, as a share: in bfloat16 a right one has 0.006, one without branches 0.14
+_WITHOUT_KERNEL = "set --config.model.attn_implementation=xla_loop"
 
 
 def read_corpus(
@@ -227,6 +232,41 @@ def check_positions(config: Config, cfg: ModelConfig) -> None:
                 f"config.data.max_prompt_length={prompt} and config.{field}={length} exceed the model's "
                 f"max_position_embeddings={room} together; lower one of them"
             )
+
+
+def attention_in_words(config: Config, cfg: ModelConfig, mesh: Mesh) -> list[str]:
+    """Which attention is computed, where the devices have a kernel for it.
+
+    Raises:
+        ValueError: the back end that the config names cannot compute it there.
+    """
+    asked = asked_attention(cfg, backends.devices(mesh), config.data.row_tokens)
+    try:
+        name, why = backends.choose(cfg.attn_implementation, asked)
+    except ValueError as error:
+        raise ValueError(f"config.model.{error}") from error
+    return [] if asked.devices == "cpu" else [f"attention: {name}" + (f", since {why}" if why else "")]
+
+
+def tried_attention(config: Config, cfg: ModelConfig, mesh: Mesh) -> list[str]:
+    """`attention_in_words`, once a kernel that computes it was tried: whatever it was tested on, these devices, their
+    driver and their compiler are the user's.
+
+    Raises:
+        ValueError: also where the kernel fails, or does not compute what plain XLA does on the same devices.
+    """
+    words = attention_in_words(config, cfg, mesh)
+    asked = asked_attention(cfg, backends.devices(mesh), config.data.row_tokens)
+    name, _ = backends.choose(cfg.attn_implementation, asked)
+    if not backends.ATTENTION[name].devices:
+        return words
+    try:
+        error = backends.error_of(name, asked)
+    except RuntimeError as failure:
+        raise ValueError(f"attention: {name} fails on these devices ({failure}); {_WITHOUT_KERNEL}") from failure
+    if not error < _ATTENTION_ERROR:
+        raise ValueError(f"attention: {name} is {error:.0%} off what plain XLA computes here; {_WITHOUT_KERNEL}")
+    return words
 
 
 def check_shape(model: ModelGroup, cfg: ModelConfig) -> None:

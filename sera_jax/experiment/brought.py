@@ -17,7 +17,7 @@ from typing import Any
 from sera_jax import hosts, hub
 from sera_jax.checkpoint.phases import read_json, write_json
 from sera_jax.config import Config, ModelGroup
-from sera_jax.config.identity import is_as_before
+from sera_jax.config.identity import is_as_before, known_as
 from sera_jax.data import repository as data_sets
 from sera_jax.data.sources import SUFFIXES, parse_mixture
 from sera_jax.hub import Repository, Snapshot
@@ -106,7 +106,9 @@ def named(model: ModelGroup) -> dict[str, Any]:
     """The group's fields for the inputs of a phase: folders of the hub's cache by repository and commit, wherever the
     cache lies, and younger fields only where they make a difference."""
     fields = {
-        name: value for name, value in dataclasses.asdict(model).items() if not is_as_before(f"model.{name}", value)
+        name: known_as(f"model.{name}", value)
+        for name, value in dataclasses.asdict(model).items()
+        if not is_as_before(f"model.{name}", value)
     }
     return fields | {name: hub.name_of(fields[name]) for name in (*_WITH_WEIGHTS, _TOKENIZER)}
 

@@ -32,6 +32,7 @@ from sera_jax.loops.runtime import Runtime
 from sera_jax.losses.preference import ResolvedLoss, resolve
 from sera_jax.mesh import make_mesh
 from sera_jax.models.config import ModelConfig
+from sera_jax.ops.backends import AUTO
 from sera_jax.training.objectives import align_objective
 from sera_jax.training.parameters import load_params
 from sera_jax.training.score import place_rows
@@ -89,6 +90,7 @@ def tiny(cfg: ModelConfig) -> ModelConfig:
         param_dtype="float32",
         logits_dtype="float32",
         remat="none",
+        attn_implementation=AUTO,
     )
 
 

@@ -27,6 +27,7 @@ from sera_jax.models.huggingface import MAX_SHARD_BYTES, read_source, save_pretr
 from sera_jax.models.lora import Lora
 from sera_jax.models.peft import load_adapter, read_adapter_config
 from sera_jax.models.trained import ALL, Trained, laid_over
+from sera_jax.ops.backends import anywhere
 from sera_jax.training.parameters import load_adapters, load_params, load_part
 
 MAX_NEW_TOKENS = 256  # for answers, where neither the user nor a run says
@@ -323,5 +324,7 @@ def _root_of(folder: pathlib.Path) -> pathlib.Path | None:
 
 
 def _model_config(fields: dict[str, Any]) -> ModelConfig:
+    """That of a run, for whatever devices are here."""
     scaling = fields["rope_scaling"]
-    return ModelConfig(**fields | {"rope_scaling": RopeScaling(**scaling) if scaling else None})
+    here = {"attn_implementation": anywhere(fields["attn_implementation"])}
+    return ModelConfig(**fields | here | {"rope_scaling": RopeScaling(**scaling) if scaling else None})

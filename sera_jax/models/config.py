@@ -62,7 +62,7 @@ class ModelConfig:
         remat: what the backward pass recomputes: `none`, `full` (keep only layer inputs), `dots` (keep matmuls),
             `groups` (keep only the input of every fourth layer), or `auto`, the least that bounds memory
             (`models.activations`).
-        attn_implementation: a name in `ops.attention.ATTENTION`.
+        attn_implementation: a name in `ops.backends.ATTENTION`, or `auto`.
         absent_ids: ranges [first, last) of ids that the tokenizer does not have (padded embeddings): they have no
             probability, for who samples and for who scores alike. Not part of the model: an export knows nothing of it.
         lora_scale: what adapters' products are multiplied by, where parameters have them (`models.lora`);
@@ -108,7 +108,7 @@ class ModelConfig:
     logits_dtype: str = "float32"
     export_dtype: str = "float32"
     remat: str = "none"
-    attn_implementation: str = "xla"
+    attn_implementation: str = "auto"
     absent_ids: tuple[tuple[int, int], ...] = ()
     lora_scale: float = 0.0
     lora_dropout: float = 0.0

@@ -28,7 +28,8 @@ from sera_jax.models.config import ModelConfig
 from sera_jax.models.layers import Linear, Norm
 from sera_jax.models.lora import merged
 from sera_jax.models.parts import BLOCK, LAST, joined, last_layers
-from sera_jax.ops.attention import ATTENTION, Places
+from sera_jax.ops import backends
+from sera_jax.ops.attention import Places
 
 Params = dict[str, Any]
 ACTIVATIONS = {
@@ -274,21 +275,24 @@ def head_matrix(cfg: ModelConfig, params: Params) -> jax.Array:
     return (params["head"] if "head" in params else params["embed"].T).astype(cfg.dtype)
 
 
+def asked_attention(cfg: ModelConfig, devices: str, tokens: int) -> backends.Asked:
+    """What a model asks of attention in rows of so many tokens on those devices (`ops.backends.devices`)."""
+    return backends.Asked(devices, cfg.dtype, cfg.head_dim, tokens, cfg.attn_logit_softcapping)
+
+
 def row_attention(
     cfg: ModelConfig, places: Places, *, longest_item: int | None = None, keep_kv: bool = False
 ) -> Attend:
-    """For `forward`: rows attend to themselves by the config's back end, without a cache.
+    """For `forward`: rows attend to themselves by the config's back end on the devices at hand, without a cache.
 
     Args:
         places: where the tokens of the rows stand.
         longest_item: no item takes more tokens of a row than this (static).
         keep_kv: keep each layer's rotated keys and its values, [R, G, T, d] both.
     """
-    if cfg.attn_implementation not in ATTENTION:
-        raise ValueError(
-            f"attn_implementation={cfg.attn_implementation!r} is unknown; choose one of {', '.join(ATTENTION)}"
-        )
-    attention = ATTENTION[cfg.attn_implementation]
+    asked = asked_attention(cfg, backends.devices(), places.segment.shape[1])
+    name, _ = backends.choose(cfg.attn_implementation, asked)
+    attention = backends.ATTENTION[name].attend
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Any, **of_model: Any) -> tuple[jax.Array, Any]:
         mixed = attention(q, k, v, places, places, longest_item=longest_item, **of_model)

@@ -1,4 +1,4 @@
-"""Attention: one definition of who sees whom and of what a score is, and the back ends that compute it.
+"""Attention: one definition of who sees whom and of what a score is, and what computes it in plain XLA.
 
 Heads stand before tokens: on a CPU that order runs the two attention matmuls several times faster than
 tokens before heads, and other back ends do not mind.
@@ -6,7 +6,6 @@ tokens before heads, and other back ends do not mind.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple, Protocol
 
 import jax
@@ -45,8 +44,8 @@ class Attention(Protocol):
     Args:
         q: [R, H, T, d], rotated, not scaled.
         k, v: [R, G, T, d] with G dividing H.
-        queries, keys: their places. The back ends of `ATTENTION` take rows that attend to themselves: the tokens of an
-            item stand together, none before one that it sees.
+        queries, keys: their places. The back ends of `ops.backends.ATTENTION` take rows that attend to themselves: the
+            tokens of an item stand together, none before one that it sees.
         scale: of the products of queries and keys; None: d ** -0.5.
         soft_cap: scores become soft_cap * tanh(score / soft_cap); None: they stay.
         sliding_window: a model's own: a key this many positions or more before the query is not seen; None: all are.
@@ -219,9 +218,3 @@ def cached_attention(
     )
     mixed /= jnp.sum(weights, axis=-1, keepdims=True)  # divided last: d numbers per query instead of C
     return mixed.astype(q.dtype).reshape(slots, heads, 1, depth)
-
-
-ATTENTION: dict[str, Attention] = {
-    "xla": blocked_attention,
-    "xla_loop": functools.partial(blocked_attention, one_loop=True),
-}

@@ -19,7 +19,7 @@ from typing import Any
 from sera_jax.checkpoint.code import versions
 from sera_jax.checkpoint.phases import digest_of, flatten, plain
 from sera_jax.config import check_field, to_dict
-from sera_jax.config.identity import is_as_before, is_identity
+from sera_jax.config.identity import is_as_before, is_identity, known_as
 from sera_jax.evaluation.comparison import check, parts_of, text_of
 from sera_jax.experiment.methods import METHODS, parse
 
@@ -155,7 +155,7 @@ def setting_name(fields: Mapping[str, Any], among: Iterable[str]) -> str:
 def identity(config: Mapping[str, Any], code: Mapping[str, str]) -> str:
     """Digest of what a run of any seed computes: its config, where that counts, and the versions that compute."""
     fields = {
-        name: value
+        name: known_as(name, value)
         for name, value in flatten(plain(config)).items()
         if is_identity(name) and name != "seed" and not is_as_before(name, value)
     }

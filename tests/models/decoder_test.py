@@ -303,7 +303,7 @@ def test_a_config_that_makes_no_model_is_refused_by_name(field, value):
 
 def test_an_unknown_attention_is_refused_with_the_list():
     cfg = dataclasses.replace(CFG, attn_implementation="flash")
-    with pytest.raises(ValueError, match=r"'flash' is unknown; choose one of xla"):
+    with pytest.raises(ValueError, match=r"'flash' is unknown; choose one of auto, xla"):
         hidden_states(cfg, random_params(CFG), one_sequence(np.arange(4)))
 
 

@@ -73,6 +73,14 @@ def test_rows_outlive_a_field_that_is_younger_and_changes_nothing(monkeypatch):
     assert identity(config, versions()) != identity(before, versions())
 
 
+def test_rows_are_of_one_run_whatever_computes_attention():
+    def digest(name):
+        config = to_dict(config_of("--config=configs/quickstart.py", f"--config.model.attn_implementation={name}"))
+        return identity(config, versions())
+
+    assert digest("auto") == digest("xla") == digest("splash")
+
+
 def test_runs_share_a_start_exactly_where_nothing_before_the_method_differs():
     def start(**fields):
         (run,) = expand(study(settings={"": fields}))
