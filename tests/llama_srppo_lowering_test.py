@@ -121,9 +121,9 @@ def test_all_four_models_and_both_optimisers_are_split_over_all_devices(learner,
 def test_a_minibatch_lies_in_full_rows_spread_over_all_devices(learner, parts):
     responses = CONFIG.train.batch_size // CONFIG.ppo.num_mini_batches
     for rows in parts:
-        assert rows.tokens.shape == (responses, T // 2), "a rollout of full length fills a row, of half the limit"
-        assert rows.source.shape[1] == RESPONSE, "scored positions only"
-        assert rows.tokens.sharding.shard_shape(rows.tokens.shape) == (responses // DEVICES, T // 2)
+        assert rows.tokens.shape == (responses // 2, T), "two rollouts of full length fill a row"
+        assert rows.source.shape[1] == 2 * RESPONSE, "scored positions only"
+        assert rows.tokens.sharding.shard_shape(rows.tokens.shape) == (responses // 2 // DEVICES, T)
     assert parts[0].tokens.shape[0] % learner.layout.dealt == 0, "microbatches of as many rows on every device"
 
 

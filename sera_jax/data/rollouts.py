@@ -118,7 +118,8 @@ _Laid = tuple[int, int, list[list[list[int]]]]  # R, T, and the items of each ro
 
 
 def _laid(groups: Sequence[Sequence[Item]], layout: Layout, earlier: Shape) -> _Laid:
-    """The minibatches in the shape before, or in the one of fewest tokens; of equal ones the one of shorter rows."""
+    """The minibatches in the shape before, or in the one of fewest tokens; of equal ones the one of longer rows, whose
+    scored positions have less filling."""
     sizes = [[laid_tokens(item, layout.share_prompt) for item in group] for group in groups]
     longest, most = max(map(max, sizes)), max(map(sum, sizes))
 
@@ -133,7 +134,7 @@ def _laid(groups: Sequence[Sequence[Item]], layout: Layout, earlier: Shape) -> _
         if best is not None and bound > best[0] * best[1]:
             break  # not even full rows of this length, or of those that follow, are fewer tokens
         found = laid(length)
-        if best is None or (found[0] * length, length) < (best[0] * best[1], best[1]):
+        if best is None or (found[0] * length, -length) < (best[0] * best[1], -best[1]):
             best = found
     assert best is not None
     rows, length = earlier[:2]
