@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# On a slice of TPUs of a GKE cluster, as a JobSet: a pod for each host. What follows from --config= on goes to
+# On slices of TPUs of a GKE cluster, as a JobSet: a pod for each host. What follows from --config= on goes to
 # sera_jax.main unchanged:
 #   launch/gke_jobset.sh first --accelerator=tpu-v5-lite-podslice --topology=4x4 --hosts=4 --chips=4 --image=IMAGE \
 #     --claim=CLAIM --config=configs/llama_dpo.py --config.workdir=runs/first
-# --chips: of a host. --image: has this repository in --directory=DIR (/sera_jax) and its requirements with jax[tpu].
+# --slices=N (1): of N slices each holds whole copies, so --config.mesh.data is N or a multiple of it. --hosts: of a
+# slice. --chips: of a host. --image: has this repository in --directory=DIR (/sera_jax) and its requirements with jax[tpu].
 # --claim: a volume claim that all pods may write, mounted as runs/ there. --max_restarts=N (20). --namespace=NAME.
 # Waits, and ends with the exit code of the job. Ctrl-C deletes the job set: all is saved, and the exit code is 75. If
 # this command ends otherwise the job set stays, and the same command follows it, or goes on where it has ended.
@@ -48,7 +49,7 @@ fill name "$name"
 while [ $# -gt 0 ] && [[ $1 != --config=* ]]; do
   case $1 in
     --namespace=*) namespace=("$1") ;;
-    --accelerator=* | --topology=* | --hosts=* | --chips=* | --image=* | --claim=* | --directory=* | --max_restarts=*)
+    --accelerator=* | --topology=* | --slices=* | --hosts=* | --chips=* | --image=* | --claim=* | --directory=* | --max_restarts=*)
       option=${1%%=*}
       fill "${option#--}" "${1#*=}"
       ;;
@@ -62,6 +63,7 @@ done
 [ $# -gt 0 ] || { echo "give --config=FILE last, before its overrides" >&2; exit 2; }
 fill directory /sera_jax # where none was given
 fill max_restarts 20
+fill slices 1
 if [[ $manifest =~ \{(accelerator|topology|hosts|chips|image|claim)\} ]]; then
   echo "give --${BASH_REMATCH[1]}=... before --config=" >&2
   exit 2

@@ -61,12 +61,33 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequen
         devices: the jax devices to use; default all.
 
     Raises:
-        ValueError: the sizes do not multiply to the number of devices.
+        ValueError: the sizes do not multiply to the number of devices, or part a copy over several slices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    shape = mesh_shape(data, fsdp, tensor, len(devices))
-    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    grid = device_grid(mesh_shape(data, fsdp, tensor, len(devices)), devices)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def device_grid(shape: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices [data, fsdp, tensor], near ones side by side; of several slices of TPUs each holds whole copies, so
+    that nothing but sums of gradients crosses the network between them.
+
+    Raises:
+        ValueError: `data` is no multiple of the number of slices.
+    """
+    slices: dict[int, list[Any]] = {}
+    for device in devices:
+        slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    data, *within = shape
+    if data % len(slices):
+        raise ValueError(
+            f"mesh.data={data} with {len(slices)} slices of {len(slices[min(slices)])} chips: fsdp and tensor exchange "
+            "too much to go from slice to slice, so each slice holds whole copies; set --config.mesh.data to "
+            f"{len(slices)} or a multiple of it"
+        )
+    of_slice = (data // len(slices), *within)
+    grids = [mesh_utils.create_device_mesh(of_slice, slices[i], allow_split_physical_axes=True) for i in sorted(slices)]
+    return np.concatenate(grids)
 
 
 def decoding_mesh(mesh: Mesh, tensor: int) -> Mesh:

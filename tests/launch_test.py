@@ -298,6 +298,13 @@ def test_this_checkout_is_copied_to_every_worker(bin_, slice_):
         assert not (workers / f"{index}" / "another one" / ".git").exists()
 
 
+def test_a_job_set_may_have_several_slices(bin_):
+    code, _, err = end_of(on_gke(bin_, "first", "--slices=2", *GKE[1:], *NASTY))
+    assert code == 0, err
+    (jobs,) = yaml.safe_load((bin_ / "manifest").read_text())["spec"]["replicatedJobs"]
+    assert jobs["replicas"] == 2 and jobs["template"]["spec"]["completions"] == 4, "hosts of a slice"
+
+
 # A cluster whose job set ends at the second look as $ENDS says, with these exit codes of its pods.
 KUBECTL = """
 case "$*" in
@@ -328,6 +335,7 @@ def test_a_job_set_is_one_that_jax_and_the_exit_codes_need(bin_):
     made = yaml.safe_load((bin_ / "manifest").read_text())
     spec = made["spec"]
     (jobs,) = spec["replicatedJobs"]
+    assert jobs["replicas"] == 1
     job = jobs["template"]["spec"]
     pod = job["template"]["spec"]
     (container,) = pod["containers"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from sera_jax import mesh as meshes
 from sera_jax.core import Rows
-from sera_jax.mesh import host_to_global, make_mesh, mesh_shape, param_shardings, replicated, rows_sharding
+from sera_jax.mesh import device_grid, host_to_global, make_mesh, mesh_shape, param_shardings, replicated, rows_sharding
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.critic import with_value_head
 from sera_jax.models.decoder import abstract_params, hidden_states, init_params, unembedding
@@ -181,6 +182,28 @@ def test_minus_one_takes_the_devices_that_remain(sizes, shape):
 def test_sizes_that_do_not_make_a_mesh_are_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
         make_mesh(*sizes)
+
+
+def chips(slices, each):
+    """Devices of several slices, in an order in which they come by turns."""
+    about = dict(platform="cpu", device_kind="cpu", process_index=0)
+    return [types.SimpleNamespace(id=i, slice_index=i % slices, **about) for i in range(slices * each)]
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 1), (2, 2, 2), (4, 2, 1), (8, 1, 1)])
+def test_every_slice_holds_whole_copies(shape):
+    devices = chips(2, 4)
+    grid = device_grid(shape, devices)
+    assert grid.shape == shape and {d.id for d in grid.flat} == set(range(8))
+    for copy in grid:
+        assert len({device.slice_index for device in copy.flat}) == 1
+    half = shape[0] // 2
+    assert [copy.flat[0].slice_index for copy in grid] == [0] * half + [1] * half
+
+
+def test_a_copy_that_lies_on_two_slices_is_refused_with_the_way_out():
+    with pytest.raises(ValueError, match=r"mesh\.data=1 with 2 slices of 4 chips: .* set --config\.mesh\.data to 2"):
+        device_grid((1, 8, 1), chips(2, 4))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-"""Devices by name, none of which need be there: `v5e:4x4` for the TPU compiler, `cpu:8` simulated here, `gpu:h100:8`
-for an estimate."""
+"""Devices by name, none of which need be there: `v5e:4x4` for the TPU compiler (`v5e:4x4:2`: two such slices), `cpu:8`
+simulated here, `gpu:h100:8` for an estimate."""
 
 from __future__ import annotations
 
@@ -67,11 +67,12 @@ def find(name: str, limit: int | None = None) -> Topology:
         if model in GPUS and count.isdigit() and int(count):
             have = limit or int(GPU_SHARE * GPUS[model].memory)
             return Topology(name, _simulated(int(count)), have, GPUS[model], compiles=False)
-    if kind in TPUS and re.fullmatch(r"\d+x\d+(x\d+)?", rest):
+    if kind in TPUS and re.fullmatch(r"\d+x\d+(x\d+)?(:[1-9]\d*)?", rest):
         devices = _tpu(name)
         return Topology(name, devices, limit or _limit_of(devices[0]), TPUS[kind])
     raise ValueError(
         f"--topology={name!r} is unknown; give a TPU slice as v5e:4x4 or v5p:2x2x4 ({', '.join(TPUS)}), "
+        "two of them as v5e:4x4:2, "
         f"cpu:8, or gpu:h100:8 ({', '.join(GPUS)}; an estimate)"
     )
 
@@ -97,13 +98,15 @@ def _tpu(name: str) -> list[Any]:
     for variable, value in _QUIET.items():
         os.environ.setdefault(variable, value)
     jax.config.update("jax_enable_compilation_cache", False)  # knows no topologies
-    kind, _, shape = name.partition(":")
+    kind, shape, *slices = name.split(":")
     how: dict[str, Any] = {"chip_config_name": "megacore"} if kind == "v4" else {}
     sizes = [int(size) for size in shape.split("x")]
     if math.prod(sizes) < 4:
         how["chips_per_host_bounds"] = tuple([*sizes, 1, 1][:3])
+    if slices:
+        how["num_slices"] = int(slices[0])
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **how).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{shape}", **how).devices)
     except jax.errors.JaxRuntimeError as error:
         said = str(error).splitlines()[0]
         raise ValueError(f"--topology={name!r} is no slice that the TPU compiler knows ({said})") from error
