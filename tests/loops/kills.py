@@ -19,6 +19,7 @@ from sera_jax.writer import read_records
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 DEADLINE_SECONDS = 600
+MAIN = ("-m", "sera_jax.main")
 
 Start = Callable[[pathlib.Path], subprocess.Popen]
 
@@ -28,14 +29,14 @@ def xla_flags(devices: int) -> str:
     return f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
 
 
-def start(flags: list[str], devices: int = 1) -> subprocess.Popen:
+def start(flags: list[str], devices: int = 1, program: tuple[str, ...] = MAIN) -> subprocess.Popen:
     """`python -m sera_jax.main` as a user has it, on simulated devices; the tests' compile cache makes it cheap."""
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": xla_flags(devices),
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "sera_jax.main", *flags],
+        [sys.executable, *program, *flags],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
