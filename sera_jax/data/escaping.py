@@ -215,9 +215,13 @@ class _Backend:
         """The ids of a text as i32 bytes, made of those of its words; None where that cannot be."""
         if self.words is None:
             return None
-        parts = self.split(written)
-        found = [self.control.get(part) if k % 2 else self.words.tokens(part) for k, part in enumerate(parts) if part]
-        return None if None in found else b"".join(found)  # type: ignore[arg-type]
+        found: list[bytes] = []
+        for k, part in enumerate(self.split(written)):
+            ids = self.control.get(part) if k % 2 else self.words.tokens(part)
+            if ids is None:
+                return None
+            found.append(ids)
+        return b"".join(found)
 
     def checked(self, text: Text, ids: np.ndarray, wanted: list[int]) -> np.ndarray | PromptRefused:
         """The ids of a text as the tokenizer numbers them; refused where a control token is one that no template

@@ -116,8 +116,10 @@ def _stages(node: Any) -> list[re.Pattern[str]] | None:
 
 def _compiled(pattern: str | None) -> list[re.Pattern[str]] | None:
     """The expression in Python's words, of known characters; None where it has classes of others."""
+    if pattern is None:
+        return None
     out, within = [], False
-    for part in _PART.findall(pattern or r"\?"):
+    for part in _PART.findall(pattern):
         if (part.startswith("[") and not within) or part == "]":
             within = part != "]"
         elif part in _CLASSES:

@@ -55,8 +55,7 @@ def run(
     Args:
         stop_requested: asked between steps; True stops with everything saved.
         allow_other_versions: go on with what other versions made (`Workdir`).
-        shared_phases: a folder where the rows as tokens and the phases up to the SFT model are looked for, and left for
-            other runs; "": none.
+        shared_phases: a folder where tokens and the phases up to the SFT model are looked for, and left; "": none.
         progress_dir: where each of several processes keeps its sign of life; "": in the work directory.
 
     Raises:
@@ -74,8 +73,7 @@ def run(
     check_sources(config.data, config.model)
     check_memory(config, mesh)
     if shared_phases:
-        names = (*START_PHASES, ADDRESSED)
-        workdir.shared = SharedPhases(pathlib.Path(shared_phases), names, _besides_inputs(config, mesh))
+        workdir.shared = _shared(shared_phases, config, mesh)
     with (
         stamps.kept(pathlib.Path(progress_dir or root / stamps.FOLDER), hosts.index(), hosts.count()),
         MetricWriter(root, is_host0=hosts.is_first(), tensorboard=config.log.tensorboard, config_text=text) as writer,
@@ -166,6 +164,10 @@ def finish(config: Config, shown: Report, runtime: Runtime, final: dict[str, Pol
                 )
                 say(f"Hugging Face checkpoint of {arm}: {out}")
     say(f"summary: {root / 'summary.json'}")
+
+
+def _shared(folder: str, config: Config, mesh: Mesh) -> SharedPhases:
+    return SharedPhases(pathlib.Path(folder), (*START_PHASES, ADDRESSED), _besides_inputs(config, mesh))
 
 
 def _besides_inputs(config: Config, mesh: Mesh) -> dict[str, Any]:

@@ -328,7 +328,8 @@ class Runtime:
 
             def progress(samples: Sequence[Sample], tokens: int) -> None:
                 nonlocal known
-                pieces.add(**kept.as_arrays(samples[known:]))
+                if len(samples) > known:
+                    pieces.add(**kept.as_arrays(samples[known:]))
                 known = len(samples)
                 self.writer.advance(known, tokens=tokens)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ def of_arrays(arrays: Mapping[str, np.ndarray]) -> list[Sample]:
     """The samples of `as_arrays`; none of {}."""
     if not arrays:
         return []
-    tokens: Iterable[np.ndarray] = np.split(arrays["tokens"], np.cumsum(arrays["length"])[:-1])
+    tokens = np.split(arrays["tokens"], np.cumsum(arrays["length"])[:-1])
     rows = zip(arrays["place"].tolist(), tokens, arrays["finished"].tolist(), strict=True)
     return [_sample(prompt, sample, own, finished) for (prompt, sample), own, finished in rows]
 
