@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from sera_jax.checkpoint import pieces
 from sera_jax.experiment.saved import find_policy
 from sera_jax.mesh import make_mesh
 from sera_jax.writer import read_records
@@ -190,4 +191,5 @@ def assert_same_end(workdir, whole):
     for checksums in (workdir / "phases").rglob("params/checksums.json"):  # which reading compares with the arrays
         find_policy(checksums.parent.parent).params(mesh)
     assert list((workdir / "checkpoints").rglob("checksums.json")) == []
+    assert pieces.files(workdir) == []
     assert list((workdir / "phases").rglob("*.partial")) == []
