@@ -103,9 +103,9 @@ def _answer(
     mesh = make_mesh(1, -1, 1)
     progress, before = Progress(), 0
 
-    def update(done: int, total: int, tokens: int) -> None:
+    def update(done: Sequence[Sample], total: int, tokens: int) -> None:
         nonlocal before
-        progress.update(done, tokens=tokens - before)
+        progress.update(len(done), tokens=tokens - before)
         before = tokens
 
     progress.say(f"reading the parameters of {args.checkpoint}")

@@ -26,7 +26,8 @@ from sera_jax.checkpoint.phases import (
 
 
 def addressed(workdir: Workdir, name: str, inputs: dict[str, Any], produce: Callable[[pathlib.Path], None]) -> Product:
-    """The product of these inputs: as it lies there, or made now by `produce(folder)`, by the first process alone.
+    """The product of these inputs: as it lies there, taken from other runs (`Workdir.shared`), or made now by
+    `produce(folder)`, by the first process alone.
 
     Raises:
         ValueError: a file of the product is not what its manifest says, or the manifest cannot be read; or what
@@ -34,6 +35,7 @@ def addressed(workdir: Workdir, name: str, inputs: dict[str, Any], produce: Call
     """
     inputs = plain(inputs)
     folder = workdir.root / "phases" / ADDRESSED / f"{name}-{digest_of(inputs)[:16]}"
+    shared, asked = workdir.shared, {"name": name, "inputs": inputs}
 
     def find_or_make() -> Product:
         if (folder / "manifest.json").exists():
@@ -43,11 +45,15 @@ def addressed(workdir: Workdir, name: str, inputs: dict[str, Any], produce: Call
         shutil.rmtree(torn := torn_of(folder), ignore_errors=True)
         torn.mkdir(parents=True)
         try:
-            make(f"{ADDRESSED}/{name}", torn, inputs, produce, memory.WAY_OUT)
+            taken = shared is not None and shared.take(ADDRESSED, asked, torn)
+            if not taken:
+                make(f"{ADDRESSED}/{name}", torn, inputs, produce, memory.WAY_OUT)
         except BaseException:
             shutil.rmtree(torn, ignore_errors=True)
             raise
         whole.appear(torn, folder, last="manifest.json")
+        if shared is not None and not taken:
+            shared.give(ADDRESSED, asked, folder)
         return product_of(folder, read_json(folder / "manifest.json"))
 
     return hosts.on_first(find_or_make)

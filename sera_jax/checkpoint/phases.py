@@ -80,7 +80,7 @@ def file_digest(path: pathlib.Path) -> str:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Write JSON so that the file is whole or absent; the first process does."""
-    _write_whole(path, json.dumps(value, indent=1, sort_keys=True, default=str))
+    write_whole(path, json.dumps(value, indent=1, sort_keys=True, default=str).encode())
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -127,28 +127,22 @@ def load_sealed(path: pathlib.Path, way_out: str, *names: str) -> dict[str, Any]
 
 def write_jsonl(path: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write one JSON object a line so that the file is whole or absent; the first process does."""
-    _write_whole(path, "".join(_line(row) + "\n" for row in rows))
+    write_whole(path, b"".join(_line(row) + b"\n" for row in rows))
 
 
-def _line(row: dict[str, Any]) -> str:
-    text = json.dumps(row, ensure_ascii=False, default=str)
-    # half of a surrogate pair, as a user's own field may hold, can be written escaped only
-    return text if _is_utf8(text) else json.dumps(row, default=str)
-
-
-def _is_utf8(text: str) -> bool:
+def _line(row: dict[str, Any]) -> bytes:
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        return json.dumps(row, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, as a user's own field may hold, can be written escaped only
+        return json.dumps(row, default=str).encode()
 
 
-def _write_whole(path: pathlib.Path, text: str) -> None:
+def write_whole(path: pathlib.Path, data: bytes) -> None:
+    """Write a file so that it is whole or absent; the first process does."""
     if not hosts.is_first():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole.write_text(path, text)
+    whole.write_bytes(path, data)
 
 
 class Workdir:

@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sera_jax.data import form_parts as part
-from sera_jax.data import turns
+from sera_jax.data import trees, turns
 from sera_jax.data.form_parts import ASKED, Fields, Row, Take, nothing
-from sera_jax.data.reasons import FORMS_PAGE, BadRow, shorten
+from sera_jax.data.reasons import FORMS_PAGE, BadRow, LeftOut, shorten
 
 GUANACO = "### Human, ### Assistant"
 KINDS = {"preference": "pairs", "demonstration": "demonstrations", "prompt": "prompts", "text": "texts"}
@@ -68,6 +68,8 @@ def recognise(value: Mapping[str, Any], kind: str) -> tuple[str, Row, Row]:
     Raises:
         BadRow, LeftOut: no form fits, or the row's label says nothing.
     """
+    if kind != "text" and trees.is_message(value):
+        _refuse_message(value)
     row = Fields(value)
     for form in FORMS:
         if (form.kind == kind or (kind == "prompt" and form.kind != "text")) and form.is_of(row):
@@ -84,14 +86,20 @@ def recognise(value: Mapping[str, Any], kind: str) -> tuple[str, Row, Row]:
     raise BadRow("missing_field", _nearest(value, kind))
 
 
+def _refuse_message(value: Mapping[str, Any]) -> None:
+    """Of a message of Open Assistant's flat file that is in no tree, say why: LeftOut where it was deleted, BadRow."""
+    if value.get("deleted") is True:
+        raise LeftOut("undesirable", "the message was deleted")
+    raise BadRow(
+        "missing_field",
+        f"a message without its tree: its parent {shorten(repr(value.get('parent_id')))} is not in the file, or the "
+        f"file does not begin with a message; take all messages, or a file of trees; all forms: {FORMS_PAGE}",
+    )
+
+
 def _nearest(value: Mapping[str, Any], kind: str) -> str:
     """What the row has, which form is nearest, and the way out."""
     given = {field for field, part in value.items() if part is not None}
-    if {"message_id", "text", "role", "message_tree_id"} <= given:
-        return (
-            "a message of Open Assistant's flat file, of which a conversation is spread over rows; take its trees "
-            f"(ready.trees.jsonl.gz), a tree a row; all forms: {FORMS_PAGE}"
-        )
     options = [form for form in FORMS if form.kind == kind or (kind == "prompt" and form.kind != "text")]
 
     def lacks(form: Form) -> list[str]:
@@ -213,7 +221,8 @@ FORMS: tuple[Form, ...] = (
     Form("OASST tree, two replies", "preference", ("prompt",), part.tree, part.tree_pair,
          {"message_tree_id": "a", "prompt": {"text": _HERB, "role": "prompter", "replies": [
              {"text": "Sand.", "role": "assistant", "rank": 1}, {"text": "Basil.", "role": "assistant", "rank": 0}]}},
-         _PAIR, part.of_dict("prompt", "replies"), "Open Assistant's ready trees: the first answers, by rank"),
+         _PAIR, part.of_dict("prompt", "replies"),
+         "Open Assistant's trees, and [its messages](#messages): the first answers, by rank"),
     # demonstrations
     Form("OASST tree, best reply", "demonstration", ("prompt",), part.tree, part.tree_best,
          {"prompt": {"text": _HERB, "replies": [{"text": "Sand.", "rank": 1}, {"text": "Basil.", "rank": 0}]}}, _DEMO,
@@ -293,6 +302,18 @@ def page() -> str:
             if form.kind == kind:
                 lines += [f"**{form.name}**" + (f" ({form.known})" if form.known else ""), "", "```json"]
                 lines += [json.dumps(form.example), "```", ""]
+    lines += [
+        "## Messages",
+        "",
+        "**OASST messages** (`OpenAssistant/oasst1` and `oasst2` as the hub has them, a message a row): a source whose",
+        "first row is one is read as the trees that its rows make, in whatever order they stand, and counted by trees.",
+        "Deleted messages are left out and counted, and messages whose parent is not in the source are bad rows. As",
+        "`data.pretrain` each message is a text; with `data.columns` each is a row.",
+        "",
+        "```json",
+        *map(json.dumps, trees.EXAMPLE),
+        "```",
+    ]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from sera_jax.data import records as rec
+from sera_jax.data import trees
 from sera_jax.data.choices import flip_labels, split_heldout, weighted_rows
 from sera_jax.data.columns import Reading
 from sera_jax.data.items import Item, PairItem, content_key, openings_of
@@ -195,6 +196,8 @@ def read_records(
     ids: dict[str, int] = {}
     for name, weight in parse_mixture(spec, field=f"data.{report.name}"):
         source = open_source(name, field=f"data.{report.name}")
+        if parse is not rec.parse_pretrain and not reading.columns:
+            source = trees.of_messages(source)
         counts = report.sources[name] = {"weight": weight, "available": len(source), "rows": 0, "kept": 0}
         indices = weighted_rows(len(source), weight, seed, name)[host::host_count]
         previous = -1

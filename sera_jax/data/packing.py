@@ -297,10 +297,17 @@ class Gathering:
         self._starts = np.cumsum(self._counts) - self._counts
         self._flat = np.full(int(self._counts.sum()), np.nan, np.float32)
 
-    def take(self, slots: Slots, values: np.ndarray) -> None:
-        """Of one batch, f32[R, K]."""
+    def take(self, slots: Slots, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of one batch, f32[R, K]. Returns what `put` takes: the places of its responses among all, i64[n], and their
+        values, f32[n]."""
         full = slots.item >= 0
-        self._flat[self._starts[slots.item[full]] + slots.response[full]] = np.asarray(values)[full]
+        places, taken = self._starts[slots.item[full]] + slots.response[full], np.asarray(values)[full]
+        self.put(places, taken)
+        return places, taken
+
+    def put(self, places: np.ndarray, values: np.ndarray) -> None:
+        """Of responses, by their places among those of all items."""
+        self._flat[places] = values
 
     def by_item(self) -> Scores:
         return _by_item(self._flat, self._counts)

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from sera_jax import compiling, hosts, stamps
 from sera_jax import config as config_lib
 from sera_jax.checkpoint import Workdir, outputs
+from sera_jax.checkpoint.lock import ADDRESSED
 from sera_jax.checkpoint.shared import SharedPhases
 from sera_jax.config import Config
 from sera_jax.evaluation import report
@@ -61,7 +62,7 @@ def run(
     Args:
         stop_requested: asked between steps; True stops with everything saved.
         allow_other_versions: go on with what other versions made (`Workdir`).
-        shared_phases: a folder where the phases up to the SFT model are looked for, and left for other runs; "": none.
+        shared_phases: a folder where tokens and the phases up to the SFT model are looked for, and left; "": none.
         progress_dir: where each of several processes keeps its sign of life; "": in the work directory.
 
     Raises:
@@ -79,7 +80,7 @@ def run(
     check_sources(config.data, config.model)
     check_memory(config, mesh)
     if shared_phases:
-        workdir.shared = SharedPhases(pathlib.Path(shared_phases), START_PHASES, _besides_inputs(config, mesh))
+        workdir.shared = _shared(shared_phases, config, mesh)
     with (
         stamps.kept(pathlib.Path(progress_dir or root / stamps.FOLDER), hosts.index(), hosts.count()),
         MetricWriter(root, is_host0=hosts.is_first(), tensorboard=config.log.tensorboard, config_text=text) as writer,
@@ -170,6 +171,10 @@ def finish(config: Config, shown: Report, runtime: Runtime, final: dict[str, Pol
                 )
                 say(f"Hugging Face checkpoint of {arm}: {out}")
     say(f"summary: {root / 'summary.json'}")
+
+
+def _shared(folder: str, config: Config, mesh: Mesh) -> SharedPhases:
+    return SharedPhases(pathlib.Path(folder), (*START_PHASES, ADDRESSED), _besides_inputs(config, mesh))
 
 
 def _besides_inputs(config: Config, mesh: Mesh) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from sera_jax import config as config_lib
-from sera_jax.checkpoint import StaleWorkdir, outputs, verify
+from sera_jax.checkpoint import StaleWorkdir, outputs, pieces, verify
 from sera_jax.checkpoint.phases import DIGESTS, check_config, plain
 from sera_jax.config import Config
 from sera_jax.experiment.saved import load_description
@@ -57,15 +57,19 @@ def damages(config: Config, stop_requested: Callable[[], bool] = lambda: False) 
         there = {name: value for name, value in config_lib.to_dict(config).items() if name != "workdir"}
         check_config(root, plain(there))
         yield from verify.strays(root)
-        sound: tuple[list[pathlib.Path], ...] = ([], [])
-        looked_at = (verify.phases, verify.damages_of_phase), (verify.checkpoints, verify.damages_of_checkpoint)
+        sound: tuple[list[pathlib.Path], ...] = ([], [], [])
+        looked_at = (
+            (verify.phases, verify.damages_of_phase),
+            (verify.checkpoints, verify.damages_of_checkpoint),
+            (pieces.files, pieces.damages_of_piece),
+        )
         for (folders, damages_of), good in zip(looked_at, sound, strict=True):
             for folder in folders(root):
                 if stop_requested():
                     raise Preempted("stopped while verifying; nothing was changed, the same command verifies it anew")
                 yield from (found := list(damages_of(folder)))
                 good += [] if found else [folder]
-        yield from _damaged_lines(root, *sound)
+        yield from _damaged_lines(root, *sound[:2])
         yield from outputs.damages(root, _WRITTEN_ONCE)
         if not (root / DIGESTS).exists():  # not finished, or under way again
             yield from _damaged_description(root)

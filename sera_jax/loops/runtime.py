@@ -1,4 +1,5 @@
-"""The verbs that the loops are written in: score, sample, optimise. Each is a phase: done once, found again on restart.
+"""The verbs that the loops are written in: score, sample, optimise. Each is a phase: done once, found again on restart,
+and stopped within it goes on from what is done.
 
 A policy is a handle to parameters on disk. The runtime holds one set of parameters in memory at a time, so the
 reference and earlier policies cost memory only in the phases that score with them. Where a training moves a part of the
@@ -19,17 +20,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sera_jax import hosts
-from sera_jax.checkpoint import Workdir, save_tree
+from sera_jax.checkpoint import Product, Workdir, save_tree
 from sera_jax.checkpoint.phases import write_jsonl
+from sera_jax.checkpoint.pieces import Pieces, forget
 from sera_jax.config import SamplingGroup, TrainGroup
 from sera_jax.core import Stream, key_for
 from sera_jax.data.batches import ScoreBatches, score_batches
-from sera_jax.data.items import Item, items_digest, lengths_of
+from sera_jax.data.items import Item, items_digest
 from sera_jax.data.packing import Gathering, Layout, Scores, by_item, pack, split_items
 from sera_jax.data.rollouts import rounded_rows
 from sera_jax.loops.cost import Ledger, laid
 from sera_jax.loops.endings import NonFinite, Preempted
 from sera_jax.loops.policy import Policy, part_of, write_part
+from sera_jax.loops.scoring import refuse_nonfinite, scored
 from sera_jax.loops.shapes import PairShapes
 from sera_jax.mesh import row_shards
 from sera_jax.models.config import ModelConfig
@@ -37,10 +40,10 @@ from sera_jax.models.critic import critic_config, without_output
 from sera_jax.models.decoder import Params
 from sera_jax.models.lora import Lora, has_adapters
 from sera_jax.models.trained import ALL, Trained, laid_over
-from sera_jax.sampling import Candidates, Draws, Sample, SamplingParams, generate, grouped, mesh_for
+from sera_jax.sampling import Candidates, Draws, Sample, SamplingParams, generate, grouped, kept, mesh_for
 from sera_jax.training.parameters import load_part, with_fresh_adapters
 from sera_jax.training.ppo_steps import PpoPrograms
-from sera_jax.training.score import make_rewards, make_score, place_rows
+from sera_jax.training.score import make_rewards, make_score
 from sera_jax.training.step import microbatches_for
 from sera_jax.writer import MetricWriter
 
@@ -216,9 +219,9 @@ class Runtime:
         inputs = {"policy": policy.digest, "items": items_digest(items), "rows": rows}
 
         def produce(folder: pathlib.Path) -> None:
-            self._score(folder, name, policy, items)
+            self._score(folder, name, policy, items, inputs)
 
-        product = self.workdir.phase(name, inputs, produce, LOWER_ROWS)
+        product = self._in_pieces(name, inputs, produce, LOWER_ROWS)
         self.ledger.note(name, {"scoring": laid(items, self.layout)})
         return by_item(np.load(product.path / "logps.npy"), items)
 
@@ -249,55 +252,48 @@ class Runtime:
         pieces = split_items([c.item for c in candidates], self.layout)
         packed = pack(pieces, self.layout.row_tokens, self.layout.share_prompt)
         batches = score_batches(pieces, self.layout, rounded_rows(len(packed), self.layout.shards))
-        flat = np.concatenate(self._score_batches(self.scorer(window), params, pieces, batches, advance=False))
+        scores = Gathering(pieces)
+        for batch in scored(self.scorer(window), params, batches, range(len(batches)), self.mesh, self.check_stop):
+            scores.take(batch.packed.slots, batch.values)
+        flat = np.concatenate(scores.by_item())
         return np.split(flat, np.cumsum([len(c.samples) for c in candidates])[:-1])
-
-    def _score_batches(
-        self,
-        score: Callable[..., jax.Array],
-        params: Params,
-        items: Sequence[Item],
-        batches: ScoreBatches,
-        *,
-        advance: bool,
-    ) -> Scores:
-        """The scores of every item; with `advance` the open span counts the batches.
-
-        While the devices work on a batch the next one is laid, and the scores of the one before are fetched.
-        """
-        scores, waiting = Gathering(items), None
-        for step, packed in enumerate(batches, 1):
-            self.check_stop()
-            coming = packed.slots, score(params, place_rows(packed.rows, self.mesh))
-            if waiting is not None:
-                scores.take(waiting[0], jax.device_get(waiting[1]))
-            waiting = coming
-            if advance:
-                self.writer.advance(step, tokens=int(np.count_nonzero(packed.rows.segment)))
-        if waiting is not None:
-            scores.take(waiting[0], jax.device_get(waiting[1]))
-        return scores.by_item()
 
     def batches_to_score(self, items: Sequence[Item]) -> ScoreBatches:
         """The rows of items that are scored in a phase of their own."""
         rows = max(1, SCORE_TOKENS // self.layout.row_tokens) * row_shards(self.mesh)
         return score_batches(items, self.layout, rows)
 
-    def _score(self, folder: pathlib.Path, name: str, policy: Policy, items: Sequence[Item]) -> None:
-        batches = self.batches_to_score(items)
-        with self.writer.span(name, total_steps=len(batches)):
+    def _score(
+        self, folder: pathlib.Path, name: str, policy: Policy, items: Sequence[Item], inputs: dict[str, Any]
+    ) -> None:
+        batches, scores = self.batches_to_score(items), Gathering(items)
+        pieces = Pieces(self.workdir.root, name, inputs | {"batches": [len(batches), sorted(batches.compiled)]})
+        if found := pieces.read():
+            scores.put(found["place"], found["value"])
+        left = np.setdiff1d(np.arange(len(batches)), found.get("batch", [])).tolist()
+        done = len(batches) - len(left)
+        with self.writer.span(name, total_steps=len(batches), start_step=done), pieces.kept():
             # window and shapes come from the items alone, so that a restart computes the same numbers to the bit
             score = self.scorer(self.layout.window(items), policy.scalar)
-            scores = self._score_batches(score, self.params(policy), items, batches, advance=True)
-        flat = np.concatenate(scores) if len(items) else np.zeros(0, np.float32)
-        for bad in np.flatnonzero(~np.isfinite(flat))[:1]:
-            index = int(np.searchsorted(np.cumsum(lengths_of(items).counts), bad, side="right"))
-            raise NonFinite(
-                f"{name}: the {'score' if policy.scalar else 'log-prob'} of record {items[index].id!r} is not finite; "
-                f"look at the parameters of {policy.path}"
-            )
+            coming = scored(score, self.params(policy), batches, left, self.mesh, self.check_stop)
+            for step, batch in enumerate(coming, done + 1):
+                place, value = scores.take(batch.packed.slots, batch.values)
+                if np.isfinite(value).all():  # else a restart does the batch again, as a machine may have been at fault
+                    pieces.add(batch=np.array([batch.number]), place=place, value=value)
+                self.writer.advance(step, tokens=int(np.count_nonzero(batch.packed.rows.segment)))
+        flat = np.concatenate(scores.by_item()) if len(items) else np.zeros(0, np.float32)
+        what = f"{name}: the {'score' if policy.scalar else 'log-prob'}"
+        refuse_nonfinite(flat, items, what, f"the parameters of {policy.path}")
         if hosts.is_first():
             np.save(folder / "logps.npy", flat)
+
+    def _in_pieces(
+        self, name: str, inputs: dict[str, Any], produce: Callable[[pathlib.Path], None], way_out: str
+    ) -> Product:
+        """`Workdir.phase` of what keeps `Pieces` while it is under way."""
+        product = self.workdir.phase(name, inputs, produce, way_out)
+        forget(self.workdir.root, name)
+        return product
 
     # ---- sample
 
@@ -326,21 +322,25 @@ class Runtime:
         }
 
         def produce(folder: pathlib.Path) -> None:
-            total = len(prompts) * num_samples
-            with self.writer.span(name, total_steps=total):
-                advance = lambda done, tokens: self.writer.advance(done, tokens=tokens)  # noqa: E731
-                samples = self.generate(
-                    self.params(policy), prompts, num_samples, settings, round_=round_, on_progress=advance
-                )
-            rows = (
-                {"prompt": s.prompt, "sample": s.sample, "finished": s.finished, "tokens": s.tokens.tolist()}
-                for s in samples
-            )
-            write_jsonl(folder / "samples.jsonl", rows)
+            pieces = Pieces(self.workdir.root, name, inputs)
+            drawn = kept.of_arrays(pieces.read())
+            known, total = len(drawn), len(prompts) * num_samples
 
-        product = self.workdir.phase(name, inputs, produce, LOWER_SLOTS)
+            def progress(samples: Sequence[Sample], tokens: int) -> None:
+                nonlocal known
+                if len(samples) > known:
+                    pieces.add(**kept.as_arrays(samples[known:]))
+                known = len(samples)
+                self.writer.advance(known, tokens=tokens)
+
+            with self.writer.span(name, total_steps=total, start_step=known), pieces.kept():
+                how = {"round_": round_, "drawn": drawn, "on_progress": progress}
+                samples = self.generate(self.params(policy), prompts, num_samples, settings, **how)
+            write_jsonl(folder / "samples.jsonl", map(kept.as_row, samples))
+
+        product = self._in_pieces(name, inputs, produce, LOWER_SLOTS)
         rows = map(json.loads, (product.path / "samples.jsonl").read_text().splitlines())
-        candidates = grouped(prompts, [_sample_of(row) for row in rows])
+        candidates = grouped(prompts, [kept.of_row(row) for row in rows])
         self.ledger.note(name, {"sampling": laid([c.item for c in candidates], self.layout)})
         return candidates
 
@@ -353,26 +353,28 @@ class Runtime:
         *,
         round_: int,
         max_prompt_tokens: int | None = None,
-        on_progress: Callable[[int, int], None] = lambda done, tokens: None,
+        drawn: Sequence[Sample] = (),
+        on_progress: Callable[[Sequence[Sample], int], None] = lambda samples, tokens: None,
     ) -> list[Sample]:
         """Answers by parameters in memory, by prompt and sample index; may be stopped between two calls of the decoder.
 
         Args:
             max_prompt_tokens: as in `sampling.generate`.
-            on_progress: called with (samples done, new tokens since the last call).
+            drawn: as in `Draws`.
+            on_progress: called with (samples so far, new tokens since the last call), before a stop.
         """
         tokens_before = 0
 
-        def progress(done: int, total: int, tokens: int) -> None:
+        def progress(samples: Sequence[Sample], total: int, tokens: int) -> None:
             nonlocal tokens_before
-            self.check_stop()
-            on_progress(done, tokens - tokens_before)
+            on_progress(samples, tokens - tokens_before)
             tokens_before = tokens
+            self.check_stop()
 
         return generate(
             self.cfg,
             params,
-            Draws.of_items(prompts, num_samples, seed=self.seed, round=round_),
+            Draws.of_items(prompts, num_samples, seed=self.seed, round=round_, drawn=drawn),
             self.sampling_params(settings),
             slots=settings.slots,
             mesh=mesh_for(self.cfg, self.mesh, self.decode_tensor),
@@ -383,13 +385,7 @@ class Runtime:
 
     def check_stop(self) -> None:
         if self.stop_requested():
-            raise Preempted("stopped between phases' saves; the same command does the unfinished phase again")
+            raise Preempted("stopped within a phase; the same command goes on with it from what is done")
 
 
 _SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "max_new_tokens", "min_new_tokens")
-
-
-def _sample_of(row: dict[str, Any]) -> Sample:
-    """A sample as `Runtime.sample` wrote it; the sampler's own log-probs are not kept."""
-    tokens = np.asarray(row["tokens"], np.int32)
-    return Sample(row["prompt"], row["sample"], tokens, np.zeros(0, np.float32), row["finished"])

@@ -6,7 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -51,7 +51,7 @@ def generate(
     slots: int,
     mesh: Mesh | None = None,
     max_prompt_tokens: int | None = None,
-    on_progress: Callable[[int, int, int], None] | None = None,
+    on_progress: Callable[[Sequence[Sample], int, int], None] | None = None,
     stats: Stats | None = None,
     way_out: str = "lower them",
 ) -> list[Sample]:
@@ -68,7 +68,8 @@ def generate(
         slots: samples decoded at a time; split over the mesh's data and fsdp axes if they divide it.
         mesh: that answers are decoded on, such as `mesh_for` makes; the parameters may lie on another of these devices.
         max_prompt_tokens: make room for prompts of this length; default the longest given.
-        on_progress: called with (samples done, samples in all, new tokens so far) after each call of the decoder.
+        on_progress: called with (the samples so far, those that ended last at the end; samples in all; new tokens so
+            far) after each call of the decoder.
         stats: counts are added to it.
         way_out: what to do where the cache is larger than the devices' memory.
 
@@ -107,12 +108,12 @@ def generate(
             stats=stats,
         )
         total = len(draws.prompts) * draws.num_samples
-        samples: list[Sample] = []
+        samples = list(draws.drawn)
         while len(samples) < total:
             engine.refill()
             samples.extend(engine.decode())
             if on_progress is not None:
-                on_progress(len(samples), total, stats.tokens)
+                on_progress(samples, total, stats.tokens)
     return sorted(samples, key=lambda sample: (sample.prompt, sample.sample))
 
 
@@ -145,7 +146,9 @@ class _Engine:
         self.wake = slots_at_a_time(slots)
         # Prompts prefilled at a time. Not fewer when few are left: another shape could round differently.
         self.block = block_rows(self.prompt_columns, slots, mesh)
-        self.queue = collections.deque((p, n) for p in range(len(self.prompts)) for n in range(draws.num_samples))
+        every = ((p, n) for p in range(len(self.prompts)) for n in range(draws.num_samples))
+        drawn = {(sample.prompt, sample.sample) for sample in draws.drawn}
+        self.queue = collections.deque(place for place in every if place not in drawn)
         self.owner: list[tuple[int, int] | None] = [None] * slots
         self.block_start = -self.block  # first prompt of the block that is prefilled now
         self.block_cache: Cache | None = None
@@ -159,7 +162,7 @@ class _Engine:
         idle = collections.deque(slot for slot, owner in enumerate(self.owner) if owner is None)
         while idle and self.queue:
             if self.queue[0][0] >= self.block_start + self.block:
-                self._prefill(self.queue[0][0])
+                self._prefill(self.queue[0][0] // self.block * self.block)  # the same blocks, whatever is drawn already
             places = []
             while idle and self.queue and len(places) < self.wake and self.queue[0][0] < self.block_start + self.block:
                 slot, (prompt, sample) = idle.popleft(), self.queue.popleft()

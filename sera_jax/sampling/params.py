@@ -59,6 +59,7 @@ class Draws:
     Attributes:
         prompts: i32[P] each, P >= 1.
         ids: one integer in [0, 2**64) for each prompt.
+        drawn: answers that an earlier call has drawn; they are not drawn again, and come back among the others.
     """
 
     prompts: Sequence[np.ndarray]
@@ -66,11 +67,15 @@ class Draws:
     num_samples: int = 1
     seed: int = 0
     round: int = 0
+    drawn: Sequence[Sample] = ()
 
     @classmethod
-    def of_items(cls, items: Sequence[Item], num_samples: int, *, seed: int, round: int) -> Draws:
+    def of_items(
+        cls, items: Sequence[Item], num_samples: int, *, seed: int, round: int, drawn: Sequence[Sample] = ()
+    ) -> Draws:
         """Of the items' prompts, by the ids of their records."""
-        return cls([item.prompt for item in items], [stable_id(item.id) for item in items], num_samples, seed, round)
+        ids = [stable_id(item.id) for item in items]
+        return cls([item.prompt for item in items], ids, num_samples, seed, round, drawn)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from sera_jax.checkpoint import Workdir, save_tree
+from sera_jax.checkpoint.addressed import addressed
 from sera_jax.checkpoint.shared import SharedPhases
 
 
@@ -41,6 +42,17 @@ def test_a_product_is_made_once_and_taken_whole(tmp_path):
     assert (taken.digest, taken.seconds) == (made.digest, made.seconds)
     assert (first.fresh, first.taken, second.fresh, second.taken) == (["sft"], [], [], ["sft"])
     assert Workdir(tmp_path / "b", {}).phase("sft", {"lr": 0.1}, never) == taken, "found again without the others"
+
+
+def test_what_is_found_by_its_inputs_is_shared_by_them_and_its_name(tmp_path):
+    first, second = (workdir(tmp_path, name, names=("corpus",)) for name in "ab")
+    made = addressed(first, "train", {"rows": 1}, write("one"))
+    taken = addressed(second, "train", {"rows": 1}, never)
+    assert files(taken.path) == files(made.path) and taken.digest == made.digest
+    for name, inputs in (("eval", {"rows": 1}), ("train", {"rows": 2})):
+        assert (addressed(second, name, inputs, write("two")).path / "x.txt").read_text() == "two"
+    alone = workdir(tmp_path, "c", names=("sft",))
+    assert (addressed(alone, "train", {"rows": 1}, write("three")).path / "x.txt").read_text() == "three"
 
 
 @pytest.mark.parametrize(

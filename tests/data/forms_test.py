@@ -167,11 +167,13 @@ def test_turns_that_stand_in_one_text_are_a_demonstration_and_as_a_text_stay_as_
     assert parse_pretrain({"text": text, "prompt": "Name a herb.", "response": "Basil."}).prompt == "Name a herb."
 
 
-def test_a_message_of_a_flat_file_says_what_it_is():
-    row = {"message_id": "a", "parent_id": None, "message_tree_id": "a", "text": "Name a herb.", "role": "prompter"}
+def test_a_message_alone_says_what_it_is():
+    row = {"message_id": "a", "parent_id": "b", "message_tree_id": "b", "text": "Name a herb.", "role": "prompter"}
     for parse in (parse_demonstration, parse_preference, parse_prompt):
-        with pytest.raises(BadRow, match=r"Open Assistant's flat file.*ready\.trees"):
+        with pytest.raises(BadRow, match=r"a message without its tree: its parent 'b' is not in the file"):
             parse(row)
+        with pytest.raises(LeftOut, match="deleted"):
+            parse(row | {"deleted": True})
 
 
 def test_thoughts_are_kept_dropped_or_refused():

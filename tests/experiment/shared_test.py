@@ -46,6 +46,9 @@ def test_a_run_that_takes_its_start_from_another_ends_with_the_same_bytes(tmp_pa
     taking = experiment.run(tiny_config(tmp_path / "taking", **LITTLE, data__label_noise=0.0), shared_phases=shared)
     assert f"taken from {shared}: world, init, pretrain, sft" in capsys.readouterr().err
     alone = experiment.run(tiny_config(tmp_path / "alone", **LITTLE, data__label_noise=0.0))
+    kept = [sorted((tmp_path / name / "phases" / "corpus").rglob("tokens.npy")) for name in ("first", "taking")]
+    assert len(kept[0]) == len(kept[1]) > 1
+    assert all(one.samefile(other) for one, other in zip(*kept, strict=True)), "the tokens are not made again"
     assert taking["params_sha256"] == alone["params_sha256"]
     assert taking["arms"] == alone["arms"]
     assert manifests(tmp_path / "taking", start) == manifests(tmp_path / "alone", start)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from sera_jax.checkpoint import pieces
 from sera_jax.experiment.saved import find_policy
 from sera_jax.mesh import make_mesh
 from sera_jax.writer import read_records
@@ -20,18 +21,19 @@ from tests.xla_flags import xla_flags
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 DEADLINE_SECONDS = 600
+MAIN = ("-m", "sera_jax.main")
 
 Start = Callable[[pathlib.Path], subprocess.Popen]
 
 
-def start(flags: list[str], devices: int = 1) -> subprocess.Popen:
+def start(flags: list[str], devices: int = 1, program: tuple[str, ...] = MAIN) -> subprocess.Popen:
     """`python -m sera_jax.main` as a user has it, on simulated devices; the tests' compile cache makes it cheap."""
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": xla_flags(devices),
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "sera_jax.main", *flags],
+        [sys.executable, *program, *flags],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -185,4 +187,5 @@ def assert_same_end(workdir, whole):
     for checksums in (workdir / "phases").rglob("params/checksums.json"):  # which reading compares with the arrays
         find_policy(checksums.parent.parent).params(mesh)
     assert list((workdir / "checkpoints").rglob("checksums.json")) == []
+    assert pieces.files(workdir) == []
     assert list((workdir / "phases").rglob("*.partial")) == []

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from sera_jax import stamps
+from sera_jax.checkpoint.pieces import files
 from sera_jax.experiment.saved import find_policy
 from sera_jax.mesh import make_mesh
 from tests.loops import kills
@@ -29,7 +30,7 @@ SRPPO = {**TINY_SRPPO, **SAVING, "world.pretrain": 64}
 METHODS = {"SeRA": (SERA, "pretrain/1"), "Self-Rewarding PPO": (SRPPO, "srppo/iteration2/1")}
 
 
-def start(workdir, tiny, processes, devices):
+def start(workdir, tiny, processes, devices, program=kills.MAIN):
     """The processes of a job, each with so many devices."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -38,7 +39,7 @@ def start(workdir, tiny, processes, devices):
     if processes == 1:
         return [kills.start(flags, devices)]
     joined = [*flags, f"--coordinator_address={address}", f"--num_processes={processes}"]
-    return [kills.start([*joined, f"--process_id={index}"], devices) for index in range(processes)]
+    return [kills.start([*joined, f"--process_id={index}"], devices, program) for index in range(processes)]
 
 
 def launch(workdir, tiny, **environment):
@@ -102,6 +103,36 @@ def test_a_job_of_several_processes_ends_as_one_process(run, tmp_path, processes
     codes, said = ends(start(tmp_path, tiny, processes, devices))
     assert set(codes) == {0}, said
     assert_ends_as(tmp_path, whole)
+
+
+# sera_jax.main, but a row is a batch to score, and each leaves a piece.
+IN_PIECES = """
+import runpy, sys
+from sera_jax.checkpoint import pieces
+from sera_jax.loops import runtime
+pieces.SECONDS, runtime.SCORE_TOKENS = 0, 128
+sys.argv = sys.argv[1:]
+runpy.run_module("sera_jax.main", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_all_processes_go_on_from_the_same_pieces(tmp_path):
+    """Of a phase of scoring that is stopped, and one of sampling that is killed."""
+    program, tiny = ("-c", IN_PIECES, "sera_jax.main"), {**SERA, "sampling.slots": 4}
+    whole, workdir = tmp_path / "whole", tmp_path / "job"
+    codes, said = ends(start(whole, tiny, 2, 2, program))
+    assert codes == [0, 0], said
+    for phase, number in (("sft%2Fpool", signal.SIGTERM), ("round1%2Fcandidates", signal.SIGKILL)):
+        job = start(workdir, tiny, 2, 2, program)
+        assert signal_when(job[1], lambda: any((workdir / "checkpoints/pieces" / phase).rglob("*.npz")), number)  # noqa: B023
+        codes, said = ends(job)
+        assert codes == [75, 75] if number == signal.SIGTERM else codes[1] == -number and codes[0] not in (0, 75), said
+    codes, said = ends(start(workdir, tiny, 2, 2, program))
+    assert codes == [0, 0], said
+    assert "goes on from step" in said
+    assert kills.products(workdir) == kills.products(whole)
+    assert files(workdir) == []
 
 
 # sera_jax.main, but process 1 waits for ever where it should ask whether to stop, once a file is there.

@@ -58,11 +58,11 @@ def draw(
     params, prompts, *, cfg=CFG, ids=None, num_samples=1, slots=4, seed=0, round=0, mesh=None, stats=None, **settings
 ):
     settings = dict(temperature=1.0, max_new_tokens=10, stop_ids=STOP) | settings
-    progress = settings.pop("on_progress", None)
+    progress, drawn = settings.pop("on_progress", None), settings.pop("drawn", ())
     return generate(
         cfg,
         params,
-        Draws(prompts, range(len(prompts)) if ids is None else ids, num_samples, seed, round),
+        Draws(prompts, range(len(prompts)) if ids is None else ids, num_samples, seed, round, drawn),
         SamplingParams(**settings),
         slots=slots,
         mesh=mesh,
@@ -229,6 +229,14 @@ def test_a_sample_does_not_depend_on_order_neighbours_or_slot(params, prompts):
     assert_same([s for s in whole if s.prompt == 5], [dataclasses.replace(s, prompt=5) for s in alone])
 
 
+def test_what_is_drawn_already_is_not_drawn_again_and_the_rest_is_the_same_bit_for_bit(params, prompts):
+    whole, stats = draw(params, prompts, num_samples=3), Stats()
+    drawn = [whole[i] for i in (17, 0, 2, 1, 4, 9, 16, 15)]  # all of prompts 0 and 5
+    assert_same(whole, draw(params, prompts, num_samples=3, drawn=drawn, stats=stats))
+    assert stats.tokens == sum(len(s.tokens) for s in whole) - sum(len(s.tokens) for s in drawn)
+    assert_same(whole, draw(params, prompts, num_samples=3, drawn=whole))
+
+
 def test_samples_come_ordered_by_prompt_and_index_and_numbered_from_zero(params, prompts):
     samples = draw(params, prompts, num_samples=3)
     assert [(s.prompt, s.sample) for s in samples] == [(p, n) for p in range(len(prompts)) for n in range(3)]
@@ -369,7 +377,8 @@ def test_slots_that_the_mesh_does_not_divide_are_decoded_all_the_same(params, pr
 
 def test_progress_counts_samples_and_tokens(params, prompts):
     seen = []
-    samples = draw(params, prompts, num_samples=2, on_progress=lambda *args: seen.append(args))
+    note = lambda done, total, tokens: seen.append((len(done), total, tokens))  # noqa: E731
+    samples = draw(params, prompts, num_samples=2, on_progress=note)
     assert seen[-1] == (len(samples), len(samples), sum(len(s.tokens) for s in samples))
     assert all(a[0] <= b[0] and a[2] <= b[2] for a, b in itertools.pairwise(seen))
 
