@@ -2,7 +2,6 @@
 
 __version__ = "0.8.0"
 
-# Which numbers the code makes. Every entry under Numerics in CHANGELOG.md that changes results of a run raises it, or,
-# where it changes those of one method alone, `Method.numerics` of that one: a work directory that another one was at
-# work in is not gone on with.
+# Which numbers the code makes. Every entry under Numerics in CHANGELOG.md that changes results of a run raises it: a
+# work directory that another one was at work in is not gone on with.
 NUMERICS = 4

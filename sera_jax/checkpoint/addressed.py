@@ -16,6 +16,7 @@ from sera_jax.checkpoint.phases import (
     Product,
     Workdir,
     digest_of,
+    finish_move,
     make,
     plain,
     product_of,
@@ -38,6 +39,7 @@ def addressed(workdir: Workdir, name: str, inputs: dict[str, Any], produce: Call
     shared, asked = workdir.shared, {"name": name, "inputs": inputs}
 
     def find_or_make() -> Product:
+        finish_move(folder)
         if (folder / "manifest.json").exists():
             return workdir.open(name, inputs, folder)
         if folder.is_dir() and any(folder.iterdir()):

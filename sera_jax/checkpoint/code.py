@@ -18,14 +18,9 @@ _MINOR = ("jax", "flax", "optax")  # compute: another minor release may compute 
 ALLOWED = "allowed"  # marks versions that went on with the work of others that differ in more than a note
 
 
-def versions(method: int = 0) -> dict[str, str]:
-    """Of sera_jax, of its numerics, and of the libraries, by name.
-
-    Args:
-        method: numerics of the method alone; 0: nothing but what all have in common.
-    """
-    numerics = f"{sera_jax.NUMERICS}.{method}" if method else str(sera_jax.NUMERICS)
-    ours = {"sera_jax": sera_jax.__version__, "numerics": numerics}
+def versions() -> dict[str, str]:
+    """Of sera_jax, of its numerics, and of the libraries, by name."""
+    ours = {"sera_jax": sera_jax.__version__, "numerics": str(sera_jax.NUMERICS)}
     return ours | {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
@@ -46,13 +41,13 @@ def history_of(file: dict[str, Any]) -> list[dict[str, Any]]:
     return [seen for seen in found if isinstance(seen, dict)] if isinstance(found, list) else []
 
 
-def check_versions(root: pathlib.Path, history: list[dict[str, Any]], now: dict[str, Any], allowed: bool) -> list[str]:
+def check_versions(root: pathlib.Path, history: list[dict[str, Any]], allowed: bool) -> list[str]:
     """Lines on what differs from the versions that were last at work in a folder.
 
     Raises:
         StaleWorkdir: they compute otherwise, and that is not `allowed`.
     """
-    grave, slight = differences(history[-1] if history else {}, now)
+    grave, slight = differences(history[-1] if history else {}, versions())
     if grave and not allowed:
         raise StaleWorkdir(
             f"{root} was made by other versions ({'; '.join(grave)}), which may compute other numbers; install those, "
@@ -61,7 +56,8 @@ def check_versions(root: pathlib.Path, history: list[dict[str, Any]], now: dict[
     return [f"versions: {difference}" for difference in [*grave, *slight]]
 
 
-def with_present(history: list[dict[str, Any]], now: dict[str, Any], allowed: bool) -> list[dict[str, Any]]:
+def with_present(history: list[dict[str, Any]], allowed: bool) -> list[dict[str, Any]]:
     """The list with the present code as its last entry."""
+    now: dict[str, Any] = versions()
     last = {name: value for name, value in history[-1].items() if name != ALLOWED} if history else {}
     return history if last == now else [*history, now | ({ALLOWED: True} if allowed else {})]

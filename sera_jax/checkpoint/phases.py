@@ -160,13 +160,10 @@ class Workdir:
 
     _lock: Any = None  # of the first process
 
-    def __init__(
-        self, root: pathlib.Path, config: dict[str, Any], *, numerics: int = 0, allow_other_versions: bool = False
-    ):
+    def __init__(self, root: pathlib.Path, config: dict[str, Any], *, allow_other_versions: bool = False):
         """Open or make the work directory, and hold it; nothing in it is changed yet.
 
         Args:
-            numerics: that of the method alone (`code.versions`).
             allow_other_versions: go on with results of another numerics version or minor release of a library.
 
         Raises:
@@ -184,9 +181,7 @@ class Workdir:
         self.shared: SharedPhases | None = None
         self._config = plain({k: v for k, v in config.items() if k != "workdir"})
         self._begun = False
-        self._now = versions(numerics)
-        found = hosts.on_first(lambda: self._enter(allow_other_versions))
-        self.code = with_present(found, self._now, allow_other_versions)
+        self.code = with_present(hosts.on_first(lambda: self._enter(allow_other_versions)), allow_other_versions)
 
     def _enter(self, allow_other_versions: bool) -> list[dict[str, Any]]:
         """Hold the folder, and refuse it where it is another's; the versions that were at work in it."""
@@ -195,7 +190,7 @@ class Workdir:
             return []
         self.notes += check_config(self.root, self._config)
         history = history_of(read_json(self.root / "versions.json"))
-        self.notes += check_versions(self.root, history, self._now, allow_other_versions)
+        self.notes += check_versions(self.root, history, allow_other_versions)
         return history
 
     def begin(self) -> None:
@@ -253,9 +248,8 @@ class Workdir:
 
     def _start(self, name: str, inputs: dict[str, Any], folder: pathlib.Path) -> _Start:
         """What is there of a phase; where that is nothing, an empty folder to make it in, or to take it into."""
-        asked, torn = digest_of(inputs), torn_of(folder)
-        if folder.is_dir() and (torn / "manifest.json").exists():  # files were being moved, as on a mounted bucket
-            whole.move_files(torn, folder, last="manifest.json")
+        asked = digest_of(inputs)
+        finish_move(folder)
         if (folder / "manifest.json").exists():
             product = self.open(name, inputs, folder)
             shutil.rmtree(self.checkpoints(name), ignore_errors=True)  # a kill may have come between rename and this
@@ -263,7 +257,7 @@ class Workdir:
         if folder.is_dir() and any(folder.iterdir()):
             raise ValueError(f"{folder / 'manifest.json'} is missing; {to_make_anew(folder)}")
         self.begin()
-        shutil.rmtree(torn, ignore_errors=True)
+        shutil.rmtree(torn := torn_of(folder), ignore_errors=True)
         torn.mkdir(parents=True)
         # a checkpoint may be of other versions, or of another machine
         from_start = not any(self.checkpoints(name).glob("[0-9]*"))
@@ -292,6 +286,13 @@ class Workdir:
 def torn_of(folder: pathlib.Path) -> pathlib.Path:
     """Where a product is made."""
     return folder.with_name(folder.name + ".partial")
+
+
+def finish_move(folder: pathlib.Path) -> None:
+    """Where files of a product were being moved, as on a mounted bucket, move the rest."""
+    torn = torn_of(folder)
+    if folder.is_dir() and (torn / "manifest.json").exists():
+        whole.move_files(torn, folder, last="manifest.json")
 
 
 def make(

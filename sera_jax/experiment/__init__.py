@@ -70,7 +70,7 @@ def run(
         Preempted: stopped on request, with everything saved.
     """
     method, root, fields = METHODS[config.method], pathlib.Path(config.workdir), config_lib.to_dict(config)
-    workdir = Workdir(root, fields, numerics=method.numerics, allow_other_versions=allow_other_versions)
+    workdir = Workdir(root, fields, allow_other_versions=allow_other_versions)
     workdir.keeps_states = config.log.keep_states
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     meet(mesh)

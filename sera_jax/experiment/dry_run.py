@@ -19,7 +19,7 @@ from sera_jax import config as config_lib
 from sera_jax.aot import flops
 from sera_jax.aot.chips import GPUS, TPUS
 from sera_jax.checkpoint import Workdir
-from sera_jax.checkpoint.code import check_versions, history_of, versions
+from sera_jax.checkpoint.code import check_versions, history_of
 from sera_jax.checkpoint.lock import has_results
 from sera_jax.checkpoint.phases import check_config, plain, read_json
 from sera_jax.config import Config
@@ -115,7 +115,7 @@ def _check_workdir(config: Config, root: pathlib.Path, allowed: bool) -> list[st
     there = {name: value for name, value in config_lib.to_dict(config).items() if name != "workdir"}
     notes = check_config(root, plain(there))
     history = history_of(read_json(root / "versions.json"))
-    return [*notes, *check_versions(root, history, versions(METHODS[config.method].numerics), allowed)]
+    return [*notes, *check_versions(root, history, allowed)]
 
 
 def _facts(config: Config, corpus: Corpus, sources: list[Facts], notes: list[str]) -> Facts:

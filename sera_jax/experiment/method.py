@@ -105,7 +105,6 @@ class Method:
         report: how its summary is checked and shown.
         programs: all that it compiles, of a run as planned (`experiment.planned.Planned`), for a look ahead of time.
         samples_pairs: whether it trains on pairs of its own answers, which may be longer than those of the data.
-        numerics: raised by every change of code that changes the results of this method alone (`sera_jax.NUMERICS`).
     """
 
     name: str
@@ -125,7 +124,6 @@ class Method:
     report: Report
     programs: Callable[[Any], list[Program]]
     samples_pairs: Callable[[Config], bool] = lambda config: False
-    numerics: int = 0
 
     def check_arms(self, config: Config) -> None:
         """Raises ValueError for an arm that is unknown or named twice, and for none."""

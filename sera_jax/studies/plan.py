@@ -192,9 +192,8 @@ def _run(study: Study, setting: str, varied: dict[str, Any], seed: int) -> Run:
         raise ValueError(f"{setting or 'the study'}: {error}") from error
     start = {name: config[name] for name in _START}
     start["data"] = {name: value for name, value in start["data"].items() if name != "label_noise"}
-    method = METHODS[config["method"]]
-    arms, code = ("sft", *config[method.group]["arms"]), versions(method.numerics)
-    return Run(setting, seed, varied, overrides, arms, identity(config, code), digest_of(start))
+    arms = ("sft", *config[METHODS[config["method"]].group]["arms"])
+    return Run(setting, seed, varied, overrides, arms, identity(config, versions()), digest_of(start))
 
 
 def _from_file(path: str, *arguments: str) -> Any:

@@ -173,7 +173,7 @@ def test_work_of_other_versions_is_gone_on_with_where_they_compute_alike(
     tmp_path, monkeypatch, name, there, now, refused
 ):
     def as_of(version):
-        monkeypatch.setattr(code, "versions", lambda method=0: {**PRESENT, name: version})
+        monkeypatch.setattr(code, "versions", lambda: {**PRESENT, name: version})
         monkeypatch.setattr(phases, "versions", code.versions)
 
     as_of(there)
@@ -202,7 +202,7 @@ def test_work_of_a_release_that_recorded_no_versions_is_refused(tmp_path):
 
 def test_a_folder_without_results_takes_whatever_versions(tmp_path, monkeypatch):
     Workdir(tmp_path, {})
-    monkeypatch.setattr(phases, "versions", lambda method=0: {**PRESENT, "numerics": "0"})
+    monkeypatch.setattr(code, "versions", lambda: {**PRESENT, "numerics": "0"})
     assert Workdir(tmp_path, {}).code == [{**PRESENT, "numerics": "0"}]
 
 

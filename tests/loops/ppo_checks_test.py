@@ -14,7 +14,7 @@ from sera_jax.checkpoint import Workdir
 from sera_jax.config import PpoGroup, RewardGroup, to_config_dict, to_dict
 from sera_jax.core import Stream, rng_for
 from sera_jax.experiment.assembly import read_corpus
-from sera_jax.experiment.methods import METHODS, parse
+from sera_jax.experiment.methods import parse
 from sera_jax.loops import ppo_checks, ppo_segment
 from sera_jax.loops import srppo as srppo_loop
 from sera_jax.loops.ppo import Learner
@@ -43,7 +43,7 @@ def command(capsys):
         root = pathlib.Path(raw.workdir)
         if (root / "phases").exists():  # made by a run of another config: as if by one of this
             shutil.move(root / "phases", root / "aside")
-            workdir = Workdir(root, to_dict(parse(raw)), numerics=METHODS["srppo"].numerics)
+            workdir = Workdir(root, to_dict(parse(raw)))
             workdir.begin()
             workdir._lock.close()
             shutil.move(root / "aside", root / "phases")

@@ -370,5 +370,4 @@ SRPPO = Method(
     run=run,
     report=REPORT,
     programs=programs,
-    numerics=1,
 )
