@@ -90,6 +90,11 @@ def device_grid(shape: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarr
     return np.concatenate(grids)
 
 
+def devices_of_a_slice(mesh: Mesh) -> int:
+    """How many devices are near one another: all, but of several slices of TPUs."""
+    return mesh.size // len({getattr(device, "slice_index", 0) for device in mesh.devices.flat})
+
+
 def decoding_mesh(mesh: Mesh, tensor: int) -> Mesh:
     """The same devices in the same order, `tensor` of them for each part of a weight and the rest for `data`.
 

@@ -14,7 +14,16 @@ from jax.sharding import PartitionSpec as P
 
 from sera_jax import mesh as meshes
 from sera_jax.core import Rows
-from sera_jax.mesh import device_grid, host_to_global, make_mesh, mesh_shape, param_shardings, replicated, rows_sharding
+from sera_jax.mesh import (
+    device_grid,
+    devices_of_a_slice,
+    host_to_global,
+    make_mesh,
+    mesh_shape,
+    param_shardings,
+    replicated,
+    rows_sharding,
+)
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.critic import with_value_head
 from sera_jax.models.decoder import abstract_params, hidden_states, init_params, unembedding
@@ -199,6 +208,13 @@ def test_every_slice_holds_whole_copies(shape):
         assert len({device.slice_index for device in copy.flat}) == 1
     half = shape[0] // 2
     assert [copy.flat[0].slice_index for copy in grid] == [0] * half + [1] * half
+
+
+def test_answers_are_decoded_within_a_slice():
+    """A token costs two sums between the devices that share a copy: they are those of one slice."""
+    mesh = types.SimpleNamespace(size=8, devices=device_grid((2, 4, 1), chips(2, 4)))
+    assert devices_of_a_slice(mesh) == 4
+    assert devices_of_a_slice(types.SimpleNamespace(size=8, devices=device_grid((2, 4, 1), chips(1, 8)))) == 8
 
 
 def test_a_copy_that_lies_on_two_slices_is_refused_with_the_way_out():

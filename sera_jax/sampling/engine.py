@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from sera_jax import memory
 from sera_jax.core import Stream, key_for
-from sera_jax.mesh import decoding_mesh, host_to_global, replicated, row_shards
+from sera_jax.mesh import decoding_mesh, devices_of_a_slice, host_to_global, replicated, row_shards
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import Params, abstract_params
 from sera_jax.sampling.cache import Cache
@@ -220,7 +220,7 @@ def mesh_for(cfg: ModelConfig, mesh: Mesh, decode_tensor: int = 0) -> Mesh:
     Args:
         decode_tensor: devices that share a copy of the parameters. 0: a step reads every weight that lies on its device
             once, so the more of them the faster, but for two sums over them in each layer. Small models lie whole on
-            every device, others in as many parts as devices and heads have in common.
+            every device, others in as many parts as devices (of a slice) and heads have in common.
 
     Raises:
         ValueError: `decode_tensor` does not divide the devices, or what is split.
@@ -234,8 +234,8 @@ def mesh_for(cfg: ModelConfig, mesh: Mesh, decode_tensor: int = 0) -> Mesh:
     if not decode_tensor:
         parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(cfg)))
         small = parameters * np.dtype(cfg.dtype).itemsize <= WHOLE_BYTES
-        return decoding_mesh(mesh, 1 if small else math.gcd(mesh.size, *split.values()))
-    for name, size in ({"devices": mesh.size} | split).items():
+        return decoding_mesh(mesh, 1 if small else math.gcd(devices_of_a_slice(mesh), *split.values()))
+    for name, size in ({"devices": devices_of_a_slice(mesh)} | split).items():
         if size % decode_tensor:
             raise ValueError(
                 f"mesh.decode_tensor={decode_tensor} does not divide the {size} {name}; "
