@@ -73,7 +73,7 @@ def test_a_stop_in_the_middle_of_writing_leaves_nothing(tmp_path, monkeypatch):
     def stop(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bpe.pathlib.Path, "rename", stop)
+    monkeypatch.setattr(bpe.whole, "appear", stop)
     with pytest.raises(KeyboardInterrupt):
         train_bpe(TEXTS, 300, out_dir=tmp_path / "t")
     assert list(tmp_path.iterdir()) == []

@@ -69,7 +69,7 @@ def pretended(monkeypatch):
             raise Preempted(f"stopped in {name}")
         return np.random.default_rng(zlib.crc32(name.encode()))
 
-    def score(self, folder, name, policy, items):
+    def score(self, folder, name, policy, items, inputs):
         np.save(folder / "logps.npy", rng(name).normal(size=sum(len(item.responses) for item in items)))
 
     def generate(self, policy, prompts, num_samples, settings, **_):
