@@ -77,7 +77,7 @@ def device_grid(shape: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarr
     """
     slices: dict[int, list[Any]] = {}
     for device in devices:
-        slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
+        slices.setdefault(_slice_of(device), []).append(device)
     data, *within = shape
     if data % len(slices):
         raise ValueError(
@@ -92,7 +92,12 @@ def device_grid(shape: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarr
 
 def devices_of_a_slice(mesh: Mesh) -> int:
     """How many devices are near one another: all, but of several slices of TPUs."""
-    return mesh.size // len({getattr(device, "slice_index", 0) for device in mesh.devices.flat})
+    return mesh.size // len({_slice_of(device) for device in mesh.devices.flat})
+
+
+def _slice_of(device: Any) -> int:
+    """The slice of TPUs; GPUs, whose slices are hosts, count as one."""
+    return getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
 
 
 def decoding_mesh(mesh: Mesh, tensor: int) -> Mesh:

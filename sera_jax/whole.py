@@ -6,12 +6,16 @@ under its name, where it appears when it is closed, and a folder file by file, t
 
 from __future__ import annotations
 
+import errno
 import os
 import pathlib
 import shutil
 import uuid
 from collections.abc import Callable
 from typing import IO
+
+# What a copy would meet as well, having cut the file that is there.
+_DENIED = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.ENOENT)
 
 
 def write(path: pathlib.Path, fill: Callable[[IO[bytes]], object]) -> None:
@@ -45,7 +49,9 @@ def appear(torn: pathlib.Path, path: pathlib.Path, *, last: str = "") -> None:
     """
     try:
         torn.replace(path)
-    except OSError:
+    except OSError as error:
+        if error.errno in _DENIED:
+            raise
         if not torn.is_dir():
             shutil.copyfile(torn, path)
             torn.unlink()

@@ -16,7 +16,6 @@ from sera_jax import mesh as meshes
 from sera_jax.core import Rows
 from sera_jax.mesh import (
     device_grid,
-    devices_of_a_slice,
     host_to_global,
     make_mesh,
     mesh_shape,
@@ -31,6 +30,7 @@ from sera_jax.models.lora import Lora, dropping
 from sera_jax.models.peft import kernels_of
 from sera_jax.models.trained import Trained
 from sera_jax.ops.logprob import sum_by_slot, token_logps
+from sera_jax.sampling import engine
 from tests.tolerances import TOLERANCES
 
 CFG = ModelConfig(
@@ -193,14 +193,21 @@ def test_sizes_that_do_not_make_a_mesh_are_refused(sizes, message):
         make_mesh(*sizes)
 
 
-def chips(slices, each):
+def chips(slices, each, platform="tpu"):
     """Devices of several slices, in an order in which they come by turns."""
-    about = dict(platform="cpu", device_kind="cpu", process_index=0)
+    about = dict(platform=platform, device_kind="made up", process_index=0)
     return [types.SimpleNamespace(id=i, slice_index=i % slices, **about) for i in range(slices * each)]
 
 
+@pytest.fixture
+def as_they_come(monkeypatch):
+    """Devices of a slice without coordinates."""
+    lay = lambda shape, devices, **_: np.array(devices).reshape(shape)  # noqa: E731
+    monkeypatch.setattr(meshes.mesh_utils, "create_device_mesh", lay)
+
+
 @pytest.mark.parametrize("shape", [(2, 4, 1), (2, 2, 2), (4, 2, 1), (8, 1, 1)])
-def test_every_slice_holds_whole_copies(shape):
+def test_every_slice_holds_whole_copies(shape, as_they_come):
     devices = chips(2, 4)
     grid = device_grid(shape, devices)
     assert grid.shape == shape and {d.id for d in grid.flat} == set(range(8))
@@ -210,11 +217,21 @@ def test_every_slice_holds_whole_copies(shape):
     assert [copy.flat[0].slice_index for copy in grid] == [0] * half + [1] * half
 
 
-def test_answers_are_decoded_within_a_slice():
+@pytest.mark.parametrize("devices", [chips(1, 8), chips(2, 4, "gpu")], ids=["one slice", "hosts of GPUs"])
+def test_other_devices_may_share_a_copy_wherever_they_are(devices, as_they_come):
+    assert [device.id for device in device_grid((1, 8, 1), devices).flat] == list(range(8))
+
+
+@pytest.mark.parametrize(("slices", "together"), [(1, 8), (2, 4), (4, 2)])
+def test_answers_are_decoded_within_a_slice(slices, together, as_they_come, monkeypatch):
     """A token costs two sums between the devices that share a copy: they are those of one slice."""
-    mesh = types.SimpleNamespace(size=8, devices=device_grid((2, 4, 1), chips(2, 4)))
-    assert devices_of_a_slice(mesh) == 4
-    assert devices_of_a_slice(types.SimpleNamespace(size=8, devices=device_grid((2, 4, 1), chips(1, 8)))) == 8
+    monkeypatch.setattr(engine, "decoding_mesh", lambda mesh, tensor: tensor)
+    monkeypatch.setattr(engine, "WHOLE_BYTES", 0)
+    cfg = dataclasses.replace(CFG, num_attention_heads=8, num_key_value_heads=8)
+    mesh = types.SimpleNamespace(size=8, devices=device_grid((slices, 8 // slices, 1), chips(slices, 8 // slices)))
+    assert engine.mesh_for(cfg, mesh) == together
+    with pytest.raises(ValueError, match=rf"decode_tensor=3 does not divide the {together} devices"):
+        engine.mesh_for(cfg, mesh, 3)
 
 
 def test_a_copy_that_lies_on_two_slices_is_refused_with_the_way_out():

@@ -234,8 +234,11 @@ def test_an_attention_that_the_devices_do_not_have_is_refused_in_a_line(folder, 
     assert looked(folder / "none", *tiny_flags(folder), named, "--topology=cpu:2") == (2, None)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: config.model.attn_implementation='splash' runs on tpu devices, and these are cpu;")
-    code, _ = looked(folder / "estimated", *tiny_flags(folder), named, "--topology=gpu:h100:2", "--only=train")
-    assert code == 0, "nothing is compiled for GPUs"
+    assert looked(folder / "estimated", *tiny_flags(folder), named, "--topology=gpu:h100:2") == (2, None)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: config.model.attn_implementation='splash' runs on tpu devices, and these are cuda;")
+    plain = named.replace("splash", "xla_loop")
+    assert looked(folder / "plain", *tiny_flags(folder), plain, "--topology=gpu:h100:2", "--only=train")[0] == 0
 
 
 @pytest.mark.parametrize(

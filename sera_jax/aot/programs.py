@@ -175,10 +175,11 @@ def gradients(run: Runtime, params: Params, parts: int) -> float:
 
 def activations(run: Runtime, rows: Rows, parts: int, chunk_tokens: int) -> float:
     """Bytes that the layers keep of a microbatch on a device, a layer's gathered weights, and its logits."""
-    each = rows.tokens.shape[0] / parts / run.layout.shards
+    count, length = rows.tokens.shape
+    each = count / parts / run.layout.shards
     size = jnp.dtype(run.cfg.dtype).itemsize
     logits = 3 * 4 * (chunk_tokens or 2048) * run.cfg.vocab_size / run.mesh.shape["tensor"]
-    return each * activation_bytes(run.cfg, run.layout.row_tokens) + 2 * size * run.cfg.layer_parameters + logits
+    return each * activation_bytes(run.cfg, length) + 2 * size * run.cfg.layer_parameters + logits
 
 
 def scoring(

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sera_jax import hosts, memory, whole
 from sera_jax.checkpoint.code import check_versions, history_of, versions, with_present
 from sera_jax.checkpoint.lock import METRICS, StaleWorkdir, has_results, lock
-from sera_jax.config.identity import is_same
+from sera_jax.config.identity import is_same, known_inputs
 
 if TYPE_CHECKING:
     from sera_jax.checkpoint.shared import SharedPhases
@@ -48,7 +48,7 @@ class _Start(NamedTuple):
 
     asked: str
     product: Product | None
-    whole: bool = True
+    from_start: bool = True
     taken: bool = False
 
 
@@ -266,16 +266,16 @@ class Workdir:
     def _keep(self, name: str, inputs: dict[str, Any], folder: pathlib.Path, start: _Start) -> Product:
         """Let a product appear that is whole, and what led to it go."""
         whole.appear(torn_of(folder), folder, last="manifest.json")
-        if self.shared and not start.taken and start.whole:
+        if self.shared and not start.taken and start.from_start:
             self.shared.give(name, inputs, folder)
         shutil.rmtree(self.checkpoints(name), ignore_errors=True)
         return product_of(folder, read_json(folder / "manifest.json"))
 
     def open(self, name: str, inputs: dict[str, Any], folder: pathlib.Path) -> Product:
         manifest = load_manifest(folder)
-        if manifest["inputs"] != inputs:
+        if (there := known_inputs(manifest["inputs"])) != inputs:
             raise StaleWorkdir(
-                f"{folder} was made from other inputs ({first_difference(manifest['inputs'], inputs)}); "
+                f"{folder} was made from other inputs ({first_difference(there, inputs)}); "
                 f"choose another --config.workdir, or delete {folder}, the phases after it and {self.root}/checkpoints"
             )
         for damage in damaged_files(folder, manifest):
@@ -289,10 +289,12 @@ def torn_of(folder: pathlib.Path) -> pathlib.Path:
 
 
 def finish_move(folder: pathlib.Path) -> None:
-    """Where files of a product were being moved, as on a mounted bucket, move the rest."""
-    torn = torn_of(folder)
+    """Where files of a product were being moved, or its manifest written again, as on a mounted bucket, do the rest."""
+    torn, rewritten = torn_of(folder), folder / "manifest.json.tmp"
     if folder.is_dir() and (torn / "manifest.json").exists():
         whole.move_files(torn, folder, last="manifest.json")
+    elif is_whole(read_json(rewritten)):
+        whole.appear(rewritten, folder / "manifest.json")
 
 
 def make(

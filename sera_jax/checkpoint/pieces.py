@@ -100,7 +100,11 @@ def _home(root: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
-    data, size = path.read_bytes(), hashlib.sha256().digest_size
+    size = hashlib.sha256().digest_size
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error}), though another process sees it; start again") from error
     if hashlib.sha256(data[size:]).digest() != data[:size]:
         raise ValueError(
             f"{path} is not what was written; delete it and start the same command again, which does that part anew"

@@ -30,8 +30,8 @@ def check_kept(workdir: Workdir, folder: pathlib.Path, part: str) -> None:
     """Raises ValueError where the part was let go: what comes after it was finished once, and has been deleted."""
     if part in load_manifest(folder).get("let_go", ()):
         phases = workdir.root / "phases"
-        whole = phases / folder.relative_to(phases).parts[0]
+        arm = phases / folder.relative_to(phases).parts[0]
         raise ValueError(
-            f"{folder} no longer has its {part}: it was let go when the phase after it was finished; delete {whole} to "
+            f"{folder} no longer has its {part}: it was let go when the phase after it was finished; delete {arm} to "
             "make all of it anew (--config.log.keep_states=True keeps such states)"
         )

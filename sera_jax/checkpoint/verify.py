@@ -23,6 +23,7 @@ from sera_jax.checkpoint.arrays import (
 )
 from sera_jax.checkpoint.phases import damaged_files, load_manifest, to_make_anew
 
+COMMIT_SUCCESS_FILE = ocp.path.atomicity.COMMIT_SUCCESS_FILE
 _AT_ONCE = 1 << 30  # bytes of arrays in memory
 
 
@@ -32,8 +33,12 @@ def phases(root: pathlib.Path) -> list[pathlib.Path]:
 
 
 def checkpoints(root: pathlib.Path) -> list[pathlib.Path]:
-    """The folders of checkpoints, but for those of a finished phase, which is about to remove them."""
-    found = (path for path in sorted((root / "checkpoints").rglob("*")) if path.name.isdigit() and path.is_dir())
+    """The folders of checkpoints, but for those of a finished phase, which is about to remove them, and, where a file
+    of orbax's makes them whole, for one that has none."""
+    found = [path for path in sorted((root / "checkpoints").rglob("*")) if path.name.isdigit() and path.is_dir()]
+    marked = {path for path in found if (path / COMMIT_SUCCESS_FILE).exists()}
+    by_file = {path.parent for path in marked}
+    found = [path for path in found if path in marked or path.parent not in by_file]
     names = ((path, path.parent.relative_to(root / "checkpoints")) for path in found)
     return [path for path, name in names if not (root / "phases" / name / "manifest.json").exists()]
 

@@ -40,6 +40,14 @@ def known_as(field: str, value: Any) -> Any:
     return ANY_VALUE.get(field, value)
 
 
+def known_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs of a phase as `known_as` has the fields of their model."""
+    model = inputs.get("model")
+    if not isinstance(model, dict):
+        return inputs
+    return inputs | {"model": {name: known_as(f"model.{name}", value) for name, value in model.items()}}
+
+
 def is_identity(field: str) -> bool:
     """Whether a field, `seed` or `train.batch_size`, belongs to the identity."""
     return field not in FREE and field.split(".")[0] not in FREE

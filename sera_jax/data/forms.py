@@ -87,13 +87,15 @@ def recognise(value: Mapping[str, Any], kind: str) -> tuple[str, Row, Row]:
 
 
 def _refuse_message(value: Mapping[str, Any]) -> None:
-    """Of a message of Open Assistant's flat file that is in no tree, say why: LeftOut where it was deleted, BadRow."""
+    """Of a message of Open Assistant's flat file that is in no tree, say why: LeftOut where it was deleted or stands
+    under one that was, or BadRow."""
     if value.get("deleted") is True:
-        raise LeftOut("undesirable", "the message was deleted")
+        raise LeftOut("undesirable", "the message, or one that it stands under, was deleted")
     raise BadRow(
         "missing_field",
-        f"a message without its tree: its parent {shorten(repr(value.get('parent_id')))} is not in the file, or the "
-        f"file does not begin with a message; take all messages, or a file of trees; all forms: {FORMS_PAGE}",
+        f"a message without its tree: its parent {shorten(repr(value.get('parent_id')))} is not in the file, or in no "
+        "tree itself, or the file does not begin with a message; take all messages, or a file of trees; all forms: "
+        f"{FORMS_PAGE}",
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,8 @@ _AT_ONCE = 1024
 class TreesSource(Source):
     """The trees of a source of messages, in the order of their prompts.
 
-    Beside them are the rows that belong to none: those that cannot be read, messages that were deleted, and messages
-    whose parent is not there.
+    Beside them are the rows that belong to none: those that cannot be read, messages that were deleted, messages whose
+    parent is not there, and all that stand under such messages.
     """
 
     def __init__(self, messages: Source) -> None:
@@ -30,20 +31,35 @@ class TreesSource(Source):
         self._rows: list[int] = []  # of the messages: prompts, and rows that belong to no tree
         self._names: list[str | None] = []  # of the prompts
         self._replies: dict[str, list[int]] = {}
-        known, parents = set(), []
+        self._deleted: set[int] = set()  # rows that were, or stand under one that was
+        names: dict[int, str] = {}
+        deleted: list[str] = []
         for index, row in enumerate(messages.rows(range(len(messages)))):
             name, parent = _names(row)
             if name is not None:
-                known.add(name)
+                names[index] = name
+            elif row.value is not None and is_message(row.value) and row.value.get("deleted") is True:
+                deleted.append(row.value["message_id"])
             if name is not None and parent is not None:
                 self._replies.setdefault(parent, []).append(index)
-                parents.append((index, parent))
             else:
                 self._rows.append(index)
                 self._names.append(name)
-        lost = [index for index, parent in parents if parent not in known]
-        self._rows += lost
-        self._names += [None] * len(lost)
+        self._deleted = self._under(deleted, names)
+        there = {name for index, name in names.items() if index not in self._deleted}
+        lost = self._under([parent for parent in self._replies if parent not in there], names)
+        for index in sorted(self._deleted | lost):
+            self._rows.append(index)
+            self._names.append(None)
+
+    def _under(self, parents: Iterable[str], names: Mapping[int, str]) -> set[int]:
+        """All replies to these messages, and theirs."""
+        waiting, found = list(parents), set()
+        while waiting:
+            fresh = set(self._replies.get(waiting.pop(), ())) - found
+            found |= fresh
+            waiting += [names[index] for index in fresh]
+        return found
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -60,6 +76,8 @@ class TreesSource(Source):
             found = dict(zip(wanted, self._messages.rows(wanted), strict=True))
             for index, name, under in zip(some, names, replies, strict=True):
                 row = found[self._rows[index]]
+                if self._rows[index] in self._deleted:
+                    row = dataclasses.replace(row, value={**(row.value or {}), "deleted": True})
                 yield row if name is None else _tree(row, [found[reply].value for reply in under])
 
 

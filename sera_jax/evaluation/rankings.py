@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,7 +36,7 @@ COLUMNS = [
     ("ranked by", plain("ranking")),
     ("pairs", plain("pairs")),
     ("agree/not/tie", shares("agreement", ("agree", "disagree", "tie"))),
-    ("gold gap", lambda facts: f"{facts['gold_gap']:+.3f} ± {1.96 * facts.get('gold_gap_se', math.nan):.3f}"),
+    ("gold gap", lambda facts: f"{facts['gold_gap']:+.3f}" + _half_width(facts)),
     ("tokens gap", lambda facts: f"{facts['tokens_gap']:+.1f}"),
     ("corr.", number("gold_corr", 2)),
 ]
@@ -83,6 +82,10 @@ def facts(
             **({} if corr is None else {"gold_corr": corr}),
         }
     return found
+
+
+def _half_width(facts: dict[str, Any]) -> str:
+    return f" ± {1.96 * facts['gold_gap_se']:.3f}" if "gold_gap_se" in facts else ""
 
 
 def reward_of(ranking: Ranking, candidates: Candidates) -> np.ndarray:

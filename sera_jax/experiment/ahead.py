@@ -17,7 +17,7 @@ from sera_jax.config import Config
 from sera_jax.data.items import PairItem
 from sera_jax.data.sources import parse_mixture
 from sera_jax.data.tokenizing import Tokenizer
-from sera_jax.experiment.assembly import base_model, check_positions, layout_of
+from sera_jax.experiment.assembly import base_model, check_positions, chosen_attention, layout_of
 from sera_jax.experiment.corpus import Corpus, as_text
 from sera_jax.experiment.folders import has_tokenizer
 from sera_jax.experiment.method import Experiment
@@ -29,7 +29,7 @@ from sera_jax.loops.runtime import Policy, Runtime
 from sera_jax.mesh import make_mesh
 from sera_jax.models.families import config_from_hf
 from sera_jax.models.folder import is_adapter, read_config
-from sera_jax.ops.backends import AUTO
+from sera_jax.ops import backends
 from sera_jax.world import VOCABULARY
 
 
@@ -37,9 +37,15 @@ def programs_of(config: Config, topology: Topology) -> tuple[list[Program], Mesh
     """All programs of the run of `config` on those devices, in its order. Raises ValueError as `plan`."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=topology.devices)
     if not topology.compiles:  # nor are its devices those that it stands for
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, attn_implementation=AUTO))
+        _check_attention(config)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, attn_implementation=backends.AUTO))
     planned = plan(config, mesh)
     return METHODS[config.method].programs(planned), mesh, planned
+
+
+def _check_attention(config: Config) -> None:
+    """Raises ValueError, with the way out, where GPUs have no such attention as the config names."""
+    chosen_attention(config, base_model(config.model, _tokenizer(config), config.seed)[0], "cuda")
 
 
 def plan(config: Config, mesh: Mesh) -> Planned:

@@ -234,17 +234,22 @@ def check_positions(config: Config, cfg: ModelConfig) -> None:
             )
 
 
-def attention_in_words(config: Config, cfg: ModelConfig, mesh: Mesh) -> list[str]:
-    """Which attention is computed, where the devices have a kernel for it.
+def chosen_attention(config: Config, cfg: ModelConfig, devices: str) -> tuple[backends.Asked, str, str]:
+    """What is asked of attention, the back end that computes it on such devices, and why it is not their kernel.
 
     Raises:
         ValueError: the back end that the config names cannot compute it there.
     """
-    asked = asked_attention(cfg, backends.devices(mesh), config.data.row_tokens)
+    asked = asked_attention(cfg, devices, config.data.row_tokens)
     try:
-        name, why = backends.choose(cfg.attn_implementation, asked)
+        return asked, *backends.choose(cfg.attn_implementation, asked)
     except ValueError as error:
         raise ValueError(f"config.model.{error}") from error
+
+
+def attention_in_words(config: Config, cfg: ModelConfig, mesh: Mesh) -> list[str]:
+    """Which attention is computed, where the devices have a kernel for it. Errors as of `chosen_attention`."""
+    asked, name, why = chosen_attention(config, cfg, backends.devices(mesh))
     return [] if asked.devices == "cpu" else [f"attention: {name}" + (f", since {why}" if why else "")]
 
 
@@ -256,13 +261,12 @@ def tried_attention(config: Config, cfg: ModelConfig, mesh: Mesh) -> list[str]:
         ValueError: also where the kernel fails, or does not compute what plain XLA does on the same devices.
     """
     words = attention_in_words(config, cfg, mesh)
-    asked = asked_attention(cfg, backends.devices(mesh), config.data.row_tokens)
-    name, _ = backends.choose(cfg.attn_implementation, asked)
+    asked, name, _ = chosen_attention(config, cfg, backends.devices(mesh))
     if not backends.ATTENTION[name].devices:
         return words
     try:
         error = backends.error_of(name, asked)
-    except RuntimeError as failure:
+    except (RuntimeError, ValueError, TypeError) as failure:
         raise ValueError(f"attention: {name} fails on these devices ({failure}); {_WITHOUT_KERNEL}") from failure
     if not error < _ATTENTION_ERROR:
         raise ValueError(f"attention: {name} is {error:.0%} off what plain XLA computes here; {_WITHOUT_KERNEL}")

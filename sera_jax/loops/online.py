@@ -91,7 +91,7 @@ def online(study: SeraStudy, settings: OnlineGroup, arm: str, source: Source) ->
             updates=Updates(last - before, planned=settings.updates, before=before),
             span=Span("train", arm, round_, offline_updates + before),
             continue_from=policy if before else None,
-            alone=True,
+            last_of=policy if before else None,
         )
         policy = optimise(study.run, training)
         if policy.name in study.run.workdir.fresh:

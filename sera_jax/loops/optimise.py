@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -79,7 +79,7 @@ class Training:
         target: what is minimised. group: optimiser settings. updates: how many. trained: what moves.
         span: what the log counts the updates in.
         continue_from: the policy whose optimiser state goes on; None starts afresh.
-        alone: nothing else goes on from that state, which is then let go.
+        last_of: the policy whose optimiser state nothing reads once this is done: it is let go.
         shapes: what the batches are planned for, left for later trainings (`loops.shapes`); None: nobody asks.
     """
 
@@ -93,7 +93,7 @@ class Training:
     updates: Updates
     span: Span
     continue_from: Policy | None = None
-    alone: bool = False
+    last_of: Policy | None = None
     trained: Trained = ALL
     shapes: Callable[[], Shapes] | None = None
 
@@ -118,8 +118,8 @@ def optimise(run: Runtime, training: Training) -> Policy:
     if not trained.whole:
         inputs["trained"] = dataclasses.asdict(trained)
     product = run_to_end(run, training.name, inputs, lambda: _Optimisation(run, training))
-    if training.continue_from and training.alone:
-        let_go(run.workdir, training.continue_from.path, "optimizer")
+    if training.last_of is not None:
+        let_go(run.workdir, training.last_of.path, "optimizer")
     run.ledger.note(training.name, cost.of_lines(read_records(product.path / METRICS)[0]))
     over = run.over(training.start, trained)
     return Policy(training.name, product.path, product.digest, training.target.scalar, trained, over)
@@ -182,7 +182,7 @@ class _Waiting(NamedTuple):
     tokens: int
     real_tokens: int
     metrics: dict[str, Any]
-    spent: dict[str, float]
+    spent: Mapping[str, float]
 
 
 class _Optimisation:
@@ -266,7 +266,7 @@ class _Optimisation:
         return {"waiting": [made._replace(metrics=_to_json(made.metrics))._asdict() for made in waiting]}
 
     def take(self, notes: dict[str, Any]) -> None:
-        waiting = [_Waiting(**fields) for fields in notes["waiting"]]
+        waiting = [_Waiting(**{"spent": {}, **fields}) for fields in notes["waiting"]]  # a version before had none
         self.waiting = [made._replace(metrics=_from_json(made.metrics)) for made in waiting]
 
     def _fetched(self, state: TrainState, number: int) -> list[_Waiting]:

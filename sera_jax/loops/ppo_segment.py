@@ -63,7 +63,7 @@ def train_segment(
         "prompts": [items_digest(learner.schedule.sft), items_digest(learner.schedule.new)],
         "seed": study.run.seed,
         "stop_ids": study.run.stop_ids,
-        "rows": [layout.row_tokens, layout.share_prompt],
+        "rows": [layout.row_tokens, layout.share_prompt, "of the length that lays the fewest tokens"],
     }
     if not learner.trained.whole:
         inputs["trained"] = dataclasses.asdict(learner.trained)

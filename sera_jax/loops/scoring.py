@@ -37,7 +37,7 @@ def scored(
     the one before are fetched.
 
     Args:
-        check_stop: asked before each; what it raises is raised once all that was begun is handed out.
+        check_stop: asked before each; a Preempted of it is raised once all that was begun is handed out.
     """
     waiting: tuple[int, Packed, jax.Array] | None = None
     stopped: Preempted | None = None

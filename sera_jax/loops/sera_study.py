@@ -180,7 +180,7 @@ def round_training(
             before=updates * (round_.number - 1) if continues else 0,
         ),
         continue_from=before if continues else None,
-        alone=round_.own or round_.number > 2,  # round 1 is of all arms
+        last_of=before if round_.number > (1 if round_.own else 2) else None,  # round 1 is of all arms
         span=round_.span(updates),
         shapes=lambda: loader.shapes,
     )

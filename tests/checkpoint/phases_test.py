@@ -50,6 +50,15 @@ def test_other_inputs_are_an_error_that_names_the_difference(tmp_path):
         Workdir(tmp_path, {}).phase("one", {"lr": 0.2}, _write("a"))
 
 
+def test_a_product_of_another_attention_is_gone_on_with_as_its_config_is(tmp_path):
+    """A version before wrote down the name of the field; what is asked for now is what stands for all of them."""
+    there = Workdir(tmp_path, {}).phase("one", {"model": {"attn_implementation": "xla_loop", "n": 1}}, _write("a"))
+    now = {"attn_implementation": "xla", "n": 1}
+    assert Workdir(tmp_path, {}).phase("one", {"model": now}, _write("b")) == there
+    with pytest.raises(StaleWorkdir, match=r"model\.n: 1 there, 2 now"):
+        Workdir(tmp_path, {}).phase("one", {"model": now | {"n": 2}}, _write("b"))
+
+
 def test_a_changed_config_is_an_error_that_names_the_fields(tmp_path):
     Workdir(tmp_path, {"workdir": "x", "train": {"lr": 0.1}}).phase("one", {}, _write("a"))
     Workdir(tmp_path, {"workdir": "elsewhere", "train": {"lr": 0.1}})  # the folder may be moved

@@ -76,6 +76,17 @@ def test_a_message_whose_parent_is_not_there_is_a_bad_row_and_one_that_is_no_mes
     assert report.rows == report.kept + report.bad_rows + 3
 
 
+def test_what_stands_under_a_message_that_is_in_no_tree_is_counted_with_it(tmp_path):
+    """Each row once: replies to a deleted message are left out as it is, replies to a lost one are bad as it is."""
+    under = [message("ax1", "ax", "To what was deleted.", 0), message("ax2", "ax1", "And on.")]
+    lost = [message("q1", "q", "An answer."), message("q2", "q1", "To one whose parent is not there.")]
+    records, report = load(write(tmp_path / "rows.jsonl", [*ROWS, *under, *lost]))
+    assert len(records) == 3
+    assert report.dropped["undesirable"].count == 3 + 2
+    assert report.bad["missing_field"].count == 2
+    assert report.rows == report.kept + report.bad_rows + 3 + 2
+
+
 def test_as_texts_and_by_columns_each_message_is_a_row(tmp_path):
     path = write(tmp_path / "rows.jsonl", [row for row in ROWS if not row["deleted"]])
     assert load_pretrain(path, Bytes(), limits=WIDE)[1].kept == 15

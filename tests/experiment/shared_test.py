@@ -77,8 +77,17 @@ def test_what_lays_rows_out_otherwise_takes_nothing(tmp_path, monkeypatch):
     config = tiny_config(tmp_path, **LITTLE)
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     besides = experiment._besides_inputs(config, mesh)
-    for change in ({"data__row_multiple": 2}, {"data__share_prompt": False}, {"model__param_dtype": "bfloat16"}):
+    other_sums = {"model__attn_implementation": "xla_loop"}
+    for change in (
+        {"data__row_multiple": 2},
+        {"data__share_prompt": False},
+        {"model__param_dtype": "bfloat16"},
+        other_sums,
+    ):
         assert experiment._besides_inputs(tiny_config(tmp_path, **LITTLE, **change), mesh) != besides
+    assert (
+        experiment._besides_inputs(tiny_config(tmp_path, **LITTLE, model__attn_implementation="xla"), mesh) == besides
+    )
     assert experiment._besides_inputs(tiny_config(tmp_path, **LITTLE, data__label_noise=0.1), mesh) == besides
     monkeypatch.setattr(experiment, "_processor", lambda: "another model of a CPU")
     assert experiment._besides_inputs(config, mesh) != besides

@@ -41,7 +41,7 @@ from sera_jax.models.decoder import Params
 from sera_jax.models.parts import merge
 from sera_jax.training.ppo_steps import PpoState
 from sera_jax.training.rewards import Scored
-from sera_jax.training.step import TrainState
+from sera_jax.training.step import TrainState, microbatches_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,7 +245,8 @@ def _updates(of: _Arm, iterations: int) -> list[Program]:
         def arguments(made: Made) -> tuple:
             return trained, made[rewards][0][0], *([still] if still else [])
 
-        parts = run.microbatches(group, of.host_rows.tokens.size)
+        (rows, length), asked = of.host_rows.tokens.shape, group.gradient_accumulation_steps
+        parts = microbatches_for(run.cfg, rows, length, run.layout.shards, asked=asked)
         return Program(
             f"{name}: {what} update",
             step,
