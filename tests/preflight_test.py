@@ -229,6 +229,15 @@ def test_a_base_from_scratch_is_planned_whole_and_all_after_it_as_adapters(metho
             assert held(states, mesh.size) == held(part, mesh.size), name
 
 
+@pytest.mark.parametrize("devices", [1, 8])
+def test_an_update_of_ppo_is_split_as_its_own_rows_are_which_may_be_shorter_than_those_of_the_data(devices):
+    programs, *_ = programs_of(tiny_srppo("runs/tiny"), topology.find(f"cpu:{devices}"))
+    updates = [
+        program for program in programs if program.name.startswith("srppo: ") and program.name.endswith("update")
+    ]
+    assert len(updates) == 2 and all(update.working > 0 for update in updates)
+
+
 def test_an_attention_that_the_devices_do_not_have_is_refused_in_a_line(folder, capsys):
     named = "--config.model.attn_implementation=splash"
     assert looked(folder / "none", *tiny_flags(folder), named, "--topology=cpu:2") == (2, None)
