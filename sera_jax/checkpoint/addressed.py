@@ -10,20 +10,9 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
-from sera_jax import hosts, memory, whole
+from sera_jax import hosts, memory
 from sera_jax.checkpoint.lock import ADDRESSED
-from sera_jax.checkpoint.phases import (
-    Product,
-    Workdir,
-    digest_of,
-    finish_move,
-    make,
-    plain,
-    product_of,
-    read_json,
-    to_make_anew,
-    torn_of,
-)
+from sera_jax.checkpoint.phases import Product, Workdir, digest_of, fresh_torn, keep, make, plain
 
 
 def addressed(workdir: Workdir, name: str, inputs: dict[str, Any], produce: Callable[[pathlib.Path], None]) -> Product:
@@ -39,13 +28,9 @@ def addressed(workdir: Workdir, name: str, inputs: dict[str, Any], produce: Call
     shared, asked = workdir.shared, {"name": name, "inputs": inputs}
 
     def find_or_make() -> Product:
-        finish_move(folder)
-        if (folder / "manifest.json").exists():
-            return workdir.open(name, inputs, folder)
-        if folder.is_dir() and any(folder.iterdir()):
-            raise ValueError(f"{folder / 'manifest.json'} is missing; {to_make_anew(folder)}")
-        shutil.rmtree(torn := torn_of(folder), ignore_errors=True)
-        torn.mkdir(parents=True)
+        if found := workdir.find(inputs, folder):
+            return found
+        torn = fresh_torn(folder)
         try:
             taken = shared is not None and shared.take(ADDRESSED, asked, torn)
             if not taken:
@@ -53,9 +38,9 @@ def addressed(workdir: Workdir, name: str, inputs: dict[str, Any], produce: Call
         except BaseException:
             shutil.rmtree(torn, ignore_errors=True)
             raise
-        whole.appear(torn, folder, last="manifest.json")
+        product = keep(folder)
         if shared is not None and not taken:
             shared.give(ADDRESSED, asked, folder)
-        return product_of(folder, read_json(folder / "manifest.json"))
+        return product
 
     return hosts.on_first(find_or_make)

@@ -249,29 +249,30 @@ class Workdir:
     def _start(self, name: str, inputs: dict[str, Any], folder: pathlib.Path) -> _Start:
         """What is there of a phase; where that is nothing, an empty folder to make it in, or to take it into."""
         asked = digest_of(inputs)
-        finish_move(folder)
-        if (folder / "manifest.json").exists():
-            product = self.open(name, inputs, folder)
+        if product := self.find(inputs, folder):
             shutil.rmtree(self.checkpoints(name), ignore_errors=True)  # a kill may have come between rename and this
             return _Start(asked, product)
-        if folder.is_dir() and any(folder.iterdir()):
-            raise ValueError(f"{folder / 'manifest.json'} is missing; {to_make_anew(folder)}")
         self.begin()
-        shutil.rmtree(torn := torn_of(folder), ignore_errors=True)
-        torn.mkdir(parents=True)
+        torn = fresh_torn(folder)
         # a checkpoint may be of other versions, or of another machine
         from_start = not any(self.checkpoints(name).glob("[0-9]*"))
         return _Start(asked, None, from_start, taken=self.shared is not None and self.shared.take(name, inputs, torn))
 
     def _keep(self, name: str, inputs: dict[str, Any], folder: pathlib.Path, start: _Start) -> Product:
         """Let a product appear that is whole, and what led to it go."""
-        whole.appear(torn_of(folder), folder, last="manifest.json")
+        product = keep(folder)
         if self.shared and not start.taken and start.from_start:
             self.shared.give(name, inputs, folder)
         shutil.rmtree(self.checkpoints(name), ignore_errors=True)
-        return product_of(folder, read_json(folder / "manifest.json"))
+        return product
 
-    def open(self, name: str, inputs: dict[str, Any], folder: pathlib.Path) -> Product:
+    def find(self, inputs: dict[str, Any], folder: pathlib.Path) -> Product | None:
+        """The product that lies in a folder; None where there is none. Errors as of `phase`."""
+        _finish_move(folder)
+        if not (folder / "manifest.json").exists():
+            if folder.is_dir() and any(folder.iterdir()):
+                raise ValueError(f"{folder / 'manifest.json'} is missing; {to_make_anew(folder)}")
+            return None
         manifest = load_manifest(folder)
         if (there := known_inputs(manifest["inputs"])) != inputs:
             raise StaleWorkdir(
@@ -288,7 +289,20 @@ def torn_of(folder: pathlib.Path) -> pathlib.Path:
     return folder.with_name(folder.name + ".partial")
 
 
-def finish_move(folder: pathlib.Path) -> None:
+def fresh_torn(folder: pathlib.Path) -> pathlib.Path:
+    """`torn_of`, empty."""
+    shutil.rmtree(torn := torn_of(folder), ignore_errors=True)
+    torn.mkdir(parents=True)
+    return torn
+
+
+def keep(folder: pathlib.Path) -> Product:
+    """Let the product appear that was made in `torn_of(folder)`."""
+    whole.appear(torn_of(folder), folder, last="manifest.json")
+    return product_of(folder, read_json(folder / "manifest.json"))
+
+
+def _finish_move(folder: pathlib.Path) -> None:
     """Where files of a product were being moved, or its manifest written again, as on a mounted bucket, do the rest."""
     torn, rewritten = torn_of(folder), folder / "manifest.json.tmp"
     if folder.is_dir() and (torn / "manifest.json").exists():

@@ -249,7 +249,10 @@ def chosen_attention(config: Config, cfg: ModelConfig, devices: str) -> tuple[ba
 
 def attention_in_words(config: Config, cfg: ModelConfig, mesh: Mesh) -> list[str]:
     """Which attention is computed, where the devices have a kernel for it. Errors as of `chosen_attention`."""
-    asked, name, why = chosen_attention(config, cfg, backends.devices(mesh))
+    return _words(*chosen_attention(config, cfg, backends.devices(mesh)))
+
+
+def _words(asked: backends.Asked, name: str, why: str) -> list[str]:
     return [] if asked.devices == "cpu" else [f"attention: {name}" + (f", since {why}" if why else "")]
 
 
@@ -260,8 +263,8 @@ def tried_attention(config: Config, cfg: ModelConfig, mesh: Mesh) -> list[str]:
     Raises:
         ValueError: also where the kernel fails, or does not compute what plain XLA does on the same devices.
     """
-    words = attention_in_words(config, cfg, mesh)
-    asked, name, _ = chosen_attention(config, cfg, backends.devices(mesh))
+    asked, name, why = chosen_attention(config, cfg, backends.devices(mesh))
+    words = _words(asked, name, why)
     if not backends.ATTENTION[name].devices:
         return words
     try:
