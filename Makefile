@@ -1,15 +1,19 @@
 # Everything a developer or a first-time user types. Needs make and Python 3.11, 3.12 or 3.13; no C compiler.
 # Another interpreter: make test PYTHON=python3.12 (the environment is made again when its version changes).
+# Tests run in as many processes as there are cores, at most four, or in WORKERS of them; 0 is this one, for a debugger.
 
 PYTHON ?= python3
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
+WORKERS ?= auto --maxprocesses=4
 ARGS ?=
 
 VENV := .venv
 PARITY := .venv-parity
 DOCS := .venv-docs
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+# Whole files at a time: the tests of one share what they compile.
+PYTEST = -m pytest -n $(WORKERS) --dist=loadfile
 PIP_INSTALL = -m pip install --disable-pip-version-check --prefer-binary --quiet $(PIP_FLAGS)
 
 .DEFAULT_GOAL := help
@@ -25,13 +29,13 @@ quickstart: $(VENV)/run-$(VERSION).stamp ## install what running needs and run t
 env: $(VENV)/test-$(VERSION).stamp ## make .venv with the run-time and test packages
 
 test: $(VENV)/test-$(VERSION).stamp ## run the tests
-	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
+	$(VENV)/bin/python $(PYTEST) $(PYTEST_FLAGS)
 
 slow: $(VENV)/test-$(VERSION).stamp ## run the slow tests: kills, several devices, damaged files and rows, wrong configs, the worlds
 	$(VENV)/bin/python -m pytest -m slow $(PYTEST_FLAGS)
 
 parity: $(PARITY)/parity-$(VERSION).stamp ## compare with PyTorch implementations, in an environment of their own
-	$(PARITY)/bin/python -m pytest tests/parity $(PYTEST_FLAGS)
+	$(PARITY)/bin/python $(PYTEST) tests/parity $(PYTEST_FLAGS)
 
 bench: $(PARITY)/parity-$(VERSION).stamp ## time the same work by ours and by its peers, in turns: ARGS="--works W1 --check"
 	$(PARITY)/bin/python -m tests.benchmarks.bench $(ARGS)

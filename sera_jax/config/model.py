@@ -25,8 +25,9 @@ class ModelGroup:
         (all but the input of each layer), `groups` (all but the input of every fourth layer, at the price of about one
         more forward pass), or `auto`, the least of the first three that keeps at most 1 GiB of a row.
     attn_implementation: `xla`, blocks of queries in plain XLA; `xla_loop`, which holds less and compiles sooner where
-        rows are long, for up to twice the work of attention; `splash`, a kernel of TPUs; `cudnn`, one of NVIDIA GPUs;
-        or `auto`, the kernel of the devices where it can do what the model asks, else `xla_loop`, and `xla` on a CPU.
+        rows are long, for up to twice the work of attention; `xla_tiles`, which computes only tiles that are not
+        masked; `splash`, a kernel of TPUs; `cudnn`, one of NVIDIA GPUs; or `auto`, the kernel of the devices where it
+        can do what the model asks, else `xla_loop`, and on a CPU `xla_tiles`, or `xla` in rows of up to 128 tokens.
     """
 
     model_name_or_path: str = ""
@@ -50,4 +51,4 @@ class ModelGroup:
     param_dtype: str = one_of("float32", "bfloat16")
     logits_dtype: str = one_of("float32", "bfloat16")
     remat: str = one_of("auto", "none", "full", "dots", "groups")
-    attn_implementation: str = one_of("auto", "xla", "xla_loop", "splash", "cudnn")
+    attn_implementation: str = one_of("auto", "xla", "xla_tiles", "xla_loop", "splash", "cudnn")

@@ -45,7 +45,7 @@ from sera_jax.experiment.verifying import OUTPUTS
 from sera_jax.loops.runtime import Policy, Runtime
 from sera_jax.mesh import fetch, make_mesh, meet
 from sera_jax.models.lora import merged
-from sera_jax.ops.backends import AUTO
+from sera_jax.ops.backends import AUTO, Asked, choose
 from sera_jax.sampling import mesh_for
 from sera_jax.writer import MetricWriter
 
@@ -182,14 +182,19 @@ def _besides_inputs(config: Config, mesh: Mesh) -> dict[str, Any]:
     """What a trained model's bytes depend on besides the inputs of its phase: how rows are laid out, which is the same
     within a work directory, and the machine, which sets the order of sums."""
     layout = ("share_prompt", "row_multiple", "max_row_shapes")
-    attention, platform = config.model.attn_implementation, mesh.devices.flat[0].platform
+    attention, usual = config.model.attn_implementation, AUTO  # usual: what folders that do not name it were made by
+    if mesh.devices.flat[0].platform == "cpu":
+        usual = "xla"
+        if attention == AUTO:
+            asked = Asked("cpu", config.model.dtype, config.model.head_dim, config.data.row_tokens)
+            attention, _ = choose(AUTO, asked)
     return {
         "model": brought.named(config.model),
         "layout": {name: getattr(config.data, name) for name in layout},
         "mesh": dict(mesh.shape),
         "device": mesh.devices.flat[0].device_kind,
         "processor": _processor(),
-        **({} if attention == AUTO or (attention, platform) == ("xla", "cpu") else {"attention": attention}),
+        **({} if attention == usual else {"attention": attention}),
         **({"processes": hosts.count()} if hosts.count() > 1 else {}),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }

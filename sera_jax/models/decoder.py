@@ -261,8 +261,9 @@ def unembedding(cfg: ModelConfig, params: Params) -> Callable[[jax.Array], jax.A
     absent = np.any([(first <= ids) & (ids < last) for first, last in cfg.absent_ids], axis=0)
 
     def unembed(hidden: jax.Array) -> jax.Array:
-        logits = jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.dtype(cfg.logits_dtype))
-        logits = logits.astype(jnp.float32)
+        flat = hidden.reshape(-1, hidden.shape[-1])  # as in `Linear`
+        logits = jnp.matmul(flat, head, preferred_element_type=jnp.dtype(cfg.logits_dtype))
+        logits = logits.astype(jnp.float32).reshape(*hidden.shape[:-1], head.shape[-1])
         if cfg.final_logit_softcapping is not None:
             logits = cfg.final_logit_softcapping * jnp.tanh(logits / cfg.final_logit_softcapping)
         return jnp.where(absent, ABSENT, logits) if cfg.absent_ids else logits

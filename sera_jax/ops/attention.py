@@ -15,7 +15,7 @@ from sera_jax.core import Array
 
 BLOCK = 128  # queries handled at a time
 BAND = 8  # blocks of a longer row that share a loop, and so a number of keys
-_MASKED = -1e30  # finite, so that a fully masked (padding) query stays finite
+MASKED = -1e30  # finite, so that a fully masked (padding) query stays finite
 
 
 class Places(NamedTuple):
@@ -82,14 +82,12 @@ def visible(queries: Places, keys: Places, *, sliding_window: int | None = None)
     return seen if sliding_window is None else seen & (position - key_position < sliding_window)
 
 
-def _scores(
-    products: jax.Array, seen: jax.Array, *, depth: int, scale: float | None, soft_cap: float | None
-) -> jax.Array:
+def scores_of(products: jax.Array, seen: jax.Array, *, scale: float, soft_cap: float | None) -> jax.Array:
     """Scores of products of queries and keys, f32[...] both; `seen` broadcasts to them."""
-    scores = products * (depth**-0.5 if scale is None else scale)
+    scores = products * scale
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
-    return jnp.where(seen, scores, _MASKED)
+    return jnp.where(seen, scores, MASKED)
 
 
 def blocked_attention(
@@ -114,6 +112,7 @@ def blocked_attention(
     """
     rows, heads, length, depth = q.shape
     groups = k.shape[1]
+    scale = depth**-0.5 if scale is None else scale
     longest = length if longest_item is None else min(longest_item, length)
 
     # Recomputed in the backward pass: kept, the weights of all layers are most of a step's memory, and on a CPU storing
@@ -124,7 +123,7 @@ def blocked_attention(
         q = q.reshape(rows, groups, -1, depth)
         products = jnp.einsum("rgtd,rgsd->rgts", q, k, preferred_element_type=jnp.float32)
         products = products.reshape(rows, groups, -1, width, across)
-        scores = _scores(products, seen[:, None, None], depth=depth, scale=scale, soft_cap=soft_cap)
+        scores = scores_of(products, seen[:, None, None], scale=scale, soft_cap=soft_cap)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(rows, groups, -1, across)
         return jnp.einsum("rgts,rgsd->rgtd", weights, v).reshape(rows, heads, width, depth)
 
@@ -208,7 +207,8 @@ def cached_attention(
     grouped = q.reshape(slots, cached_keys.shape[of_keys.index("g")], -1, depth)
     products = jnp.einsum(f"sgrd,{of_keys}->sgrc", grouped, cached_keys, preferred_element_type=jnp.float32)
     seen = visible(queries, keys, sliding_window=sliding_window)[:, None]
-    scores = _scores(products, seen, depth=depth, scale=scale, soft_cap=soft_cap)
+    scale = depth**-0.5 if scale is None else scale
+    scores = scores_of(products, seen, scale=scale, soft_cap=soft_cap)
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     mixed = jnp.einsum(
         f"sgrc,{of_values}->sgrd",

@@ -13,8 +13,10 @@ from jax.sharding import AbstractMesh, Mesh
 
 from sera_jax.ops.attention import Attention, Places, blocked_attention
 from sera_jax.ops.kernels import LANES, dot_product, of_kernel, splash
+from sera_jax.ops.tiles import KEPT, TILE, tiled
 
 LONGEST = 16384  # tokens of a row whose mask a kernel is given: 2 GiB with its copies
+SHORT = 128  # tokens of a row that plain XLA takes whole: on a CPU tiles gain little there
 _DEEPEST = 128  # dimensions of a head, of cuDNN on every GPU that computes in bfloat16
 
 
@@ -68,6 +70,7 @@ def _beyond_cudnn(asked: Asked) -> str:
 ATTENTION: dict[str, BackEnd] = {
     "xla": BackEnd(blocked_attention),
     "xla_loop": BackEnd(functools.partial(blocked_attention, one_loop=True)),
+    "xla_tiles": BackEnd(of_kernel(tiled, TILE, KEPT), lacks=_rows_too_long),
     "splash": BackEnd(of_kernel(splash, LANES), "tpu", _beyond_splash),
     "cudnn": BackEnd(of_kernel(dot_product, 2), "cuda", _beyond_cudnn),
 }
@@ -98,8 +101,10 @@ def choose(name: str, asked: Asked) -> tuple[str, str]:
             raise ValueError(f"attn_implementation={name!r} {why}; or choose {AUTO} or xla_loop")
         return name, ""
     kernel = _KERNELS.get(asked.devices)
+    if asked.devices == "cpu":
+        return "xla_tiles" if asked.tokens > SHORT and not _why_not("xla_tiles", asked) else "xla", ""
     if kernel is None:
-        return "xla" if asked.devices == "cpu" else "xla_loop", ""
+        return "xla_loop", ""
     why = _why_not(kernel, asked)
     return ("xla_loop", f"{kernel} {why}") if why else (kernel, "")
 

@@ -1,9 +1,9 @@
-"""Attention by kernels that others wrote: splash attention on TPUs, cuDNN's on NVIDIA GPUs.
+"""Attention by what is handed the mask: splash attention on TPUs, cuDNN's on NVIDIA GPUs, `ops.tiles` on a CPU.
 
-Both are told who sees whom by the mask itself, bool[R, T, T] of `ops.attention.visible`: ids of segments alone cannot
+All are told who sees whom by the mask itself, bool[R, T, T] of `ops.attention.visible`: ids of segments alone cannot
 say that the branches of an item see its prompt and not each other. They leave out whole blocks of keys that no query of
-a block sees (splash), or none (cuDNN). A kernel is opaque to the compiler, so each device is handed its own rows and
-heads.
+a block sees (splash, tiles), or none (cuDNN). The compiler cannot split what they do, so each device is handed its own
+rows and heads.
 """
 
 from __future__ import annotations
@@ -24,15 +24,21 @@ BLOCKS = (512, 256, LANES)  # of queries and of keys; the largest that divides t
 
 
 class Kernel(Protocol):
-    """q [R, H, T, d], k and v [R, G, T, d], seen bool[R, T, T], where every query sees itself -> [R, H, T, d]."""
+    """q [R, H, T, d], k and v [R, G, T, d], seen bool[R, T, T], where every query sees itself and padding no more than
+    that -> [R, H, T, d]."""
 
     def __call__(
         self, q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, /, *, scale: float, soft_cap: float | None
     ) -> jax.Array: ...
 
 
-def of_kernel(kernel: Kernel, multiple: int) -> Attention:
-    """`Attention` by a kernel that wants rows of a multiple of so many tokens."""
+def of_kernel(kernel: Kernel, multiple: int, kept: str = "") -> Attention:
+    """`Attention` by a kernel that wants rows of a multiple of so many tokens.
+
+    Args:
+        kept: the name (`checkpoint_name`) of all that its backward pass wants besides the inputs; the mask, which may
+            be another in every layer, is then made again there and not kept.
+    """
 
     def attend(
         q: jax.Array,
@@ -48,13 +54,20 @@ def of_kernel(kernel: Kernel, multiple: int) -> Attention:
     ) -> jax.Array:
         rows, _, length, depth = q.shape
         more = -length % multiple
-        seen = visible(queries, keys, sliding_window=sliding_window)
-        seen = jnp.broadcast_to(seen, (rows, length, length))
-        if more:
-            q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in (q, k, v))
-            seen = jnp.pad(seen, ((0, 0), (0, more), (0, more))) | jnp.eye(length + more, dtype=bool)
         given = functools.partial(kernel, scale=depth**-0.5 if scale is None else scale, soft_cap=soft_cap)
-        return _on_each_device(given, q, k, v, seen)[:, :, :length]
+
+        def masked(q: jax.Array, k: jax.Array, v: jax.Array, queries: Places, keys: Places) -> jax.Array:
+            seen = visible(queries, keys, sliding_window=sliding_window) & (queries.segment > 0)[:, :, None]
+            seen = jnp.pad(seen, ((0, 0), (0, more), (0, more))) | jnp.eye(length + more, dtype=bool)
+            seen = jnp.broadcast_to(seen, (rows, *seen.shape[1:]))
+            if more:
+                q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in (q, k, v))
+            return _on_each_device(given, q, k, v, seen)[:, :, :length]
+
+        if kept:
+            policy = jax.checkpoint_policies.save_only_these_names(kept)
+            masked = jax.checkpoint(masked, policy=policy, prevent_cse=False)
+        return masked(q, k, v, queries, keys)
 
     return attend
 

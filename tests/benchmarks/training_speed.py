@@ -45,6 +45,7 @@ MATMUL = 2048
 class Count:
     """What a round did: tokens with the prompt once per response, tokens computed, FLOPs that were needed."""
 
+    cfg: ModelConfig
     real: int = 0
     laid: int = 0
     used: int = 0
@@ -55,7 +56,7 @@ class Count:
         self.real += sum(len(i.prompt) + len(r) for i in items for r in i.responses)
         self.laid += laid
         self.used += sum(i.tokens for i in items)
-        self.flops += passes * sum(item_flops(BENCH, i) for i in items)
+        self.flops += passes * sum(item_flops(self.cfg, i) for i in items)
 
 
 def item_flops(cfg: ModelConfig, item: Item) -> float:
@@ -86,24 +87,25 @@ def make_pairs(count: int, seed: int) -> list[PairItem]:
 class Training:
     """Rounds of DPO steps."""
 
-    def __init__(self, row_tokens: int, args: argparse.Namespace, in_step: bool) -> None:
+    def __init__(self, row_tokens: int, args: argparse.Namespace, *, in_step: bool, cfg: ModelConfig = BENCH) -> None:
+        self.cfg = cfg
         self.pairs = make_pairs(256, seed=0)
         window = window_for([p.item for p in self.pairs], row_tokens)
         self.mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
         self.loader = PairLoader(self.pairs, Layout(row_tokens), batch_size=8, seed=0)
         self.steps, self.at, self.in_step = args.steps, 0, in_step
         optimizer = make_optimizer(TrainGroup(), 1000)
-        self.reference = jax.jit(lambda key: init_params(BENCH, key))(jax.random.key(0))
-        abstract = abstract_state(BENCH, optimizer, self.mesh)
+        self.reference = jax.jit(lambda key: init_params(cfg, key))(jax.random.key(0))
+        abstract = abstract_state(cfg, optimizer, self.mesh)
         # laid out as the step's result is: another layout would compile the step a second time
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         start = jax.jit(lambda p: init_state(p, optimizer.init(p)), out_shardings=shardings)
         self.state = start(self.reference)
         options = dict(window=window, chunk_tokens=args.chunk_tokens)
-        objective = align_objective(BENCH, resolve("dpo"), shards=1, **options)
+        objective = align_objective(cfg, resolve("dpo"), shards=1, **options)
         self.step = make_step(objective, optimizer, abstract, self.mesh)
-        self.score = make_score(BENCH, self.mesh, **options)
-        self.shape = f"{','.join(map(str, self.loader.sizes))} x {row_tokens}, M {self.loader.spec.scored}"
+        self.score = make_score(cfg, self.mesh, **options)
+        self.shape = f"{','.join(map(str, self.loader.shapes.sizes))} x {row_tokens}, M {self.loader.spec.scored}"
 
     def warm(self) -> None:
         """One step of every shape."""
@@ -111,10 +113,10 @@ class Training:
         for step in range(self.loader.steps_per_epoch):
             if self.loader.batch(step).batch.weight.shape[0] in wanted:
                 wanted.remove(self.loader.batch(step).batch.weight.shape[0])
-                self._one(step, Count())
+                self._one(step, Count(self.cfg))
 
     def round(self) -> Count:
-        count = Count()
+        count = Count(self.cfg)
         for _ in range(self.steps):
             self._one(self.at, count)
             self.at += 1
@@ -135,14 +137,15 @@ class Training:
 class Scoring:
     """A round scores 256 pairs under two policies."""
 
-    def __init__(self, row_tokens: int, args: argparse.Namespace) -> None:
+    def __init__(self, row_tokens: int, args: argparse.Namespace, *, cfg: ModelConfig = BENCH) -> None:
+        self.cfg = cfg
         self.items = [p.item for p in make_pairs(256, seed=1)]
         self.mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
         self.rows = max(1, SCORE_TOKENS // row_tokens)
         self.row_tokens = row_tokens
-        self.policies = [jax.jit(lambda key: init_params(BENCH, key))(jax.random.key(i)) for i in range(2)]
+        self.policies = [jax.jit(lambda key: init_params(cfg, key))(jax.random.key(i)) for i in range(2)]
         window = window_for(self.items, row_tokens)
-        self.score = make_score(BENCH, self.mesh, window=window, chunk_tokens=args.chunk_tokens)
+        self.score = make_score(cfg, self.mesh, window=window, chunk_tokens=args.chunk_tokens)
         spec = score_batches(self.items, Layout(row_tokens), self.rows).spec
         self.shape = f"{self.rows} x {row_tokens}, M {spec.scored}"
 
@@ -151,7 +154,7 @@ class Scoring:
         self.score(self.policies[0], place_rows(batches[0].rows, self.mesh)).block_until_ready()
 
     def round(self) -> Count:
-        count = Count()
+        count = Count(self.cfg)
         batches = score_batches(self.items, Layout(self.row_tokens), self.rows)
         for policy in self.policies:
             values = [jax.device_get(self.score(policy, place_rows(b.rows, self.mesh))) for b in batches]

@@ -88,6 +88,12 @@ def test_what_lays_rows_out_otherwise_takes_nothing(tmp_path, monkeypatch):
     assert (
         experiment._besides_inputs(tiny_config(tmp_path, **LITTLE, model__attn_implementation="xla"), mesh) == besides
     )
+    longer = LITTLE | {"data__row_tokens": 256}
+    by_name = [
+        tiny_config(tmp_path, **longer, model__attn_implementation=name) for name in ("auto", "xla_tiles", "xla")
+    ]
+    auto, tiles, plain = (experiment._besides_inputs(changed, mesh) for changed in by_name)
+    assert auto == tiles != plain == besides, "what computes counts, not how it was asked for"
     assert experiment._besides_inputs(tiny_config(tmp_path, **LITTLE, data__label_noise=0.1), mesh) == besides
     monkeypatch.setattr(experiment, "_processor", lambda: "another model of a CPU")
     assert experiment._besides_inputs(config, mesh) != besides

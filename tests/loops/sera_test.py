@@ -796,9 +796,10 @@ def test_a_run_stopped_amid_a_round_goes_on_with_other_devices_and_ends_alike(la
         assert np.linalg.norm(b - c) <= tolerance * np.linalg.norm(c - a)
 
 
-def test_a_whole_run_on_two_devices_ends_alike(lab, tmp_path):
+def test_a_whole_run_on_two_devices_and_by_another_attention_ends_alike(lab, tmp_path):
     sera_only = dataclasses.replace(lab.config.sera, arms=("sera",))
-    run_on(2, dataclasses.replace(lab.config, workdir=str(tmp_path), sera=sera_only))
+    tiles = dataclasses.replace(lab.config.model, attn_implementation="xla_tiles")
+    run_on(2, dataclasses.replace(lab.config, workdir=str(tmp_path), sera=sera_only, model=tiles))
     assert_arm_alike(tmp_path, lab.root, "sera")
     assert_policies_alike(tmp_path, lab.root, ["sft", "round1", "sera/round2", "sera/round3"])
 

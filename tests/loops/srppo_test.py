@@ -269,7 +269,7 @@ def test_a_run_in_one_segment_stopped_amid_sampling_ends_with_the_same_bits(lab,
         assert (tmp_path / "rollouts" / "srppo" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_a_run_stopped_amid_a_segment_goes_on_with_two_devices_and_ends_alike(lab, tmp_path):
+def test_a_run_stopped_amid_a_segment_goes_on_with_two_devices_and_another_attention_and_ends_alike(lab, tmp_path):
     config = dataclasses.replace(
         lab.config,
         workdir=str(tmp_path),
@@ -279,6 +279,7 @@ def test_a_run_stopped_amid_a_segment_goes_on_with_two_devices_and_ends_alike(la
     first = tmp_path / "checkpoints" / "srppo" / "iteration2" / "1"
     with pytest.raises(Preempted, match="stopped in srppo/iteration2 after iteration 1"):
         run_on(1, config, stop_requested=first.exists)
-    run_on(2, config)
+    tiles = dataclasses.replace(config.model, attn_implementation="xla_tiles")
+    run_on(2, dataclasses.replace(config, model=tiles))
     assert_arm_alike(tmp_path, lab.root, "srppo")
     assert_policies_alike(tmp_path, lab.root, ["sft", "srppo/iteration2", "srppo/iteration4"])

@@ -15,7 +15,18 @@ from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import abstract_params, hidden_states
 from sera_jax.ops import kernels
 from sera_jax.ops.attention import Places, blocked_attention
-from sera_jax.ops.backends import ATTENTION, AUTO, LONGEST, Asked, BackEnd, anywhere, choose, devices, error_of
+from sera_jax.ops.backends import (
+    ATTENTION,
+    AUTO,
+    LONGEST,
+    SHORT,
+    Asked,
+    BackEnd,
+    anywhere,
+    choose,
+    devices,
+    error_of,
+)
 from tests import oracles
 from tests.ops.attention_test import close, mixed, places, plain_attention, random_heads, whole_mask
 
@@ -23,6 +34,7 @@ LENGTH = 250  # two blocks of a kernel, the second one filled up
 KERNELS = {
     "splash": kernels.of_kernel(functools.partial(kernels.splash, interpret=True), kernels.LANES),
     "cudnn": kernels.of_kernel(functools.partial(kernels.dot_product, implementation="xla"), 4),
+    "xla_tiles": ATTENTION["xla_tiles"].attend,
 }
 WANTED = Asked("tpu", "bfloat16", 128, 4096)
 DEVICES = {
@@ -58,6 +70,7 @@ def rows():
         *((name, {}) for name in KERNELS),
         ("splash", {"sliding_window": 17, "scale": 0.7, "soft_cap": 1.5}),
         ("cudnn", {"sliding_window": 17, "scale": 0.7}),
+        ("xla_tiles", {"sliding_window": 17, "scale": 0.7, "soft_cap": 1.5}),
     ],
     ids=str,
 )
@@ -70,19 +83,42 @@ def test_a_kernel_mixes_exactly_the_tokens_that_may_be_seen(rows, name, of_model
         close(got, want, "packing")
 
 
-@pytest.mark.parametrize("groups", [2, 1])
-def test_each_device_computes_its_own_rows_and_heads(rows, groups):
-    """With one group the heads are no multiple of the devices that share them, and are on all of them."""
+@pytest.mark.parametrize(
+    ("name", "count", "groups"), [("splash", 4, 2), ("splash", 4, 1), ("xla_tiles", 4, 2), ("xla_tiles", 3, 1)]
+)
+def test_each_device_computes_its_own_rows_and_heads(rows, name, count, groups):
+    """With one group the heads are no multiple of the devices that share them, and are on all of them; so are three
+    rows."""
     mesh = make_mesh(1, 2, 2, devices=jax.devices()[:4])
-    q, k, v = (np.resize(x, (4, *x.shape[1:])) for x in random_heads(rows, groups=groups, depth=8))
-    at = Places.in_rows(*(np.resize(x, (4, LENGTH)) for x in (rows.segment, rows.branch, rows.positions)))
-    want = jax.jit(blocked_attention)(q, k, v, at, at)
-    with jax.set_mesh(mesh):
-        compiled = jax.jit(KERNELS["splash"]).lower(q, k, v, at, at).compile()
-        got = compiled(q, k, v, at, at)
-    assert got.sharding.shard_shape(got.shape)[:2] == (2, 2 if groups == 2 else 4)
+    heads = [np.resize(x, (count, *x.shape[1:])) for x in random_heads(rows, groups=groups, depth=8)]
+    at = Places.in_rows(*(np.resize(x, (count, LENGTH)) for x in (rows.segment, rows.branch, rows.positions)))
     real = np.asarray(at.segment > 0)[:, None, :, None]
-    close(np.where(real, got, 0.0), np.where(real, want, 0.0), "packing")
+
+    def total(attend, heads):
+        out = jnp.where(real, attend(*heads, at, at), 0.0)
+        return jnp.sum(jnp.sin(out) * out), out
+
+    def graded(attend):
+        return jax.jit(jax.value_and_grad(functools.partial(total, attend), has_aux=True))
+
+    (_, want), want_grads = graded(blocked_attention)(heads)
+    with jax.set_mesh(mesh):
+        (_, got), grads = graded(KERNELS[name])(heads)
+        mixed_alone = jax.jit(KERNELS[name])(*heads, at, at)
+    shard = mixed_alone.sharding.shard_shape(mixed_alone.shape)[:2]
+    assert shard == (2 if count == 4 else 3, 2 if groups == 2 else 4)
+    for left, right in zip((got, *grads), (want, *want_grads), strict=True):
+        close(left, right, "packing")
+
+
+def test_tiles_take_bfloat16_and_a_window_that_is_known_only_within_the_program(rows):
+    assert error_of("xla_tiles", Asked("cpu", "bfloat16", 16, 512)) < 0.02
+    heads, attend = (
+        random_heads(rows, depth=8),
+        functools.partial(KERNELS["xla_tiles"], queries=places(rows), keys=places(rows)),
+    )
+    given = jax.jit(lambda window: attend(*heads, sliding_window=window))
+    close(given(jnp.asarray(17)), attend(*heads, sliding_window=17), "packing")
 
 
 @pytest.mark.parametrize("kind", DEVICES)
@@ -95,7 +131,9 @@ def test_devices_are_those_of_the_mesh_that_is_set(kind):
 @pytest.mark.parametrize(
     ("asked", "name", "why"),
     [
-        ({"devices": "cpu"}, "xla", ""),
+        ({"devices": "cpu"}, "xla_tiles", ""),
+        ({"devices": "cpu", "tokens": SHORT}, "xla", ""),
+        ({"devices": "cpu", "tokens": LONGEST + 1}, "xla", ""),
         ({"devices": "gpu"}, "xla_loop", ""),
         ({}, "splash", ""),
         ({"soft_cap": 50.0, "depth": 256, "dtype": "float32"}, "splash", ""),
@@ -132,6 +170,7 @@ def test_a_saved_model_is_opened_on_any_devices():
         **dict.fromkeys((AUTO, "splash", "cudnn"), AUTO),
         "xla": "xla",
         "xla_loop": "xla_loop",
+        "xla_tiles": "xla_tiles",
     }
 
 

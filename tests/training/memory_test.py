@@ -126,10 +126,11 @@ def test_the_embedded_worlds_models_recompute_nothing_and_are_never_split():
     assert chunk_columns(1, 512, 0, 1) == MOST_TOKENS
 
 
+@pytest.mark.parametrize("attention", ["xla", "xla_tiles"])
 @pytest.mark.parametrize("remat", ["none", "dots", "full", "groups"])
-def test_the_activations_of_a_row_are_what_jax_keeps_of_it(remat):
+def test_the_activations_of_a_row_are_what_jax_keeps_of_it(remat, attention):
     """Within a third: of what jax would keep, the compiler recomputes what costs it nothing."""
-    cfg = dataclasses.replace(DEEP, remat=remat)
+    cfg = dataclasses.replace(DEEP, remat=remat, attn_implementation=attention)
 
     def kept(rows):
         def backward(params, batch):

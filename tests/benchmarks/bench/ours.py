@@ -32,6 +32,7 @@ from tests.benchmarks.training_speed import matmul_peak
 
 NAME = f"sera_jax (jax {jax.__version__})"
 ROW, SCORE_TOKENS = 1024, 16384
+DPO_ROW, POLITE_ROW = 1280, 640  # of W1, W1c and W6: the rows that a step of so few pairs fills best
 CHECKED = 8  # pairs whose log-probs are compared
 
 
@@ -165,15 +166,13 @@ class Ppo:
 
 
 def _smollm2() -> Dpo:
-    pairs = works.polite_pairs()
-    return Dpo(
-        pathlib.Path(os.environ[works.SMOLLM2]), pairs, batch=works.REAL_BATCH, row=works.REAL_ROW, in_step=False
-    )
+    folder, pairs = pathlib.Path(os.environ[works.SMOLLM2]), works.polite_pairs()
+    return Dpo(folder, pairs, batch=works.REAL_BATCH, row=POLITE_ROW, in_step=False)
 
 
 WORKS: dict[str, Any] = {
-    "W1": lambda folder: Dpo(folder, works.random_pairs(), batch=works.BATCH, row=ROW, in_step=True),
-    "W1c": lambda folder: Dpo(folder, works.random_pairs(), batch=works.BATCH, row=ROW, in_step=False),
+    "W1": lambda folder: Dpo(folder, works.random_pairs(), batch=works.BATCH, row=DPO_ROW, in_step=True),
+    "W1c": lambda folder: Dpo(folder, works.random_pairs(), batch=works.BATCH, row=DPO_ROW, in_step=False),
     "W2": Scoring,
     "W3": lambda folder: Sampling(folder, 1.0),
     "W3p": lambda folder: Sampling(folder, 0.9),

@@ -115,7 +115,7 @@ def random_prompts(count: int, seed: int = 3) -> list[np.ndarray]:
 
 
 def hh_pairs() -> list[Pair]:
-    """Of W5: rejection-sampled pairs as a transcript, ids modulo the vocabulary."""
+    """Of W5: rejection-sampled pairs after their transcript, ids modulo the vocabulary."""
     import tokenizers
 
     folder = pathlib.Path(os.environ[SHARED])
@@ -126,8 +126,7 @@ def hh_pairs() -> list[Pair]:
         return np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int32) % SHAPE["vocab_size"]
 
     def pair(row: dict[str, Any]) -> Pair:
-        cut, other = (row[side].rindex("Assistant:") + len("Assistant:") for side in ("chosen", "rejected"))
-        return Pair(ids(row["chosen"][:cut]), ids(row["chosen"][cut:]), ids(row["rejected"][other:]))
+        return Pair(*(ids(row[side]) for side in ("prompt", "chosen", "rejected")))
 
     return _fitting(map(pair, _rows(folder / "preference" / "hh_helpful_rejection_sampled_test.jsonl.gz")))[:PAIRS]
 
