@@ -1,11 +1,12 @@
-"""Cost against size: DPO steps and scoring over the width of the model, the length of rows and the number of cores.
+"""Cost against size: DPO steps over the width of the model, the length of rows and the number of cores.
 
-    python -m tests.benchmarks.scaling [--repeats 3] [--cores 1 2] [--json scaling.json] [--picture docs/scaling.png]
+    python -m tests.benchmarks.scaling [--repeats 2] [--cores 1 2] [--json scaling.json] [--picture docs/scaling.png]
     python -m tests.benchmarks.scaling --drawn-from scaling.json --picture docs/scaling.png
 
-The work is `training_speed`'s, of models of as many layers whose heads and feed-forward grow with their width. A number
-of cores is a process of its own that may run on those alone. `of_peak` are the FLOPs of the matmuls that the real
-tokens need over what a square float32 matmul reaches on the same cores between the rounds.
+The steps are `training_speed`'s with stored reference log-probs, of models of as many layers whose heads and
+feed-forward grow with their width; one of width and row length varies, the other is that of the bench. A number of
+cores is a process of its own that may run on those alone. `of_peak` are the FLOPs of the matmuls that the real tokens
+need over what a square float32 matmul reaches on the same cores between the rounds.
 """
 
 import argparse
@@ -19,21 +20,20 @@ import time
 from typing import Any
 
 HIDDEN, ROWS = (128, 256, 512, 768), (512, 1024, 2048)
-WORKS = ("cached", "score")
+USUAL_HIDDEN, USUAL_ROW = 256, 1024
 MARKERS = "os^D"  # of numbers of cores
-STEPS = 2  # of a round of training
+STEPS = 2  # of a round
 
 
-def _measured(repeats: int) -> list[dict[str, Any]]:
-    """A line for each width, row and work, on the cores of this process."""
+def _measured(repeats: int) -> None:
+    """Print a line for each width and row, on the cores of this process."""
     import numpy as np
 
     from sera_jax.config import TrainGroup
     from tests.benchmarks import training_speed as bench
 
     peak = bench.matmul_peak()
-    found = []
-    for hidden in HIDDEN:
+    for hidden, row in dict.fromkeys([*((h, USUAL_ROW) for h in HIDDEN), *((USUAL_HIDDEN, r) for r in ROWS)]):
         cfg = dataclasses.replace(
             bench.BENCH,
             hidden_size=hidden,
@@ -41,65 +41,60 @@ def _measured(repeats: int) -> list[dict[str, Any]]:
             num_attention_heads=hidden // bench.BENCH.head_dim,
             num_key_value_heads=hidden // bench.BENCH.head_dim // 2,
         )
-        for row in ROWS:
-            given = argparse.Namespace(steps=STEPS, chunk_tokens=TrainGroup().logits_chunk_tokens)
-            works: dict[str, bench.Training | bench.Scoring] = {
-                "cached": bench.Training(row, given, in_step=False, cfg=cfg),
-                "score": bench.Scoring(row, given, cfg=cfg),
-            }
-            for name, work in works.items():
-                work.warm()
-                peaks, seconds, counts = [], [], []
-                for _ in range(repeats):
-                    peaks.append(peak())
-                    start = time.perf_counter()
-                    counts.append(work.round())
-                    seconds.append(time.perf_counter() - start)
-                found.append(
-                    {
-                        "work": name,
-                        "hidden": hidden,
-                        "row": row,
-                        "cores": len(os.sched_getaffinity(0)),
-                        "tokens_per_s": float(np.median([c.real / s for c, s in zip(counts, seconds)])),
-                        "of_peak": float(np.median([c.flops / s / 1e9 / p for c, s, p in zip(counts, seconds, peaks)])),
-                        "padding": 1 - sum(c.used for c in counts) / sum(c.laid for c in counts),
-                        "peak_gflops": float(np.median(peaks)),
-                    }
-                )
-                print(json.dumps(found[-1]), flush=True)
-    return found
+        given = argparse.Namespace(steps=STEPS, chunk_tokens=TrainGroup().logits_chunk_tokens)
+        work = bench.Training(row, given, in_step=False, cfg=cfg)
+        work.warm()
+        peaks, seconds, counts = [], [], []
+        for _ in range(repeats):
+            peaks.append(peak())
+            start = time.perf_counter()
+            counts.append(work.round())
+            seconds.append(time.perf_counter() - start)
+        done = list(zip(counts, seconds, peaks, strict=True))
+        line = {
+            "hidden": hidden,
+            "row": row,
+            "cores": len(os.sched_getaffinity(0)),
+            "tokens_per_s": float(np.median([count.real / s for count, s, _ in done])),
+            "of_peak": float(np.median([count.flops / s / 1e9 / p for count, s, p in done])),
+            "padding": 1 - sum(c.used for c in counts) / sum(c.laid for c in counts),
+            "peak_gflops": float(np.median(peaks)),
+        }
+        print(json.dumps(line), flush=True)
 
 
 def _draw(found: list[dict[str, Any]], path: str) -> None:
     from sera_jax.evaluation import look
 
-    colours = dict(zip(ROWS, (look.BLUE, look.VERMILION, look.GREEN), strict=True))
     cores = sorted({one["cores"] for one in found})
-    names = {"cached": "DPO steps of 8 pairs", "score": "Scoring 256 pairs"}
+    colours = (look.BLUE, look.VERMILION, look.GREEN, look.PURPLE)
+    panels = {"hidden": ("hidden size, rows of 1024", HIDDEN), "row": ("tokens of a row, hidden size 256", ROWS)}
+    other = {"hidden": ("row", USUAL_ROW), "row": ("hidden", USUAL_HIDDEN)}
     with look.page(path, columns=2, lines=1) as figure:
-        for axes, work in zip(figure.subplots(1, 2, sharey=True), WORKS, strict=True):
-            for row in ROWS:
-                for count in cores:
-                    of = [one for one in found if (one["work"], one["row"], one["cores"]) == (work, row, count)]
-                    axes.plot(
-                        [one["hidden"] for one in of],
-                        [one["of_peak"] for one in of],
-                        color=colours[row],
-                        marker=MARKERS[cores.index(count)],
-                        linestyle="-" if count == cores[0] else "--",
-                    )
-            axes.set(title=names[work], xlabel="hidden size", xticks=HIDDEN, ylim=(0, 1))
-        figure.axes[0].set_ylabel("share of the matmul peak of those cores")
-        handles = [look.line(colours[row], "o", f"rows of {row}") for row in ROWS]
-        for count, marker in zip(cores, MARKERS):
-            handles.append(look.line(look.GREY, marker, f"{count} core{'s' if count > 1 else ''}"))
-        look.head(figure, "Useful work against size", handles, wide=False)
+        for axes, (over, (words, ticks)) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
+            fixed, value = other[over]
+            for count, colour, marker in zip(cores, colours, MARKERS, strict=False):
+                of = sorted(
+                    (one[over], one["of_peak"], one["tokens_per_s"])
+                    for one in found
+                    if one["cores"] == count and one[fixed] == value
+                )
+                axes.plot([x for x, *_ in of], [y for _, y, _ in of], color=colour, marker=marker)
+                for x, y, rate in of:
+                    axes.annotate(f"{rate:,.0f}", (x, y), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+            axes.set(xlabel=words, xscale="log", xticks=ticks, xticklabels=[str(tick) for tick in ticks], ylim=(0, 1))
+            axes.minorticks_off()
+        figure.axes[0].set_ylabel("useful multiplications\nas a share of the matmul peak")
+        handles = [
+            look.line(colour, marker, f"{count} core{'s' if count > 1 else ''}")
+            for count, colour, marker in zip(cores, colours, MARKERS, strict=False)
+        ]
+        look.head(figure, "DPO steps of 8 pairs: share of the peak, and tokens a second", handles, wide=False)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--cores", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--json", default="", help="where the figures are written")
     parser.add_argument("--picture", default="", help="where they are drawn")
