@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arms=[arm for arm in args.arms.split(",") if arm],
             baseline=args.baseline,
             panels=args.panels,
+            curve=args.curve,
             smaller_is_better=args.smaller_is_better,
             out=pathlib.Path(args.out) if args.out else None,
         )
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--arms", default="", help="those shown, comma-separated; default: all")
     add("--baseline", default="", help="differences to an arm, a part of a setting's name, or SETTING/ARM")
     add("--panels", default="", help="a field, by whose values tables are made")
+    add("--curve", default="", help="a field, over whose values the picture draws lines")
     add("--smaller_is_better", action="store_true", help="of the first metric")
     add("--out", default="", help="folder for comparison.md, comparison.json and comparison.png")
     return parser

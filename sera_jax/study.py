@@ -118,6 +118,7 @@ def _compare(study: Study, rows: list[Row]) -> bool:
                 arms=study.arms,
                 baseline=study.baseline,
                 panels=study.panels,
+                curve=study.curve,
                 smaller_is_better=study.smaller_is_better,
                 out=pathlib.Path(study.workdir),
             )
@@ -153,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     add("smaller_is_better", true_or_false, "of the first metric: true or false")
     add("baseline", str, "an arm, a part of a setting's name, or SETTING/ARM")
     add("panels", str, "a field of the grid whose values are compared apart")
+    add("curve", str, "a field over whose values the picture draws lines")
     add("workdir", str, "folder of the runs")
     add("rows", str, "file of the rows")
     add("threads", int, "cores of each run")

@@ -29,4 +29,5 @@ def get_config() -> Study:
             "cost/passes_tokens",
         ),
         baseline="sft",
+        curve="world.demonstrations",
     )

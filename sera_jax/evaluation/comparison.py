@@ -57,13 +57,15 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Entries by panel, best first; `varied`: setting -> the fields that tell it apart; `notes`: sentences."""
+    """Entries by panel, best first; `varied`: setting -> the fields that tell it apart; `notes`: sentences; `curve`:
+    the field over whose values the entries are drawn, "" where over none."""
 
     metrics: tuple[str, ...]
     baseline: str
     entries: list[Entry]
     varied: dict[str, dict[str, Any]]
     notes: tuple[str, ...] = ()
+    curve: str = ""
 
     def headings(self, metric: str) -> tuple[str, str]:
         """What a metric's means are of, and what is taken from them in its differences."""
@@ -121,6 +123,7 @@ def compare(
     arms: Sequence[str] = (),
     baseline: str = "",
     panels: str = "",
+    curve: str = "",
     smaller_is_better: bool = False,
 ) -> Comparison:
     """What the rows (`studies.rows`) say of each arm of each setting.
@@ -129,17 +132,18 @@ def compare(
         metrics: the first one ranks. `MINE:OTHER` compares an entry's MINE with the baseline's OTHER. `FACT/*` is that
             part of a fact which has the best mean over the seeds, of each entry for itself.
         arms: those shown; empty: all. The baseline may be another.
-        baseline: as `studies.plan.Study` says. panels: a field of `varied`.
+        baseline: as `studies.plan.Study` says. panels, curve: fields of `varied`.
 
     Raises:
-        ValueError: a metric, an arm, the baseline or the field of the panels that no row has.
+        ValueError: a metric, an arm, the baseline or the field of panels or of a curve that no row has; a curve that is
+            none.
     """
     values: dict[Key, dict[int, Mapping[str, float]]] = {}
     varied: dict[str, dict[str, Any]] = {}
     for row in rows:
         values.setdefault((row["setting"], row["arm"]), {})[row["seed"]] = row["metrics"]
         varied[row["setting"]] = row["varied"]
-    against = check(values, varied, metrics, arms=arms, baseline=baseline, panels=panels)
+    against = check(values, varied, metrics, arms=arms, baseline=baseline, panels=panels, curve=curve)
     _check_metrics(values, metrics)
     chosen: dict[str, dict[str, str]] = {}  # FACT/* -> entry -> its part
 
@@ -173,7 +177,7 @@ def compare(
         mean = entry.means.get(metrics[0])
         return order.index(entry.panel), math.inf if mean is None else sign * mean.mean
 
-    return Comparison(tuple(metrics), baseline, sorted(entries, key=rank), varied, tuple(notes))
+    return Comparison(tuple(metrics), baseline, sorted(entries, key=rank), varied, tuple(notes), curve)
 
 
 def check(
@@ -184,6 +188,7 @@ def check(
     arms: Sequence[str],
     baseline: str,
     panels: str,
+    curve: str,
 ) -> dict[Key, Key | None]:
     """Those of the entries that are shown, each with what it is compared with.
 
@@ -191,25 +196,41 @@ def check(
         varied: of every setting. The others: as of `compare`.
 
     Raises:
-        ValueError: no metric; an arm, the baseline or the field of the panels that the entries have not.
+        ValueError: no metric; an arm, the baseline or the field of panels or of a curve that the entries have not; a
+            curve of what are no numbers, of settings that share one, or of panels.
     """
     if not metrics:
         raise ValueError("metrics=(); name one at least, such as gold_mean: the first one ranks")
     there = list(dict.fromkeys(arm for _, arm in keys))
     if absent := [arm for arm in arms if arm not in there]:
         raise ValueError(f"no run has the arm {absent[0]!r}; they have {_listed(there)}")
-    if lacking := [setting for setting, fields in varied.items() if panels and panels not in fields]:
-        every = set.intersection(*(set(fields) for fields in varied.values()))
-        raise ValueError(
-            f"panels={panels!r} is no field of the setting {lacking[0]!r}; choose of those that differ and that every "
-            f"setting has: {_listed(sorted(every))}"
-        )
+    for name, field in (("panels", panels), ("curve", curve)):
+        if lacking := [setting for setting, fields in varied.items() if field and field not in fields]:
+            every = set.intersection(*(set(fields) for fields in varied.values()))
+            raise ValueError(
+                f"{name}={field!r} is no field of the setting {lacking[0]!r}; choose of those that differ and that "
+                f"every setting has: {_listed(sorted(every))}"
+            )
+    if curve:
+        _check_curve(curve, {setting: fields[curve] for setting, fields in varied.items()}, panels)
     if both := [metric for metric in metrics if ":" in metric and not baseline]:
         raise ValueError(f"metric {both[0]!r} is a difference to a baseline; name one, or leave out what follows the :")
     against = {key: _baseline_of(key, baseline, keys) for key in keys if not arms or key[1] in arms}
     if baseline and not any(against.values()):
         raise ValueError(f"baseline={baseline!r} is nothing here; choose of {_listed(_names(keys))}")
     return against
+
+
+def _check_curve(curve: str, values: Mapping[str, Any], panels: str) -> None:
+    if panels:
+        raise ValueError(f"panels={panels!r} and curve={curve!r}; a picture has one or the other: leave one out")
+    for setting, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"curve={curve!r} is {value!r} in the setting {setting!r}; it must be a number")
+        if shared := [other for other in values if other != setting and values[other] == value]:
+            raise ValueError(
+                f"curve={curve!r} is {value!r} in the settings {setting!r} and {shared[0]!r}; it must tell them apart"
+            )
 
 
 def _check_metrics(values: Mapping[Key, Facts], metrics: Sequence[str]) -> None:

@@ -37,20 +37,19 @@ def markdown(comparison: Comparison) -> str:
 
 
 def draw(comparison: Comparison, path: str | os.PathLike[str], looks: look.Looks) -> None:
-    """The first metric of every entry, and its difference to the baseline, with intervals and numbers of runs."""
+    """The first metric of every entry, and its difference to the baseline, with intervals: as lines over the field of a
+    curve, else at a place for each entry with its number of runs."""
+    (_draw_curve if comparison.curve else _draw_places)(comparison, path, looks)
+
+
+def _draw_places(comparison: Comparison, path: str | os.PathLike[str], looks: look.Looks) -> None:
     metric, panels = comparison.metrics[0], _panels(comparison)
     by_arm = look.looks_of(list(dict.fromkeys(entry.arm for entry in comparison.entries)), looks)
     columns = 2 if comparison.baseline else 1
     counts = [len(entries) for _, entries in panels]
     lines = sum(math.ceil(count / _ENTRIES_A_PANEL) for count in counts)
     with look.page(path, columns=2 * columns, lines=lines) as figure:
-        figure.suptitle(
-            f"{comparison.headings(metric)[0]}: mean and 95 % interval over seeds",
-            x=0.012,
-            ha="left",
-            fontsize=13,
-            fontweight="bold",
-        )
+        figure.suptitle(_title(comparison), x=0.012, ha="left", fontsize=13, fontweight="bold")
         axes = figure.subplots(len(panels), columns, squeeze=False, sharex="col", gridspec_kw={"height_ratios": counts})
         for (panel, entries), row in zip(panels, axes):
             _draw_panel(row[0], entries, [entry.means.get(metric) for entry in entries], by_arm)
@@ -60,6 +59,42 @@ def draw(comparison: Comparison, path: str | os.PathLike[str], looks: look.Looks
                 _draw_panel(row[1], entries, [entry.differences.get(metric) for entry in entries], by_arm)
                 row[1].axvline(0, color=look.GREY, lw=0.8, zorder=1)
                 row[1].set(title="paired by seed", xlabel=f"{mine} {minus}")
+
+
+def _title(comparison: Comparison) -> str:
+    return f"{comparison.headings(comparison.metrics[0])[0]}: mean and 95 % interval over seeds"
+
+
+def _draw_curve(comparison: Comparison, path: str | os.PathLike[str], looks: look.Looks) -> None:
+    metric = comparison.metrics[0]
+    mine, minus = comparison.headings(metric)
+    kinds = [("means", mine), *([("differences", f"{mine}\n{minus}")] if comparison.baseline else [])]
+    by_arm = look.looks_of(list(dict.fromkeys(entry.arm for entry in comparison.entries)), looks)
+    values = sorted(fields[comparison.curve] for fields in comparison.varied.values())
+    drawn = set()
+    with look.page(path, columns=len(kinds), lines=1) as figure:
+        axes = figure.subplots(1, len(kinds), squeeze=False)[0]
+        for axis, (kind, words) in zip(axes, kinds, strict=True):
+            for arm, its in by_arm.items():
+                points = sorted(
+                    (comparison.varied[entry.setting][comparison.curve], found.mean, found.half)
+                    for entry in comparison.entries
+                    if entry.arm == arm and (found := getattr(entry, kind).get(metric))
+                )
+                if points:
+                    x, y, half = zip(*points, strict=True)
+                    half = [0 if math.isnan(one) else one for one in half]
+                    axis.errorbar(x, y, yerr=half, color=its.colour, marker=its.marker, elinewidth=1.2, capsize=2)
+                    drawn.add(arm)
+            if values[0] > 0 and values[-1] >= 10 * values[0]:
+                axis.set_xscale("log")
+            axis.set_xticks(values, [str(value) for value in values])
+            axis.minorticks_off()
+            axis.set(title="paired by seed" if kind == "differences" else "", xlabel=comparison.curve, ylabel=words)
+        if comparison.baseline:
+            axes[-1].axhline(0, color=look.GREY, lw=0.8, zorder=1)
+        handles = [look.line(its.colour, its.marker, arm) for arm, its in by_arm.items() if arm in drawn]
+        look.head(figure, _title(comparison), handles, wide=False)
 
 
 def _draw_panel(axis: Any, entries: list[Entry], found: list[Estimate | None], looks: dict[str, look.ArmLook]) -> None:

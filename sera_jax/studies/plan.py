@@ -41,6 +41,7 @@ class Study:
     baseline: what differences are to, paired by seed: an arm (of the same setting), a part of a setting's name (the
         same arm, all other parts alike), or SETTING/ARM; empty: none.
     panels: a field of the grid whose values are compared apart; empty: none.
+    curve: a field over whose values the picture draws a line for each arm; empty: a place for each setting.
     workdir, rows: the folder of the runs, and the file of their rows; empty: `runs/NAME` and
         `studies/results/NAME.jsonl`.
     threads: cores of each run. processes: runs at a time; 0: as many as there are cores for.
@@ -58,6 +59,7 @@ class Study:
     smaller_is_better: bool = False
     baseline: str = ""
     panels: str = ""
+    curve: str = ""
     workdir: str = ""
     rows: str = ""
     threads: int = 1
@@ -128,7 +130,7 @@ def expand(study: Study) -> list[Run]:
 
     Raises:
         ValueError: a field or a value that the config refuses; two runs of one name or of one config; no run; an arm, a
-            baseline or a field of panels that they do not have.
+            baseline or a field of panels or of a curve that they do not have.
     """
     if not study.seeds or len(set(study.seeds)) != len(study.seeds):
         raise ValueError(f"config.seeds={tuple(study.seeds)!r}; give one at least, and each once")
@@ -142,7 +144,9 @@ def expand(study: Study) -> list[Run]:
             raise ValueError(f"runs of one {what}: {' and '.join(same)}; change or remove one of their settings")
     there = dict.fromkeys((run.setting, arm) for run in runs for arm in run.arms)
     varied = {run.setting: run.varied for run in runs}
-    check(there, varied, study.metrics, arms=study.arms, baseline=study.baseline, panels=study.panels)
+    check(
+        there, varied, study.metrics, arms=study.arms, baseline=study.baseline, panels=study.panels, curve=study.curve
+    )
     return runs
 
 

@@ -22,6 +22,7 @@ def show(
     arms: Sequence[str],
     baseline: str,
     panels: str,
+    curve: str,
     smaller_is_better: bool,
     out: pathlib.Path | None,
 ) -> None:
@@ -30,7 +31,9 @@ def show(
     Raises:
         ValueError: as `comparison.compare`.
     """
-    found = compare(rows, metrics, arms=arms, baseline=baseline, panels=panels, smaller_is_better=smaller_is_better)
+    found = compare(
+        rows, metrics, arms=arms, baseline=baseline, panels=panels, curve=curve, smaller_is_better=smaller_is_better
+    )
     made_by = {", ".join(f"{name} {row['versions'].get(name)}" for name in COMPUTES) for row in rows}
     if len(made_by) > 1:
         words = f"runs of several versions, which may compute other numbers: {'; '.join(sorted(made_by))}"

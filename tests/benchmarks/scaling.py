@@ -81,7 +81,8 @@ def _draw(found: list[dict[str, Any]], path: str) -> None:
                 )
                 axes.plot([x for x, *_ in of], [y for _, y, _ in of], color=colour, marker=marker)
                 for x, y, rate in of:
-                    axes.annotate(f"{rate:,.0f}", (x, y), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+                    away = (0, 7 if count == cores[0] else -15)
+                    axes.annotate(f"{rate:,.0f}", (x, y), away, textcoords="offset points", ha="center", fontsize=8)
             axes.set(xlabel=words, xscale="log", xticks=ticks, xticklabels=[str(tick) for tick in ticks], ylim=(0, 1))
             axes.minorticks_off()
         figure.axes[0].set_ylabel("useful multiplications\nas a share of the matmul peak")

@@ -97,6 +97,7 @@ def test_entries_are_ranked_by_the_first_metric_within_their_panel():
         ({"arms": ["seera"]}, "no run has the arm 'seera'; they have daa, sera"),
         ({"baseline": "dpo"}, "baseline='dpo' is nothing here; choose of daa, sera"),
         ({"panels": "noise"}, "panels='noise' is no field of the setting ''; .* every setting has: none"),
+        ({"curve": "noise"}, "curve='noise' is no field of the setting ''; .* every setting has: none"),
         ({"metrics": []}, r"metrics=\(\); name one at least"),
         ({"metrics": ["gold:goold"], "baseline": "daa"}, "no run has the metric 'goold'; they have gold"),
         ({"metrics": ["goold/*"]}, r"no run has the metric 'goold/\*'; they have gold"),
@@ -153,6 +154,47 @@ def test_arms_without_a_look_get_none_that_another_has():
     found = looks_of([*every, "a"], every)
     assert len({(its.colour, its.marker) for its in found.values()}) == len(found)
     assert looks_of(["a"], taken)["a"].colour == OTHERS[0][0]
+
+
+@pytest.mark.parametrize(
+    "values, options, words",
+    [
+        ((1, 2), {"panels": "n"}, "panels='n' and curve='n'; a picture has one or the other"),
+        (("few", 2), {}, "curve='n' is 'few' in the setting 'a'; it must be a number"),
+        ((True, 2), {}, "curve='n' is True in the setting 'a'"),
+        ((2, 2), {}, "curve='n' is 2 in the settings 'a' and 'b'; it must tell them apart"),
+    ],
+)
+def test_a_curve_is_over_numbers_of_which_each_setting_has_its_own(values, options, words):
+    rows = [row(name, gold=1.0) | {"varied": {"n": value}} for name, value in zip("ab", values, strict=True)]
+    with pytest.raises(ValueError, match=words):
+        compare(rows, ["gold"], curve="n", **options)
+
+
+def test_a_curve_has_every_arm_at_its_means_in_the_order_of_the_field_with_its_intervals(monkeypatch, tmp_path):
+    gold, sizes = {"daa": [1.0, 3.0], "sera": [2.0, 6.0]}, (100, 5, 20)
+    rows = [
+        row(f"{n} pairs", arm, seed, gold=n + g) | {"varied": {"n": n}}
+        for n in sizes
+        for arm in gold
+        for seed, g in enumerate(gold[arm])
+    ]
+    found = compare(rows, ["gold"], baseline="daa", curve="n")
+    draw(found, tmp_path / "picture.png", {})
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    drawn = Figure()
+    monkeypatch.setattr("sera_jax.evaluation.look.page", lambda *_, **__: contextlib.nullcontext(drawn))
+    draw(found, "", {})
+    of_means, of_differences = drawn.axes
+    for container, arm in zip(of_means.containers, dict.fromkeys(entry.arm for entry in found.entries), strict=True):
+        line, _, (bars,) = container
+        np.testing.assert_allclose(line.get_xydata(), [(n, n + np.mean(gold[arm])) for n in sorted(sizes)])
+        halves = [(segment[1, 1] - segment[0, 1]) / 2 for segment in bars.get_segments()]
+        np.testing.assert_allclose(halves, estimate(gold[arm]).half)
+    (differences,) = of_differences.containers
+    np.testing.assert_allclose(differences[0].get_xydata()[:, 1], 2.0)
+    assert of_means.get_xscale() == "log"
+    assert [legend.get_text() for legend in drawn.legends[0].get_texts()] == ["sera", "daa"]
 
 
 def test_every_figure_of_the_page_has_its_number_of_runs_and_is_bold_where_0_is_left_out(tmp_path):
