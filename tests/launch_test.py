@@ -268,9 +268,11 @@ def test_a_slice_whose_connection_was_lost_is_followed_by_the_same_command_and_b
     lost.communicate()
     code, _, err = launched("tpu_vm.sh", bin_, *options, "--config=b", WORKERS=str(workers))
     assert code == 2 and "another command is at work" in err
-    again = start("tpu_vm.sh", bin_, *options, "--config=a", WORKERS=str(workers))
+    logs = bin_.parent / "logs of the second"  # in those of the first it stands already
+    again = start("tpu_vm.sh", bin_, *options, "--config=a", WORKERS=str(workers), LOGS=str(logs))
     for index in range(3):
-        wait_until(lambda log=bin_.parent / "logs" / f"worker-{index}.log": log.read_text() == "begun\n")
+        log = logs / f"worker-{index}.log"
+        wait_until(lambda log=log: log.exists() and log.read_text() == "begun\n")
     (bin_ / "go").touch()
     assert end_of(again)[0] == 0
     assert len(asked(bin_.parent, "python")) == 3, "nothing was started twice"
