@@ -27,12 +27,12 @@ class _Tiles(NamedTuple):
     """The tiles that are not empty, row after row.
 
     Attributes:
-        count: i32[], how many they are; of the rest of each array nothing is read.
+        full: i32[], how many they are; of the rest of each array nothing is read.
         queries, keys: i32[n], the numbers of each one's block of queries and of keys, counted through all rows.
         seen: bool[n, TILE, TILE] of all tiles, and `number` i32[n], which of those each one is.
     """
 
-    count: jax.Array
+    full: jax.Array
     queries: jax.Array
     keys: jax.Array
     number: jax.Array
@@ -109,7 +109,7 @@ def _forward(
 
     each = queries.shape[:-1]
     start = jnp.zeros(queries.shape, jnp.float32), jnp.full(each, MASKED), jnp.zeros(each)
-    mixed, highest, total = jax.lax.fori_loop(0, tiles.count, tile, start)
+    mixed, highest, total = jax.lax.fori_loop(0, tiles.full, tile, start)
     out = checkpoint_name(_rows((mixed / total[..., None]).astype(q.dtype), q.shape[0]), KEPT)
     normaliser = checkpoint_name(highest + jnp.log(total), KEPT)
     return out, (q, k, v, seen, out, normaliser)
@@ -141,7 +141,7 @@ def _backward(
         )
 
     start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (queries, keys, values))
-    sums = jax.lax.fori_loop(0, tiles.count, tile, start)
+    sums = jax.lax.fori_loop(0, tiles.full, tile, start)
     dq, dk, dv = (_rows(x, q.shape[0]).astype(like.dtype) for x, like in zip(sums, (q, k, v), strict=True))
     return dq, dk, dv, None
 

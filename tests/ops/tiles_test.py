@@ -26,7 +26,7 @@ def test_the_tiles_are_those_in_which_something_is_seen():
     for row, i, j in np.argwhere(full):
         seen[row, i * size + rng.integers(size), j * size + rng.integers(size)] = True
     found = tiles._tiles_of(jnp.asarray(seen))
-    count = int(found.count)
+    count = int(found.full)
     assert count == full.sum()
     row, i, j = np.argwhere(full).T
     np.testing.assert_array_equal(found.queries[:count], row * across + i)
@@ -44,7 +44,7 @@ def test_items_and_answers_that_do_not_see_each_other_cost_nothing():
     counted = []
 
     def counting(q, k, v, seen, *, scale, soft_cap):
-        counted.append(tiles._tiles_of(seen).count)
+        counted.append(tiles._tiles_of(seen).full)
         return q
 
     of_kernel(counting, size)(*[jnp.zeros((1, 1, length, 4))] * 3, at, at)
