@@ -16,7 +16,7 @@ from sera_jax.ops.kernels import LANES, dot_product, of_kernel, splash
 from sera_jax.ops.tiles import KEPT, TILE, tiled
 
 LONGEST = 16384  # tokens of a row whose mask a kernel is given: 2 GiB with its copies
-SHORT = 128  # tokens of a row up to which a CPU takes `xla`, as when the embedded worlds' rows were published
+SHORT = 128  # tokens of a row up to which a CPU takes `xla`: there a run gains 3 % by tiles
 _DEEPEST = 128  # dimensions of a head, of cuDNN on every GPU that computes in bfloat16
 
 
