@@ -2,6 +2,6 @@
 
 __version__ = "0.9.0"
 
-# Which numbers the code makes. Every entry under Numerics in CHANGELOG.md that changes results of a run raises it: a
-# work directory that another one was at work in is not gone on with.
+# Which numbers the code makes. Every entry under Numerics in CHANGELOG.md that changes results of a run by more than
+# the order of sums raises it: a work directory that another one was at work in is not gone on with.
 NUMERICS = 4

@@ -68,7 +68,10 @@ def _draw(found: list[dict[str, Any]], path: str) -> None:
 
     cores = sorted({one["cores"] for one in found})
     colours = (look.BLUE, look.VERMILION, look.GREEN, look.PURPLE)
-    panels = {"hidden": ("hidden size, rows of 1024", HIDDEN), "row": ("tokens of a row, hidden size 256", ROWS)}
+    panels = {
+        "hidden": (f"hidden size, rows of {USUAL_ROW}", HIDDEN),
+        "row": (f"tokens of a row, hidden size {USUAL_HIDDEN}", ROWS),
+    }
     other = {"hidden": ("row", USUAL_ROW), "row": ("hidden", USUAL_HIDDEN)}
     with look.page(path, columns=2, lines=1) as figure:
         for axes, (over, (words, ticks)) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):

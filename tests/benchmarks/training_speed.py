@@ -137,15 +137,14 @@ class Training:
 class Scoring:
     """A round scores 256 pairs under two policies."""
 
-    def __init__(self, row_tokens: int, args: argparse.Namespace, *, cfg: ModelConfig = BENCH) -> None:
-        self.cfg = cfg
+    def __init__(self, row_tokens: int, args: argparse.Namespace) -> None:
         self.items = [p.item for p in make_pairs(256, seed=1)]
         self.mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
         self.rows = max(1, SCORE_TOKENS // row_tokens)
         self.row_tokens = row_tokens
-        self.policies = [jax.jit(lambda key: init_params(cfg, key))(jax.random.key(i)) for i in range(2)]
+        self.policies = [jax.jit(lambda key: init_params(BENCH, key))(jax.random.key(i)) for i in range(2)]
         window = window_for(self.items, row_tokens)
-        self.score = make_score(cfg, self.mesh, window=window, chunk_tokens=args.chunk_tokens)
+        self.score = make_score(BENCH, self.mesh, window=window, chunk_tokens=args.chunk_tokens)
         spec = score_batches(self.items, Layout(row_tokens), self.rows).spec
         self.shape = f"{self.rows} x {row_tokens}, M {spec.scored}"
 
@@ -154,7 +153,7 @@ class Scoring:
         self.score(self.policies[0], place_rows(batches[0].rows, self.mesh)).block_until_ready()
 
     def round(self) -> Count:
-        count = Count(self.cfg)
+        count = Count(BENCH)
         batches = score_batches(self.items, Layout(self.row_tokens), self.rows)
         for policy in self.policies:
             values = [jax.device_get(self.score(policy, place_rows(b.rows, self.mesh))) for b in batches]

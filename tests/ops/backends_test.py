@@ -92,31 +92,19 @@ def test_each_device_computes_its_own_rows_and_heads(rows, name, count, groups):
     mesh = make_mesh(1, 2, 2, devices=jax.devices()[:4])
     heads = [np.resize(x, (count, *x.shape[1:])) for x in random_heads(rows, groups=groups, depth=8)]
     at = Places.in_rows(*(np.resize(x, (count, LENGTH)) for x in (rows.segment, rows.branch, rows.positions)))
-    real = np.asarray(at.segment > 0)[:, None, :, None]
-
-    def total(attend, heads):
-        out = jnp.where(real, attend(*heads, at, at), 0.0)
-        return jnp.sum(jnp.sin(out) * out), out
-
-    def graded(attend):
-        return jax.jit(jax.value_and_grad(functools.partial(total, attend), has_aux=True))
-
-    (_, want), want_grads = graded(blocked_attention)(heads)
+    attend, plain = (functools.partial(of, queries=at, keys=at) for of in (KERNELS[name], blocked_attention))
+    want = mixed(plain, at, heads)
     with jax.set_mesh(mesh):
-        (_, got), grads = graded(KERNELS[name])(heads)
-        mixed_alone = jax.jit(KERNELS[name])(*heads, at, at)
-    shard = mixed_alone.sharding.shard_shape(mixed_alone.shape)[:2]
-    assert shard == (2 if count == 4 else 3, 2 if groups == 2 else 4)
-    for left, right in zip((got, *grads), (want, *want_grads), strict=True):
+        got, own = mixed(attend, at, heads), jax.jit(attend)(*heads)
+    assert own.sharding.shard_shape(own.shape)[:2] == (2 if count == 4 else 3, 2 if groups == 2 else 4)
+    for left, right in zip(got, want, strict=True):
         close(left, right, "packing")
 
 
 def test_tiles_take_bfloat16_and_a_window_that_is_known_only_within_the_program(rows):
     assert error_of("xla_tiles", Asked("cpu", "bfloat16", 16, 512)) < 0.02
-    heads, attend = (
-        random_heads(rows, depth=8),
-        functools.partial(KERNELS["xla_tiles"], queries=places(rows), keys=places(rows)),
-    )
+    heads = random_heads(rows, depth=8)
+    attend = functools.partial(KERNELS["xla_tiles"], queries=places(rows), keys=places(rows))
     given = jax.jit(lambda window: attend(*heads, sliding_window=window))
     close(given(jnp.asarray(17)), attend(*heads, sliding_window=17), "packing")
 
