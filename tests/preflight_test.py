@@ -350,6 +350,9 @@ ENTRY %main (w: f32[4]) -> f32[] {
   %endless = (s32[], f32[8]) while(%t), condition=%cond, body=%decode
   %noteless = (s32[], f32[8]) while(%t), condition=%bound, body=%scan
   %p = f32[10]{0} collective-permute(%w), channel_id=4
+  %send = (f32[6,8]{1,0:T(8,128)}, u32[]) send(%b), channel_id=2, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (f32[6,8]{1,0:T(8,128)}, u32[]) recv(%a), channel_id=1, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %callback = (f32[9]{0}, u32[], token[]) send(%c, %after-all), channel_id=7, is_host_transfer=true
   ROOT %all = f32[] all-reduce(%x), channel_id=5, to_apply=%add
 }
 """
@@ -358,6 +361,7 @@ ENTRY %main (w: f32[4]) -> f32[] {
 def test_collectives_count_once_a_trip_where_the_trips_are_known():
     assert collectives(HLO) == [
         Collective("all-gather", 5 + 5 * 3, 5 * 16 * 128 * 2 + 15 * 8 * 4),
+        Collective("all-reduce between slices", 1, 6 * 8 * 4),
         Collective("all-to-all", 7, 7 * 24),
         Collective("collective-permute", 1, 40),
         Collective("all-reduce", 1, 16, each_step=True),

@@ -1,7 +1,8 @@
 """Which collectives a compiled program holds: by kind, how often, and bytes of the results on a device.
 
 Read from its HLO text. One within a loop counts once a trip where the loop says how many trips it makes; where it does
-not (a decoder stops by what it decodes), it counts once and stands apart.
+not (a decoder stops by what it decodes), it counts once and stands apart. Between slices of TPUs the compiler leaves
+collectives to the hosts, so that they stand in the text as what a device sends.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 _KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|ragged-all-to-all|collective-broadcast"
 _COLLECTIVE = re.compile(rf" = (.*?) ({_KINDS})(-start)?\(")
+_BETWEEN_SLICES = re.compile(r' = \((\w+\[[\d,]*\]).* send\(.*_xla_megascale_transfer_type="(\w+)"')
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=(%?[\w.\-]+)|branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
@@ -23,7 +25,8 @@ _BYTES |= {"s64": 8, "u64": 8, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1}
 
 
 class Collective(NamedTuple):
-    """One kind. `each_step`: of a loop that does not say how many trips it makes."""
+    """One kind, `all-reduce between slices` being another than `all-reduce`. `each_step`: of a loop that does not say
+    how many trips it makes."""
 
     kind: str
     times: int
@@ -36,10 +39,12 @@ def collectives(hlo: str) -> list[Collective]:
     entry, bodies = _computations(hlo)
     found: dict[tuple[str, str], tuple[int, int, bool]] = {}
     for trips, endless, line, place in _walk(bodies, entry, 1, False):
-        said = _COLLECTIVE.search(line)
-        if said is None:
+        if said := _COLLECTIVE.search(line):
+            shape, kind, start = said.groups()
+        elif said := _BETWEEN_SLICES.search(line):
+            shape, kind, start = said[1], f"{said[2].lower().replace('_', '-')} between slices", None
+        else:
             continue
-        shape, kind, start = said.groups()
         sizes = [_size(*array) for array in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", shape)]
         if start and kind == "all-gather":  # gives the operands, then the results
             sizes = sizes[len(sizes) // 2 :]

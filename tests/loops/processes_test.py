@@ -19,7 +19,7 @@ from sera_jax.experiment.saved import find_policy
 from sera_jax.mesh import make_mesh
 from tests.loops import kills
 from tests.loops.alike import assert_alike, run_on
-from tests.loops.kills import ROOT, finish, metrics, signal_when, wait_for
+from tests.loops.kills import ROOT, Moment, finish, holding, metrics, producing, saved, signal_when, wait_for
 from tests.loops.tiny import TINY, TINY_SRPPO, tiny_config, tiny_flags
 from tests.tolerances import TOLERANCES
 from tests.xla_flags import xla_flags
@@ -198,4 +198,53 @@ def test_a_job_whose_second_process_is_hit_goes_on_also_with_another_count(run, 
     assert codes[0] == 75 if number == signal.SIGTERM else codes[0] not in (0, 75), said
     codes, said = ends(start(tmp_path, tiny, *then))
     assert set(codes) == {0}, said
+    assert_ends_as(tmp_path, whole)
+
+
+MOMENTS = {  # in the order of the run
+    "SeRA": [
+        producing("world"),
+        saved("pretrain", 1),
+        saved("sft", 1),
+        producing("sft/pool"),
+        saved("round1", 1),
+        holding("round1", "params"),
+        producing("round1/pool"),
+        producing("round1/candidates"),
+        producing("round1/candidates_by_sft"),
+        saved("sera/round2", 1),
+        producing("sera/round2/generations"),
+    ],
+    "Self-Rewarding PPO": [
+        saved("pretrain", 1),
+        holding("pretrain", "params"),
+        saved("sft", 1),
+        producing("sft/generations"),
+        producing("srppo/iteration2"),
+        Moment(lambda workdir: (workdir / "rollouts" / "srppo" / "000001.jsonl").exists(), "srppo/iteration2"),
+        saved("srppo/iteration2", 1),
+        holding("srppo/iteration2", "params"),
+        producing("srppo/iteration2/generations"),
+    ],
+}
+
+
+@pytest.mark.slow
+def test_a_job_of_which_one_process_after_the_other_is_killed_in_every_phase_ends_as_one_process(
+    run, tmp_path, request
+):
+    tiny, _, whole = run
+    hit = set()
+    for number, moment in enumerate(MOMENTS[request.node.callspec.params["run"]]):
+        job = start(tmp_path, tiny, 2, 2)
+        killed, other = job[number % 2], job[1 - number % 2]
+        signal_when(killed, lambda moment=moment: moment.there(tmp_path), signal.SIGKILL)
+        codes, said = ends([killed, other])
+        if codes[0] == -signal.SIGKILL:
+            assert codes[1] not in (0, 75), said
+            if not (tmp_path / "phases" / moment.phase / "manifest.json").exists():
+                hit.add(moment.phase)
+    codes, said = ends(start(tmp_path, tiny, 2, 2))
+    assert codes == [0, 0], said
+    assert len(hit) >= 4, hit  # phases of a tiny run may be too fast for the eye
     assert_ends_as(tmp_path, whole)
