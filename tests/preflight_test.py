@@ -350,8 +350,8 @@ ENTRY %main (w: f32[4]) -> f32[] {
   %endless = (s32[], f32[8]) while(%t), condition=%cond, body=%decode
   %noteless = (s32[], f32[8]) while(%t), condition=%bound, body=%scan
   %p = f32[10]{0} collective-permute(%w), channel_id=4
-  %send = (f32[6,8]{1,0:T(8,128)}, u32[]) send(%b), channel_id=2, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
-  %recv = (f32[6,8]{1,0:T(8,128)}, u32[]) recv(%a), channel_id=1, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send = (f32[6,8]{1,0:T(8,128)}, u32[]) send(%b), frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (f32[6,8]{1,0:T(8,128)}, u32[]) recv(%a), frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
   %callback = (f32[9]{0}, u32[], token[]) send(%c, %after-all), channel_id=7, is_host_transfer=true
   ROOT %all = f32[] all-reduce(%x), channel_id=5, to_apply=%add
 }
