@@ -43,8 +43,8 @@ def start(workdir, tiny, processes, devices, program=kills.MAIN):
 
 
 def launch(workdir, tiny, **environment):
-    """Two processes of two devices by launch/local.sh, which waits a minute for one that is silent."""
-    own = {"PYTHON": sys.executable, "XLA_FLAGS": xla_flags(2), **environment}
+    """Two processes of four devices by launch/local.sh, which waits a minute for one that is silent."""
+    own = {"PYTHON": sys.executable, "XLA_FLAGS": xla_flags(4), **environment}
     command = [ROOT / "launch" / "local.sh", "--processes=2", "--silent_seconds=60", *tiny_flags(workdir, tiny=tiny)]
     return subprocess.Popen(command, env=os.environ | own, stderr=subprocess.PIPE, text=True)
 
@@ -91,13 +91,13 @@ def run(request, tmp_path_factory):
     """(the fields, a checkpoint amid its training, the work directory of the whole run in one process)."""
     tiny, amid = METHODS[request.param]
     whole = tmp_path_factory.mktemp("whole")
-    codes, said = ends(start(whole, tiny, 1, 4))
+    codes, said = ends(start(whole, tiny, 1, 8))
     assert codes == [0], said
     return tiny, amid, whole
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "devices"), [(2, 2), (4, 1)])
+@pytest.mark.parametrize(("processes", "devices"), [(2, 4), (4, 2)])
 def test_a_job_of_several_processes_ends_as_one_process(run, tmp_path, processes, devices):
     tiny, _, whole = run
     codes, said = ends(start(tmp_path, tiny, processes, devices))
@@ -188,10 +188,10 @@ def test_a_job_of_which_a_process_hangs_is_ended_by_its_launcher_and_goes_on(run
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "stopped"), [(signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)])
-@pytest.mark.parametrize("then", [(2, 2), (1, 4)])
+@pytest.mark.parametrize("then", [(2, 4), (1, 8)])
 def test_a_job_whose_second_process_is_hit_goes_on_also_with_another_count(run, tmp_path, number, stopped, then):
     tiny, amid, whole = run
-    job = start(tmp_path, tiny, 2, 2)
+    job = start(tmp_path, tiny, 2, 4)
     assert signal_when(job[1], (tmp_path / "checkpoints" / amid).exists, number)
     codes, said = ends(job)
     assert codes[1] == stopped, said
@@ -236,7 +236,7 @@ def test_a_job_of_which_one_process_after_the_other_is_killed_in_every_phase_end
     tiny, _, whole = run
     hit = set()
     for number, moment in enumerate(MOMENTS[request.node.callspec.params["run"]]):
-        job = start(tmp_path, tiny, 2, 2)
+        job = start(tmp_path, tiny, 2, 4)
         killed, other = job[number % 2], job[1 - number % 2]
         signal_when(killed, lambda moment=moment: moment.there(tmp_path), signal.SIGKILL)
         codes, said = ends([killed, other])
@@ -244,7 +244,7 @@ def test_a_job_of_which_one_process_after_the_other_is_killed_in_every_phase_end
             assert codes[1] not in (0, 75), said
             if not (tmp_path / "phases" / moment.phase / "manifest.json").exists():
                 hit.add(moment.phase)
-    codes, said = ends(start(tmp_path, tiny, 2, 2))
+    codes, said = ends(start(tmp_path, tiny, 2, 4))
     assert codes == [0, 0], said
     assert len(hit) >= 4, hit  # phases of a tiny run may be too fast for the eye
     assert_ends_as(tmp_path, whole)
