@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
@@ -285,6 +286,27 @@ def constrain_table(table: jax.Array) -> jax.Array:
     if mesh.empty or table.shape[0] % mesh.shape["tensor"]:
         return table
     return jax.lax.with_sharding_constraint(table, P("tensor", None))
+
+
+def rows_of_a_device(rows: int) -> int | None:
+    """How many of the rows lie on each device where they are split over several; else None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    count = 1 if mesh.empty else row_shards(mesh)
+    return None if count == 1 or rows % count else rows // count
+
+
+def row_copies(matrix: jax.Array, rows: int) -> jax.Array:
+    """A matrix [D, V] that rows are multiplied by in a loop: [n, D, V], one for each of the `n` devices over which so
+    many rows lie split; as it is where they do not.
+
+    So it is gathered once, and its gradient added up over devices once; else both are done in each step of the loop.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if rows_of_a_device(rows) is None:
+        return matrix
+    copies = jnp.broadcast_to(matrix, (row_shards(mesh), *matrix.shape))
+    vocabulary = None if matrix.shape[1] % mesh.shape["tensor"] else "tensor"
+    return jax.lax.with_sharding_constraint(copies, P(ROW_AXES, None, vocabulary))
 
 
 def constrain_choice(logits: jax.Array) -> jax.Array:

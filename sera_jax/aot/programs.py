@@ -30,6 +30,7 @@ from sera_jax.models.critic import without_output
 from sera_jax.models.decoder import Params, abstract_params
 from sera_jax.models.parts import nested, paths
 from sera_jax.models.trained import Trained, adapted_shapes, laid_over
+from sera_jax.ops.logprob import default_tokens
 from sera_jax.training.parameters import drawing
 
 Made = Mapping[str, Any]  # what the programs so far return, as shapes on the mesh, by their names
@@ -150,7 +151,7 @@ def training(
         whole = placed_shapes(run.mesh, adapted_shapes(run.cfg, given.trained)) if of is None else of
         frozen = (frozen_of(given.trained, without_output(whole) if scalar else whole),)
     rows: Rows = getattr(batch, "rows", None) or batch.arrays.rows  # type: ignore[union-attr]
-    working = gradients(run, params, parts) + activations(run, rows, parts, group.logits_chunk_tokens)
+    working = gradients(run, params, parts) + activations(run, rows, parts)
     levers = (f"{field}.gradient_accumulation_steps", "train.logits_chunk_tokens", "data.row_tokens")
     return [
         Program(f"{given.name}: first state", made_of.init, lambda made: (params,), times),
@@ -173,12 +174,13 @@ def gradients(run: Runtime, params: Params, parts: int) -> float:
     return held(as_float32, run.mesh.size) * (2 if parts > 1 else 1)
 
 
-def activations(run: Runtime, rows: Rows, parts: int, chunk_tokens: int) -> float:
-    """Bytes that the layers keep of a microbatch on a device, a layer's gathered weights, and its logits."""
+def activations(run: Runtime, rows: Rows, parts: int) -> float:
+    """Bytes that the layers keep of a microbatch on an accelerator, a layer's gathered weights, and its logits."""
     count, length = rows.tokens.shape
     each = count / parts / run.layout.shards
     size = jnp.dtype(run.cfg.dtype).itemsize
-    logits = 3 * 4 * (chunk_tokens or 2048) * run.cfg.vocab_size / run.mesh.shape["tensor"]
+    tokens = run.chunk_tokens or default_tokens(run.cfg.vocab_size, "cuda")
+    logits = 3 * 4 * tokens * run.cfg.vocab_size / run.mesh.shape["tensor"]
     return each * activation_bytes(run.cfg, length) + 2 * size * run.cfg.layer_parameters + logits
 
 
@@ -204,7 +206,7 @@ def scoring(
         math.ceil(count / in_a_row / size),
         flops.forward(run.cfg, flops.of_rows(rows).times(size), vocabulary=not scalar),
         beside=lambda made: beside,
-        working=activations(run, rows, 1, run.chunk_tokens) / run.cfg.num_hidden_layers,
+        working=activations(run, rows, 1) / run.cfg.num_hidden_layers,
         levers=("train.logits_chunk_tokens", "data.row_tokens"),
     )
 

@@ -31,7 +31,7 @@ from sera_jax.experiment.planned import Planned
 from sera_jax.loops.runtime import Runtime
 from sera_jax.losses.preference import ResolvedLoss, resolve
 from sera_jax.mesh import make_mesh
-from sera_jax.models.config import ModelConfig
+from sera_jax.models.config import LAYERWISE, ModelConfig
 from sera_jax.ops.backends import AUTO
 from sera_jax.training.objectives import align_objective
 from sera_jax.training.parameters import load_params
@@ -91,6 +91,7 @@ def tiny(cfg: ModelConfig) -> ModelConfig:
         logits_dtype="float32",
         remat="none",
         attn_implementation=AUTO,
+        **{name: getattr(cfg, name)[:2] for name in LAYERWISE},
     )
 
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sera_jax.core import Rows
-from sera_jax.mesh import constrain_layers, constrain_rows, constrain_table
+from sera_jax.mesh import constrain_layers, constrain_rows, constrain_table, row_copies, rows_of_a_device
 from sera_jax.models import rope
 from sera_jax.models.activations import chosen_remat, group_layers
 from sera_jax.models.config import ModelConfig
@@ -37,7 +37,8 @@ ACTIVATIONS = {
     "gelu": functools.partial(nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(nn.gelu, approximate=True),
 }
-COLUMNS = 1024  # of a row, whose hidden units in the feed-forward are alive at a time
+COLUMNS = 1024  # of a row, at least, whose hidden units in the feed-forward are alive at a time
+TOKENS = 4096  # of a device, at least, where kernels are gathered for each such part and their gradients added up
 UNLIMITED = 2**30  # a window that no position leaves
 ABSENT = -1e38  # a logit without probability; finite, so that entropies (p log p) and their gradients are
 
@@ -107,8 +108,8 @@ class Block(nn.Module):
         return out(mixed.swapaxes(1, 2).reshape(rows, length, -1)), kept
 
     def _feed_forward(self, y: jax.Array) -> jax.Array:
-        """Of [R, T, D]; where little is kept for the backward pass, of `COLUMNS` columns of T at a time, so that
-        hidden units are alive of so many alone."""
+        """Of [R, T, D]; where little is kept for the backward pass, of some columns of T at a time, so that hidden
+        units are alive of so many alone."""
         cfg, act = self.cfg, ACTIVATIONS[self.cfg.activation]
 
         def mlp(block: Block, y: jax.Array) -> jax.Array:
@@ -120,9 +121,11 @@ class Block(nn.Module):
             return Linear(cfg, cfg.hidden_size, cfg.mlp_bias, name="down")(hidden)
 
         rows, length, width = y.shape
-        if length <= COLUMNS or length % COLUMNS or chosen_remat(cfg, length) not in ("full", "groups"):
+        each = rows_of_a_device(rows)
+        columns = COLUMNS if each is None else max(COLUMNS, TOKENS // each)
+        if length <= columns or length % columns or chosen_remat(cfg, length) not in ("full", "groups"):
             return mlp(self, y)
-        parts = y.reshape(rows, -1, COLUMNS, width).swapaxes(0, 1)
+        parts = y.reshape(rows, -1, columns, width).swapaxes(0, 1)
         recomputed = nn.remat(mlp, prevent_cse=False)
         in_turn = nn.scan(
             lambda block, _, part: (None, recomputed(block, constrain_rows(part))),
@@ -251,17 +254,22 @@ def forward(
     return hidden, kept
 
 
-def unembedding(cfg: ModelConfig, params: Params) -> Callable[[jax.Array], jax.Array]:
+def unembedding(cfg: ModelConfig, params: Params, *, rows: int = 0) -> Callable[[jax.Array], jax.Array]:
     """The function from final hidden states [..., D] to logits f32[..., V]; the head is cast once for all its calls.
 
     Ids that the tokenizer does not have get `ABSENT`: sampler and scorer have one distribution, over the others.
+
+    Args:
+        rows: R, where hidden states are of rows, [R, ..., D], a few columns in each call (`mesh.row_copies`).
     """
     head = head_matrix(cfg, params)
+    if rows:
+        head = row_copies(head, rows)
     ids = np.arange(cfg.vocab_size)
     absent = np.any([(first <= ids) & (ids < last) for first, last in cfg.absent_ids], axis=0)
 
     def unembed(hidden: jax.Array) -> jax.Array:
-        flat = hidden.reshape(-1, hidden.shape[-1])  # as in `Linear`
+        flat = hidden.reshape(*head.shape[:-2], -1, hidden.shape[-1])  # as in `Linear`, on each device by its own copy
         logits = jnp.matmul(flat, head, preferred_element_type=jnp.dtype(cfg.logits_dtype))
         logits = logits.astype(jnp.float32).reshape(*hidden.shape[:-1], head.shape[-1])
         if cfg.final_logit_softcapping is not None:

@@ -27,7 +27,7 @@ def row_token_logps(
     """
     chunk = chunk_columns(rows.source.shape[0], cfg.vocab_size, chunk_tokens, shards)
     hidden = hidden_states(cfg, params, rows, window=window)
-    return token_logps(hidden, unembedding(cfg, params), rows, chunk=chunk)
+    return token_logps(hidden, unembedding(cfg, params, rows=rows.source.shape[0]), rows, chunk=chunk)
 
 
 def align_objective(cfg: ModelConfig, loss: ResolvedLoss, *, window: int, chunk_tokens: int, shards: int) -> Objective:

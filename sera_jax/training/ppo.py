@@ -128,7 +128,8 @@ def _policy_metrics(
     kl_estimator: str | None,
 ) -> Metrics:
     rows = batch.rows
-    logp, entropy = token_logps_and_entropies(hidden, unembedding(cfg, params), rows, chunk=chunk)
+    unembed = unembedding(cfg, params, rows=rows.source.shape[0])
+    logp, entropy = token_logps_and_entropies(hidden, unembed, rows, chunk=chunk)
     entropy = entropy if entropy_coef else jax.lax.stop_gradient(entropy)
     ratio = ppo.ratio(logp=logp, old_logp=batch.old_logp)
     policy = ppo.policy_loss(logp=logp, old_logp=batch.old_logp, advantage=batch.advantage, cliprange=cliprange)

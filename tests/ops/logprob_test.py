@@ -3,14 +3,19 @@
 The entropies beside the log-probs are those of the whole distribution, and as smooth.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from sera_jax.aot.collectives import collectives
 from sera_jax.data.packing import build_rows, gather_scores, pack, spec_for, window_for
+from sera_jax.mesh import make_mesh, rows_sharding
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import head_matrix, hidden_states, init_params, unembedding
 from sera_jax.ops.logprob import slot_lengths, sum_by_slot, sum_slots, token_logps, token_logps_and_entropies
@@ -194,6 +199,32 @@ def exact_logps(hidden, head, rows):
     logits = np.take_along_axis(hidden, rows.source[:, :, None], axis=1) @ head
     logits -= logits.max(-1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
+def test_on_several_devices_a_chunk_moves_nothing(items, shape):
+    """The head is gathered once and its gradient added up once, in however many chunks; value and gradients stay."""
+    cfg = dataclasses.replace(CFG, vocab_size=32)
+    each = [[i] for i in range(8)]
+    rows = build_rows(items, each, spec_for(items, each, T), 8, True).rows
+    mesh = make_mesh(*shape, devices=jax.devices()[:8])
+    by_rows, split = rows_sharding(mesh), NamedSharding(mesh, P("fsdp", "tensor"))
+    hidden = jax.random.normal(jax.random.key(1), (8, T, cfg.hidden_size))
+    head = jax.random.normal(jax.random.key(2), (cfg.hidden_size, cfg.vocab_size))
+
+    def total(hidden, head, rows, chunk, spread=0):
+        return jnp.sum(token_logps(hidden, unembedding(cfg, {"head": head}, rows=spread), rows, chunk=chunk) ** 2)
+
+    alone = jax.value_and_grad(functools.partial(total, chunk=1000), argnums=(0, 1))(hidden, head, rows)
+    given = jax.device_put(hidden, by_rows), jax.device_put(head, split), jax.device_put(rows, by_rows)
+    moved = []
+    for chunk in (1000, 3, 1):
+        of_chunks = jax.value_and_grad(functools.partial(total, chunk=chunk, spread=8), argnums=(0, 1))
+        with jax.set_mesh(mesh):
+            program = jax.jit(of_chunks, out_shardings=(None, (by_rows, split))).lower(*given).compile()
+        jax.tree.map(functools.partial(close, kind="packing"), program(*given), alone)
+        moved.append(sum(found.bytes for found in collectives(program.as_text()) if found.bytes > 1024))
+    assert 0 < moved[1] == moved[2] < 1.25 * moved[0], moved
 
 
 @pytest.mark.parametrize("chunk", [7, 1000])

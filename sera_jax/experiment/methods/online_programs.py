@@ -88,7 +88,7 @@ def _self_made(planned: Planned, study: SeraStudy) -> list[Program]:
         updates * (2 if study.loss.uses_reference else 1),
         flops.forward(run.cfg, flops.of_rows(rows)),
         beside=lambda made: beside,
-        working=activations(run, rows, 1, run.chunk_tokens) / run.cfg.num_hidden_layers,
+        working=activations(run, rows, 1) / run.cfg.num_hidden_layers,
         levers=("train.batch_size", "data.row_tokens"),
     )
     sampled = sampler(run, [use], slots=slots, longest=prompt, params=policy, beside=beside)

@@ -182,7 +182,7 @@ def _scoring(of: _Arm, iterations: int) -> list[Program]:
     """Log-probs by three models, values, and what is made of them."""
     run, programs, name = of.run, of.learner.programs, of.learner.arm.name
     tokens, calls = flops.of_rows(of.host_rows), iterations * len(of.parts)
-    working = activations(run, of.host_rows, 1, run.chunk_tokens) / run.cfg.num_hidden_layers
+    working = activations(run, of.host_rows, 1) / run.cfg.num_hidden_layers
     levers = ("train.logits_chunk_tokens", "data.row_tokens")
     score, values = f"{name}: score", f"{name}: values"
 
@@ -254,7 +254,7 @@ def _updates(of: _Arm, iterations: int) -> list[Program]:
             updates,
             flops.update(run.cfg, tokens, vocabulary=vocabulary, adapters=run.lora is not None),
             beside=lambda made: {**of.holds(trained, still), "experience": made[rewards][0][1:]},
-            working=gradients(run, trained.params, parts) + activations(run, of.host_rows, parts, run.chunk_tokens),
+            working=gradients(run, trained.params, parts) + activations(run, of.host_rows, parts),
             levers=("train.gradient_accumulation_steps", "train.logits_chunk_tokens", "data.row_tokens"),
         )
 
