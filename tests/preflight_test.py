@@ -345,6 +345,11 @@ HLO = """HloModule jit_step, entry_computation_layout={()->f32[]}
   %r = (f32[2]{0}, s32[2]{0}) all-reduce(%a, %b), channel_id=3, to_apply=%add
 }
 
+%all-reduce-scatter.2 (input: f32[8]) -> f32[2] {
+  %r = f32[8]{0} all-reduce(%input), channel_id=8, to_apply=%add
+  ROOT %part = f32[2]{0} dynamic-slice(%r, %i), dynamic_slice_sizes={2}
+}
+
 ENTRY %main (w: f32[4]) -> f32[] {
   %loop = (s32[], f32[8]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"}}
   %endless = (s32[], f32[8]) while(%t), condition=%cond, body=%decode
@@ -352,6 +357,7 @@ ENTRY %main (w: f32[4]) -> f32[] {
   %p = f32[10]{0} collective-permute(%w), channel_id=4
   %send = (f32[6,8]{1,0:T(8,128)}, u32[]) send(%b), frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
   %recv = (f32[6,8]{1,0:T(8,128)}, u32[]) recv(%a), frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %scattered = f32[2]{0} fusion(%w), kind=kCustom, calls=%all-reduce-scatter.2
   %callback = (f32[9]{0}, u32[], token[]) send(%c, %after-all), channel_id=7, is_host_transfer=true
   ROOT %all = f32[] all-reduce(%x), channel_id=5, to_apply=%add
 }
@@ -365,6 +371,7 @@ def test_collectives_count_once_a_trip_where_the_trips_are_known():
         Collective("all-to-all", 7, 7 * 24),
         Collective("collective-permute", 1, 40),
         Collective("all-reduce", 1, 16, each_step=True),
+        Collective("reduce-scatter", 1, 8),
         Collective("all-reduce", 1, 4),
     ]
 

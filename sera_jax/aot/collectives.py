@@ -15,6 +15,7 @@ from typing import NamedTuple
 _KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|ragged-all-to-all|collective-broadcast"
 _COLLECTIVE = re.compile(rf" = (.*?) ({_KINDS})(-start)?\(")
 _BETWEEN_SLICES = re.compile(r' = \((\w+\[[\d,]*\]).* send\(.*_xla_megascale_transfer_type="(\w+)"')
+_ROOT = re.compile(r"ROOT \S+ = (\S+)")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=(%?[\w.\-]+)|branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
@@ -45,6 +46,9 @@ def collectives(hlo: str) -> list[Collective]:
             shape, kind, start = said[1], f"{said[2].lower().replace('_', '-')} between slices", None
         else:
             continue
+        computation = place.partition(":")[0]
+        if computation.startswith("all-reduce-scatter"):  # fused with the taking of a part
+            kind, shape = "reduce-scatter", next(filter(None, map(_ROOT.search, bodies[computation])))[1]
         sizes = [_size(*array) for array in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", shape)]
         if start and kind == "all-gather":  # gives the operands, then the results
             sizes = sizes[len(sizes) // 2 :]
