@@ -24,7 +24,7 @@ Rows come in multiples of chips x `gradient_accumulation_steps`. A minibatch of 
 far fewer where answers are short: on few chips accumulate, on many raise `train.batch_size` with them, or most rows
 are filling (`rollout/padding_fraction`). Each evaluation saves a policy and the whole training state, about 190 GB.
 
-PPO's phases fit 16 chips of v6e, and by adapters 16 of v5e (docs/preflight.md; hours: docs/models.md):
+Every phase fits 16 chips of v6e, and by adapters 16 of v5e (docs/preflight.md; hours: docs/models.md):
 
     python -m sera_jax.preflight --config=configs/llama_srppo.py --topology=v6e:4x4
 """

@@ -3,8 +3,10 @@
     python -m sera_jax.main --config=configs/mistral_sera.py
 
 Of the paper (Ko et al. 2025): Mistral-7B after SFT on UltraChat-200k. That this is the SFT model it started from is our
-guess. Rows and other values: configs/tinyllama_sera.py. By preflight's estimate it fits 8 H100 (docs/models.md, with
-expected hours).
+guess. Rows and other values: configs/tinyllama_sera.py. It fits 8 chips of v6e, and by preflight's estimate 8 H100
+(docs/models.md, with expected hours):
+
+    python -m sera_jax.preflight --config=configs/mistral_sera.py --topology=v6e:2x4
 """
 
 from typing import Any

@@ -2,8 +2,10 @@
 
     python -m sera_jax.main --config=configs/mistral_srppo.py
 
-Of the paper (Zhang et al. 2025): the model, beside what that file says. By preflight's estimate it fits 8 H100
-(docs/models.md, with expected hours).
+Of the paper (Zhang et al. 2025): the model, beside what that file says. It fits 16 chips of v6e, and by preflight's
+estimate 8 H100 (docs/models.md, with expected hours):
+
+    python -m sera_jax.preflight --config=configs/mistral_srppo.py --topology=v6e:4x4
 """
 
 from typing import Any

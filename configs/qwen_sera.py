@@ -2,8 +2,10 @@
 
     python -m sera_jax.main --config=configs/qwen_sera.py
 
-No run of the papers: the method of configs/mistral_sera.py, whose rows and values these are. By preflight's
-estimate it fits 8 H100 (docs/models.md, with expected hours).
+No run of the papers: the method of configs/mistral_sera.py, whose rows and values these are. It fits 8 chips of v6e,
+and by preflight's estimate 8 H100 (docs/models.md, with expected hours):
+
+    python -m sera_jax.preflight --config=configs/qwen_sera.py --topology=v6e:2x4
 """
 
 from typing import Any

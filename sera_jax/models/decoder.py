@@ -121,9 +121,8 @@ class Block(nn.Module):
             return Linear(cfg, cfg.hidden_size, cfg.mlp_bias, name="down")(hidden)
 
         rows, length, width = y.shape
-        each = rows_of_a_device(rows)
-        columns = COLUMNS if each is None else max(COLUMNS, TOKENS // each)
-        if length <= columns or length % columns or chosen_remat(cfg, length) not in ("full", "groups"):
+        columns = _columns(length, rows_of_a_device(rows))
+        if columns == length or chosen_remat(cfg, length) not in ("full", "groups"):
             return mlp(self, y)
         parts = y.reshape(rows, -1, columns, width).swapaxes(0, 1)
         recomputed = nn.remat(mlp, prevent_cse=False)
@@ -133,6 +132,16 @@ class Block(nn.Module):
             split_rngs={"params": False},
         )
         return in_turn(self, None, parts)[1].swapaxes(0, 1).reshape(y.shape)
+
+
+def _columns(length: int, rows: int | None) -> int:
+    """Of a row of so many tokens, how many the feed-forward takes at a time: a multiple of `COLUMNS`, or all.
+
+    Args:
+        rows: that lie on each device (`mesh.rows_of_a_device`).
+    """
+    least = COLUMNS if rows is None else max(COLUMNS, TOKENS // rows)
+    return next((some for some in range(COLUMNS, length, COLUMNS) if some >= least and length % some == 0), length)
 
 
 def embed(cfg: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:

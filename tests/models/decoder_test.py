@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sera_jax.aot.collectives import collectives
 from sera_jax.core import Rows
+from sera_jax.mesh import make_mesh, placed_shapes, rows_sharding
 from sera_jax.models import decoder, rope
 from sera_jax.models.config import ModelConfig, RopeScaling
 from sera_jax.models.decoder import (
@@ -213,6 +215,32 @@ def test_the_feed_forward_of_a_few_columns_at_a_time_is_that_of_all(remat, monke
     assert hidden in whole.as_text()
     assert hidden not in parts.as_text()
     jax.tree.map(functools.partial(close, kind="microbatch"), whole(params), parts(params))
+
+
+def test_on_several_devices_a_feed_forward_gathers_its_kernels_once_for_many_tokens(monkeypatch):
+    """What is moved does not grow with the tokens of a row."""
+    cfg = dataclasses.replace(CFG, remat="full")
+    monkeypatch.setattr(decoder, "COLUMNS", 16)
+    mesh = make_mesh(1, 8, 1, devices=jax.devices()[:8])
+    params = placed_shapes(mesh, abstract_params(cfg))
+
+    def moved(tokens):
+        rows = jax.tree.map(lambda x: np.repeat(x, 8, 0), one_sequence(np.zeros(tokens)))
+        given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows_sharding(mesh)), rows)
+        with jax.set_mesh(mesh):
+            program = jax.jit(jax.grad(lambda params, rows: (hidden_states(cfg, params, rows) ** 2).sum()))
+            return sum(found.bytes for found in collectives(program.lower(params, given).compile().as_text()))
+
+    once = moved(16)
+    assert 0 < moved(64) <= once
+    monkeypatch.setattr(decoder, "TOKENS", 16)
+    assert moved(64) > 1.2 * once
+
+
+@pytest.mark.parametrize(("rows", "length", "columns"), [(None, 4096, 1024), (None, 1500, 1500), (1, 4096, 4096),
+    (3, 4096, 2048), (8, 4096, 1024), (1, 6144, 6144), (3, 6144, 2048), (1, 512, 512)])  # fmt: skip
+def test_the_parts_of_a_feed_forward_divide_a_row(rows, length, columns):
+    assert decoder._columns(length, rows) == columns
 
 
 def test_kernels_are_multiplied_in_the_compute_dtype_and_their_gradients_come_in_that_of_the_parameters():
