@@ -332,8 +332,8 @@ HLO = """HloModule jit_step, entry_computation_layout={()->f32[]}
 }
 
 %bound (p: (s32[], f32[8])) -> pred[] {
-  %seven = s32[]{:T(128)} constant(7)
-  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %seven = u32[]{:T(128)} constant(7)
+  %i = u32[]{:T(128)} get-tuple-element(%p), index=0
   ROOT %lt = pred[]{:T(512)} compare(%i, %seven), direction=LT
 }
 

@@ -20,7 +20,7 @@ _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=(%?[\w.\-]+)|branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
-_BOUND = re.compile(r" = s32\[\]\S* constant\((\d+)\)")
+_BOUND = re.compile(r" = [su]32\[\]\S* constant\((\d+)\)")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 _BYTES |= {"s64": 8, "u64": 8, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1}
 
@@ -95,7 +95,8 @@ def _walk(bodies: dict[str, list[str]], name: str, trips: int, endless: bool) ->
 
 def _trips(bodies: dict[str, list[str]], line: str) -> int | None:
     """How many trips a loop makes: as the compiler notes them or, where it keeps no notes (TPUs), the bound of a
-    condition that is nothing but one, as of a scan, which counts from 0."""
+    condition that is nothing but one, as of a scan or of a matmul that waits for its weights piece by piece, which
+    count from 0."""
     if noted := _TRIPS.search(line):
         return int(noted[1])
     named = _CONDITION.search(line)
