@@ -26,8 +26,9 @@ from tests.xla_flags import xla_flags
 
 SAVING = {f"{group}.save_steps": 1 for group in ("pretrain", "sft", "train")}
 SERA = {**TINY, **SAVING, "world.pretrain": 64, "sera.arms": ("sera",), "sera.rounds": 2, "sampling.temperature": 0.0}
-SRPPO = {**TINY_SRPPO, **SAVING, "world.pretrain": 64}
-METHODS = {"SeRA": (SERA, "pretrain/1"), "Self-Rewarding PPO": (SRPPO, "srppo/iteration2/1")}
+# of so many iterations that a stop, which is agreed upon within some seconds, finds it at work
+SRPPO = {**TINY_SRPPO, **SAVING, "world.pretrain": 64, "ppo.iterations": 24, "ppo.eval_iterations": 12}
+METHODS = {"SeRA": (SERA, "pretrain/1"), "Self-Rewarding PPO": (SRPPO, "srppo/iteration12/1")}
 
 
 def start(workdir, tiny, processes, devices, program=kills.MAIN):
@@ -220,11 +221,11 @@ MOMENTS = {  # in the order of the run
         holding("pretrain", "params"),
         saved("sft", 1),
         producing("sft/generations"),
-        producing("srppo/iteration2"),
-        Moment(lambda workdir: (workdir / "rollouts" / "srppo" / "000001.jsonl").exists(), "srppo/iteration2"),
-        saved("srppo/iteration2", 1),
-        holding("srppo/iteration2", "params"),
-        producing("srppo/iteration2/generations"),
+        producing("srppo/iteration12"),
+        Moment(lambda workdir: (workdir / "rollouts" / "srppo" / "000001.jsonl").exists(), "srppo/iteration12"),
+        saved("srppo/iteration12", 1),
+        holding("srppo/iteration12", "params"),
+        producing("srppo/iteration12/generations"),
     ],
 }
 
