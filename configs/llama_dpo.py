@@ -48,11 +48,11 @@ def get_config() -> ConfigDict:
     c.sampling.slots = 128  # a slot of 2048 tokens takes 1 GiB, of all devices together
 
     c.sft.batch_size = 64
-    c.sft.gradient_accumulation_steps = 1  # each part of a batch would move all weights between the chips again
+    c.sft.gradient_accumulation_steps = 4
     c.sft.learning_rate = 2e-5
 
     c.train.batch_size = 64
-    c.train.gradient_accumulation_steps = 1  # likewise
+    c.train.gradient_accumulation_steps = 4
     c.train.logits_chunk_tokens = 512
     c.train.learning_rate = 5e-7
 

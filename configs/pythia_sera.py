@@ -2,10 +2,10 @@
 
     python -m sera_jax.main --config=configs/pythia_sera.py
 
-Of the paper (Ko et al. 2025): the model, beside what that file says. It fits 8 chips of v5e, and by preflight's
+Of the paper (Ko et al. 2025): the model, beside what that file says. It fits 8 chips of v6e, and by preflight's
 estimate 2 H100 (docs/models.md, with expected hours):
 
-    python -m sera_jax.preflight --config=configs/pythia_sera.py --topology=v5e:2x4
+    python -m sera_jax.preflight --config=configs/pythia_sera.py --topology=v6e:2x4
 """
 
 from typing import Any

@@ -1,4 +1,5 @@
-"""One factor at a time around configs/quickstart_srppo.py: KL, lam, value clip, placement, prompts, held-out tasks.
+"""One factor at a time around configs/quickstart_srppo.py: the KL, lam, the value clip, how the reward is paid,
+whose prompts are answered, the critic, held-out tasks.
 
 python -m sera_jax.study --config=studies/srppo_factors.py
 """
@@ -18,7 +19,7 @@ def get_config() -> Study:
             "nothing": {},
             "KL 0.05": {"ppo.kl_coef": 0.05},
             "KL 0.8": {"ppo.kl_coef": 0.8},
-            "KL in the loss": {"ppo.kl_in": "loss"},
+            "KL in the loss": {"ppo.kl_in": "loss", "ppo.kl_estimator": "k2"},
             "lam 0.5": {"ppo.lam": 0.5},
             "lam 1": {"ppo.lam": 1.0},
             "values clipped at 0.2": {"ppo.cliprange_value": 0.2},
@@ -27,7 +28,7 @@ def get_config() -> Study:
             "no prompt of a demonstration": {"ppo.prompt_overlap": 0.0},
             "half of the prompts": {"ppo.prompt_overlap": 0.5},
             "their prompts alone": {"ppo.prompt_overlap": 1.0},
-            "critic on the policy": {"ppo.critic": "head"},
+            "critic on the policy": {"ppo.critic": "head", "ppo.critic_learning_rate": None},
             "two tasks held out": {"world.heldout_tasks": ("repeat", "last")},
         },
         seeds=range(10, 13),

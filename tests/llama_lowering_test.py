@@ -78,7 +78,7 @@ def test_the_alignment_update_lowers_and_gives_its_state_back_in_place(mesh, ali
     after, metrics = lowered.out_info
     assert_state_returns_in_place(lowered, state, after)
     assert metrics["loss"].total.sharding.is_fully_replicated
-    held = largest_logits(lowered, CONFIG.model)
+    held = largest_logits(lowered, CONFIG.model, DEVICES)
     assert 0 < held <= CONFIG.train.logits_chunk_tokens * DEVICES, "logits of one chunk of positions at a time"
 
 

@@ -136,7 +136,7 @@ def test_one_scorer_serves_policy_sft_model_and_base(learner, mesh, parts, score
     assert_arguments_lie_as_asked(score, frozen, parts[0])
     assert_nothing_large_is_whole(frozen, parts[0])
     assert (score.out_info.shape, score.out_info.dtype) == (parts[0].slot.shape, np.float32)
-    assert 0 < largest_logits(score, cfg) <= LOGITS, "logits of one chunk of positions at a time"
+    assert 0 < largest_logits(score, cfg, DEVICES) <= LOGITS, "logits of one chunk of positions at a time"
 
 
 def test_the_critic_says_a_value_for_every_scored_token_and_holds_no_logits(learner, mesh, parts, values, cfg):
@@ -182,7 +182,7 @@ def test_an_update_lowers_gives_its_state_back_in_place_and_exports_for_a_tpu(
     after, metrics = lowered.out_info
     assert_state_returns_in_place(lowered, state, after)
     assert metrics["loss"].total.sharding.is_fully_replicated
-    positions = largest_logits(lowered, cfg)
+    positions = largest_logits(lowered, cfg, DEVICES)
     assert 0 < positions <= LOGITS if name == "policy" else positions == 0
     assert (exported.platforms, exported.nr_devices) == (("tpu",), DEVICES)
 

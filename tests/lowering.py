@@ -72,8 +72,8 @@ def assert_state_returns_in_place(lowered, state, after):
     assert text.count("tf.aliasing_output") + text.count("jax.buffer_donor") == len(jax.tree.leaves(state))
 
 
-def largest_logits(lowered, model):
+def largest_logits(lowered, model, devices):
     """Most positions whose logits a lowered program holds at a time; 0 where it holds none."""
     found = re.findall(rf"tensor<(\d+)x(\d+)x{model.vocab_size}x", lowered.as_text())
-    heads = str(model.hidden_size)  # of each device a copy
-    return max((int(rows) * int(columns) for rows, columns in found if columns != heads), default=0)
+    heads = (str(devices), str(model.hidden_size))  # a copy of the head for each device
+    return max((int(rows) * int(columns) for rows, columns in found if (rows, columns) != heads), default=0)

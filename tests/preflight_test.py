@@ -339,6 +339,16 @@ HLO = """HloModule jit_step, entry_computation_layout={()->f32[]}
 
 %scan (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %t = f32[6]{0} all-to-all(%a), channel_id=6
+  %one = u32[] constant(1)
+  %next = u32[]{:T(128)} add(%i, %one)
+  ROOT %carry = (u32[]{:T(128)}, f32[8]) tuple(%next, %x)
+}
+
+%ring (p: (f32[8], s32[])) -> (f32[8], s32[]) {
+  %q = f32[5]{0} collective-permute(%a), channel_id=9
+  %two = u32[]{:T(128)} constant(2)
+  %next = u32[]{:T(128)} add(%i, %two)
+  ROOT %carry = (u32[]{:T(128)}, f32[8]) tuple(%next, %x)
 }
 
 %decode (p: (s32[], f32[8])) -> (s32[], f32[8]) {
@@ -354,6 +364,7 @@ ENTRY %main (w: f32[4]) -> f32[] {
   %loop = (s32[], f32[8]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"}}
   %endless = (s32[], f32[8]) while(%t), condition=%cond, body=%decode
   %noteless = (s32[], f32[8]) while(%t), condition=%bound, body=%scan
+  %pieces = (s32[], f32[8]) while(%t), condition=%bound, body=%ring
   %p = f32[10]{0} collective-permute(%w), channel_id=4
   %send = (f32[6,8]{1,0:T(8,128)}, u32[]) send(%b), frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
   %recv = (f32[6,8]{1,0:T(8,128)}, u32[]) recv(%a), frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
@@ -369,7 +380,7 @@ def test_collectives_count_once_a_trip_where_the_trips_are_known():
         Collective("all-gather", 5 + 5 * 3, 5 * 16 * 128 * 2 + 15 * 8 * 4),
         Collective("all-reduce between slices", 1, 6 * 8 * 4),
         Collective("all-to-all", 7, 7 * 24),
-        Collective("collective-permute", 1, 40),
+        Collective("collective-permute", 1 + 4, 40 + 4 * 20),
         Collective("all-reduce", 1, 16, each_step=True),
         Collective("reduce-scatter", 1, 8),
         Collective("all-reduce", 1, 4),
@@ -423,6 +434,13 @@ def test_laws_are_tried_on_the_first_rows_by_the_users_own_tokenizer(tmp_path, f
     code, report = looked(folder / "none", *tiny_flags(folder, **own | {"data__train": "none.jsonl"}), *how, check=True)
     assert code == 0
     assert "answers end" not in {law["law"] for law in report["laws"]}, "made-up rows say nothing of the tokenizer"
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_the_laws_are_tried_on_a_model_whose_layers_differ(layers):
+    types = ("sliding_attention", "full_attention", "full_attention")[:layers]
+    cfg = ModelConfig(num_hidden_layers=layers, layer_types=types, sliding_window=16)
+    assert rehearsal.tiny(cfg).layer_types == (*types, "sliding_attention")[:2]
 
 
 def test_a_law_that_does_not_hold_is_told_and_ends_with_1(folder, capsys, monkeypatch):

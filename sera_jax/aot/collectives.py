@@ -15,11 +15,16 @@ from typing import NamedTuple
 _KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|ragged-all-to-all|collective-broadcast"
 _COLLECTIVE = re.compile(rf" = (.*?) ({_KINDS})(-start)?\(")
 _BETWEEN_SLICES = re.compile(r' = \((\w+\[[\d,]*\]).* send\(.*_xla_megascale_transfer_type="(\w+)"')
-_ROOT = re.compile(r"ROOT \S+ = (\S+)")
+_ROOT = re.compile(r"ROOT \S+ = (.*?) [\w\-]+\(")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=(%?[\w.\-]+)|branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_BODY = re.compile(r"body=%?([\w.\-]+)")
+_COUNTER = re.compile(r" get-tuple-element\(.*index=(\d+)")
+_CARRIED = re.compile(r" tuple\(([^)]*)\)")
+_NAME = re.compile(r"%[\w.\-]+")
+_CONSTANT = re.compile(r" constant\((\d+)\)")
 _BOUND = re.compile(r" = [su]32\[\]\S* constant\((\d+)\)")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 _BYTES |= {"s64": 8, "u64": 8, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1}
@@ -95,15 +100,28 @@ def _walk(bodies: dict[str, list[str]], name: str, trips: int, endless: bool) ->
 
 def _trips(bodies: dict[str, list[str]], line: str) -> int | None:
     """How many trips a loop makes: as the compiler notes them or, where it keeps no notes (TPUs), the bound of a
-    condition that is nothing but one, as of a scan or of a matmul that waits for its weights piece by piece, which
-    count from 0."""
+    condition that is nothing but one on a counter from 0, over what its body adds to that: 1 in a scan, 2 in a matmul
+    that waits for its weights piece by piece, from either side."""
     if noted := _TRIPS.search(line):
         return int(noted[1])
-    named = _CONDITION.search(line)
-    condition = bodies.get(named[1], []) if named else []
+    condition, body = (bodies.get(named[1], []) if (named := part.search(line)) else [] for part in (_CONDITION, _BODY))
     bounds = [found[1] for text in condition if (found := _BOUND.search(text))]
     counts = [text for text in condition if "ROOT" in text and " compare(" in text and "direction=LT" in text]
-    return int(bounds[0]) if len(bounds) == 1 and counts else None
+    counters = [found[1] for text in condition if (found := _COUNTER.search(text))]
+    if len(bounds) != 1 or len(counts) != 1 or len(counters) != 1:
+        return None
+    return -(-int(bounds[0]) // _added(body, int(counters[0])))
+
+
+def _added(body: list[str], place: int) -> int:
+    """What a loop's body adds to that element of what it carries; 1 where it does not say so in plain words."""
+    named = dict(text.strip().split(" = ", 1) for text in body if " = " in text)
+    root = _CARRIED.search(next((words for name, words in named.items() if name.startswith("ROOT")), ""))
+    carried = root[1].split(", ") if root else []
+    sum_ = named.get(carried[place].split("*/")[-1], "") if place < len(carried) else ""
+    terms = _NAME.findall(sum_.partition(" add(")[2].partition(")")[0])
+    steps = [found[1] for name in terms if (found := _CONSTANT.search(named.get(name, "")))]
+    return int(steps[0]) if steps else 1
 
 
 def _size(kind: str, dims: str) -> int:

@@ -175,13 +175,16 @@ def gradients(run: Runtime, params: Params, parts: int) -> float:
 
 
 def activations(run: Runtime, rows: Rows, parts: int) -> float:
-    """Bytes that the layers keep of a microbatch on an accelerator, a layer's gathered weights, and its logits."""
+    """Bytes that the layers keep of a microbatch on an accelerator, a layer's gathered weights, those of the
+    head, and logits."""
     count, length = rows.tokens.shape
     each = count / parts / run.layout.shards
     size = jnp.dtype(run.cfg.dtype).itemsize
     tokens = run.chunk_tokens or default_tokens(run.cfg.vocab_size, "cuda")
-    logits = 3 * 4 * tokens * run.cfg.vocab_size / run.mesh.shape["tensor"]
-    return each * activation_bytes(run.cfg, length) + 2 * size * run.cfg.layer_parameters + logits
+    vocabulary = run.cfg.vocab_size / run.mesh.shape["tensor"]
+    head = 2 * size * run.cfg.hidden_size * vocabulary if run.layout.shards > 1 else 0  # a copy, and its gradient
+    logits = 3 * 4 * tokens * vocabulary
+    return each * activation_bytes(run.cfg, length) + 2 * size * run.cfg.layer_parameters + head + logits
 
 
 def scoring(

@@ -91,7 +91,7 @@ def tiny(cfg: ModelConfig) -> ModelConfig:
         logits_dtype="float32",
         remat="none",
         attn_implementation=AUTO,
-        **{name: getattr(cfg, name)[:2] for name in LAYERWISE},
+        **{name: (getattr(cfg, name) * 2)[:2] for name in LAYERWISE},
     )
 
 

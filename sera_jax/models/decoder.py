@@ -121,7 +121,8 @@ class Block(nn.Module):
             return Linear(cfg, cfg.hidden_size, cfg.mlp_bias, name="down")(hidden)
 
         rows, length, width = y.shape
-        columns = _columns(length, rows_of_a_device(rows))
+        # a mask of adapters' dropout is drawn over a part: parts are then those of one device
+        columns = _columns(length, None if cfg.lora_dropout else rows_of_a_device(rows))
         if columns == length or chosen_remat(cfg, length) not in ("full", "groups"):
             return mlp(self, y)
         parts = y.reshape(rows, -1, columns, width).swapaxes(0, 1)
@@ -138,10 +139,13 @@ def _columns(length: int, rows: int | None) -> int:
     """Of a row of so many tokens, how many the feed-forward takes at a time: a multiple of `COLUMNS`, or all.
 
     Args:
-        rows: that lie on each device (`mesh.rows_of_a_device`).
+        rows: that lie on each device; None where rows are not split over devices (`mesh.rows_of_a_device`).
     """
     least = COLUMNS if rows is None else max(COLUMNS, TOKENS // rows)
-    return next((some for some in range(COLUMNS, length, COLUMNS) if some >= least and length % some == 0), length)
+    fitting = [some for some in range(COLUMNS, length, COLUMNS) if length % some == 0]
+    if length <= least or not fitting:
+        return length
+    return next((some for some in fitting if some >= least), fitting[-1])
 
 
 def embed(cfg: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:

@@ -231,7 +231,7 @@ MOMENTS = {  # in the order of the run
 
 
 @pytest.mark.slow
-def test_a_job_of_which_one_process_after_the_other_is_killed_in_every_phase_ends_as_one_process(
+def test_a_job_of_which_one_process_after_the_other_is_killed_phase_after_phase_ends_as_one_process(
     run, tmp_path, request
 ):
     tiny, _, whole = run
