@@ -3,7 +3,7 @@
 python -m sera_jax.study --config=studies/guard_rails.py
 
 `daa` samples nothing, so of these it is the NLL anchor alone that changes it. `sera_recommended` sets its own weight of
-the likelihood, so the first setting does not change it.
+the likelihood, so half of the likelihood does not change it.
 """
 
 from sera_jax.studies.plan import Study
@@ -14,6 +14,7 @@ def get_config() -> Study:
     return like(
         {"data.label_noise": 0.2},
         settings={
+            "nothing": {},
             "half the likelihood": {"sera.likelihood_weight": 0.5, "sera.ranking_reduction": "mean"},
             "support 0.1": {"sera.support_quantile": 0.1},
             "support 0.3": {"sera.support_quantile": 0.3},
