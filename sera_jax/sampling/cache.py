@@ -20,8 +20,8 @@ from sera_jax.models.decoder import Attend, Carried, Params, in_compute_dtype, u
 from sera_jax.ops.attention import Places, cached_attention
 
 _IN_PLACE = dict(mode="drop", unique_indices=True, indices_are_sorted=True)  # one column of each slot
-# [S, G, d] at S pairs of layer and column, into [L, S, C, G, d]: each slot by itself, for of slots that are numbered the
-# compiler gathers what is new on all devices.
+# [S, G, d] at S pairs of layer and column, into [L, S, C, G, d]: each slot by itself, since of slots that are numbered
+# the compiler gathers what is new on all devices.
 _OF_EACH_SLOT = jax.lax.ScatterDimensionNumbers(
     update_window_dims=(1, 2),
     inserted_window_dims=(0, 2),
