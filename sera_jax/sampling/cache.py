@@ -20,15 +20,6 @@ from sera_jax.models.decoder import Attend, Carried, Params, in_compute_dtype, u
 from sera_jax.ops.attention import Places, cached_attention
 
 _IN_PLACE = dict(mode="drop", unique_indices=True, indices_are_sorted=True)  # one column of each slot
-# [S, G, d] at S pairs of layer and column, into [L, S, C, G, d]: each slot by itself, since of slots that are numbered
-# the compiler gathers what is new on all devices.
-_OF_EACH_SLOT = jax.lax.ScatterDimensionNumbers(
-    update_window_dims=(1, 2),
-    inserted_window_dims=(0, 2),
-    scatter_dims_to_operand_dims=(0, 2),
-    operand_batching_dims=(1,),
-    scatter_indices_batching_dims=(0,),
-)
 
 
 class Cache(Protocol):
@@ -192,13 +183,12 @@ class Stacked:
     def attend(self, position: jax.Array) -> Attend:
         queries, columns = _places(position, self.columns)
 
-        def write(old: jax.Array, new: jax.Array, layer: jax.Array) -> jax.Array:
-            at = jnp.stack([jnp.full_like(position, layer), position], axis=1)  # [S, 2]
-            return jax.lax.scatter(old, at, new, _OF_EACH_SLOT, **_IN_PLACE)
-
         def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Any, **of_model: Any) -> tuple[jax.Array, Any]:
             whole, layer = cache
-            keys, values = write(whole.keys, k[:, :, 0], layer), write(whole.values, v[:, :, 0], layer)
+            # numbered within the loop over layers, or the compiler does not see that each is written where it lies
+            slot = jnp.arange(len(position))
+            keys = whole.keys.at[layer, slot, position].set(k[:, :, 0], **_IN_PLACE)
+            values = whole.values.at[layer, slot, position].set(v[:, :, 0], **_IN_PLACE)
             mixed = cached_attention(
                 q, keys[layer], values[layer], queries, columns, orders=("scgd", "scgd"), **of_model
             )

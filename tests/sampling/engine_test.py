@@ -331,15 +331,6 @@ def test_decoding_and_prefill_gather_no_weight(form):
         assert crossing.get("all-gather", 0) < smallest
 
 
-def test_slots_that_lie_on_several_devices_with_whole_weights_move_nothing_but_whether_all_are_done():
-    """As on several slices, whose network is slow."""
-    mesh = mesh_for(CFG, make_mesh(data=8, fsdp=1), 1)
-    made = programs(CFG, SamplingParams(stop_ids=STOP), mesh, 8, Stacked)
-    with jax.set_mesh(mesh):
-        found = collectives(made.lower_decode(64).compile().as_text())
-    assert [one.kind for one in found if one.each_step and one.bytes > 8] == []
-
-
 def test_small_models_are_decoded_whole_and_large_ones_in_as_many_parts_as_devices_and_heads_share():
     llama = dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, head_dim=128, dtype="bfloat16")
     llama |= dict(num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32)
