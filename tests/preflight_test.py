@@ -332,23 +332,29 @@ HLO = """HloModule jit_step, entry_computation_layout={()->f32[]}
 }
 
 %bound (p: (s32[], f32[8])) -> pred[] {
+  %seven = s32[]{:T(128)} constant(7)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %seven), direction=LT
+}
+
+%bound_of_ring (p: (f32[8], u32[])) -> pred[] {
   %seven = u32[]{:T(128)} constant(7)
-  %i = u32[]{:T(128)} get-tuple-element(%p), index=0
+  %i = u32[]{:T(128)} get-tuple-element(%p), index=1
   ROOT %lt = pred[]{:T(512)} compare(%i, %seven), direction=LT
 }
 
 %scan (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %t = f32[6]{0} all-to-all(%a), channel_id=6
-  %one = u32[] constant(1)
-  %next = u32[]{:T(128)} add(%i, %one)
-  ROOT %carry = (u32[]{:T(128)}, f32[8]) tuple(%next, %x)
+  %one = s32[] constant(1)
+  %next = s32[]{:T(128)} add(%i, %one)
+  ROOT %carry = (s32[]{:T(128)}, f32[8]) tuple(%next, %x)
 }
 
-%ring (p: (f32[8], s32[])) -> (f32[8], s32[]) {
+%ring (p: (f32[8], u32[])) -> (f32[8], u32[]) {
   %q = f32[5]{0} collective-permute(%a), channel_id=9
   %two = u32[]{:T(128)} constant(2)
   %next = u32[]{:T(128)} add(%i, %two)
-  ROOT %carry = (u32[]{:T(128)}, f32[8]) tuple(%next, %x)
+  ROOT %carry = (f32[8], u32[]{:T(128)}) tuple(%x, /*index=1*/%next)
 }
 
 %decode (p: (s32[], f32[8])) -> (s32[], f32[8]) {
@@ -364,7 +370,7 @@ ENTRY %main (w: f32[4]) -> f32[] {
   %loop = (s32[], f32[8]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"}}
   %endless = (s32[], f32[8]) while(%t), condition=%cond, body=%decode
   %noteless = (s32[], f32[8]) while(%t), condition=%bound, body=%scan
-  %pieces = (s32[], f32[8]) while(%t), condition=%bound, body=%ring
+  %pieces = (f32[8], u32[]) while(%t), condition=%bound_of_ring, body=%ring
   %p = f32[10]{0} collective-permute(%w), channel_id=4
   %send = (f32[6,8]{1,0:T(8,128)}, u32[]) send(%b), frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
   %recv = (f32[6,8]{1,0:T(8,128)}, u32[]) recv(%a), frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
