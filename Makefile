@@ -10,6 +10,7 @@ ARGS ?=
 
 VENV := .venv
 PARITY := .venv-parity
+TUNIX := .venv-tunix
 DOCS := .venv-docs
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 # Whole files at a time: the tests of one share what they compile.
@@ -38,6 +39,7 @@ parity: $(PARITY)/parity-$(VERSION).stamp ## compare with PyTorch implementation
 	$(PARITY)/bin/python $(PYTEST) tests/parity $(PYTEST_FLAGS)
 
 bench: $(PARITY)/parity-$(VERSION).stamp ## time the same work by ours and by its peers, in turns: ARGS="--works W1 --check"
+	$(MAKE) $(TUNIX)/tunix-$(VERSION).stamp || echo "Tunix cannot be installed, so it is left out"
 	$(PARITY)/bin/python -m tests.benchmarks.bench $(ARGS)
 
 check: $(VENV)/test-$(VERSION).stamp ## formatting, lint, types
@@ -56,7 +58,7 @@ docs: $(DOCS)/docs-$(VERSION).stamp ## build the documentation as a site, which 
 	cp site/README.html site/index.html
 
 clean: ## remove the environments, the caches and the site; runs/ stays
-	rm -rf $(VENV) $(PARITY) $(DOCS) site .cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PARITY) $(TUNIX) $(DOCS) site .cache .pytest_cache .ruff_cache
 	find sera_jax tests configs studies -name __pycache__ -prune -exec rm -rf {} +
 
 # Stamps carry the interpreter's version, so that PYTHON=python3.12 after python3.11 starts afresh, and nothing is
@@ -79,6 +81,10 @@ $(VENV)/test-$(VERSION).stamp: requirements.txt requirements-test.txt | $(VENV)/
 
 $(PARITY)/parity-$(VERSION).stamp: requirements.txt requirements-test.txt requirements-parity.txt | $(PARITY)/python-$(VERSION).stamp
 	$(PARITY)/bin/python $(PIP_INSTALL) -r requirements.txt -r requirements-test.txt -r requirements-parity.txt
+	touch $@
+
+$(TUNIX)/tunix-$(VERSION).stamp: requirements-tunix.txt | $(TUNIX)/python-$(VERSION).stamp
+	$(TUNIX)/bin/python $(PIP_INSTALL) -r requirements-tunix.txt
 	touch $@
 
 $(DOCS)/docs-$(VERSION).stamp: requirements-docs.txt | $(DOCS)/python-$(VERSION).stamp

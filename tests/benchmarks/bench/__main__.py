@@ -7,8 +7,9 @@ all alike. Before anything is timed the workers' numbers are compared (log-probs
 other processes took more than a tenth of the cores is busy: their number stands beside the row.
 
 tokens/s count real tokens, a prompt once per response; the ratio is ours to the best peer's, above 1 is faster. `peak`
-is the most memory that the worker's process had. --check ends with 1 where a goal is missed. A peer that cannot be
-imported is left out by name; so is work whose environment variables are not set (`works.Bench.needs`).
+is the most memory that the worker's process had in a round. --check ends with 1 where a goal is missed. A peer that
+cannot be imported, or has no such work, is left out by name; so is work whose environment variables are not set
+(`works.Bench.needs`). Tunix needs other versions of what TRL needs too, so it has an environment of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from typing import Any
 
 from tests.benchmarks.bench.works import BENCHES
 
-OURS, PEERS = "ours", ("trl_peer",)
+OURS, YARDSTICK = "ours", "yardstick"
+PEERS = {"trl_peer": sys.executable, "tunix_peer": ".venv-tunix/bin/python"}  # and whose Python runs them
 BUSY = 0.1  # of the cores, by other processes
 AGREE = 2e-3  # relative, of log-probs of whole responses in float32
 
@@ -34,8 +36,8 @@ AGREE = 2e-3  # relative, of log-probs of whole responses in float32
 class Worker:
     """A process, asked by lines."""
 
-    def __init__(self, module: str, work: str, inputs: pathlib.Path) -> None:
-        command = [sys.executable, "-m", "tests.benchmarks.bench.worker", module, work, str(inputs)]
+    def __init__(self, module: str, work: str, inputs: pathlib.Path, python: str = sys.executable) -> None:
+        command = [python, "-m", "tests.benchmarks.bench.worker", module, work, str(inputs)]
         self.module, self.log = module, tempfile.TemporaryFile("w+")  # noqa: SIM115, as long as the process
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
@@ -76,15 +78,15 @@ def _used() -> float:
 
 def measure(name: str, inputs: pathlib.Path, repeats: int) -> dict[str, Any]:
     """A row of the table."""
-    workers: list[Worker] = []
+    yardstick, workers = Worker(YARDSTICK, name, inputs), []
     try:
-        for module in (OURS, *PEERS):
+        yardstick.ask("check")
+        workers.append(Worker(OURS, name, inputs))
+        for module, python in PEERS.items():
             try:
-                workers.append(Worker(module, name, inputs))
-            except RuntimeError as error:
-                if module == OURS:
-                    raise
-                print(f"{name}: left out: {error}", flush=True)
+                workers.append(Worker(module, name, inputs, python))
+            except (RuntimeError, OSError) as error:
+                print(f"{name}: {module} is left out: {error}", flush=True)
         checks = [worker.ask("check") for worker in workers]
         apart = max((_apart(checks[0]["values"], other["values"]) for other in checks[1:]), default=0.0)
         if apart > AGREE:
@@ -93,12 +95,12 @@ def measure(name: str, inputs: pathlib.Path, repeats: int) -> dict[str, Any]:
             )
         peaks = []
         for _ in range(repeats):
-            peaks.append(workers[0].ask("peak"))
+            peaks.append(yardstick.ask("round"))
             for worker in workers:
                 worker.rounds.append(worker.ask("round"))
         return _row(name, workers, checks, peaks, apart)
     finally:
-        for worker in workers:
+        for worker in (yardstick, *workers):
             worker.end()
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import os
 import pathlib
 import tempfile
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +27,6 @@ from sera_jax.training.step import abstract_state, init_state, make_step, microb
 from tests.benchmarks import ppo_speed
 from tests.benchmarks.bench import works
 from tests.benchmarks.bench.works import Pair, Work
-from tests.benchmarks.training_speed import matmul_peak
 
 NAME = f"sera_jax (jax {jax.__version__})"
 ROW, SCORE_TOKENS = 1024, 16384
@@ -195,19 +193,6 @@ def make_inputs(folder: pathlib.Path) -> None:
         save_pretrained(
             folder / name, dataclasses.replace(cfg), jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(seed))
         )
-
-
-def peak() -> dict[str, float]:
-    """GFLOP/s of a square float32 matmul, and GB/s of adding two long vectors."""
-
-    add = jax.jit(lambda a, b: a + b)
-    a = jax.numpy.ones(2**26, jax.numpy.float32)
-    add(a, a).block_until_ready()
-    start = time.perf_counter()
-    for _ in range(4):
-        add(a, a).block_until_ready()
-    seconds = time.perf_counter() - start
-    return {"matmul_gflops": matmul_peak()(), "bandwidth_gbs": 4 * 3 * a.nbytes / seconds / 1e9}
 
 
 def work(name: str, folder: pathlib.Path) -> Work:
