@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from sera_jax.aot.chips import GIB
 from sera_jax.aot.collectives import Collective, collectives
+from sera_jax.aot.executed import matmul_flops
 from sera_jax.aot.programs import Program, held
 from sera_jax.aot.topology import Topology
 
@@ -29,7 +30,8 @@ class Row:
         peak: of the program, its arguments included. beside: what else is alive.
         limit: what a device has.
         compile_seconds: lowering included; None where nothing was compiled.
-        flops: useful ones of a call, on all devices. read: bytes that a call must read or write at least.
+        flops: useful ones of a call, on all devices. done: those of its matmuls;
+            None where a loop does not say how many trips it makes. read: bytes that a call must read or write at least.
         floor_seconds: of a call at the chip's peak and bandwidth; None where nothing is known of the chip.
         collectives: of a call.
         note: what is to be said of it.
@@ -43,6 +45,7 @@ class Row:
     limit: int
     compile_seconds: float | None
     flops: float
+    done: float | None
     read: int
     floor_seconds: float | None
     collectives: tuple[Collective, ...] = ()
@@ -76,7 +79,8 @@ def measure(program: Program, made: dict[str, Any], topology: Topology, mesh: Me
     beside = {name: held(tree, devices) for name, tree in program.beside(made).items() if tree is not None}
     given = held(arguments, devices)
     with jax.set_mesh(mesh):
-        lowered = program.jitted.lower(*arguments)
+        traced = program.jitted.trace(*arguments)
+        lowered = traced.lower()
     out = _result(lowered.out_info)
     peak, seconds, found, note = given, None, (), ""
     if cheap and given + sum(beside.values()) > topology.limit:
@@ -109,6 +113,7 @@ def measure(program: Program, made: dict[str, Any], topology: Topology, mesh: Me
         limit=topology.limit,
         compile_seconds=seconds,
         flops=program.flops,
+        done=matmul_flops(traced.jaxpr, a_step=program.loops),
         read=read,
         floor_seconds=floor,
         collectives=found,
