@@ -46,7 +46,8 @@ def test_what_is_computed_again_for_the_backward_pass_counts():
     assert counted(jax.value_and_grad(loss(jax.checkpoint), argnums=(0, 1)), A, B) == 8 * ONE
 
 
-def test_what_is_written_for_one_device_counts_for_all(devices=4):
+def test_what_is_written_for_one_device_counts_for_all():
+    devices = 4
     if jax.device_count() < devices:
         pytest.skip(f"needs {devices} devices")
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

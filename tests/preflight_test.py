@@ -129,7 +129,7 @@ def test_the_command_compiles_what_it_is_asked_for_and_prints_what_it_writes(com
         assert row["compile_seconds"] > 0
         assert 0 <= row["flops"] <= row["matmul_flops"], "what is useful is done"
         if row["flops"]:
-            assert f" {100 * row['flops'] / row['matmul_flops']:.0f} " in line
+            assert f" {100 * row['useful_share']:.0f} " in line
         assert row["mesh"] == ("2 x 1 x 1" if row["phase"].startswith(("candidates", "answers")) else "1 x 2 x 1")
     update = report["rows"][1]
     assert {one["kind"] for one in update["collectives"]} >= {"all-gather", "all-reduce"}

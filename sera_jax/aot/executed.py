@@ -27,14 +27,18 @@ def _of(equation: core.JaxprEqn, unknown: float) -> float:
     params, name = equation.params, equation.primitive.name
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
-        summed = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-        return 2.0 * math.prod(equation.outvars[0].aval.shape) * summed
+        left, out = _shape(equation.invars[0]), _shape(equation.outvars[0])
+        return 2.0 * math.prod(out) * math.prod(left[axis] for axis in contracted)
     parts = [sum(_of(inner, unknown) for inner in _open(part).eqns) for part in _within(params)]
     if not any(parts):
         return 0.0
     if name == "cond":
         return max(parts)
     return _times(name, params, unknown) * sum(parts)
+
+
+def _shape(atom: Any) -> tuple[int, ...]:
+    return atom.aval.shape
 
 
 def _times(name: str, params: dict[str, Any], unknown: float) -> float:
