@@ -263,11 +263,16 @@ def _baseline_of(key: Key, baseline: str, known: Collection[Key]) -> Key | None:
     """What `key` is compared with; None where that is not there, or is `key` itself."""
     setting, arm = key
     parts = setting.split(",")
+
+    def with_part(part: str) -> list[str]:
+        return [",".join([*parts[:i], part, *parts[i + 1 :]]) for i in range(len(parts))]
+
+    of, _, other_arm = baseline.rpartition("/")
     found = [
         (setting, baseline),
-        *((",".join([*parts[:i], baseline, *parts[i + 1 :]]), arm) for i in range(len(parts))),
+        *((other, arm) for other in with_part(baseline)),
+        *((other, other_arm) for other in (of, *with_part(of))),
     ]
-    found.append(tuple(baseline.rpartition("/")[::2]))
     there = list(dict.fromkeys(other for other in found if other in known))
     if len(there) > 1:
         raise ValueError(f"baseline={baseline!r} may be {' or '.join(map('/'.join, there))}; give SETTING/ARM")

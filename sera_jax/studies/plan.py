@@ -39,7 +39,7 @@ class Study:
     metrics: facts of an arm, as the rows name them, or MINE:BASELINES (docs/studies.md); the first one ranks.
     smaller_is_better: of the first metric.
     baseline: what differences are to, paired by seed: an arm (of the same setting), a part of a setting's name (the
-        same arm, all other parts alike), or SETTING/ARM; empty: none.
+        same arm, all other parts alike), that part's arm, PART/ARM, or SETTING/ARM, one for all; empty: none.
     panels: a field of the grid whose values are compared apart; empty: none.
     curve: a field over whose values the picture draws a line for each arm; empty: a place for each setting.
     workdir, rows: the folder of the runs, and the file of their rows; empty: `runs/NAME` and

@@ -69,7 +69,13 @@ def test_differences_are_of_the_seeds_that_both_have_whatever_the_order():
 
 
 @pytest.mark.parametrize(
-    "baseline, other", [("daa", "b,noise=1/daa"), ("a", "a,noise=1/sera"), ("a,noise=2/daa", "a,noise=2/daa")]
+    "baseline, other",
+    [
+        ("daa", "b,noise=1/daa"),
+        ("a", "a,noise=1/sera"),
+        ("a/daa", "a,noise=1/daa"),
+        ("a,noise=2/daa", "a,noise=2/daa"),
+    ],
 )
 def test_a_baseline_is_an_arm_or_a_part_of_a_setting_or_one_entry(baseline, other):
     rows = [row(f"{name},noise={n}", arm, gold=1.0) for name in "ab" for n in (1, 2) for arm in ("daa", "sera")]

@@ -1,0 +1,15 @@
+"""The anchor of studies/embedded_anchor.py with clean labels and at 40 % flips; its ten seeds.
+
+python -m sera_jax.study --config=studies/embedded_anchor_noise.py
+
+Without the anchor the loss alone is trained, to which all is compared.
+"""
+
+from sera_jax.studies.plan import Study
+from studies.embedded_plane import like
+
+ANCHOR = {"no anchor": {"sera.arms": ("daa",)}, "anchor": {"loss.nll_coef": 0.2}}
+
+
+def get_config() -> Study:
+    return like(settings=ANCHOR, grid={"data.label_noise": (0.4, 0.0)}, seeds=range(20, 30), baseline="no anchor/daa")
