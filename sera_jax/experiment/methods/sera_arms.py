@@ -11,8 +11,7 @@ from sera_jax.experiment.method import Arm
 
 # Candidates are ranked by their mean log-prob, whatever the group says of its ranking.
 _BY_LIKELIHOOD: dict[str, Any] = {"judge": "policy", "likelihood_weight": 1.0, "ranking_reduction": "mean"}
-# What we recommend: studies/embedded_plane.py and embedded_gentle.py say why.
-RECOMMENDED: dict[str, Any] = {**_BY_LIKELIHOOD, "bootstrap_from": "policy"}
+_LIKELIHOOD: dict[str, Any] = {**_BY_LIKELIHOOD, "bootstrap_from": "policy"}
 _NO_SELECTION: dict[str, Any] = {"selection": "none", "threshold": None}
 _NO_BOOTSTRAP: dict[str, Any] = {"bootstrap_fraction": 0.0}
 _PLAIN: dict[str, Any] = {**_NO_SELECTION, **_NO_BOOTSTRAP, "curriculum": "none"}
@@ -20,13 +19,19 @@ _PLAIN: dict[str, Any] = {**_NO_SELECTION, **_NO_BOOTSTRAP, "curriculum": "none"
 OF_THE_REWARD = ("min_margin", "agreement", "length_alpha")
 DEFAULTS = SeraGroup()
 _NO_REWARD = {field: getattr(DEFAULTS, field) for field in OF_THE_REWARD}
-_WINE, _TEAL, _SAND, _INDIGO = "#882255", "#44AA99", "#DDCC77", "#332288"  # Tol's muted, for arms beyond the palette
+# Tol's muted, for arms beyond the palette
+_WINE, _TEAL, _SAND, _INDIGO, _OLIVE = "#882255", "#44AA99", "#DDCC77", "#332288", "#999933"
 SMOOTHING = 0.1  # of the noise-aware arms where nobody says how many labels are flipped
 # An arm is `sera` with these fields of its group changed.
 ARMS = {
     "sera": Arm("the method", ArmLook("SeRA", look.VERMILION, "o"), {}),
     "sera_recommended": Arm(
-        "the method with the settings that we recommend", ArmLook("SeRA, recommended", look.BLACK, "X"), RECOMMENDED
+        "the method as we recommend it: candidates ranked by their mean log-prob, the loss with an NLL anchor",
+        ArmLook("SeRA, recommended", look.BLACK, "X"),
+        _LIKELIHOOD,
+    ),
+    "sera_likelihood": Arm(
+        "the method, candidates ranked by their mean log-prob", ArmLook("SeRA, likelihood", _OLIVE, "8"), _LIKELIHOOD
     ),
     "daa": Arm(
         "the direct alignment loss alone, for as many updates",
@@ -68,7 +73,7 @@ ARMS = {
     "bootstrap_only_likelihood": Arm(
         "all offline pairs kept, candidates ranked by their mean log-prob",
         ArmLook("bootstrap_only, likelihood", _WINE, "<"),
-        {**_NO_SELECTION, **_BY_LIKELIHOOD, "bootstrap_from": "policy"},
+        {**_NO_SELECTION, **_LIKELIHOOD},
     ),
     "sft_likelier_of_4": Arm(
         "all offline pairs kept, and the likeliest against the least likely of four answers of the SFT model",
@@ -79,3 +84,6 @@ ARMS = {
 
 # Arms that have a loss of their own, with `label_smoothing`: the baselines that know of the noise.
 NOISE_AWARE = {"cdpo": "dpo", "robust_dpo": "robust"}
+# And those whose loss has an NLL anchor of this weight, where neither it nor the config gives one: what we recommend.
+# studies/embedded_anchor.py and embedded_anchor_noise.py say why.
+ANCHORED = {"sera_recommended": 0.2}
