@@ -26,7 +26,15 @@ from sera_jax.evaluation.report import (
 from sera_jax.experiment.corpus import Corpus, of_pairs
 from sera_jax.experiment.evaluator import phases as evaluated
 from sera_jax.experiment.method import Experiment, Method, Outcome, Trains, looks
-from sera_jax.experiment.methods.sera_arms import ANCHORED, ARMS, DEFAULTS, NOISE_AWARE, OF_THE_REWARD, SMOOTHING
+from sera_jax.experiment.methods.sera_arms import (
+    ANCHORED,
+    ARMS,
+    DEFAULTS,
+    NOISE_AWARE,
+    OF_THE_REWARD,
+    SMOOTHING,
+    settings_of,
+)
 from sera_jax.experiment.methods.sera_programs import sera_programs
 from sera_jax.guards import REASONS
 from sera_jax.loops import cost
@@ -51,7 +59,7 @@ def run(given: Experiment) -> Outcome:
     rounds: list[dict[str, Any]] = []
     final = {"sft": given.start}
     for arm in config.sera.arms:
-        settings, own = dataclasses.replace(config.sera, **ARMS[arm].how), loss_of_arm(config, arm)
+        settings, own = settings_of(config.sera, arm), loss_of_arm(config, arm)
         of_arm = dataclasses.replace(study, loss=own, own_loss=own != loss, ranking=ranking_of(own, settings))
         with ledger.account() as spent:
             final[arm], facts = sera(of_arm, arm, settings)
@@ -75,7 +83,7 @@ def phases(config: Config, corpus: Corpus) -> list[str]:
     rounds of an arm early."""
     names, policies, last = [], ["sft"], ["sft"]
     for arm in config.sera.arms:
-        settings = dataclasses.replace(config.sera, **ARMS[arm].how)
+        settings = settings_of(config.sera, arm)
         bootstraps = round(settings.bootstrap_fraction * len(corpus.train)) > 0 and bool(corpus.prompts)
         loss, own_loss = loss_of(config), loss_of_arm(config, arm) != loss_of(config)
         of_arm, trained = sera_phases(
@@ -178,7 +186,7 @@ def check(config: Config) -> None:
         refuse_unread(sera, ("stop_unsupported",), "support_quantile=0")
     if sera.judge != "policy":
         refuse_unread(sera, (*OF_THE_REWARD, "likelihood_weight", "ranking_reduction"), f"judge={sera.judge!r}")
-    arms = [dataclasses.replace(sera, **ARMS[arm].how) for arm in sera.arms]
+    arms = [settings_of(sera, arm) for arm in sera.arms]
     if bootstrapping := [arm for arm in arms if arm.rounds > 1 and arm.bootstrap_fraction > 0]:
         check_sampled_pairs(config)
         _check_judges(config, bootstrapping)

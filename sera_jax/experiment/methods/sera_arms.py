@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from sera_jax.config import SeraGroup
@@ -87,3 +88,8 @@ NOISE_AWARE = {"cdpo": "dpo", "robust_dpo": "robust"}
 # And those whose loss has an NLL anchor of this weight, where neither it nor the config gives one: what we recommend.
 # studies/embedded_anchor.py and embedded_anchor_noise.py say why.
 ANCHORED = {"sera_recommended": 0.2}
+
+
+def settings_of(sera: SeraGroup, arm: str) -> SeraGroup:
+    """The group as an arm has it."""
+    return dataclasses.replace(sera, **ARMS[arm].how)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 
 from sera_jax.aot.programs import Program, scoring, training
-from sera_jax.experiment.methods.sera_arms import ARMS
+from sera_jax.experiment.methods.sera_arms import settings_of
 from sera_jax.experiment.planned import Planned, answering, sampling_programs, starting_programs
 from sera_jax.loops.review import SUPPORT_PROMPTS
 from sera_jax.loops.sera_study import Round, SeraStudy, round_training, updates_of
@@ -20,7 +20,7 @@ def sera_programs(planned: Planned, study: SeraStudy) -> list[Program]:
     rounds = planned.count(r"round\d+")
     prompts = min(config.sera.bootstrap_prompts or sizes.prompts, sizes.prompts)
     supported = min(SUPPORT_PROMPTS, sizes.prompts)
-    most = max(dataclasses.replace(config.sera, **ARMS[arm].how).num_samples for arm in config.sera.arms)
+    most = max(settings_of(config.sera, arm).num_samples for arm in config.sera.arms)
     drawn, support = planned.count(r"candidates\d*"), planned.count("support")
     candidates = planned.answered(most, config.sampling.max_new_tokens)
     scored = planned.count(r"candidates\d*_by_.*") * prompts * most + planned.count("support_by_.*") * supported
