@@ -1,4 +1,4 @@
-"""SeRA with DPO on Llama-2-7B shapes: 64 pairs of 2 x 2048 tokens a step, rows of 4096.
+"""SeRA with DPO on Llama-2-7B shapes: 64 pairs of at most 2 x 2048 tokens a step, the prompt laid once.
 
 Name the weights and the rows on the command line:
 
@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     c.model.remat = "full"
 
     c.data.train = "ultrafeedback.jsonl"
-    c.data.row_tokens = 4096
+    c.data.row_tokens = 3072  # holds every pair: 1024 + 2 x 1024
     c.data.row_multiple = 16  # chips of the smallest pod that it is meant for, so that no row is filling
     c.data.max_prompt_length = 1024
     c.data.max_completion_length = 1024
@@ -48,11 +48,9 @@ def get_config() -> ConfigDict:
     c.sampling.slots = 128  # a slot of 2048 tokens takes 1 GiB, of all devices together
 
     c.sft.batch_size = 64
-    c.sft.gradient_accumulation_steps = 4
     c.sft.learning_rate = 2e-5
 
     c.train.batch_size = 64
-    c.train.gradient_accumulation_steps = 4
     c.train.logits_chunk_tokens = 512
     c.train.learning_rate = 5e-7
 
