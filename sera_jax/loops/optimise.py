@@ -174,6 +174,9 @@ def _noise(run: Runtime, trained: Trained) -> Callable[[Any, jax.Array], Any] | 
     return lambda params, place: dropping(lora, params, functools.reduce(jax.random.fold_in, place, key))
 
 
+MOSTLY = 0.5  # of the tokens laid: with more filling than this, a run says so
+
+
 class _Waiting(NamedTuple):
     """An update of which no line is written yet; its metrics may be on the device."""
 
@@ -198,6 +201,7 @@ class _Optimisation:
         self.steps, self.span = training.updates.count, training.span
         self.save_steps, self.keep = group.save_steps, group.save_total_limit
         self.waiting: list[_Waiting] = []
+        self.told = False
         self._frozen: Any = None
 
     @property
@@ -250,15 +254,28 @@ class _Optimisation:
                 record[key] = record[key] + value if isinstance(value, Mean) and key in record else value
             for kind, passes in made.spent.items():
                 record[f"cost/{kind}"] = record.get(f"cost/{kind}", 0.0) + passes
-        real = sum(made.real_tokens for made in updates_made)
+        real, laid = sum(made.real_tokens for made in updates_made), sum(made.tokens for made in updates_made)
+        self._tell_of_filling(1 - real / laid)
         training, updates = self.training, self.training.updates
         record |= {
             "learning_rate": float(schedule(training.group, updates.planned)(updates.before + number - 1)),
-            "padding_fraction": 1 - real / sum(made.tokens for made in updates_made),
+            "padding_fraction": 1 - real / laid,
             "num_tokens": real,
             "epoch": number / training.epoch_updates,
         }
         self.run.writer.write(step=number, metrics=record)
+
+    def _tell_of_filling(self, share: float) -> None:
+        """Once, where most of what is computed is filling because rows come in a multiple of many."""
+        layout = self.run.layout.accumulated(self.training.group.gradient_accumulation_steps)
+        if share <= MOSTLY or layout.dealt == 1 or self.told:
+            return
+        self.told = True
+        self.run.writer.announce(
+            f"{self.training.name}: {share:.0%} of the tokens laid are filling: rows of {layout.row_tokens} come in "
+            f"multiples of {layout.dealt}, {layout.shards} devices that rows are spread over times {layout.microbatches} "
+            "parts; lower gradient_accumulation_steps (0 chooses) or config.data.row_tokens, or raise batch_size"
+        )
 
     def notes(self, state: TrainState, number: int) -> dict[str, Any]:
         """The updates that wait, to the bit: their means go on as if nothing had come between."""
