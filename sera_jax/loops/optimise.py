@@ -273,8 +273,9 @@ class _Optimisation:
         self.told = True
         self.run.writer.announce(
             f"{self.training.name}: {share:.0%} of the tokens laid are filling: rows of {layout.row_tokens} come in "
-            f"multiples of {layout.dealt}, {layout.shards} devices that rows are spread over times {layout.microbatches} "
-            "parts; lower gradient_accumulation_steps (0 chooses) or config.data.row_tokens, or raise batch_size"
+            f"multiples of {layout.dealt}, {layout.shards} devices that rows are spread over times "
+            f"{layout.microbatches} parts; lower gradient_accumulation_steps (0 chooses) or config.data.row_tokens, or "
+            "raise batch_size"
         )
 
     def notes(self, state: TrainState, number: int) -> dict[str, Any]:
