@@ -27,9 +27,9 @@ SMOOTHING = 0.1  # of the noise-aware arms where nobody says how many labels are
 ARMS = {
     "sera": Arm("the method", ArmLook("SeRA", look.VERMILION, "o"), {}),
     "sera_recommended": Arm(
-        "the method as we recommend it: candidates ranked by their mean log-prob, the loss with an NLL anchor",
+        "the method as we recommend it: candidates ranked by their mean log-prob, an NLL anchor from round 2 on",
         ArmLook("SeRA, recommended", look.BLACK, "X"),
-        _LIKELIHOOD,
+        {**_LIKELIHOOD, "nll_coef": 0.2},  # studies/embedded_anchor.py
     ),
     "sera_likelihood": Arm(
         "the method, candidates ranked by their mean log-prob", ArmLook("SeRA, likelihood", _OLIVE, "8"), _LIKELIHOOD
@@ -85,9 +85,6 @@ ARMS = {
 
 # Arms that have a loss of their own, with `label_smoothing`: the baselines that know of the noise.
 NOISE_AWARE = {"cdpo": "dpo", "robust_dpo": "robust"}
-# And those whose loss has an NLL anchor of this weight, where neither it nor the config gives one: what we recommend.
-# studies/embedded_anchor.py and embedded_anchor_noise.py say why.
-ANCHORED = {"sera_recommended": 0.2}
 
 
 def settings_of(sera: SeraGroup, arm: str) -> SeraGroup:
