@@ -318,9 +318,7 @@ def test_a_guard_rail_that_reads_a_reward_holds_in_the_arms_that_have_one(field,
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "arm", ["sera_recommended", "sera_likelihood", "bootstrap_only_likelihood", "sft_likelier_of_4"]
-)
+@pytest.mark.parametrize("arm", ["sera_recommended", "sera_anchored", "bootstrap_only_likelihood", "sft_likelier_of_4"])
 def test_an_arm_that_is_named_after_a_ranking_has_it_whatever_the_group_says(arm):
     other = {"sera__judge": "chance", "sera__bootstrap_from": "sft"}
     given = parse(raw_config(**other, sera__arms=(arm,))).sera
@@ -349,11 +347,11 @@ def test_the_noise_aware_arms_have_the_loss_of_the_run_but_for_what_they_are_tol
     "changes, weight",
     [({}, 0.2), ({"loss__nll_coef": 0.05}, 0.05), ({"loss__nll_coef": 0.0}, 0.0), ({"loss__name": "slic_hf"}, 0.1)],
 )
-def test_the_recommended_arm_anchors_its_loss_where_nobody_has_said_how(changes, weight):
-    config = parse(raw_config(sera__arms=("daa", "sera_recommended"), **changes))
+def test_the_anchored_arm_anchors_its_loss_where_nobody_has_said_how(changes, weight):
+    config = parse(raw_config(sera__arms=("daa", "sera_anchored"), **changes))
     daa, own = (loss_of_arm(config, arm) for arm in config.sera.arms)
     assert (own.name, dict(own.hyper)) == (daa.name, dict(daa.hyper) | {"nll_coef": weight})
-    assert (f"; sera_recommended: {own}" in SERA.announce(config)) == (own != daa)
+    assert (f"; sera_anchored: {own}" in SERA.announce(config)) == (own != daa)
 
 
 def test_a_gold_reward_is_missed_only_by_arms_that_judge_by_it():

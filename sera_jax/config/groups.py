@@ -92,8 +92,6 @@ class SeraGroup:
         selection="threshold", band (two quantiles, in place of a centred keep_fraction) by selection="middle".
     replay_fraction: share of the offline pairs left out by the selection of round 2 that is drawn at random and trained
         on all the same; half of it in round 3, a quarter in round 4, and so on.
-    nll_coef: weight of the NLL anchor from round 2 on, whose chosen answers were kept or made, in place of that of
-        `loss`; unset: the same in every round.
     curriculum: from round 2 on, offline pairs go from large margins to small (`easy_to_hard`) or back, with the sampled
         pairs, in the order of theirs, spread over them; `none` shuffles.
     bootstrap_fraction: at most this many sampled pairs, as a share of the offline pairs.
@@ -137,7 +135,6 @@ class SeraGroup:
     threshold: float | None = None
     band: tuple[float, float] | None = None
     replay_fraction: float = within(0.0, 0, 1)
-    nll_coef: float | None = None
     curriculum: str = one_of("none", "easy_to_hard", "hard_to_easy")
     bootstrap_fraction: float = at_least(0.3, 0)
     bootstrap_prompts: int = at_least(0, 0)

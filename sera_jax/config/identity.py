@@ -28,7 +28,6 @@ YOUNGER: dict[str, Any] = {
     "lora.dropout": 0.0,
     **{f"{group}.trainable": [] for group in ("pretrain", "sft", "train", "reward_model")},
     "model.revision": "",
-    "sera.nll_coef": None,
 }
 
 # Fields whose every value computes the same but for the order of sums, as the devices have it, each with the value that

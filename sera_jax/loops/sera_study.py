@@ -171,7 +171,7 @@ def round_training(
         batches=lambda state, update: loader.batch(update - 1),
         epoch_updates=loader.steps_per_epoch,
         depends={"pairs": pairs_digest(pairs), "seed": run.seed, "row_tokens": run.layout.row_tokens},
-        target=pair_target(run, loss_of_round(study.loss, settings, round_.number), run.pair_shapes.window),
+        target=pair_target(run, study.loss, run.pair_shapes.window),
         group=group,
         trained=run.trained(group),
         updates=Updates(
@@ -184,13 +184,6 @@ def round_training(
         span=round_.span(updates),
         shapes=lambda: loader.shapes,
     )
-
-
-def loss_of_round(loss: ResolvedLoss, settings: SeraGroup, number: int) -> ResolvedLoss:
-    """With the anchor that rounds have whose pairs were reviewed."""
-    if number == 1 or settings.nll_coef is None:
-        return loss
-    return dataclasses.replace(loss, hyper=tuple((dict(loss.hyper) | {"nll_coef": settings.nll_coef}).items()))
 
 
 def pair_target(run: Runtime, loss: ResolvedLoss, window: int) -> Target:

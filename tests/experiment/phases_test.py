@@ -133,20 +133,20 @@ def test_rounds_that_end_early_leave_out_some_of_the_phases_that_were_announced(
 
 
 def test_arms_with_a_loss_of_their_own_share_no_round_and_say_what_they_were_told(pretended, tmp_path):
-    arms = ("daa", "cdpo", "robust_dpo", "sera_recommended")
+    arms = ("daa", "cdpo", "robust_dpo", "sera_anchored")
     case = SERA | {"sera.arms": arms, "sera.rounds": 1, "data.label_noise": 0.25}
     case |= {"world.heldout_tasks": ("last", "first")}
     arms = experiment.run(tiny_config(tmp_path, tiny=case))["arms"]
     assert {arm: facts.get("label_smoothing") for arm, facts in arms.items()} == {
-        "sft": None, "daa": None, "cdpo": 0.25, "robust_dpo": 0.25, "sera_recommended": None
+        "sft": None, "daa": None, "cdpo": 0.25, "robust_dpo": 0.25, "sera_anchored": None
     }  # fmt: skip
-    assert [arm for arm, facts in arms.items() if facts.get("nll_coef") == 0.2] == ["sera_recommended"]
+    assert [arm for arm, facts in arms.items() if facts.get("nll_coef") == 0.2] == ["sera_anchored"]
     assert all("gold_by_task" in facts and "gold_out_of_domain" in facts for facts in arms.values())
     made = {
         "round1": "dpo(beta=0.1, label_smoothing=0.0, nll_coef=0.0",
         "cdpo/round1": "dpo(beta=0.1, label_smoothing=0.25, nll_coef=0.0",
         "robust_dpo/round1": "robust(beta=0.1, label_smoothing=0.25, nll_coef=0.0",
-        "sera_recommended/round1": "dpo(beta=0.1, label_smoothing=0.0, nll_coef=0.2",
+        "sera_anchored/round1": "dpo(beta=0.1, label_smoothing=0.0, nll_coef=0.2",
     }
     for name, loss in made.items():
         assert f"('{loss}" in (tmp_path / "phases" / name / "manifest.json").read_text()

@@ -342,10 +342,10 @@ def _check_pairs(folder, arm, items, scores):
             assert scores[i][said.index(pair[side])] == pytest.approx(value, abs=TOLERANCES["packing"]["atol"])
 
 
-@pytest.mark.parametrize("arm", ["sera_likelihood", "bootstrap_only_likelihood"])
+@pytest.mark.parametrize("arm", ["sera_recommended", "bootstrap_only_likelihood"])
 def test_ranking_by_likelihood_pairs_by_the_mean_log_prob_of_the_ensemble(lab, tmp_path, arm):
     _, facts = _run(_study(lab, tmp_path, train=SHORT, rounds=2), arm)
-    assert facts[1]["kept"] == (KEPT if arm == "sera_likelihood" else PAIRS)
+    assert facts[1]["kept"] == (KEPT if arm == "sera_recommended" else PAIRS)
     items = _candidates(lab, tmp_path, "round1/candidates")
     now, before = (
         _alone(lab, policy, items) for policy in (Policy("", tmp_path / "phases/round1", "r"), lab.study.sft)

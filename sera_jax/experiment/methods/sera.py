@@ -27,6 +27,7 @@ from sera_jax.experiment.corpus import Corpus, of_pairs
 from sera_jax.experiment.evaluator import phases as evaluated
 from sera_jax.experiment.method import Experiment, Method, Outcome, Trains, looks
 from sera_jax.experiment.methods.sera_arms import (
+    ANCHORED,
     ARMS,
     DEFAULTS,
     NOISE_AWARE,
@@ -66,6 +67,8 @@ def run(given: Experiment) -> Outcome:
         arms[arm] = evaluator.of_arm(final[arm]) | {"updates": _updates(facts)} | cost.facts(spent.values())
         if arm in NOISE_AWARE:
             arms[arm]["label_smoothing"] = smoothing_of(config)
+        if arm in ANCHORED:
+            arms[arm]["nll_coef"] = dict(own.hyper)["nll_coef"]
     return final, {"arms": arms, "rounds": rounds, "loss": loss.as_dict()}
 
 
@@ -131,10 +134,13 @@ def loss_of(config: Config) -> ResolvedLoss:
 
 
 def loss_of_arm(config: Config, arm: str) -> ResolvedLoss:
-    """The config's loss, or that of a noise-aware arm, with the config's other hyper-parameters."""
-    if arm not in NOISE_AWARE:
-        return loss_of(config)
-    own = {"name": NOISE_AWARE[arm], "label_smoothing": smoothing_of(config)}
+    """The config's loss; that of a noise-aware arm, with the config's other hyper-parameters; or with an anchor."""
+    loss = loss_of(config)
+    own: dict[str, Any] = {}
+    if arm in NOISE_AWARE:
+        own = {"name": NOISE_AWARE[arm], "label_smoothing": smoothing_of(config)}
+    elif arm in ANCHORED and config.loss.nll_coef is None and not dict(loss.hyper)["nll_coef"]:
+        own = {"nll_coef": ANCHORED[arm]}
     return resolve(**dataclasses.asdict(config.loss) | own)
 
 
@@ -146,8 +152,9 @@ def smoothing_of(config: Config) -> float:
 
 def announce(config: Config) -> str:
     """The loss, and those of arms that have another."""
-    others = [f"{arm}: {loss_of_arm(config, arm)}" for arm in config.sera.arms if arm in NOISE_AWARE]
-    return "; ".join([f"loss {loss_of(config)}", *others])
+    loss = loss_of(config)
+    others = [f"{arm}: {own}" for arm in config.sera.arms if (own := loss_of_arm(config, arm)) != loss]
+    return "; ".join([f"loss {loss}", *others])
 
 
 def check(config: Config) -> None:

@@ -12,7 +12,8 @@ from sera_jax.experiment.method import Arm
 
 # Candidates are ranked by their mean log-prob, whatever the group says of its ranking.
 _BY_LIKELIHOOD: dict[str, Any] = {"judge": "policy", "likelihood_weight": 1.0, "ranking_reduction": "mean"}
-_LIKELIHOOD: dict[str, Any] = {**_BY_LIKELIHOOD, "bootstrap_from": "policy"}
+# What we recommend: studies/embedded_plane.py and embedded_gentle.py say why.
+RECOMMENDED: dict[str, Any] = {**_BY_LIKELIHOOD, "bootstrap_from": "policy"}
 _NO_SELECTION: dict[str, Any] = {"selection": "none", "threshold": None}
 _NO_BOOTSTRAP: dict[str, Any] = {"bootstrap_fraction": 0.0}
 _PLAIN: dict[str, Any] = {**_NO_SELECTION, **_NO_BOOTSTRAP, "curriculum": "none"}
@@ -27,12 +28,10 @@ SMOOTHING = 0.1  # of the noise-aware arms where nobody says how many labels are
 ARMS = {
     "sera": Arm("the method", ArmLook("SeRA", look.VERMILION, "o"), {}),
     "sera_recommended": Arm(
-        "the method as we recommend it: candidates ranked by their mean log-prob, an NLL anchor from round 2 on",
-        ArmLook("SeRA, recommended", look.BLACK, "X"),
-        {**_LIKELIHOOD, "nll_coef": 0.2},  # studies/embedded_anchor.py
+        "the method with the settings that we recommend", ArmLook("SeRA, recommended", look.BLACK, "X"), RECOMMENDED
     ),
-    "sera_likelihood": Arm(
-        "the method, candidates ranked by their mean log-prob", ArmLook("SeRA, likelihood", _OLIVE, "8"), _LIKELIHOOD
+    "sera_anchored": Arm(
+        "the same with an NLL anchor in its loss", ArmLook("SeRA, anchored", _OLIVE, "8"), RECOMMENDED
     ),
     "daa": Arm(
         "the direct alignment loss alone, for as many updates",
@@ -74,7 +73,7 @@ ARMS = {
     "bootstrap_only_likelihood": Arm(
         "all offline pairs kept, candidates ranked by their mean log-prob",
         ArmLook("bootstrap_only, likelihood", _WINE, "<"),
-        {**_NO_SELECTION, **_LIKELIHOOD},
+        {**_NO_SELECTION, **_BY_LIKELIHOOD, "bootstrap_from": "policy"},
     ),
     "sft_likelier_of_4": Arm(
         "all offline pairs kept, and the likeliest against the least likely of four answers of the SFT model",
@@ -85,6 +84,9 @@ ARMS = {
 
 # Arms that have a loss of their own, with `label_smoothing`: the baselines that know of the noise.
 NOISE_AWARE = {"cdpo": "dpo", "robust_dpo": "robust"}
+# And those whose loss has an NLL anchor of this weight, where neither it nor the config gives one; for training that is
+# long: studies/embedded_anchor.py and embedded_anchor_gentle.py say why.
+ANCHORED = {"sera_anchored": 0.2}
 
 
 def settings_of(sera: SeraGroup, arm: str) -> SeraGroup:
