@@ -1,4 +1,4 @@
-"""SeRA with DPO on Llama-2-7B shapes: 64 pairs of at most 2 x 2048 tokens a step, the prompt laid once.
+"""SeRA with DPO on Llama-2-7B shapes: 64 pairs a step, of at most 1024 + 2 x 1024 tokens, in rows of 3072.
 
 Name the weights and the rows on the command line:
 
@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     c.model.remat = "full"
 
     c.data.train = "ultrafeedback.jsonl"
-    c.data.row_tokens = 3072  # holds every pair: 1024 + 2 x 1024
+    c.data.row_tokens = 3072  # holds every pair, its prompt laid once; 4096 with data.share_prompt=False
     c.data.row_multiple = 16  # chips of the smallest pod that it is meant for, so that no row is filling
     c.data.max_prompt_length = 1024
     c.data.max_completion_length = 1024

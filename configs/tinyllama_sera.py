@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     c.data.train = "hub:HuggingFaceH4/ultrafeedback_binarized:train_prefs"
     c.data.eval = "hub:HuggingFaceH4/ultrafeedback_binarized:test_prefs"
     c.data.chat_template = "hh"  # the base has none of its own
-    c.data.row_tokens = 3072  # holds every pair: 1024 + 2 x 1024
+    c.data.row_tokens = 3072  # holds every pair, its prompt laid once; 4096 with data.share_prompt=False
     c.data.row_multiple = CHIPS
     c.data.max_prompt_length = 1024
     c.data.max_completion_length = 1024  # with the prompt, the 2048 positions of the model

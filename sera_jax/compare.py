@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         help="facts of an arm, comma-separated, or MINE:BASELINES; the first one ranks",
     )
     add("--arms", default="", help="those shown, comma-separated; default: all")
-    add("--baseline", default="", help="differences to an arm, a part of a setting's name, or both: PART/ARM")
+    add("--baseline", default="", help="differences to an arm, a part of a setting's name, PART/ARM or SETTING/ARM")
     add("--panels", default="", help="a field, by whose values tables are made")
     add("--curve", default="", help="a field, over whose values the picture draws lines")
     add("--smaller_is_better", action="store_true", help="of the first metric")

@@ -152,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     add("arms", several(str), "those compared")
     add("metrics", several(str), "facts of an arm that are compared; the first ranks")
     add("smaller_is_better", true_or_false, "of the first metric: true or false")
-    add("baseline", str, "an arm, a part of a setting's name, or both: PART/ARM")
+    add("baseline", str, "an arm, a part of a setting's name, PART/ARM or SETTING/ARM")
     add("panels", str, "a field of the grid whose values are compared apart")
     add("curve", str, "a field over whose values the picture draws lines")
     add("workdir", str, "folder of the runs")

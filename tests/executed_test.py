@@ -36,6 +36,12 @@ def test_a_loop_that_does_not_say_its_trips_is_not_known_and_counts_a_step_where
 def test_of_branches_the_dearest_counts():
     assert counted(lambda a, b: jax.lax.cond(a[0, 0] > 0, lambda: a @ b @ b, lambda: a @ b), A, B) == 2 * ONE
 
+    def endless(a, b):
+        return jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ b, a)
+
+    for branches in ((endless, jnp.matmul), (jnp.matmul, endless)):
+        assert counted(lambda a, b, of=branches: jax.lax.cond(a[0, 0] > 0, *of, a, b), A, B) is None
+
 
 def test_what_is_computed_again_for_the_backward_pass_counts():
     def loss(wrap):
@@ -50,9 +56,11 @@ def test_what_is_written_for_one_device_counts_for_all():
     devices = 4
     if jax.device_count() < devices:
         pytest.skip(f"needs {devices} devices")
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    of_part = jax.shard_map(lambda a, b: a @ b, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
-    assert counted(of_part, A, B) == ONE
+    mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    for axes in ({"data"}, {"data", "fsdp"}):  # of axes that are not named, what stands within is for all
+        split = P(tuple(sorted(axes)))
+        specs = dict(in_specs=(split, P()), out_specs=split, axis_names=axes)
+        assert counted(jax.shard_map(lambda a, b: a @ b, mesh=mesh, **specs), A, B) == ONE
 
 
 def test_a_kernel_counts_its_grid():

@@ -33,7 +33,7 @@ def _of(equation: core.JaxprEqn, unknown: float) -> float:
     if not any(parts):
         return 0.0
     if name == "cond":
-        return max(parts)
+        return math.nan if any(map(math.isnan, parts)) else max(parts)
     return _times(name, params, unknown) * sum(parts)
 
 
@@ -47,8 +47,8 @@ def _times(name: str, params: dict[str, Any], unknown: float) -> float:
         return unknown
     if name == "scan":
         return params["length"]
-    if name == "shard_map":  # it is written for one device
-        return math.prod(params["mesh"].shape.values())
+    if name == "shard_map":  # of the axes that it names it is written for one device
+        return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
     if name == "pallas_call":
         return math.prod(params["grid_mapping"].grid)
     return 1

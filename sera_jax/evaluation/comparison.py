@@ -274,6 +274,8 @@ def _baseline_of(key: Key, baseline: str, known: Collection[Key]) -> Key | None:
         *((other, other_arm) for other in (of, *with_part(of))),
     ]
     there = list(dict.fromkeys(other for other in found if other in known))
+    if of and (of, other_arm) in there:  # one entry, named in full
+        there = [(of, other_arm)]
     if len(there) > 1:
         raise ValueError(f"baseline={baseline!r} may be {' or '.join(map('/'.join, there))}; give SETTING/ARM")
     return there[0] if there and there[0] != key else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -201,7 +202,7 @@ class _Optimisation:
         self.steps, self.span = training.updates.count, training.span
         self.save_steps, self.keep = group.save_steps, group.save_total_limit
         self.waiting: list[_Waiting] = []
-        self.told = False
+        self.real, self.laid, self.told = 0, 0, False
         self._frozen: Any = None
 
     @property
@@ -255,7 +256,7 @@ class _Optimisation:
             for kind, passes in made.spent.items():
                 record[f"cost/{kind}"] = record.get(f"cost/{kind}", 0.0) + passes
         real, laid = sum(made.real_tokens for made in updates_made), sum(made.tokens for made in updates_made)
-        self._tell_of_filling(1 - real / laid)
+        self._tell_of_filling(real, laid)
         training, updates = self.training, self.training.updates
         record |= {
             "learning_rate": float(schedule(training.group, updates.planned)(updates.before + number - 1)),
@@ -265,16 +266,19 @@ class _Optimisation:
         }
         self.run.writer.write(step=number, metrics=record)
 
-    def _tell_of_filling(self, share: float) -> None:
+    def _tell_of_filling(self, real: int, laid: int) -> None:
         """Once, where most of what is computed is filling because rows come in a multiple of many."""
+        self.real, self.laid = self.real + real, self.laid + laid  # the last update of an epoch is often a small one
         layout = self.run.layout.accumulated(self.training.group.gradient_accumulation_steps)
-        if share <= MOSTLY or layout.dealt == 1 or self.told:
+        multiple = math.lcm(layout.planned, layout.dealt)
+        share = 1 - self.real / self.laid
+        if share <= MOSTLY or multiple == 1 or self.told:
             return
         self.told = True
         self.run.writer.announce(
             f"{self.training.name}: {share:.0%} of the tokens laid are filling: rows of {layout.row_tokens} come in "
-            f"multiples of {layout.dealt}, {layout.shards} devices that rows are spread over times "
-            f"{layout.microbatches} parts; lower gradient_accumulation_steps (0 chooses) or config.data.row_tokens, or "
+            f"multiples of {multiple} (config.data.row_multiple={layout.multiple}, {layout.shards} of the devices, "
+            f"{layout.microbatches} of gradient_accumulation_steps); lower one of these, or config.data.row_tokens, or "
             "raise batch_size"
         )
 

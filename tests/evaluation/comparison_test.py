@@ -83,6 +83,11 @@ def test_a_baseline_is_an_arm_or_a_part_of_a_setting_or_one_entry(baseline, othe
     assert found.against == tuple(other.rsplit("/", 1))
 
 
+def test_an_entry_that_is_named_in_full_is_the_baseline_though_others_have_its_setting_as_a_part():
+    rows = [row(setting, "daa", gold=1.0) for setting in ("a", "a,noise=1", "b,noise=1")]
+    assert entry(compare(rows, ["gold"], baseline="a/daa"), "daa", "b,noise=1").against == ("a", "daa")
+
+
 def test_entries_are_ranked_by_the_first_metric_within_their_panel():
     rows = [
         row(f"noise={n}", arm, gold=g + n / 2, length=-g) for n in (0, 1) for arm, g in (("a", 1), ("b", 3), ("c", 2))

@@ -589,7 +589,8 @@ def test_an_arm_whose_loss_is_its_own_has_its_own_first_round(lab, tmp_path):
 def test_a_round_that_computes_mostly_filling_says_so_once_and_why(lab, tmp_path, capsys):
     _run(_study(lab, tmp_path, train={**SHORT, "gradient_accumulation_steps": 16}, rounds=1), "daa")
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "filling" in line]
-    assert line.startswith("round1: ") and "multiples of 16, 1 devices that rows are spread over times 16 parts" in line
+    assert line.startswith("round1: ")
+    assert "multiples of 16 (config.data.row_multiple=1, 1 of the devices, 16 of gradient_accumulation_steps)" in line
 
 
 def test_the_random_control_keeps_as_many_as_a_threshold_would(lab, tmp_path):

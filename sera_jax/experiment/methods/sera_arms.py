@@ -31,7 +31,7 @@ ARMS = {
         "the method with the settings that we recommend", ArmLook("SeRA, recommended", look.BLACK, "X"), RECOMMENDED
     ),
     "sera_anchored": Arm(
-        "the same with an NLL anchor in its loss", ArmLook("SeRA, anchored", _OLIVE, "8"), RECOMMENDED
+        "`sera_recommended` with an NLL anchor in its loss", ArmLook("SeRA, anchored", _OLIVE, "8"), RECOMMENDED
     ),
     "daa": Arm(
         "the direct alignment loss alone, for as many updates",

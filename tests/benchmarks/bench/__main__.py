@@ -78,16 +78,17 @@ def _used() -> float:
 
 def measure(name: str, inputs: pathlib.Path, repeats: int) -> dict[str, Any]:
     """A row of the table."""
-    yardstick, workers = Worker(YARDSTICK, name, inputs), []
+    yardstick, workers = Worker(YARDSTICK, name, inputs), [Worker(OURS, name, inputs)]
     try:
         yardstick.ask("check")
-        workers.append(Worker(OURS, name, inputs))
+        checks = [workers[0].ask("check")]
         for module, python in PEERS.items():
             try:
-                workers.append(Worker(module, name, inputs, python))
+                peer = Worker(module, name, inputs, python)
+                checks.append(peer.ask("check"))
+                workers.append(peer)
             except (RuntimeError, OSError) as error:
                 print(f"{name}: {module} is left out: {error}", flush=True)
-        checks = [worker.ask("check") for worker in workers]
         apart = max((_apart(checks[0]["values"], other["values"]) for other in checks[1:]), default=0.0)
         if apart > AGREE:
             raise SystemExit(
@@ -105,8 +106,8 @@ def measure(name: str, inputs: pathlib.Path, repeats: int) -> dict[str, Any]:
 
 
 def _apart(ours: list[float], theirs: list[float]) -> float:
-    scale = max(max(map(abs, ours)), 1e-9)
-    return max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) / scale
+    scale = max([1e-9, *map(abs, ours)])
+    return max((abs(a - b) for a, b in zip(ours, theirs, strict=True)), default=0.0) / scale
 
 
 def _row(
@@ -186,8 +187,8 @@ def main() -> int:
             rows.append(measure(name, inputs, args.repeats))
             rows[-1]["took_s"] = time.monotonic() - start
             _print(rows[-1])
-    if args.json:
-        pathlib.Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+            if args.json:
+                pathlib.Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     missed = [row["work"] for row in rows if row["ratio"] is None or row["ratio"] < row["goal"]]
     if args.check and missed:
         print(f"missed: {', '.join(missed)}")

@@ -186,10 +186,8 @@ class Ppo:
     """The learner's own loop, in a thread that asks for the next prompts when an iteration is done."""
 
     def __init__(self, folder: pathlib.Path) -> None:
-        from tests.benchmarks.ppo_speed import NEW_TOKENS, PROMPTS
-
-        self.new_tokens = NEW_TOKENS
-        self.prompts = np.array([_Numbers().decode(ids.tolist()) for ids in works.random_prompts(PROMPTS)])
+        prompts = works.random_prompts(works.PPO_PROMPTS)
+        self.prompts = np.array([_Numbers().decode(ids.tolist()) for ids in prompts])
         actor, reference = (_load(folder / works.MODEL) for _ in range(2))
         critic = create_critic_model(actor)
         critic.__class__ = _Scalar
@@ -200,9 +198,9 @@ class Ppo:
                 actor_optimizer=_optimizer(), critic_optimizer=_optimizer(), eval_every_n_steps=10**9, max_steps=10**9
             ),
             rollout_config=RolloutConfig(
-                max_tokens_to_generate=NEW_TOKENS,
+                max_tokens_to_generate=works.PPO_NEW_TOKENS,
                 max_prompt_length=works.PROMPT_TOKENS,
-                kv_cache_size=works.PROMPT_TOKENS + NEW_TOKENS,
+                kv_cache_size=works.PROMPT_TOKENS + works.PPO_NEW_TOKENS,
                 temperature=1.0,
                 top_p=1.0,
             ),
@@ -247,7 +245,7 @@ class Ppo:
     def round(self) -> dict[str, float]:
         self.given.put(True)
         self._wait()
-        return {"tokens": len(self.prompts) * (works.PROMPT_TOKENS + self.new_tokens)}
+        return {"tokens": len(self.prompts) * (works.PROMPT_TOKENS + works.PPO_NEW_TOKENS)}
 
 
 WORKS: dict[str, Any] = {

@@ -87,7 +87,7 @@ class Pair:
 
 BATCH, STEPS, PAIRS = 8, 4, 256  # pairs of an update of W1, updates of a round, pairs that are scored
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 64, 64, 128  # of W3
-PPO_ROW = 128  # tokens of a row of W4
+PPO_PROMPTS, PPO_NEW_TOKENS, PPO_ROW = 16, 64, 128  # of W4; its prompts have PROMPT_TOKENS, a row is ours alone
 REAL_BATCH = 16  # of W5 and W6
 REAL_ROW = 1536  # no pair takes more tokens, its prompt counted twice
 TEMPERATURE = 0.7
