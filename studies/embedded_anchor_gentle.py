@@ -3,14 +3,15 @@
 python -m sera_jax.study --config=studies/embedded_anchor_gentle.py
 """
 
-import dataclasses
-
 from sera_jax.studies.plan import Study
-from studies.embedded_anchor_noise import get_config as noise
-from studies.embedded_plane import NOISY
+from studies.embedded_plane import NOISY, like
 
 
 def get_config() -> Study:
-    study = noise()
-    overrides = {**study.overrides, "train.num_train_epochs": 1}
-    return dataclasses.replace(study, overrides=overrides, grid=NOISY)
+    return like(
+        {"train.num_train_epochs": 1, "sera.arms": ("daa", "sera_recommended")},
+        settings={"no anchor": {}, "anchor": {"loss.nll_coef": 0.2}},
+        grid=NOISY,
+        seeds=range(20, 30),
+        baseline="no anchor/daa",
+    )

@@ -8,7 +8,10 @@ Without the anchor the loss alone is trained, to which all is compared.
 from sera_jax.studies.plan import Study
 from studies.embedded_plane import like
 
-ANCHOR = {"no anchor": {"sera.arms": ("daa",)}, "anchor": {"loss.nll_coef": 0.2}}
+ANCHOR = {
+    "no anchor": {"sera.arms": ("daa",)},
+    "anchor": {"loss.nll_coef": 0.2, "sera.arms": ("sera", "sera_recommended")},
+}
 
 
 def get_config() -> Study:
