@@ -85,7 +85,7 @@ ARMS = {
 # Arms that have a loss of their own, with `label_smoothing`: the baselines that know of the noise.
 NOISE_AWARE = {"cdpo": "dpo", "robust_dpo": "robust"}
 # And those whose loss has an NLL anchor of this weight, where neither it nor the config gives one; for training that is
-# long: studies/embedded_anchor.py and embedded_anchor_gentle.py say why.
+# not short: studies/embedded_anchor.py and embedded_anchor_gentle.py say why.
 ANCHORED = {"sera_anchored": 0.2}
 
 
