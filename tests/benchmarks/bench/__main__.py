@@ -3,8 +3,8 @@
     python -m tests.benchmarks.bench [--works W1 W2] [--repeats 5] [--check] [--json bench.json]
 
 Every worker is a process of its own with its model loaded; rounds are asked for in turn, so that a busy machine slows
-all alike. Before anything is timed the workers' numbers are compared (log-probs, greedy tokens). A round during which
-other processes took more than a tenth of the cores is busy: their number stands beside the row.
+all alike. Before anything is timed the workers' numbers are compared (log-probs, greedy tokens), and a peer
+that differs is left out. A round during which other processes took more than a tenth of the cores is busy: their number stands beside the row.
 
 tokens/s count real tokens, a prompt once per response; the ratio is ours to the best peer's, above 1 is faster. `peak`
 is the most memory that the worker's process had in a round. --check ends with 1 where a goal is missed. A peer that
@@ -85,15 +85,18 @@ def measure(name: str, inputs: pathlib.Path, repeats: int) -> dict[str, Any]:
         for module, python in PEERS.items():
             try:
                 peer = Worker(module, name, inputs, python)
-                checks.append(peer.ask("check"))
-                workers.append(peer)
+                check = peer.ask("check")
             except (RuntimeError, OSError) as error:
                 print(f"{name}: {module} is left out: {error}", flush=True)
+                continue
+            apart = _apart(checks[0]["values"], check["values"])
+            if apart > AGREE:
+                print(f"{name}: {module} is left out: it differs by {apart:.1e}, more than {AGREE}", flush=True)
+                peer.end()
+                continue
+            workers.append(peer)
+            checks.append(check)
         apart = max((_apart(checks[0]["values"], other["values"]) for other in checks[1:]), default=0.0)
-        if apart > AGREE:
-            raise SystemExit(
-                f"{name}: the workers differ by {apart:.1e} (relative), more than {AGREE}: nothing is timed"
-            )
         peaks = []
         for _ in range(repeats):
             peaks.append(yardstick.ask("round"))
