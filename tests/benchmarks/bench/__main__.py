@@ -4,7 +4,8 @@
 
 Every worker is a process of its own with its model loaded; rounds are asked for in turn, so that a busy machine slows
 all alike. Before anything is timed the workers' numbers are compared (log-probs, greedy tokens), and a peer
-that differs is left out. A round during which other processes took more than a tenth of the cores is busy: their number stands beside the row.
+that differs is left out. A round during which other processes took more than a tenth of the cores is busy: their number
+stands beside the row.
 
 tokens/s count real tokens, a prompt once per response; the ratio is ours to the best peer's, above 1 is faster. `peak`
 is the most memory that the worker's process had in a round. --check ends with 1 where a goal is missed. A peer that
