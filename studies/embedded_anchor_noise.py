@@ -6,13 +6,14 @@ Without the anchor the loss alone is trained, to which all is compared.
 """
 
 from sera_jax.studies.plan import Study
+from studies.embedded_anchor import ANCHOR
 from studies.embedded_plane import like
 
-ANCHOR = {
-    "no anchor": {"sera.arms": ("daa",)},
-    "anchor": {"loss.nll_coef": 0.2, "sera.arms": ("sera", "sera_recommended")},
+SETTINGS = {
+    "no anchor": {**ANCHOR["no anchor"], "sera.arms": ("daa",)},
+    "anchor": {**ANCHOR["anchor"], "sera.arms": ("sera", "sera_recommended")},
 }
 
 
 def get_config() -> Study:
-    return like(settings=ANCHOR, grid={"data.label_noise": (0.4, 0.0)}, seeds=range(20, 30), baseline="no anchor/daa")
+    return like(settings=SETTINGS, grid={"data.label_noise": (0.4, 0.0)}, seeds=range(20, 30), baseline="no anchor/daa")

@@ -16,6 +16,11 @@ def counted(program, *arguments, **how) -> float | None:
     return matmul_flops(jax.jit(program).trace(*arguments).jaxpr, **how)
 
 
+def endless(a, b):
+    """A loop that does not say how many trips it makes."""
+    return jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ b, a)
+
+
 def test_a_loop_counts_its_trips_and_batches_their_axes():
     assert counted(lambda a, b: a @ b, A, B) == ONE
     assert counted(lambda a, b: jax.lax.scan(lambda x, _: (x @ b, None), a, None, length=5)[0], A, B) == 5 * ONE
@@ -25,9 +30,6 @@ def test_a_loop_counts_its_trips_and_batches_their_axes():
 
 
 def test_a_loop_that_does_not_say_its_trips_is_not_known_and_counts_a_step_where_that_is_asked():
-    def endless(a, b):
-        return jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ b, a)
-
     assert counted(endless, A, B) is None
     assert counted(endless, A, B, a_step=True) == ONE
     assert counted(lambda a: jax.lax.while_loop(lambda x: x[0, 0] < 9, jnp.tanh, a), A) == 0
@@ -35,9 +37,6 @@ def test_a_loop_that_does_not_say_its_trips_is_not_known_and_counts_a_step_where
 
 def test_of_branches_the_dearest_counts():
     assert counted(lambda a, b: jax.lax.cond(a[0, 0] > 0, lambda: a @ b @ b, lambda: a @ b), A, B) == 2 * ONE
-
-    def endless(a, b):
-        return jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ b, a)
 
     for branches in ((endless, jnp.matmul), (jnp.matmul, endless)):
         assert counted(lambda a, b, of=branches: jax.lax.cond(a[0, 0] > 0, *of, a, b), A, B) is None
@@ -53,9 +52,8 @@ def test_what_is_computed_again_for_the_backward_pass_counts():
 
 
 def test_what_is_written_for_one_device_counts_for_all():
-    devices = 4
-    if jax.device_count() < devices:
-        pytest.skip(f"needs {devices} devices")
+    if jax.device_count() < 4:
+        pytest.skip("needs 4 devices")
     mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     for axes in ({"data"}, {"data", "fsdp"}):  # of axes that are not named, what stands within is for all
         split = P(tuple(sorted(axes)))

@@ -18,18 +18,23 @@ def matmul_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr, *, a_step: bool = False) 
     Args:
         a_step: such a loop counts one trip, as of a decoder.
     """
-    found = sum(_of(equation, 1.0 if a_step else math.nan) for equation in _open(jaxpr).eqns)
+    found = _total(jaxpr, 1.0 if a_step else math.nan)
     return None if math.isnan(found) else found
 
 
-def _of(equation: core.JaxprEqn, unknown: float) -> float:
+def _total(jaxpr: core.ClosedJaxpr | core.Jaxpr, unknown: float) -> float:
     """`unknown`: what a loop's trips are taken to be that does not say them."""
+    opened = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
+    return sum(_of(equation, unknown) for equation in opened.eqns)
+
+
+def _of(equation: core.JaxprEqn, unknown: float) -> float:
     params, name = equation.params, equation.primitive.name
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         left, out = _shape(equation.invars[0]), _shape(equation.outvars[0])
         return 2.0 * math.prod(out) * math.prod(left[axis] for axis in contracted)
-    parts = [sum(_of(inner, unknown) for inner in _open(part).eqns) for part in _within(params)]
+    parts = [_total(part, unknown) for part in _within(params)]
     if not any(parts):
         return 0.0
     if name == "cond":
@@ -63,7 +68,3 @@ def _within(params: dict[str, Any]) -> Iterator[core.ClosedJaxpr | core.Jaxpr]:
 
 def _is_jaxpr(value: Any) -> bool:
     return isinstance(value, (core.ClosedJaxpr, core.Jaxpr))
-
-
-def _open(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> core.Jaxpr:
-    return jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr

@@ -35,12 +35,11 @@ from sera_jax.loops.srppo_study import SrppoStudy
 from sera_jax.mesh import make_mesh
 from sera_jax.models.decoder import Params, init_params
 from sera_jax.writer import MetricWriter
-from tests.benchmarks.bench.works import PPO_NEW_TOKENS, PPO_PROMPTS, PROMPT_TOKENS
+from tests.benchmarks.bench.works import PPO_NEW_TOKENS, PPO_PROMPTS, PROMPT_TOKENS, STOP_ID
 from tests.benchmarks.training_speed import BENCH, item_flops, matmul_peak
 
 PROMPTS, NEW_TOKENS = PPO_PROMPTS, PPO_NEW_TOKENS
 PERTURBATION = 1e-3  # of the SFT model's parameters; those of the base have a standard deviation of 0.02
-STOP_ID = 2  # among 8192 tokens about as likely as any: an answer in 128 or so ends early
 WARM_UP = 2  # the first iteration compiles; the second must not
 PARTS = ("rollout", "score", "update")
 

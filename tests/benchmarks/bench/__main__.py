@@ -79,10 +79,11 @@ def _used() -> float:
 
 def measure(name: str, inputs: pathlib.Path, repeats: int) -> dict[str, Any]:
     """A row of the table."""
-    yardstick, workers = Worker(YARDSTICK, name, inputs), [Worker(OURS, name, inputs)]
+    yardstick, workers, checks, furthest = Worker(YARDSTICK, name, inputs), [], [], 0.0
     try:
         yardstick.ask("check")
-        checks = [workers[0].ask("check")]
+        workers.append(Worker(OURS, name, inputs))
+        checks.append(workers[0].ask("check"))
         for module, python in PEERS.items():
             try:
                 peer = Worker(module, name, inputs, python)
@@ -97,13 +98,13 @@ def measure(name: str, inputs: pathlib.Path, repeats: int) -> dict[str, Any]:
                 continue
             workers.append(peer)
             checks.append(check)
-        apart = max((_apart(checks[0]["values"], other["values"]) for other in checks[1:]), default=0.0)
+            furthest = max(furthest, apart)
         peaks = []
         for _ in range(repeats):
             peaks.append(yardstick.ask("round"))
             for worker in workers:
                 worker.rounds.append(worker.ask("round"))
-        return _row(name, workers, checks, peaks, apart)
+        return _row(name, workers, checks, peaks, furthest)
     finally:
         for worker in (yardstick, *workers):
             worker.end()

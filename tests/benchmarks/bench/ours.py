@@ -31,7 +31,6 @@ from tests.benchmarks.bench.works import Pair, Work
 NAME = f"sera_jax (jax {jax.__version__})"
 ROW, SCORE_TOKENS = 1024, 16384
 DPO_ROW, POLITE_ROW = 1280, 640  # of W1, W1c and W6: the rows that a step of so few pairs fills best
-CHECKED = 8  # pairs whose log-probs are compared
 
 
 def _items(pairs: Sequence[Pair], logps: np.ndarray | None = None) -> list[PairItem]:
@@ -77,7 +76,7 @@ class Dpo:
         )
         self.reference = self.params
         self.score = make_score(self.cfg, self.mesh, **how)
-        self.row, self.checked = row, pairs[:CHECKED]
+        self.row, self.checked = row, pairs[: works.CHECKED]
 
     def check(self) -> list[float]:
         wanted = {rows for rows, *_ in self.loader.compiled}
@@ -114,7 +113,7 @@ class Scoring:
         self.scorer = _Scorer(self.models[0][0], self.pairs, ROW)
 
     def check(self) -> list[float]:
-        return [x for _, params in self.models for x in self.scorer(params)[:CHECKED].ravel().tolist()]
+        return [x for _, params in self.models for x in self.scorer(params)[: works.CHECKED].ravel().tolist()]
 
     def round(self) -> dict[str, float]:
         for _, params in self.models:
@@ -129,14 +128,18 @@ class Sampling:
 
     def check(self) -> list[float]:
         self.round()
-        greedy = SamplingParams(temperature=0.0, max_new_tokens=16, min_new_tokens=16, stop_ids=(2,))
+        greedy = SamplingParams(temperature=0.0, max_new_tokens=16, min_new_tokens=16, stop_ids=(works.STOP_ID,))
         first = generate(self.cfg, self.params, Draws(self.prompts[:4], range(4)), greedy, slots=works.PROMPTS)
         return [float(token) for sample in first for token in sample.tokens]
 
     def round(self) -> dict[str, float]:
         new = works.NEW_TOKENS
         how = SamplingParams(
-            temperature=works.TEMPERATURE, top_p=self.top_p, max_new_tokens=new, min_new_tokens=new, stop_ids=(2,)
+            temperature=works.TEMPERATURE,
+            top_p=self.top_p,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            stop_ids=(works.STOP_ID,),
         )
         self.done += 1
         ids = range(self.done * works.PROMPTS, (self.done + 1) * works.PROMPTS)

@@ -24,7 +24,6 @@ from tests.benchmarks.bench import works
 from tests.benchmarks.bench.works import Pair, Work
 
 NAME = f"TRL {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
-CHECKED = 8
 
 
 def _load(folder: pathlib.Path) -> Any:
@@ -91,7 +90,7 @@ class Dpo:
         self.model.train()
 
     def check(self) -> list[float]:
-        batch = _batch(self.trainer, self.pairs[:CHECKED])
+        batch = _batch(self.trainer, self.pairs[: works.CHECKED])
         chosen, rejected = self.trainer.compute_ref_log_probs(self.model, batch)
         self.round()
         return torch.stack([chosen, rejected], 1).ravel().tolist()
@@ -137,7 +136,7 @@ class Scoring:
         return out
 
     def check(self) -> list[float]:
-        return [x for model in self.models for x in self._score(model)[:CHECKED].ravel().tolist()]
+        return [x for model in self.models for x in self._score(model)[: works.CHECKED].ravel().tolist()]
 
     def round(self) -> dict[str, float]:
         for model in self.models:
@@ -156,13 +155,15 @@ class Sampling:
 
     def check(self) -> list[float]:
         self.round()
-        out = self._generate(self.prompts[:4], do_sample=False, max_new_tokens=16, min_new_tokens=16, eos_token_id=2)
+        out = self._generate(
+            self.prompts[:4], do_sample=False, max_new_tokens=16, min_new_tokens=16, eos_token_id=works.STOP_ID
+        )
         return [float(token) for token in out[:, works.PROMPT_TOKENS :].ravel()]
 
     def round(self) -> dict[str, float]:
         new = works.NEW_TOKENS
         how = dict(do_sample=True, temperature=works.TEMPERATURE, top_p=self.top_p, top_k=0)
-        out = self._generate(self.prompts, max_new_tokens=new, min_new_tokens=new, eos_token_id=2, **how)
+        out = self._generate(self.prompts, max_new_tokens=new, min_new_tokens=new, eos_token_id=works.STOP_ID, **how)
         return {"tokens": out[:, works.PROMPT_TOKENS :].numel()}
 
 

@@ -31,9 +31,6 @@ from tests.benchmarks.bench import works
 from tests.benchmarks.bench.works import Pair, Work
 
 NAME = f"Tunix {importlib.metadata.version('google-tunix')}, jax {jax.__version__}"
-CHECKED = 8
-LONGEST = 192  # tokens of a response of W1 and W2
-STOP_ID = 2
 
 
 def _load(path: pathlib.Path) -> Llama3:
@@ -67,7 +64,7 @@ def _batch(pairs: Sequence[Pair]) -> dpo_trainer.TrainingInput:
     prompts = np.stack([pair.prompt for pair in pairs])
 
     def padded(answers: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        ids, mask = np.zeros((2, len(answers), LONGEST), np.int32)
+        ids, mask = np.zeros((2, len(answers), works.LONGEST), np.int32)
         for row, answer in enumerate(answers):
             ids[row, : len(answer)], mask[row, : len(answer)] = answer, 1
         return ids, mask
@@ -87,7 +84,7 @@ class Dpo:
         self.logps = None if in_step else works.reference_logps(self.pairs)
 
     def check(self) -> list[float]:
-        found = _logps(self.trainer, self.model, self.pairs[:CHECKED])
+        found = _logps(self.trainer, self.model, self.pairs[: works.CHECKED])
         self.round()
         return found.ravel().tolist()
 
@@ -130,7 +127,7 @@ class Scoring:
         return np.concatenate([_logps(self.trainer, model, part) for part in parts])
 
     def check(self) -> list[float]:
-        return [x for model in self.models for x in self._score(model)[:CHECKED].ravel().tolist()]
+        return [x for model in self.models for x in self._score(model)[: works.CHECKED].ravel().tolist()]
 
     def round(self) -> dict[str, float]:
         for model in self.models:
@@ -151,7 +148,7 @@ class _Numbers:
         return 0  # none is put before a prompt
 
     def eos_id(self) -> int:
-        return STOP_ID
+        return works.STOP_ID
 
     def pad_id(self) -> int:
         return 0
@@ -168,7 +165,12 @@ class Sampling:
 
     def _generate(self, prompts: list[str], new: int, **how: Any) -> list[np.ndarray]:
         found = self.sampler(
-            prompts, new, max_prompt_length=works.PROMPT_TOKENS, eos_tokens=[STOP_ID], forbidden_tokens=[STOP_ID], **how
+            prompts,
+            new,
+            max_prompt_length=works.PROMPT_TOKENS,
+            eos_tokens=[works.STOP_ID],
+            forbidden_tokens=[works.STOP_ID],
+            **how,
         )
         return found.tokens
 

@@ -86,6 +86,9 @@ class Pair:
 
 
 BATCH, STEPS, PAIRS = 8, 4, 256  # pairs of an update of W1, updates of a round, pairs that are scored
+SHORTEST, LONGEST = 48, 192  # tokens of their responses
+CHECKED = 8  # pairs whose log-probs are compared
+STOP_ID = 2  # ends an answer of W3 and W4: among 8192 tokens about as likely as any, so one in 128 or so ends early
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 64, 64, 128  # of W3
 PPO_PROMPTS, PPO_NEW_TOKENS, PPO_ROW = 16, 64, 128  # of W4; its prompts have PROMPT_TOKENS, a row is ours alone
 REAL_BATCH = 16  # of W5 and W6
@@ -100,7 +103,10 @@ def random_pairs(count: int = PAIRS, seed: int = 0) -> list[Pair]:
     def tokens(length: int) -> np.ndarray:
         return rng.integers(3, SHAPE["vocab_size"], length).astype(np.int32)
 
-    return [Pair(tokens(64), tokens(rng.integers(48, 193)), tokens(rng.integers(48, 193))) for _ in range(count)]
+    return [
+        Pair(tokens(64), tokens(rng.integers(SHORTEST, LONGEST + 1)), tokens(rng.integers(SHORTEST, LONGEST + 1)))
+        for _ in range(count)
+    ]
 
 
 def reference_logps(pairs: list[Pair]) -> np.ndarray:
