@@ -43,7 +43,7 @@ def _load(path: pathlib.Path) -> Llama3:
         num_heads=shape["num_attention_heads"],
         head_dim=shape["head_dim"],
         num_kv_heads=shape["num_key_value_heads"],
-        rope_theta=10000,
+        rope_theta=shape["rope_theta"],
         norm_eps=1e-5,
     )
     return create_model_from_safe_tensors(str(path), config, dtype=jnp.float32)

@@ -23,6 +23,7 @@ SHAPE = dict(  # of W1 to W5: a Llama of random weights, float32, untied
     num_attention_heads=8,
     num_key_value_heads=4,
     head_dim=32,
+    rope_theta=1e6,  # Tunix 0.1.7's Llama turns by this base whatever its config says
 )
 MODEL, REFERENCE = "model", "reference"  # folders of the inputs, in Hugging Face's format
 SMOLLM2 = "SERA_JAX_SMOLLM2"  # names the folder of SmolLM2-135M-Instruct
