@@ -250,8 +250,12 @@ def test_an_attention_that_the_devices_do_not_have_is_refused_in_a_line(folder, 
     assert looked(folder / "estimated", *tiny_flags(folder), named, "--topology=gpu:h100:2") == (2, None)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: config.model.attn_implementation='splash' runs on tpu devices, and these are cuda;")
-    plain = named.replace("splash", "xla_loop")
-    assert looked(folder / "plain", *tiny_flags(folder), plain, "--topology=gpu:h100:2", "--only=train")[0] == 0
+    for name in ("xla_loop", "auto"):
+        how = tiny_flags(folder, data__row_tokens=256, model__attn_implementation=name)
+        code, report = looked(folder / name, *how, "--topology=gpu:h100:2", "--only=train: update")
+        assert code == 0 and 0 < report["rows"][-1]["useful_share"] <= 1, (
+            "traced with what GPUs compute, not with tiles"
+        )
 
 
 @pytest.mark.parametrize(

@@ -37,15 +37,21 @@ def programs_of(config: Config, topology: Topology) -> tuple[list[Program], Mesh
     """All programs of the run of `config` on those devices, in its order. Raises ValueError as `plan`."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=topology.devices)
     if not topology.compiles:  # nor are its devices those that it stands for
-        _check_attention(config)
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, attn_implementation=backends.AUTO))
+        model = dataclasses.replace(config.model, attn_implementation=_traced_attention(config))
+        config = dataclasses.replace(config, model=model)
     planned = plan(config, mesh)
     return METHODS[config.method].programs(planned), mesh, planned
 
 
-def _check_attention(config: Config) -> None:
-    """Raises ValueError, with the way out, where GPUs have no such attention as the config names."""
-    chosen_attention(config, base_model(config.model, _tokenizer(config), config.seed)[0], "cuda")
+def _traced_attention(config: Config) -> str:
+    """What an estimate for GPUs is traced with: what they would take where that runs anywhere; for cuDNN, which leaves
+    nothing out that is masked, the one loop, which leaves out as little.
+
+    Raises:
+        ValueError: GPUs have no such attention as the config names; with the way out.
+    """
+    _, name, _ = chosen_attention(config, base_model(config.model, _tokenizer(config), config.seed)[0], "cuda")
+    return "xla_loop" if backends.anywhere(name) == backends.AUTO else name
 
 
 def plan(config: Config, mesh: Mesh) -> Planned:
