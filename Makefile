@@ -11,6 +11,7 @@ ARGS ?=
 VENV := .venv
 PARITY := .venv-parity
 TUNIX := .venv-tunix
+EASYDEL := .venv-easydel
 DOCS := .venv-docs
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 # Whole files at a time: the tests of one share what they compile.
@@ -40,6 +41,7 @@ parity: $(PARITY)/parity-$(VERSION).stamp ## compare with PyTorch implementation
 
 bench: $(PARITY)/parity-$(VERSION).stamp ## time the same work by ours and by its peers, in turns: ARGS="--works W1 --check"
 	$(MAKE) $(TUNIX)/tunix-$(VERSION).stamp || echo "Tunix cannot be installed, so it is left out"
+	$(MAKE) $(EASYDEL)/easydel-$(VERSION).stamp || echo "EasyDeL cannot be installed, so it is left out"
 	$(PARITY)/bin/python -m tests.benchmarks.bench $(ARGS)
 
 check: $(VENV)/test-$(VERSION).stamp ## formatting, lint, types
@@ -58,7 +60,7 @@ docs: $(DOCS)/docs-$(VERSION).stamp ## build the documentation as a site, which 
 	cp site/README.html site/index.html
 
 clean: ## remove the environments, the caches and the site; runs/ stays
-	rm -rf $(VENV) $(PARITY) $(TUNIX) $(DOCS) site .cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PARITY) $(TUNIX) $(EASYDEL) $(DOCS) site .cache .pytest_cache .ruff_cache
 	find sera_jax tests configs studies -name __pycache__ -prune -exec rm -rf {} +
 
 # Stamps carry the interpreter's version, so that PYTHON=python3.12 after python3.11 starts afresh, and nothing is
@@ -85,6 +87,10 @@ $(PARITY)/parity-$(VERSION).stamp: requirements.txt requirements-test.txt requir
 
 $(TUNIX)/tunix-$(VERSION).stamp: requirements-tunix.txt | $(TUNIX)/python-$(VERSION).stamp
 	$(TUNIX)/bin/python $(PIP_INSTALL) -r requirements-tunix.txt
+	touch $@
+
+$(EASYDEL)/easydel-$(VERSION).stamp: requirements-easydel.txt | $(EASYDEL)/python-$(VERSION).stamp
+	$(EASYDEL)/bin/python $(PIP_INSTALL) -r requirements-easydel.txt
 	touch $@
 
 $(DOCS)/docs-$(VERSION).stamp: requirements-docs.txt | $(DOCS)/python-$(VERSION).stamp

@@ -15,6 +15,7 @@ def get_config() -> Study:
     return dataclasses.replace(
         study,
         overrides={**study.overrides, "ppo.arms": ("srppo",)},
+        metrics=("gold_by_temperature/0", "kl_to_sft", "response_tokens_mean", "cost/passes_tokens"),
         settings={
             "nothing": {},
             "KL 0.05": {"ppo.kl_coef": 0.05},
@@ -32,5 +33,6 @@ def get_config() -> Study:
             "two tasks held out": {"world.heldout_tasks": ("repeat", "last")},
         },
         seeds=range(10, 13),
+        baseline="nothing/srppo",
         curve="",
     )

@@ -239,6 +239,14 @@ def load_tree(path: pathlib.Path, abstract: Any) -> Any:
     return tree
 
 
+class _Manager(ocp.CheckpointManager):
+    """Saves when it is told to. JAX counts how often a process asks whether to stop, and orbax would put the number of
+    a step there: the processes would then agree on a question that was asked already."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one phase under way: written in the background, atomic, the last few kept.
 
@@ -253,7 +261,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, cleanup_tmp_directories=True, temporary_path_class=_made_under(self._path.parent)
         )
-        self._manager = ocp.CheckpointManager(self._path, options=options)
+        self._manager = _Manager(self._path, options=options)
 
     def save(self, step: int, state: Any, notes: dict[str, Any] | None = None) -> None:
         """Start writing `state`, and notes beside it that JSON can hold; its buffers may be donated as soon as this

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sera_jax.checkpoint import Checkpoints, CorruptCheckpoint, Workdir, load_tree, save_tree, tree_digest
@@ -265,6 +266,20 @@ def test_background_checkpoints_survive_donation_and_keep_only_the_last(tmp_path
     again = Checkpoints(tmp_path / "c", keep=2)
     assert float(again.restore(target)["w"][0, 0]) == 5.0
     again.close()
+
+
+def test_a_checkpoint_does_not_ask_whether_to_stop(tmp_path, monkeypatch):
+    """JAX counts the questions whether to stop, to agree on one: a question of orbax's, by its step, would move it."""
+
+    def asked(step):
+        raise AssertionError(f"asked at {step}")
+
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked)
+    checkpoints = Checkpoints(tmp_path / "c", keep=1)
+    for step in (1, 2):
+        checkpoints.save(step, _tree())
+    checkpoints.close()
+    assert sorted(path.name for path in (tmp_path / "c").iterdir() if path.name.isdigit()) == ["2"]
 
 
 def test_notes_beside_a_checkpoint_that_were_changed_are_an_error(tmp_path):

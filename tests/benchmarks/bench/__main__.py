@@ -10,7 +10,8 @@ stands beside the row.
 tokens/s count real tokens, a prompt once per response; the ratio is ours to the best peer's, above 1 is faster. `peak`
 is the most memory that the worker's process had in a round. --check ends with 1 where a goal is missed. A peer that
 cannot be imported, or has no such work, is left out by name; so is work whose environment variables are not set
-(`works.Bench.needs`). Tunix needs other versions of what TRL needs too, so it has an environment of its own.
+(`works.Bench.needs`). Tunix and EasyDeL need other versions of what TRL needs
+too, so each has an environment of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +30,11 @@ from typing import Any
 from tests.benchmarks.bench.works import BENCHES
 
 OURS, YARDSTICK = "ours", "yardstick"
-PEERS = {"trl_peer": sys.executable, "tunix_peer": ".venv-tunix/bin/python"}  # and whose Python runs them
+PEERS = {  # and whose Python runs them
+    "trl_peer": sys.executable,
+    "tunix_peer": ".venv-tunix/bin/python",
+    "easydel_peer": ".venv-easydel/bin/python",
+}
 BUSY = 0.1  # of the cores, by other processes
 AGREE = 2e-3  # relative, of log-probs of whole responses in float32
 
