@@ -39,10 +39,7 @@ def _batch(pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
     prompts = np.stack([pair.prompt for pair in pairs])
     batch = {"prompt_input_ids": prompts, "prompt_attention_mask": np.ones_like(prompts)}
     for side in ("chosen", "rejected"):
-        ids, mask = np.zeros((2, len(pairs), works.LONGEST), np.int32)
-        for row, pair in enumerate(pairs):
-            answer = getattr(pair, side)
-            ids[row, : len(answer)], mask[row, : len(answer)] = answer, 1
+        ids, mask = works.padded([getattr(pair, side) for pair in pairs])
         batch |= {f"{side}_input_ids": ids, f"{side}_attention_mask": mask}
     return batch
 

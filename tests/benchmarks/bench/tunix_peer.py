@@ -62,14 +62,7 @@ def _optimizer() -> optax.GradientTransformation:
 
 def _batch(pairs: Sequence[Pair]) -> dpo_trainer.TrainingInput:
     prompts = np.stack([pair.prompt for pair in pairs])
-
-    def padded(answers: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        ids, mask = np.zeros((2, len(answers), works.LONGEST), np.int32)
-        for row, answer in enumerate(answers):
-            ids[row, : len(answer)], mask[row, : len(answer)] = answer, 1
-        return ids, mask
-
-    chosen, rejected = padded([p.chosen for p in pairs]), padded([p.rejected for p in pairs])
+    chosen, rejected = works.padded([p.chosen for p in pairs]), works.padded([p.rejected for p in pairs])
     return dpo_trainer.TrainingInput(prompts, np.ones_like(prompts), *chosen, *rejected)
 
 

@@ -10,7 +10,7 @@ import gzip
 import json
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -108,6 +108,14 @@ def random_pairs(count: int = PAIRS, seed: int = 0) -> list[Pair]:
         Pair(tokens(64), tokens(rng.integers(SHORTEST, LONGEST + 1)), tokens(rng.integers(SHORTEST, LONGEST + 1)))
         for _ in range(count)
     ]
+
+
+def padded(answers: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and what of them is an answer, i32[n, LONGEST] both: for peers that compile for one shape."""
+    ids, mask = np.zeros((2, len(answers), LONGEST), np.int32)
+    for row, answer in enumerate(answers):
+        ids[row, : len(answer)], mask[row, : len(answer)] = answer, 1
+    return ids, mask
 
 
 def reference_logps(pairs: list[Pair]) -> np.ndarray:
