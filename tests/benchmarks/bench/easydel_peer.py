@@ -62,20 +62,16 @@ class Dpo:
         return found.ravel().tolist()
 
     def round(self) -> dict[str, float]:
-        tokens = 0
-        for _ in range(works.STEPS):
-            start = self.at * works.BATCH % len(self.pairs)
-            pairs = self.pairs[start : start + works.BATCH]
-            batch = _batch(pairs)
-            if self.logps is not None:
-                chosen, rejected = self.logps[start : start + works.BATCH].T
-                batch |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
-            with self.mesh:
-                self.state, metrics = self.step(self.state, batch, self.reference)
-            assert np.isfinite(metrics.loss)
-            tokens += sum(pair.tokens for pair in pairs)
-            self.at += 1
-        return {"tokens": tokens, "repeats": works.STEPS}
+        self.at += works.STEPS
+        return works.dpo_round(self.at - works.STEPS, self.pairs, self.logps, self._update)
+
+    def _update(self, pairs: list[Pair], logps: np.ndarray | None) -> Any:
+        batch = _batch(pairs)
+        if logps is not None:
+            batch["ref_chosen_logps"], batch["ref_rejected_logps"] = logps.T
+        with self.mesh:
+            self.state, metrics = self.step(self.state, batch, self.reference)
+        return metrics.loss
 
 
 def _scorer(model: Any) -> Callable[[Sequence[Pair]], np.ndarray]:

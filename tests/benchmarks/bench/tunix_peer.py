@@ -82,19 +82,15 @@ class Dpo:
         return found.ravel().tolist()
 
     def round(self) -> dict[str, float]:
-        tokens = 0
-        for _ in range(works.STEPS):
-            start = self.at * works.BATCH % len(self.pairs)
-            pairs = self.pairs[start : start + works.BATCH]
-            inputs = self.trainer._prepare_inputs(_batch(pairs))
-            if self.logps is not None:
-                chosen, rejected = self.logps[start : start + works.BATCH].T
-                inputs = inputs.replace(ref_chosen_logps=jnp.array(chosen), ref_rejected_logps=jnp.array(rejected))
-            loss = self.step(inputs)[0]
-            assert np.isfinite(loss)
-            tokens += sum(pair.tokens for pair in pairs)
-            self.at += 1
-        return {"tokens": tokens, "repeats": works.STEPS}
+        self.at += works.STEPS
+        return works.dpo_round(self.at - works.STEPS, self.pairs, self.logps, self._update)
+
+    def _update(self, pairs: list[Pair], logps: np.ndarray | None) -> Any:
+        inputs = self.trainer._prepare_inputs(_batch(pairs))
+        if logps is not None:
+            chosen, rejected = logps.T
+            inputs = inputs.replace(ref_chosen_logps=jnp.array(chosen), ref_rejected_logps=jnp.array(rejected))
+        return self.step(inputs)[0]
 
 
 def _logps(trainer: dpo_trainer.DPOTrainer, model: Llama3, pairs: Sequence[Pair]) -> np.ndarray:

@@ -10,7 +10,7 @@ import gzip
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -127,6 +127,20 @@ def random_prompts(count: int, seed: int = 3) -> list[np.ndarray]:
     """Of W3 and W4."""
     rng = np.random.default_rng(seed)
     return [rng.integers(3, SHAPE["vocab_size"], PROMPT_TOKENS).astype(np.int32) for _ in range(count)]
+
+
+def dpo_round(
+    at: int, pairs: list[Pair], logps: np.ndarray | None, update: Callable[[list[Pair], np.ndarray | None], Any]
+) -> dict[str, float]:
+    """A round of W1 or W1c from update `at` on: `update` takes pairs with their reference log-probs f32[n, 2], where
+    they are cached, and gives the loss."""
+    tokens = 0
+    for number in range(at, at + STEPS):
+        start = number * BATCH % len(pairs)
+        these = slice(start, start + BATCH)
+        assert np.isfinite(update(pairs[these], None if logps is None else logps[these]))
+        tokens += sum(pair.tokens for pair in pairs[these])
+    return {"tokens": tokens, "repeats": STEPS}
 
 
 def hh_pairs() -> list[Pair]:
