@@ -19,7 +19,7 @@ import jax
 
 from sera_jax import compiling, memory, world
 from sera_jax.checkpoint import Workdir
-from sera_jax.checkpoint.phases import file_digest, write_json
+from sera_jax.checkpoint.papers import file_digest, write_json
 from sera_jax.config import EvalGroup, SamplingGroup
 from sera_jax.data.columns import THOUGHTS, Reading
 from sera_jax.data.items import Item, PairItem

@@ -19,7 +19,7 @@ import numpy as np
 
 from sera_jax import compiling, memory
 from sera_jax.checkpoint.code import versions
-from sera_jax.checkpoint.phases import file_digest, write_json, write_jsonl
+from sera_jax.checkpoint.papers import file_digest, write_json, write_jsonl
 from sera_jax.data.asked import read_asked
 from sera_jax.data.columns import THOUGHTS
 from sera_jax.data.items import Item

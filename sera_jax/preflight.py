@@ -59,7 +59,7 @@ def look(config: Any, topology: Any) -> dict[str, Any]:
     """The report, printed, and written where --out says."""
     from sera_jax.aot import report
     from sera_jax.aot.measure import measure_all
-    from sera_jax.checkpoint.phases import write_json
+    from sera_jax.checkpoint.papers import write_json
     from sera_jax.experiment.ahead import programs_of
     from sera_jax.experiment.assembly import attention_in_words
     from sera_jax.experiment.levers import search

@@ -10,7 +10,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from sera_jax.checkpoint.phases import load_json
+from sera_jax.checkpoint.papers import load_json
 from sera_jax.evaluation.rankings import LEGEND, table
 from sera_jax.stop import EXIT_REFUSED
 

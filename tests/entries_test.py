@@ -13,7 +13,7 @@ import pytest
 from sera_jax import config as config_lib
 from sera_jax import evaluate, export, generate, world
 from sera_jax.checkpoint import Workdir
-from sera_jax.checkpoint.phases import file_digest
+from sera_jax.checkpoint.papers import file_digest
 from sera_jax.config import Config, DataGroup, LossGroup, SamplingGroup, WorldGroup
 from sera_jax.core import Stream, key_for
 from sera_jax.data.bpe import train_bpe

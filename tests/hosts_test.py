@@ -3,7 +3,7 @@
 import pytest
 
 from sera_jax import hosts
-from sera_jax.checkpoint.phases import write_json
+from sera_jax.checkpoint.papers import write_json
 
 
 def connect(*given):

@@ -12,7 +12,8 @@ from typing import Any
 
 from sera_jax import hosts, memory
 from sera_jax.checkpoint.lock import ADDRESSED
-from sera_jax.checkpoint.phases import Product, Workdir, digest_of, fresh_torn, keep, make, plain
+from sera_jax.checkpoint.papers import digest_of, plain
+from sera_jax.checkpoint.phases import Product, Workdir, fresh_torn, keep, make
 
 
 def addressed(workdir: Workdir, name: str, inputs: dict[str, Any], produce: Callable[[pathlib.Path], None]) -> Product:

@@ -25,7 +25,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from sera_jax import hosts, memory, whole
-from sera_jax.checkpoint.phases import StaleWorkdir, digest_of, first_difference, plain
+from sera_jax.checkpoint.lock import StaleWorkdir
+from sera_jax.checkpoint.papers import digest_of, first_difference, plain
 from sera_jax.mesh import fetch
 
 # what orbax has to say against something it raises as well; its log repeats that, with a traceback for each thread
@@ -205,17 +206,41 @@ def _whole(path: pathlib.Path) -> pathlib.Path:
     return next((p for p in (path, *path.parents) if (p / "manifest.json").exists()), path)
 
 
-def save_tree(path: pathlib.Path, tree: Any) -> str:
-    """Write a tree to a new folder and return its digest; returns when it is on disk. Each process writes what its
-    devices hold, the first the checksums."""
-    path = path.absolute()
+def save_tree(path: pathlib.Path, tree: Any) -> None:
+    """Write a tree to a new folder; returns when it is on disk."""
+    write_checksums(path, tree)
+    begin_arrays(path, tree)()
+
+
+def write_checksums(path: pathlib.Path, tree: Any) -> None:
+    """The checksums of a tree into the folder, new or empty, that is to hold it: by them it is known before it is
+    written. The first process does."""
     sums = checksums(tree)
-    with _writing(path), ocp.StandardCheckpointer(temporary_path_class=_made_under(path)) as checkpointer:
-        checkpointer.save(path / "arrays", tree)
-        checkpointer.wait_until_finished()
     if hosts.is_first():
+        path.mkdir(parents=True, exist_ok=True)
         (path / "checksums.json").write_text(json.dumps(sums, indent=1))
-    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
+
+
+def begin_arrays(path: pathlib.Path, tree: Any) -> Callable[[], None]:
+    """Begin to write the arrays of a tree beside its checksums; what is returned waits until they are on disk. Each
+    process writes what its devices hold, and all do both together.
+
+    Where arrays lie on a device, its buffers may be donated as soon as this returns: what is written is a copy. In the
+    host's memory they are written as they lie there.
+    """
+    path = path.absolute()
+    apart = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=path.name)  # trees that are written at once
+    with _writing(path), contextlib.ExitStack() as opened:
+        checkpointer = ocp.StandardCheckpointer(temporary_path_class=_made_under(path), multiprocessing_options=apart)
+        opened.enter_context(checkpointer)
+        checkpointer.save(path / "arrays", tree)
+        opened = opened.pop_all()
+
+    def finish() -> None:
+        with _writing(path), opened:
+            checkpointer.wait_until_finished()
+
+    return finish
 
 
 def _made_under(folder: pathlib.Path) -> Any:

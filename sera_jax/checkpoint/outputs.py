@@ -5,7 +5,8 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Iterator
 
-from sera_jax.checkpoint.phases import DIGESTS, file_digest, load_sealed, sealed, write_json
+from sera_jax.checkpoint.papers import file_digest, load_sealed, sealed, write_json
+from sera_jax.checkpoint.phases import DIGESTS
 
 _WAY_OUT = "start the same command again, which writes it anew"
 _NO_WAY_OUT = "no later start writes it anew, and nothing is computed from it"

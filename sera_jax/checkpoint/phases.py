@@ -1,7 +1,8 @@
 """A work directory of phases: each writes its product once, under a manifest, and is skipped when it is there.
 
 A product appears by one rename, so it is whole or absent. Its manifest holds what it was made from; a product made from
-something else is an error, never reused and never overwritten.
+something else is an error, never reused and never overwritten. Arrays may follow while the next phase is made: until
+they are there the product has `unfinished.json` in the manifest's place, and whoever finds it so makes it anew.
 
 Of several processes (`hosts`) the first holds the folder, decides what is there and what is made, and writes all but
 arrays; the others read what it wrote.
@@ -11,23 +12,40 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sera_jax import hosts, memory, whole
+from sera_jax.checkpoint.arrays import begin_arrays, write_checksums
 from sera_jax.checkpoint.code import check_versions, history_of, versions, with_present
 from sera_jax.checkpoint.lock import METRICS, StaleWorkdir, has_results, lock
+from sera_jax.checkpoint.papers import (
+    differences,
+    digest_of,
+    file_digest,
+    first_difference,
+    is_whole,
+    load_json,
+    load_sealed,
+    plain,
+    read_json,
+    sealed,
+    write_json,
+)
 from sera_jax.config.identity import is_same, known_inputs
 
 if TYPE_CHECKING:
     from sera_jax.checkpoint.shared import SharedPhases
 
 DIGESTS = "digests.json"  # of the files that a finished run left beside phases and checkpoints
+UNFINISHED = "unfinished.json"  # what a manifest is called whose arrays are still being written
+
+# Fills a folder with a product, of which it may return trees of arrays, by the name of the folder each is to lie in.
+Produce = Callable[[pathlib.Path], Mapping[str, Any] | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,97 +70,14 @@ class _Start(NamedTuple):
     taken: bool = False
 
 
-def digest_of(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+class _Behind(NamedTuple):
+    """A product that lies there but for its arrays; `writes` wait for those of each part."""
 
-
-def plain(value: Any) -> Any:
-    """As JSON gives it back: tuples are lists, what JSON does not know is its text."""
-    return json.loads(json.dumps(value, default=str))
-
-
-def first_difference(there: dict[str, Any], now: dict[str, Any]) -> str:
-    """Where two sets of inputs, which are not the same, part: the first field by name."""
-    field, (old, new) = next(iter(_differences(there, now).items()))
-    return f"first difference {field}: {old!r} there, {new!r} now"
-
-
-def _differences(there: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """field -> its value there and now, of every field that differs, by name."""
-    old, new = flatten(there), flatten(now)
-    return {k: (old.get(k), new.get(k)) for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)}
-
-
-def file_digest(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Write JSON so that the file is whole or absent; the first process does."""
-    write_whole(path, json.dumps(value, indent=1, sort_keys=True, default=str).encode())
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The object of a file that only remembers: {} where there is none that can be read."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def load_json(path: pathlib.Path, way_out: str, *names: str) -> dict[str, Any]:
-    """The object of a file that must be there, and must hold these names.
-
-    Raises:
-        ValueError: it cannot be read, or is not that; the message ends in the way out.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); {way_out}") from error
-    if not isinstance(found, dict) or not found.keys() >= set(names):
-        raise ValueError(f"{path} is damaged: it is no object with {', '.join(names) or 'names'}; {way_out}")
-    return found
-
-
-def sealed(value: dict[str, Any]) -> dict[str, Any]:
-    """The object with a digest of itself, which tells when it is no longer what was written."""
-    return value | {"digest": digest_of(value)}
-
-
-def is_whole(found: dict[str, Any]) -> bool:
-    """Whether an object is as `sealed` made it."""
-    return found.get("digest") == digest_of({name: value for name, value in found.items() if name != "digest"})
-
-
-def load_sealed(path: pathlib.Path, way_out: str, *names: str) -> dict[str, Any]:
-    """`load_json` of what `sealed` made. Raises ValueError also where it is not what was written."""
-    found = load_json(path, way_out, *names, "digest")
-    if not is_whole(found):
-        raise ValueError(f"{path} is not what was written; {way_out}")
-    return found
-
-
-def write_jsonl(path: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write one JSON object a line so that the file is whole or absent; the first process does."""
-    write_whole(path, b"".join(_line(row) + b"\n" for row in rows))
-
-
-def _line(row: dict[str, Any]) -> bytes:
-    try:
-        return json.dumps(row, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, as a user's own field may hold, can be written escaped only
-        return json.dumps(row, default=str).encode()
-
-
-def write_whole(path: pathlib.Path, data: bytes) -> None:
-    """Write a file so that it is whole or absent; the first process does."""
-    if not hosts.is_first():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole.write_bytes(path, data)
+    name: str
+    inputs: dict[str, Any]
+    folder: pathlib.Path
+    from_start: bool
+    writes: dict[str, Callable[[], None]]
 
 
 class Workdir:
@@ -154,13 +89,21 @@ class Workdir:
         done: products of the phases that were asked for; fresh: names of those made by this process; taken: of those
             that came from `shared`.
         keeps_states: whether states that nothing reads any more are kept (`retention`).
+        writes_behind: whether arrays may follow while the next phase is made (`settle`); else they are waited for.
         watch: called with the name of every phase that is asked for, and whether its product lies there already.
         shared: products of other work directories, taken where they are the same; None: there are none.
     """
 
     _lock: Any = None  # of the first process
 
-    def __init__(self, root: pathlib.Path, config: dict[str, Any], *, allow_other_versions: bool = False):
+    def __init__(
+        self,
+        root: pathlib.Path,
+        config: dict[str, Any],
+        *,
+        allow_other_versions: bool = False,
+        keeps_states: bool = False,
+    ):
         """Open or make the work directory, and hold it; nothing in it is changed yet.
 
         Args:
@@ -176,11 +119,13 @@ class Workdir:
         self.fresh: list[str] = []
         self.taken: list[str] = []
         self.notes: list[str] = []
-        self.keeps_states = False
+        self.keeps_states = keeps_states
+        self.writes_behind = False
         self.watch: Callable[[str, bool], None] = lambda name, finished: None
         self.shared: SharedPhases | None = None
         self._config = plain({k: v for k, v in config.items() if k != "workdir"})
         self._begun = False
+        self._behind: _Behind | None = None
         self.code = with_present(hosts.on_first(lambda: self._enter(allow_other_versions)), allow_other_versions)
 
     def _enter(self, allow_other_versions: bool) -> list[dict[str, Any]]:
@@ -209,42 +154,68 @@ class Workdir:
         self,
         name: str,
         inputs: dict[str, Any],
-        produce: Callable[[pathlib.Path], None],
+        produce: Produce,
         way_out: str = memory.WAY_OUT,
         *,
         alone: bool = False,
     ) -> Product:
-        """The product of phase `name`: as it lies there, or made now by `produce(folder)`.
+        """The product of phase `name`: as it lies there, or made now by `produce(folder)`. Its small files may be read
+        at once, its arrays after `settle`.
 
         Args:
             inputs: JSON-able; everything the product depends on (digests of products, settings).
-            produce: writes its files into the folder it is given. Every process does it; only the first is to write
-                anything but trees of arrays.
+            produce: writes its small files into the folder it is given, and returns its trees of arrays. Every process
+                does it; only the first is to write.
             way_out: what to lower where it runs out of memory.
             alone: the first process does it alone, as it asks for no device.
 
         Raises:
             StaleWorkdir: the product there was made from other inputs.
             ValueError: a file of the product is not what the manifest says, or the manifest cannot be read.
+            OSError: arrays of the phase before could not be written.
         """
         inputs = plain(inputs)
         folder = self.root / "phases" / name
+        if self._behind is not None and self._behind.name == name:
+            self.settle()
         start = hosts.on_first(lambda: self._start(name, inputs, folder))
         if hosts.count() > 1 and start.asked != digest_of(inputs):
             raise ValueError(f"phase {name} has other inputs in another process; start all with the same command")
         product = start.product
         self.watch(name, product is not None or start.taken)
         if product is None:
+            trees: Mapping[str, Any] = {}
             if start.taken:
                 self.taken.append(name)
             else:
                 act = functools.partial(make, name, torn_of(folder), inputs, produce, way_out)
-                hosts.on_first(act) if alone else act()
-                hosts.barrier()  # each may have written its part
+                trees = hosts.on_first(act) if alone else act()
+                self.settle()  # products become whole in their order
+                hosts.barrier()
                 self.fresh.append(name)
-            product = hosts.on_first(lambda: self._keep(name, inputs, folder, start))
+            product = hosts.on_first(lambda: self._keep(name, inputs, folder, start, bool(trees)))
+            if trees:
+                with memory.named(f"phase {name}", way_out):
+                    writes = {part: begin_arrays(folder / part, tree) for part, tree in trees.items()}
+                self._behind = _Behind(name, inputs, folder, start.from_start, writes)
         self.done[name] = product
-        return product
+        if not self.writes_behind:
+            self.settle()
+        return self.done[name]
+
+    def settle(self) -> None:
+        """Wait for the arrays of the last product, which is whole then. All processes do it together.
+
+        Raises:
+            OSError: they could not be written; the product is made anew by the next start.
+        """
+        if self._behind is None:
+            return
+        behind, self._behind, begin = self._behind, None, time.monotonic()
+        for write in behind.writes.values():
+            write()
+        hosts.barrier()  # each has written its part
+        self.done[behind.name] = hosts.on_first(lambda: self._finish(behind, time.monotonic() - begin))
 
     def _start(self, name: str, inputs: dict[str, Any], folder: pathlib.Path) -> _Start:
         """What is there of a phase; where that is nothing, an empty folder to make it in, or to take it into."""
@@ -253,24 +224,41 @@ class Workdir:
             shutil.rmtree(self.checkpoints(name), ignore_errors=True)  # a kill may have come between rename and this
             return _Start(asked, product)
         self.begin()
+        if _is_unfinished(folder):
+            shutil.rmtree(folder, ignore_errors=True)
         torn = fresh_torn(folder)
         # a checkpoint may be of other versions, or of another machine
         from_start = not any(self.checkpoints(name).glob("[0-9]*"))
         return _Start(asked, None, from_start, taken=self.shared is not None and self.shared.take(name, inputs, torn))
 
-    def _keep(self, name: str, inputs: dict[str, Any], folder: pathlib.Path, start: _Start) -> Product:
-        """Let a product appear that is whole, and what led to it go."""
+    def _keep(self, name: str, inputs: dict[str, Any], folder: pathlib.Path, start: _Start, behind: bool) -> Product:
+        """Let a product appear; what led to it goes where no array of it is still `behind`."""
         product = keep(folder)
-        if self.shared and not start.taken and start.from_start:
+        if not behind:
+            self._conclude(name, inputs, folder, start.from_start and not start.taken)
+        return product
+
+    def _finish(self, behind: _Behind, waited: float) -> Product:
+        """The manifest of a product whose arrays are all there now."""
+        about = load_sealed(behind.folder / UNFINISHED, to_make_anew(behind.folder), "seconds")
+        found = [_contents(behind.folder, part)["arrays"] for part in behind.writes]  # phases may lie below by now
+        about |= {"arrays": {name: size for sizes in found for name, size in sizes.items()}}
+        about |= {"seconds": round(about["seconds"] + waited, 3)}
+        _write_manifest(behind.folder, about)
+        self._conclude(behind.name, behind.inputs, behind.folder, behind.from_start)
+        return product_of(behind.folder, about)
+
+    def _conclude(self, name: str, inputs: dict[str, Any], folder: pathlib.Path, may_give: bool) -> None:
+        """Of a product that is whole: leave it for others, and let go what led to it."""
+        if self.shared and may_give:
             self.shared.give(name, inputs, folder)
         shutil.rmtree(self.checkpoints(name), ignore_errors=True)
-        return product
 
     def find(self, inputs: dict[str, Any], folder: pathlib.Path) -> Product | None:
         """The product that lies in a folder; None where there is none. Errors as of `phase`."""
         _finish_move(folder)
         if not (folder / "manifest.json").exists():
-            if folder.is_dir() and any(folder.iterdir()):
+            if folder.is_dir() and any(folder.iterdir()) and not _is_unfinished(folder):
                 raise ValueError(f"{folder / 'manifest.json'} is missing; {to_make_anew(folder)}")
             return None
         manifest = load_manifest(folder)
@@ -298,8 +286,15 @@ def fresh_torn(folder: pathlib.Path) -> pathlib.Path:
 
 def keep(folder: pathlib.Path) -> Product:
     """Let the product appear that was made in `torn_of(folder)`."""
-    whole.appear(torn_of(folder), folder, last="manifest.json")
-    return product_of(folder, read_json(folder / "manifest.json"))
+    last = UNFINISHED if (torn_of(folder) / UNFINISHED).exists() else "manifest.json"
+    whole.appear(torn_of(folder), folder, last=last)
+    return product_of(folder, read_json(folder / last))
+
+
+def _is_unfinished(folder: pathlib.Path) -> bool:
+    """Whether a folder without a manifest is what a kill left of a product whose arrays were being written, or which
+    was being moved before they were."""
+    return any((where / UNFINISHED).exists() for where in (folder, torn_of(folder)))
 
 
 def _finish_move(folder: pathlib.Path) -> None:
@@ -309,25 +304,29 @@ def _finish_move(folder: pathlib.Path) -> None:
         whole.move_files(torn, folder, last="manifest.json")
     elif is_whole(read_json(rewritten)):
         whole.appear(rewritten, folder / "manifest.json")
+    if is_whole(read_json(folder / "manifest.json")):
+        (folder / UNFINISHED).unlink(missing_ok=True)
 
 
-def make(
-    name: str, folder: pathlib.Path, inputs: dict[str, Any], produce: Callable[[pathlib.Path], None], way_out: str
-) -> None:
-    """Fill the folder, and write its manifest."""
+def make(name: str, folder: pathlib.Path, inputs: dict[str, Any], produce: Produce, way_out: str) -> Mapping[str, Any]:
+    """Fill the folder, all but trees of arrays, which are returned, and write its manifest."""
     start = time.monotonic()
     with memory.named(f"phase {name}", way_out):
-        produce(folder)
+        trees = produce(folder) or {}
+        for part, tree in trees.items():
+            write_checksums(folder / part, tree)
     memory.trim()
-    if not hosts.is_first():
-        return
-    manifest = {
-        "inputs": inputs,
-        **_contents(folder),
-        "seconds": round(time.monotonic() - start, 3),
-        "versions": versions(),
-    }
-    write_json(folder / "manifest.json", sealed(manifest))
+    if hosts.is_first():
+        about = {"inputs": inputs, "seconds": round(time.monotonic() - start, 3), "versions": versions()}
+        _write_manifest(folder, about | _contents(folder), UNFINISHED if trees else "manifest.json")
+    return trees
+
+
+def _write_manifest(folder: pathlib.Path, about: dict[str, Any], name: str = "manifest.json") -> None:
+    """Write it down, sealed; it takes the place of an unfinished one."""
+    write_json(folder / name, sealed({key: value for key, value in about.items() if key != "digest"}))
+    if name != UNFINISHED:
+        (folder / UNFINISHED).unlink(missing_ok=True)
 
 
 def check_config(root: pathlib.Path, config: dict[str, Any]) -> list[str]:
@@ -339,7 +338,7 @@ def check_config(root: pathlib.Path, config: dict[str, Any]) -> list[str]:
             "choose another --config.workdir, or delete this one"
         )
     way_out = "put back what the run was started with, or choose another --config.workdir"
-    differ = _differences(load_json(path, way_out), config)
+    differ = differences(load_json(path, way_out), config)
     changed = [k for k, (old, new) in differ.items() if not is_same(k, old, new)]
     if changed:
         shown = "; ".join("{}: {!r} there, {!r} now".format(k, *differ[k]) for k in changed[:5])
@@ -350,11 +349,11 @@ def check_config(root: pathlib.Path, config: dict[str, Any]) -> list[str]:
     return [f"config: {k} was {old!r}, now {new!r} (no part of the run's identity)" for k, (old, new) in differ.items()]
 
 
-def _contents(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """Of a new product: the digest of every file, and of the raw files of arrays, whose checksums are among those, the
-    size."""
+def _contents(folder: pathlib.Path, part: str = "") -> dict[str, dict[str, Any]]:
+    """Of a new product, or a part of it: the digest of every file, and of the raw files of arrays, whose checksums are
+    among those, the size."""
     found: dict[str, dict[str, Any]] = {"files": {}, "arrays": {}}
-    for path in sorted(folder.rglob("*")):
+    for path in sorted((folder / part).rglob("*")):
         name = path.relative_to(folder)
         if path.is_file() and "arrays" in name.parts:
             found["arrays"][str(name)] = path.stat().st_size
@@ -386,13 +385,3 @@ def to_make_anew(folder: pathlib.Path) -> str:
 def product_of(folder: pathlib.Path, manifest: dict[str, Any]) -> Product:
     files = {file: digest for file, digest in manifest["files"].items() if file != METRICS}
     return Product(folder, digest_of([manifest["inputs"], files]), manifest["seconds"])
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """path -> value of nested dicts, parts joined by dots."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    out: dict[str, Any] = {}
-    for key, part in value.items():
-        out.update(flatten(part, f"{prefix}.{key}" if prefix else str(key)))
-    return out

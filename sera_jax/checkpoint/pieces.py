@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from sera_jax import hosts
-from sera_jax.checkpoint.phases import digest_of, plain, write_whole
+from sera_jax.checkpoint.papers import digest_of, plain, write_whole
 
 SECONDS = 60.0  # between two pieces, at least: a kill loses about as much
 _BELOW, _FILES = "checkpoints/pieces", "*.npz"

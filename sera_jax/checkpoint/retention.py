@@ -9,7 +9,8 @@ import pathlib
 import shutil
 
 from sera_jax import hosts
-from sera_jax.checkpoint.phases import Workdir, load_manifest, sealed, write_json
+from sera_jax.checkpoint.papers import sealed, write_json
+from sera_jax.checkpoint.phases import Workdir, load_manifest
 
 
 def let_go(workdir: Workdir, folder: pathlib.Path, part: str) -> None:
@@ -27,7 +28,9 @@ def let_go(workdir: Workdir, folder: pathlib.Path, part: str) -> None:
 
 
 def check_kept(workdir: Workdir, folder: pathlib.Path, part: str) -> None:
-    """Raises ValueError where the part was let go: what comes after it was finished once, and has been deleted."""
+    """Raises ValueError where the part was let go: what comes after it was finished once, and has been deleted. Else it
+    may be read: it is on disk."""
+    workdir.settle()
     if part in load_manifest(folder).get("let_go", ()):
         phases = workdir.root / "phases"
         arm = phases / folder.relative_to(phases).parts[0]

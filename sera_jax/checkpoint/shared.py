@@ -12,7 +12,8 @@ from typing import Any
 
 from sera_jax import whole
 from sera_jax.checkpoint.code import versions
-from sera_jax.checkpoint.phases import digest_of, plain
+from sera_jax.checkpoint.papers import digest_of, plain
+from sera_jax.checkpoint.phases import load_manifest
 from sera_jax.checkpoint.verify import damages_of_phase
 
 
@@ -36,7 +37,7 @@ class SharedPhases:
         its arrays are read."""
         if name not in self.names or not _is_whole(place := self._place(name, inputs)):
             return False
-        _link(place, folder)
+        shutil.copytree(place, folder, copy_function=_link_file, dirs_exist_ok=True)
         return True
 
     def give(self, name: str, inputs: dict[str, Any], folder: pathlib.Path) -> None:
@@ -46,7 +47,10 @@ class SharedPhases:
             return
         self.root.mkdir(parents=True, exist_ok=True)
         torn = pathlib.Path(tempfile.mkdtemp(".partial", f"{place.name}.", self.root))
-        _link(folder, torn / "whole")
+        manifest = load_manifest(folder)
+        for file in ("manifest.json", *manifest["files"], *manifest["arrays"]):  # other phases may lie in the folder
+            (torn / "whole" / file).parent.mkdir(parents=True, exist_ok=True)
+            _link_file(folder / file, torn / "whole" / file)
         with contextlib.suppress(OSError):  # another run left its own in the meantime
             if place.exists():
                 whole.appear(place, torn / "damaged")
@@ -61,11 +65,7 @@ def _is_whole(folder: pathlib.Path) -> bool:
     return folder.exists() and not any(damages_of_phase(folder))
 
 
-def _link(source: pathlib.Path, target: pathlib.Path) -> None:
-    shutil.copytree(source, target, copy_function=_link_file, dirs_exist_ok=True)
-
-
-def _link_file(source: str, target: str) -> None:
+def _link_file(source: str | os.PathLike, target: str | os.PathLike) -> None:
     try:
         os.link(source, target)
     except OSError:  # another device, or a file system without links

@@ -21,7 +21,7 @@ from sera_jax.checkpoint.arrays import (
     reading,
     sum_in_pieces,
 )
-from sera_jax.checkpoint.phases import damaged_files, load_manifest, to_make_anew
+from sera_jax.checkpoint.phases import UNFINISHED, damaged_files, load_manifest, to_make_anew
 
 COMMIT_SUCCESS_FILE = ocp.path.atomicity.COMMIT_SUCCESS_FILE
 _AT_ONCE = 1 << 30  # bytes of arrays in memory
@@ -66,7 +66,7 @@ def strays(root: pathlib.Path) -> Iterator[str]:
 
 def _is_unfinished(path: pathlib.Path) -> bool:
     """Whether it lies in what a kill left of a product."""
-    return any(parent.name.endswith(".partial") for parent in path.parents)
+    return any(parent.name.endswith(".partial") or (parent / UNFINISHED).exists() for parent in path.parents)
 
 
 def damages_of_phase(folder: pathlib.Path) -> Iterator[str]:

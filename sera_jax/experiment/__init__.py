@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
 import platform
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -42,7 +43,7 @@ from sera_jax.experiment.saved import describe, export
 from sera_jax.experiment.start import START_PHASES, params_sha256, starting_policy
 from sera_jax.experiment.start import phases as start_phases
 from sera_jax.experiment.verifying import OUTPUTS
-from sera_jax.loops.runtime import Policy, Runtime
+from sera_jax.loops.runtime import Policy, Preempted, Runtime
 from sera_jax.mesh import fetch, make_mesh, meet
 from sera_jax.models.lora import merged
 from sera_jax.ops.backends import AUTO, Asked, choose
@@ -71,8 +72,7 @@ def run(
         Preempted: stopped on request, with everything saved.
     """
     method, root, fields = METHODS[config.method], pathlib.Path(config.workdir), config_lib.to_dict(config)
-    workdir = Workdir(root, fields, allow_other_versions=allow_other_versions)
-    workdir.keeps_states = config.log.keep_states
+    workdir = Workdir(root, fields, allow_other_versions=allow_other_versions, keeps_states=config.log.keep_states)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     meet(mesh)
     text = json.dumps(fields, indent=1, default=str)
@@ -119,16 +119,31 @@ def run(
         workdir.begin()
         hosts.on_first(lambda: describe(root, cfg, corpus.tokenizer, base_folder, sft_folder))
         workdir.watch = phases = Phases([*start_phases(config), *method.phases(config, corpus)], writer.announce)
-        base, start = starting_policy(config, runtime, corpus, make_base)
-        if workdir.taken:
-            writer.announce(f"taken from {shared_phases}: {', '.join(workdir.taken)}")
-        final, facts = method.run(Experiment(config, runtime, corpus, start, base))
+        with _writing_behind(workdir, mesh):
+            base, start = starting_policy(config, runtime, corpus, make_base)
+            if workdir.taken:
+                writer.announce(f"taken from {shared_phases}: {', '.join(workdir.taken)}")
+            final, facts = method.run(Experiment(config, runtime, corpus, start, base))
         phases.end()
         summary = {**facts, **_of_the_run(asked, found, runtime, final), "held_out_rows": corpus.held_out_rows}
         summary["contamination"] = corpus.contamination
         finish(config, method.report, runtime, final, summary)
     hosts.on_first(lambda: outputs.record(root, OUTPUTS))  # now that metrics and TensorBoard files are closed
     return summary
+
+
+@contextlib.contextmanager
+def _writing_behind(workdir: Workdir, mesh: Mesh) -> Iterator[None]:
+    """Within, devices go on while arrays are written, except on CPUs, where what is written is no copy. All are on disk
+    at the end, also where all processes stop on request. Where one of them fails it waits for none: the others may be
+    in the middle of a computation."""
+    workdir.writes_behind = mesh.devices.flat[0].platform != "cpu"
+    try:
+        yield
+    except Preempted:
+        workdir.settle()
+        raise
+    workdir.settle()
 
 
 def _of_the_run(config: Config, found: brought.Brought, runtime: Runtime, final: dict[str, Policy]) -> dict[str, Any]:

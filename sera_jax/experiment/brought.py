@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sera_jax import hosts, hub
-from sera_jax.checkpoint.phases import read_json, write_json
+from sera_jax.checkpoint.papers import read_json, write_json
 from sera_jax.config import Config, ModelGroup
 from sera_jax.config.identity import is_as_before, known_as
 from sera_jax.data import repository as data_sets

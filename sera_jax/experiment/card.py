@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from sera_jax.checkpoint.phases import file_digest, read_json
+from sera_jax.checkpoint.papers import file_digest, read_json
 from sera_jax.data.repository import parse
 from sera_jax.data.sources import content_hash, parse_mixture
 from sera_jax.experiment.brought import SOURCES

@@ -21,7 +21,8 @@ from sera_jax.aot.chips import GPUS, TPUS
 from sera_jax.checkpoint import Workdir
 from sera_jax.checkpoint.code import check_versions, history_of
 from sera_jax.checkpoint.lock import has_results
-from sera_jax.checkpoint.phases import check_config, plain, read_json
+from sera_jax.checkpoint.papers import plain, read_json
+from sera_jax.checkpoint.phases import check_config
 from sera_jax.config import Config
 from sera_jax.data import lengths
 from sera_jax.data import repository as data_sets

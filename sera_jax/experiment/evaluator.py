@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sera_jax.checkpoint.phases import write_jsonl
+from sera_jax.checkpoint.papers import write_jsonl
 from sera_jax.config import EvalGroup, SamplingGroup
 from sera_jax.data.items import Item, PairItem
 from sera_jax.data.tokenizing import Tokenizer

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sera_jax.checkpoint.arrays import sum_in_pieces
-from sera_jax.checkpoint.phases import is_whole, read_json, sealed, write_json
+from sera_jax.checkpoint.papers import is_whole, read_json, sealed, write_json
 from sera_jax.config import ModelGroup
 from sera_jax.data.tokenizing import Tokenizer
 from sera_jax.models.folder import ADAPTER_CONFIG, is_adapter, open_weights, read_config, read_object, weight_files

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from sera_jax import hosts
-from sera_jax.checkpoint.phases import digest_of, is_whole, read_json, sealed, write_json
+from sera_jax.checkpoint.papers import digest_of, is_whole, read_json, sealed, write_json
 from sera_jax.config import DataGroup
 from sera_jax.data.chat import Prompt
 from sera_jax.data.choices import split_heldout

@@ -11,7 +11,8 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from sera_jax.checkpoint.phases import file_digest, load_sealed, sealed, write_json
+from sera_jax.checkpoint.papers import file_digest, load_sealed, sealed, write_json
+from sera_jax.checkpoint.phases import UNFINISHED
 from sera_jax.data.columns import Reading
 from sera_jax.data.tokenizing import Tokenizer
 from sera_jax.experiment.brought import model_folder
@@ -192,6 +193,11 @@ def find_policy(path: str | os.PathLike, *, dtype: str = "", param_dtype: str = 
     """
     folder = pathlib.Path(model_folder(str(path)))
     if (folder / "params" / "checksums.json").is_file():
+        if (folder / UNFINISHED).exists():
+            raise ValueError(
+                f"{folder}: its arrays are being written; wait for that, or, where its run was killed, start the run's "
+                "command again"
+            )
         root = _root_of(folder)
         if root is None:
             raise ValueError(f"no model.json above {folder}; open a policy where its run wrote it")
@@ -312,7 +318,8 @@ def _policies_near(folder: pathlib.Path) -> list[str]:
         folder = next((parent for parent in folder.parents if parent.exists()), folder)
         if _root_of(folder) is None:
             return []
-    files = [file for file in folder.rglob("params/checksums.json") if ".partial" not in str(file)]
+    found = folder.rglob("params/checksums.json")
+    files = [file for file in found if (file.parent.parent / "manifest.json").exists() and ".partial" not in str(file)]
     files.sort(key=lambda file: (file.stat().st_mtime, str(file)))
     return [str(file.parent.parent) for file in files]
 

@@ -7,7 +7,7 @@ import pathlib
 from typing import Any
 
 from sera_jax import hosts
-from sera_jax.checkpoint.phases import file_digest
+from sera_jax.checkpoint.papers import file_digest
 from sera_jax.config import Config
 from sera_jax.experiment.assembly import check_shape
 from sera_jax.experiment.brought import named

@@ -11,7 +11,8 @@ from typing import Any
 
 from sera_jax import config as config_lib
 from sera_jax.checkpoint import StaleWorkdir, outputs, pieces, verify
-from sera_jax.checkpoint.phases import DIGESTS, check_config, plain
+from sera_jax.checkpoint.papers import plain
+from sera_jax.checkpoint.phases import DIGESTS, check_config
 from sera_jax.config import Config
 from sera_jax.experiment.saved import load_description
 from sera_jax.loops.runtime import Preempted

@@ -118,12 +118,15 @@ def optimise(run: Runtime, training: Training) -> Policy:
     trained = training.trained
     if not trained.whole:
         inputs["trained"] = dataclasses.asdict(trained)
-    product = run_to_end(run, training.name, inputs, lambda: _Optimisation(run, training))
+    product, made = run_to_end(run, training.name, inputs, lambda: _Optimisation(run, training))
     if training.last_of is not None:
         let_go(run.workdir, training.last_of.path, "optimizer")
     run.ledger.note(training.name, cost.of_lines(read_records(product.path / METRICS)[0]))
     over = run.over(training.start, trained)
-    return Policy(training.name, product.path, product.digest, training.target.scalar, trained, over)
+    policy = Policy(training.name, product.path, product.digest, training.target.scalar, trained, over)
+    if made and over is None:
+        run.hold(policy, made[part_of(policy.scalar)])
+    return policy
 
 
 @dataclasses.dataclass(frozen=True)

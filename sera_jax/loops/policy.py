@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 
-from sera_jax.checkpoint.phases import write_json
+from sera_jax.checkpoint.papers import write_json
 from sera_jax.models.trained import ALL, Trained
 
 PART = "part.json"

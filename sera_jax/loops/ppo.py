@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from sera_jax.checkpoint.phases import write_jsonl
+from sera_jax.checkpoint.papers import write_jsonl
 from sera_jax.core import Mean, Rows, Stream, rng_for
 from sera_jax.data.items import Item, unique_prompts
 from sera_jax.data.packing import Packed, rounded_window

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sera_jax.checkpoint import load_tree
-from sera_jax.checkpoint.phases import write_json
+from sera_jax.checkpoint.papers import write_json
 from sera_jax.checkpoint.retention import check_kept, let_go
 from sera_jax.data.items import items_digest
 from sera_jax.loops import cost
@@ -70,11 +70,13 @@ def train_segment(
     if (paying := learner.arm.reward_model) is not None:
         inputs["reward_model"] = [paying.model.digest, paying.shift, paying.scale]
     name = f"{arm}/iteration{segment.last}"
-    product = run_to_end(study.run, name, inputs, lambda: _Iterations(learner, iterate, segment, previous))
+    product, made = run_to_end(study.run, name, inputs, lambda: _Iterations(learner, iterate, segment, previous))
     if segment.first > 1:
         let_go(study.run.workdir, previous.path, "state")
     study.run.ledger.note(name, cost.of_lines(read_records(product.path / METRICS)[0]))
     policy = Policy(name, product.path, product.digest, trained=learner.trained, over=learner.over)
+    if made and policy.over is None:
+        study.run.hold(policy, made["params"])
     return policy, product.json("spent.json")
 
 

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import jax
 
 from sera_jax import memory
-from sera_jax.checkpoint import Checkpoints, CorruptCheckpoint, Product, save_tree
-from sera_jax.checkpoint.phases import write_jsonl
+from sera_jax.checkpoint import Checkpoints, CorruptCheckpoint, Product
+from sera_jax.checkpoint.papers import write_jsonl
 from sera_jax.loops.runtime import NonFinite, Preempted, Runtime
 from sera_jax.writer import METRICS, SpanKey, digest_of_lines, key_of, read_records, without_clock
 
@@ -95,7 +95,15 @@ class Work(Protocol[State]):
         ...
 
 
-def run_to_end(run: Runtime, name: str, inputs: dict[str, Any], begin: Callable[[], Work[State]]) -> Product:
+class Ended(NamedTuple):
+    """What a work came to: its product and, where it was made just now, the trees that it left, which need not be on
+    disk yet."""
+
+    product: Product
+    trees: dict[str, Any]
+
+
+def run_to_end(run: Runtime, name: str, inputs: dict[str, Any], begin: Callable[[], Work[State]]) -> Ended:
     """The phase `name`: found on disk, or worked out from its newest checkpoint, or from its start.
 
     Args:
@@ -108,8 +116,11 @@ def run_to_end(run: Runtime, name: str, inputs: dict[str, Any], begin: Callable[
         NonFinite, ValueError: as the work's steps; the last whole state is saved, but where memory ran out.
     """
 
-    def produce(folder: pathlib.Path) -> None:
-        _produce(run, name, inputs, begin(), folder)
+    trees: dict[str, Any] = {}
+
+    def produce(folder: pathlib.Path) -> dict[str, Any]:
+        trees.update(_produce(run, name, inputs, begin(), folder))
+        return trees
 
     product = run.workdir.phase(name, inputs, produce, LOWER)
     own, _ = read_records(product.path / METRICS)
@@ -122,10 +133,12 @@ def run_to_end(run: Runtime, name: str, inputs: dict[str, Any], begin: Callable[
                 f"warning: {run.workdir.root / METRICS} no longer has the lines of {name} as they were written; "
                 f"{product.path / METRICS}, from which the summary is made, has"
             )
-    return product
+    return Ended(product, trees)
 
 
-def _produce(run: Runtime, name: str, inputs: dict[str, Any], work: Work[State], folder: pathlib.Path) -> None:
+def _produce(
+    run: Runtime, name: str, inputs: dict[str, Any], work: Work[State], folder: pathlib.Path
+) -> dict[str, Any]:
     checkpoints = Checkpoints(run.workdir.checkpoints(name), work.keep, inputs)
     try:
         state = checkpoints.restore(work.abstract)
@@ -139,9 +152,9 @@ def _produce(run: Runtime, name: str, inputs: dict[str, Any], work: Work[State],
     finally:
         checkpoints.close()
         work.close()
-    for part, tree in work.leave(folder, state).items():
-        save_tree(folder / part, tree)
+    trees = work.leave(folder, state)
     write_jsonl(folder / METRICS, map(without_clock, run.writer.lines(work.span.key)))
+    return trees
 
 
 def _repeat(run: Runtime, name: str, work: Work[State], state: State, checkpoints: Checkpoints) -> State:

@@ -20,8 +20,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sera_jax import hosts
-from sera_jax.checkpoint import Product, Workdir, save_tree
-from sera_jax.checkpoint.phases import write_jsonl
+from sera_jax.checkpoint import Product, Workdir
+from sera_jax.checkpoint.papers import write_jsonl
+from sera_jax.checkpoint.phases import Produce
 from sera_jax.checkpoint.pieces import Pieces, forget
 from sera_jax.config import SamplingGroup, TrainGroup
 from sera_jax.core import Stream, key_for
@@ -125,6 +126,10 @@ class Runtime:
         asked = group.gradient_accumulation_steps
         return microbatches_for(self.cfg, rows, self.layout.row_tokens, self.layout.shards, asked=asked)
 
+    def hold(self, policy: Policy, params: Params) -> None:
+        """Hold its parameters, which are in memory already; those held before are let go."""
+        self._held = (policy.digest, params)
+
     def release(self) -> None:
         """Let go of the parameters in memory."""
         self._held = None
@@ -134,6 +139,7 @@ class Runtime:
         one copy for all, never to be donated."""
         if self._under is not None and self._under[0] == policy.digest:
             return self._under[1]
+        self.workdir.settle()
         part = load_part(self.cfg, self.mesh, policy.path / part_of(policy.scalar), policy.trained, policy.scalar)
         if policy.over is None:
             return part
@@ -203,9 +209,9 @@ class Runtime:
         """A policy from parameters made elsewhere (`training.parameters`); `make` returns them on the mesh: all, or
         the `trained` part of those that lie `over` another."""
 
-        def produce(folder: pathlib.Path) -> None:
+        def produce(folder: pathlib.Path) -> dict[str, Params]:
             write_part(folder, trained, over)
-            save_tree(folder / "params", make())
+            return {"params": make()}
 
         product = self.workdir.phase(name, inputs, produce)
         return Policy(name, product.path, product.digest, trained=trained, over=over)
@@ -287,9 +293,7 @@ class Runtime:
         if hosts.is_first():
             np.save(folder / "logps.npy", flat)
 
-    def _in_pieces(
-        self, name: str, inputs: dict[str, Any], produce: Callable[[pathlib.Path], None], way_out: str
-    ) -> Product:
+    def _in_pieces(self, name: str, inputs: dict[str, Any], produce: Produce, way_out: str) -> Product:
         """`Workdir.phase` of what keeps `Pieces` while it is under way."""
         product = self.workdir.phase(name, inputs, produce, way_out)
         forget(self.workdir.root, name)

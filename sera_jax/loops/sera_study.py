@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sera_jax import irm
-from sera_jax.checkpoint.phases import digest_of, write_jsonl
+from sera_jax.checkpoint.papers import digest_of, write_jsonl
 from sera_jax.config import SamplingGroup, SeraGroup, TrainGroup
 from sera_jax.core import Stream
 from sera_jax.data import stored

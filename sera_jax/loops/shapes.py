@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 
-from sera_jax.checkpoint.phases import read_json, write_json
+from sera_jax.checkpoint.papers import read_json, write_json
 from sera_jax.data.packing import RowSpec
 from sera_jax.data.planning import NO_SHAPES, Shapes
 

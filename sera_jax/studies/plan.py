@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sera_jax.checkpoint.code import versions
-from sera_jax.checkpoint.phases import digest_of, flatten, plain
+from sera_jax.checkpoint.papers import digest_of, flatten, plain
 from sera_jax.config import check_field, to_dict
 from sera_jax.config.identity import is_as_before, is_identity, known_as
 from sera_jax.evaluation.comparison import check, parts_of, text_of

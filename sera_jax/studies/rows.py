@@ -15,7 +15,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sera_jax.checkpoint.phases import flatten, load_json, plain, write_jsonl
+from sera_jax.checkpoint.papers import flatten, load_json, plain, write_jsonl
 from sera_jax.config.identity import is_identity
 from sera_jax.experiment.methods import METHODS, method_of
 from sera_jax.studies.plan import Run, identity, setting_name

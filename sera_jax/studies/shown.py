@@ -6,7 +6,7 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 
-from sera_jax.checkpoint.phases import write_json
+from sera_jax.checkpoint.papers import write_json
 from sera_jax.evaluation.comparison import compare
 from sera_jax.evaluation.comparison_report import draw, markdown, table
 from sera_jax.experiment.method import looks

@@ -12,7 +12,8 @@ import optax
 import pytest
 
 from sera_jax.checkpoint import Checkpoints, Workdir, save_tree, verify
-from sera_jax.checkpoint.phases import file_digest, sealed, to_make_anew
+from sera_jax.checkpoint.papers import file_digest, sealed
+from sera_jax.checkpoint.phases import to_make_anew
 from sera_jax.training.step import TrainState
 
 

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from sera_jax.checkpoint.phases import write_jsonl
+from sera_jax.checkpoint.papers import write_jsonl
 from sera_jax.data import loading
 from sera_jax.data.asked import read_asked
 from sera_jax.data.bpe import train_bpe

@@ -9,7 +9,8 @@ import yaml
 
 from sera_jax import experiment, hub, world
 from sera_jax.checkpoint import StaleWorkdir
-from sera_jax.checkpoint.phases import check_config, plain, write_json
+from sera_jax.checkpoint.papers import plain, write_json
+from sera_jax.checkpoint.phases import check_config
 from sera_jax.config import ModelGroup, to_dict
 from sera_jax.core import Stream, key_for
 from sera_jax.experiment import brought, dry_run

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 
 from sera_jax import experiment
+from sera_jax.checkpoint import phases as made
 from sera_jax.experiment import start
 from sera_jax.experiment.methods.online_dpo import ARMS as ONLINE_ARMS
 from sera_jax.experiment.methods.sera import ARMS as SERA_ARMS
 from sera_jax.experiment.methods.sera import NOISE_AWARE, _updates
 from sera_jax.experiment.methods.srppo import ARMS as SRPPO_ARMS
 from sera_jax.experiment.phases import Phases, in_words
-from sera_jax.loops import optimise, ppo_segment, runtime
+from sera_jax.loops import optimise, ppo_segment
+from sera_jax.loops.restartable import Ended
 from sera_jax.loops.runtime import Preempted, Runtime
 from sera_jax.sampling import Sample
 from tests.loops.tiny import TINY, TINY_SRPPO, tiny_config
@@ -84,16 +86,17 @@ def pretended(monkeypatch):
             (folder / "params" / "checksums.json").write_text(str(rng(name).normal()))
             (folder / "spent.json").write_text(json.dumps({"passes_tokens": 1e4}))
 
-        return run.workdir.phase(name, inputs, produce)
+        return Ended(run.workdir.phase(name, inputs, produce), {})
 
-    def save(folder, tree):
+    def write_checksums(folder, tree):
         folder.mkdir()
         (folder / "checksums.json").write_text(folder.parent.name)
 
     monkeypatch.setattr(Runtime, "_score", score)
     monkeypatch.setattr(Runtime, "generate", generate)
     monkeypatch.setattr(Runtime, "params", lambda self, policy: policy.name)
-    monkeypatch.setattr(runtime, "save_tree", save)
+    monkeypatch.setattr(made, "write_checksums", write_checksums)
+    monkeypatch.setattr(made, "begin_arrays", lambda folder, tree: lambda: None)
     monkeypatch.setattr(start, "load_params", lambda *_: None)
     for module in (optimise, ppo_segment):
         monkeypatch.setattr(module, "run_to_end", trained)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sera_jax import experiment
-from sera_jax.checkpoint.phases import write_jsonl
+from sera_jax.checkpoint.papers import write_jsonl
 from sera_jax.evaluation.report import check_summary
 from sera_jax.experiment import verifying
 from sera_jax.experiment.methods import srppo as srppo_method

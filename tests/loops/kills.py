@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 
 from sera_jax.checkpoint import pieces
+from sera_jax.checkpoint.phases import UNFINISHED
 from sera_jax.experiment.saved import find_policy
 from sera_jax.mesh import make_mesh
 from sera_jax.writer import read_records
@@ -22,6 +23,15 @@ from tests.xla_flags import xla_flags
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 DEADLINE_SECONDS = 600
 MAIN = ("-m", "sera_jax.main")
+# The same, but arrays are written while the next phase is made, as where they lie on devices.
+BEHIND = """
+import runpy, sys
+from sera_jax.checkpoint.phases import Workdir
+Workdir.writes_behind = property(lambda self: True, lambda self, _: None)
+sys.argv = sys.argv[1:]
+runpy.run_module("sera_jax.main", run_name="__main__")
+"""
+WRITING_BEHIND = ("-c", BEHIND, "sera_jax.main")
 
 Start = Callable[[pathlib.Path], subprocess.Popen]
 
@@ -83,9 +93,12 @@ def producing(phase):
     return Moment(lambda workdir: (workdir / "phases" / f"{phase}.partial").exists(), phase)
 
 
+ENDS = (".partial", "")  # of the folder of a product that is not whole: before arrays are written, and while they are
+
+
 def holding(phase, part):
     """A part of the product is there, the product is not whole."""
-    return Moment(lambda workdir: (workdir / "phases" / f"{phase}.partial" / part).exists(), phase)
+    return Moment(lambda workdir: any((workdir / "phases" / f"{phase}{end}" / part).exists() for end in ENDS), phase)
 
 
 def saved(phase, step):
@@ -189,3 +202,4 @@ def assert_same_end(workdir, whole):
     assert list((workdir / "checkpoints").rglob("checksums.json")) == []
     assert pieces.files(workdir) == []
     assert list((workdir / "phases").rglob("*.partial")) == []
+    assert list((workdir / "phases").rglob(UNFINISHED)) == []

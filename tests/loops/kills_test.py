@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from sera_jax.checkpoint.phases import read_json, write_json
+from sera_jax.checkpoint.papers import read_json, write_json
 from tests.loops import campaign, restart_test, srppo_restart_test
 from tests.loops.kills import ROOT, assert_same_end, finish
 

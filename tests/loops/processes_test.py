@@ -98,10 +98,12 @@ def run(request, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "devices"), [(2, 4), (4, 2)])
-def test_a_job_of_several_processes_ends_as_one_process(run, tmp_path, processes, devices):
+@pytest.mark.parametrize(
+    ("processes", "devices", "program"), [(2, 4, kills.MAIN), (4, 2, kills.MAIN), (2, 4, kills.WRITING_BEHIND)]
+)
+def test_a_job_of_several_processes_ends_as_one_process(run, tmp_path, processes, devices, program):
     tiny, _, whole = run
-    codes, said = ends(start(tmp_path, tiny, processes, devices))
+    codes, said = ends(start(tmp_path, tiny, processes, devices, program))
     assert set(codes) == {0}, said
     assert_ends_as(tmp_path, whole)
 

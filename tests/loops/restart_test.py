@@ -7,6 +7,7 @@ import signal
 
 import pytest
 
+from sera_jax.checkpoint.phases import UNFINISHED
 from tests.loops import kills
 from tests.loops.kills import Moment, assert_same_end, finish, holding, producing, saved, signal_when, writing
 from tests.loops.tiny import tiny_flags
@@ -18,8 +19,8 @@ OVERRIDES = {
 }
 
 
-def start(workdir, devices=1, **changes):
-    return kills.start(tiny_flags(workdir, **OVERRIDES, **changes), devices)
+def start(workdir, devices=1, program=kills.MAIN, **changes):
+    return kills.start(tiny_flags(workdir, **OVERRIDES, **changes), devices, program)
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +50,25 @@ def test_a_run_that_is_stopped_and_then_killed_ends_as_one_that_was_not(whole, t
     code, err = finish(start(tmp_path))
     assert code == 0, err
     assert "pretrain: step" not in err, "a finished phase was done again"
+    assert_same_end(tmp_path, whole)
+
+
+def test_a_run_that_writes_behind_and_is_killed_and_stopped_ends_as_one_that_waits(whole, tmp_path):
+    """It is killed while arrays of SFT are not there, and stopped with nothing of round 1 left to write."""
+    behind = kills.WRITING_BEHIND
+    killed = start(tmp_path, program=behind)
+    assert signal_when(killed, (tmp_path / "phases" / "sft" / UNFINISHED).exists, signal.SIGKILL)
+    assert finish(killed)[0] == -signal.SIGKILL
+    assert not (tmp_path / "phases" / "sft" / "manifest.json").exists()
+
+    stopped = start(tmp_path, program=behind)
+    assert signal_when(stopped, (tmp_path / "phases" / "round1" / UNFINISHED).exists, signal.SIGTERM)
+    code, err = finish(stopped)
+    assert code == 75, err
+    assert (tmp_path / "phases" / "round1" / "manifest.json").exists()
+
+    code, err = finish(start(tmp_path, program=behind))
+    assert code == 0, err
     assert_same_end(tmp_path, whole)
 
 

@@ -81,7 +81,7 @@ def count(workdir, stop_requested=lambda: False, save_steps=0, shared=None, **ho
             work.save_steps = save_steps
             return work
 
-        return run_to_end(run, "toy", {"n": 1}, begin).digest
+        return run_to_end(run, "toy", {"n": 1}, begin).product.digest
 
 
 def saved(workdir):
