@@ -10,6 +10,7 @@ arrays; the others read what it wrote.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -76,8 +77,8 @@ class _Behind(NamedTuple):
     name: str
     inputs: dict[str, Any]
     folder: pathlib.Path
-    from_start: bool
     writes: dict[str, Callable[[], None]]
+    may_give: bool
 
 
 class Workdir:
@@ -190,14 +191,14 @@ class Workdir:
             else:
                 act = functools.partial(make, name, torn_of(folder), inputs, produce, way_out)
                 trees = hosts.on_first(act) if alone else act()
-                self.settle()  # products become whole in their order
                 hosts.barrier()
                 self.fresh.append(name)
+            self.settle()  # products become whole in their order
             product = hosts.on_first(lambda: self._keep(name, inputs, folder, start, bool(trees)))
             if trees:
                 with memory.named(f"phase {name}", way_out):
                     writes = {part: begin_arrays(folder / part, tree) for part, tree in trees.items()}
-                self._behind = _Behind(name, inputs, folder, start.from_start, writes)
+                self._behind = _Behind(name, inputs, folder, writes, may_give=start.from_start)
         self.done[name] = product
         if not self.writes_behind:
             self.settle()
@@ -212,8 +213,9 @@ class Workdir:
         if self._behind is None:
             return
         behind, self._behind, begin = self._behind, None, time.monotonic()
-        for write in behind.writes.values():
-            write()
+        with contextlib.ExitStack() as all_of_them:  # where one fails, too
+            for write in reversed(behind.writes.values()):
+                all_of_them.callback(write)
         hosts.barrier()  # each has written its part
         self.done[behind.name] = hosts.on_first(lambda: self._finish(behind, time.monotonic() - begin))
 
@@ -224,9 +226,12 @@ class Workdir:
             shutil.rmtree(self.checkpoints(name), ignore_errors=True)  # a kill may have come between rename and this
             return _Start(asked, product)
         self.begin()
+        torn = torn_of(folder)
         if _is_unfinished(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-        torn = fresh_torn(folder)
+            torn.mkdir(parents=True, exist_ok=True)
+            (torn / UNFINISHED).touch()  # says it while the folder goes
+            shutil.rmtree(folder)
+        fresh_torn(folder)
         # a checkpoint may be of other versions, or of another machine
         from_start = not any(self.checkpoints(name).glob("[0-9]*"))
         return _Start(asked, None, from_start, taken=self.shared is not None and self.shared.take(name, inputs, torn))
@@ -245,7 +250,7 @@ class Workdir:
         about |= {"arrays": {name: size for sizes in found for name, size in sizes.items()}}
         about |= {"seconds": round(about["seconds"] + waited, 3)}
         _write_manifest(behind.folder, about)
-        self._conclude(behind.name, behind.inputs, behind.folder, behind.from_start)
+        self._conclude(behind.name, behind.inputs, behind.folder, behind.may_give)
         return product_of(behind.folder, about)
 
     def _conclude(self, name: str, inputs: dict[str, Any], folder: pathlib.Path, may_give: bool) -> None:
@@ -293,8 +298,8 @@ def keep(folder: pathlib.Path) -> Product:
 
 def _is_unfinished(folder: pathlib.Path) -> bool:
     """Whether a folder without a manifest is what a kill left of a product whose arrays were being written, or which
-    was being moved before they were."""
-    return any((where / UNFINISHED).exists() for where in (folder, torn_of(folder)))
+    was being moved before they were, or removed after."""
+    return folder.is_dir() and any((where / UNFINISHED).exists() for where in (folder, torn_of(folder)))
 
 
 def _finish_move(folder: pathlib.Path) -> None:

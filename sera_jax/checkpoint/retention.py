@@ -16,6 +16,7 @@ from sera_jax.checkpoint.phases import Workdir, load_manifest
 def let_go(workdir: Workdir, folder: pathlib.Path, part: str) -> None:
     """Remove the arrays of a part of a finished product, unless the work directory keeps all. Their checksums stay, so
     the product has the digest that it had. A kill between is made good when this is asked for again."""
+    workdir.settle()
     if workdir.keeps_states or not hosts.is_first():
         return
     manifest = load_manifest(folder)

@@ -29,7 +29,7 @@ _AT_ONCE = 1 << 30  # bytes of arrays in memory
 
 def phases(root: pathlib.Path) -> list[pathlib.Path]:
     """The folders of finished phases."""
-    return sorted(path.parent for path in (root / "phases").rglob("manifest.json") if not _is_unfinished(path))
+    return sorted(path.parent for path in (root / "phases").rglob("manifest.json") if not _lies_in_unfinished(path))
 
 
 def checkpoints(root: pathlib.Path) -> list[pathlib.Path]:
@@ -58,13 +58,13 @@ def strays(root: pathlib.Path) -> Iterator[str]:
     homes = {parent for path in known for parent in path.parents}
     lost = set()
     for path in below.rglob("*"):
-        if path.is_file() and path not in known and not _is_unfinished(path) and not {*path.parents} & {*unread}:
+        if path.is_file() and path not in known and not _lies_in_unfinished(path) and not {*path.parents} & {*unread}:
             highest = next(p for p in reversed((path, *path.parents)) if below in p.parents and p not in homes)
             lost.add(highest.parent if (highest / "checksums.json").exists() else highest)
     yield from (f"{path} stands in no manifest.json; {to_make_anew(path)}" for path in sorted(lost))
 
 
-def _is_unfinished(path: pathlib.Path) -> bool:
+def _lies_in_unfinished(path: pathlib.Path) -> bool:
     """Whether it lies in what a kill left of a product."""
     return any(parent.name.endswith(".partial") or (parent / UNFINISHED).exists() for parent in path.parents)
 

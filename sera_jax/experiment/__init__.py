@@ -43,7 +43,7 @@ from sera_jax.experiment.saved import describe, export
 from sera_jax.experiment.start import START_PHASES, params_sha256, starting_policy
 from sera_jax.experiment.start import phases as start_phases
 from sera_jax.experiment.verifying import OUTPUTS
-from sera_jax.loops.runtime import Policy, Preempted, Runtime
+from sera_jax.loops.runtime import NonFinite, Policy, Preempted, Runtime
 from sera_jax.mesh import fetch, make_mesh, meet
 from sera_jax.models.lora import merged
 from sera_jax.ops.backends import AUTO, Asked, choose
@@ -135,13 +135,18 @@ def run(
 @contextlib.contextmanager
 def _writing_behind(workdir: Workdir, mesh: Mesh) -> Iterator[None]:
     """Within, devices go on while arrays are written, except on CPUs, where what is written is no copy. All are on disk
-    at the end, also where all processes stop on request. Where one of them fails it waits for none: the others may be
-    in the middle of a computation."""
+    at the end, also where the run stops or fails; but where one of several processes fails by itself it waits for none:
+    the others may be in the middle of a computation."""
     workdir.writes_behind = mesh.devices.flat[0].platform != "cpu"
     try:
         yield
-    except Preempted:
+    except (Preempted, NonFinite):
         workdir.settle()
+        raise
+    except Exception:
+        if hosts.count() == 1:
+            with contextlib.suppress(OSError):  # the first error is the one to tell
+                workdir.settle()
         raise
     workdir.settle()
 

@@ -118,14 +118,15 @@ def optimise(run: Runtime, training: Training) -> Policy:
     trained = training.trained
     if not trained.whole:
         inputs["trained"] = dataclasses.asdict(trained)
-    product, made = run_to_end(run, training.name, inputs, lambda: _Optimisation(run, training))
+    over = run.over(training.start, trained)
+    kept = part_of(training.target.scalar) if over is None else ""
+    product, params = run_to_end(run, training.name, inputs, lambda: _Optimisation(run, training), kept)
     if training.last_of is not None:
         let_go(run.workdir, training.last_of.path, "optimizer")
     run.ledger.note(training.name, cost.of_lines(read_records(product.path / METRICS)[0]))
-    over = run.over(training.start, trained)
     policy = Policy(training.name, product.path, product.digest, training.target.scalar, trained, over)
-    if made and over is None:
-        run.hold(policy, made[part_of(policy.scalar)])
+    if params is not None:
+        run.hold(policy, params)
     return policy
 
 

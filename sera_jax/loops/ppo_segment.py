@@ -70,13 +70,14 @@ def train_segment(
     if (paying := learner.arm.reward_model) is not None:
         inputs["reward_model"] = [paying.model.digest, paying.shift, paying.scale]
     name = f"{arm}/iteration{segment.last}"
-    product, made = run_to_end(study.run, name, inputs, lambda: _Iterations(learner, iterate, segment, previous))
+    work, kept = (lambda: _Iterations(learner, iterate, segment, previous)), "params" if learner.over is None else ""
+    product, params = run_to_end(study.run, name, inputs, work, kept)
     if segment.first > 1:
         let_go(study.run.workdir, previous.path, "state")
     study.run.ledger.note(name, cost.of_lines(read_records(product.path / METRICS)[0]))
     policy = Policy(name, product.path, product.digest, trained=learner.trained, over=learner.over)
-    if made and policy.over is None:
-        study.run.hold(policy, made["params"])
+    if params is not None:
+        study.run.hold(policy, params)
     return policy, product.json("spent.json")
 
 

@@ -96,19 +96,22 @@ class Work(Protocol[State]):
 
 
 class Ended(NamedTuple):
-    """What a work came to: its product and, where it was made just now, the trees that it left, which need not be on
-    disk yet."""
+    """What a work came to: its product and, where it was made just now, one of the trees that it left, which need not
+    be on disk yet."""
 
     product: Product
-    trees: dict[str, Any]
+    tree: Any | None
 
 
-def run_to_end(run: Runtime, name: str, inputs: dict[str, Any], begin: Callable[[], Work[State]]) -> Ended:
+def run_to_end(
+    run: Runtime, name: str, inputs: dict[str, Any], begin: Callable[[], Work[State]], kept: str = ""
+) -> Ended:
     """The phase `name`: found on disk, or worked out from its newest checkpoint, or from its start.
 
     Args:
         inputs: what the work depends on, JSON-able; the product's manifest and every checkpoint hold it.
         begin: makes the work; called only where there is something to do.
+        kept: the name of the tree that is returned as well; all others are let go.
 
     Raises:
         StaleWorkdir: the product or the checkpoint there is of other inputs.
@@ -123,6 +126,9 @@ def run_to_end(run: Runtime, name: str, inputs: dict[str, Any], begin: Callable[
         return trees
 
     product = run.workdir.phase(name, inputs, produce, LOWER)
+    tree = trees.get(kept)
+    trees.clear()
+    memory.trim()
     own, _ = read_records(product.path / METRICS)
     if own and run.writer.digest(key := key_of(own[0])) != digest_of_lines(own):
         there = [without_clock(line) for line in run.writer.lines(key)]
@@ -133,7 +139,7 @@ def run_to_end(run: Runtime, name: str, inputs: dict[str, Any], begin: Callable[
                 f"warning: {run.workdir.root / METRICS} no longer has the lines of {name} as they were written; "
                 f"{product.path / METRICS}, from which the summary is made, has"
             )
-    return Ended(product, trees)
+    return Ended(product, tree)
 
 
 def _produce(
@@ -141,6 +147,8 @@ def _produce(
 ) -> dict[str, Any]:
     checkpoints = Checkpoints(run.workdir.checkpoints(name), work.keep, inputs)
     try:
+        if checkpoints.latest_step() is not None:
+            run.release()  # what the work would have begun with
         state = checkpoints.restore(work.abstract)
         if state is None:
             state = work.fresh()
@@ -168,6 +176,7 @@ def _repeat(run: Runtime, name: str, work: Work[State], state: State, checkpoint
                     save(*error.good)
                 raise
             run.writer.sync()
+            run.workdir.settle()  # what the work began with is on disk before what came of it
             checkpoints.save(number, state, notes)
 
     def newest() -> str:

@@ -127,8 +127,8 @@ class Runtime:
         return microbatches_for(self.cfg, rows, self.layout.row_tokens, self.layout.shards, asked=asked)
 
     def hold(self, policy: Policy, params: Params) -> None:
-        """Hold its parameters, which are in memory already; those held before are let go."""
-        self._held = (policy.digest, params)
+        """Hold the parameters of a whole model, which are in memory already; those held before are let go."""
+        self._held, self._under = (policy.digest, params), None
 
     def release(self) -> None:
         """Let go of the parameters in memory."""

@@ -31,7 +31,7 @@ def load_params(cfg: ModelConfig, mesh: Mesh, origin: Origin) -> Params:
 
     Args:
         cfg: the model; its `param_dtype` is that of the parameters.
-        origin: a random key, for fresh ones; a folder that `checkpoint.save_tree` wrote; or a Hugging Face folder of
+        origin: a random key, for fresh ones; a folder that `checkpoint.load_tree` reads; or a Hugging Face folder of
             that model.
 
     Raises:
@@ -65,7 +65,7 @@ def load_adapters(cfg: ModelConfig, mesh: Mesh, folder: str | os.PathLike) -> tu
 def load_part(
     cfg: ModelConfig, mesh: Mesh, folder: pathlib.Path, trained: Trained = ALL, scalar: bool = False
 ) -> Params:
-    """What was `trained` of a model of `cfg`, from a folder that `checkpoint.save_tree` wrote; with `scalar`, of a
+    """What was `trained` of a model of `cfg`, from a folder that `checkpoint.load_tree` reads; with `scalar`, of a
     reward model (or critic) beside it. Placed and refused as those of `load_params`."""
 
     def part(params: Params) -> Params:

@@ -1,5 +1,6 @@
 """Arrays that are written while the next phase is made: the product is the same, and whole only when they are there."""
 
+import contextlib
 import errno
 import os
 import shutil
@@ -8,10 +9,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from sera_jax import experiment
 from sera_jax.checkpoint import Workdir, load_tree, phases, retention, verify
 from sera_jax.checkpoint.phases import UNFINISHED
 from sera_jax.checkpoint.shared import SharedPhases
 from sera_jax.experiment.saved import find_policy
+from sera_jax.loops.runtime import NonFinite, Preempted
+from sera_jax.mesh import make_mesh
 from tests import bucket
 from tests.loops.kills import products
 
@@ -160,3 +164,58 @@ def test_what_is_left_for_other_runs_is_the_product_alone(tmp_path, begun):
     taking = opened(tmp_path / "other")
     taking.shared = workdir.shared
     assert taking.phase("round1", {}, trained).digest == product.digest and taking.taken == ["round1"]
+
+
+def test_a_kill_while_what_a_kill_left_is_removed_changes_nothing(tmp_path, begun, monkeypatch):
+    product = opened(tmp_path).phase("round1", {}, trained)
+
+    def killed(folder, **_):
+        (folder / UNFINISHED).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(phases.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            opened(tmp_path).phase("round1", {}, trained)
+    again = opened(tmp_path, behind=False)
+    assert again.phase("round1", {}, trained).digest == product.digest and is_whole(product.path)
+    assert not phases.torn_of(product.path).exists()
+
+
+def test_a_state_is_let_go_of_a_product_that_was_made_anew_before_one_that_is_there(tmp_path, begun):
+    for name in ("round1", "round2"):
+        opened(tmp_path, behind=False).phase(name, {}, trained)
+    shutil.rmtree(tmp_path / "phases" / "round1")
+    workdir = opened(tmp_path)
+    product = workdir.phase("round1", {}, trained)
+    workdir.phase("round2", {}, trained)
+    retention.let_go(workdir, product.path, "state")
+    assert is_whole(product.path) and not (product.path / "state" / "arrays").exists()
+
+
+def test_a_product_that_is_taken_appears_after_the_one_before(tmp_path, begun):
+    shared = SharedPhases(tmp_path / "shared", ("sft",), {})
+    giving = opened(tmp_path / "other", behind=False)
+    giving.shared = shared
+    giving.phase("sft", {}, trained)
+    workdir = opened(tmp_path / "run")
+    workdir.shared = shared
+    before = workdir.phase("pretrain", {}, trained)
+    workdir.phase("sft", {}, trained)
+    assert workdir.taken == ["sft"] and is_whole(before.path)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("error", [Preempted("asked"), NonFinite("loss"), ValueError("x"), None])
+def test_a_run_that_ends_leaves_whole_what_it_finished(tmp_path, begun, monkeypatch, error, processes):
+    """But one of several processes that fails waits for no other."""
+    workdir, settled = opened(tmp_path), []
+    monkeypatch.setattr(workdir, "settle", lambda: settled.append(True))
+    monkeypatch.setattr(experiment.hosts, "count", lambda: processes)
+    with contextlib.suppress(Preempted, NonFinite, ValueError):
+        with experiment._writing_behind(workdir, make_mesh(1, 1, 1, devices=jax.devices()[:1])):
+            assert not workdir.writes_behind, "on CPUs"
+            if error is not None:
+                raise error
+    alone = processes == 2 and type(error) is ValueError
+    assert settled == [True] * (not alone)

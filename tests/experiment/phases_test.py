@@ -80,13 +80,13 @@ def pretended(monkeypatch):
         places = ((p, n) for p in range(len(prompts)) for n in range(num_samples))
         return [Sample(p, n, tokens(), np.zeros(0, np.float32), True) for p, n in places]
 
-    def trained(run, name, inputs, begin):
+    def trained(run, name, inputs, begin, kept):
         def produce(folder):
             (folder / "params").mkdir()
             (folder / "params" / "checksums.json").write_text(str(rng(name).normal()))
             (folder / "spent.json").write_text(json.dumps({"passes_tokens": 1e4}))
 
-        return Ended(run.workdir.phase(name, inputs, produce), {})
+        return Ended(run.workdir.phase(name, inputs, produce), None)
 
     def write_checksums(folder, tree):
         folder.mkdir()

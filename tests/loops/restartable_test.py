@@ -154,3 +154,30 @@ def test_lines_that_were_changed_are_said_and_stay(tmp_path, capsys):
     count(tmp_path, every=1)
     assert "no longer has the lines of toy as they were written" in capsys.readouterr().err
     assert log.read_text() == changed
+
+
+def test_a_checkpoint_comes_after_what_its_work_began_with(tmp_path):
+    """Else a kill could leave one that is of a product which is made anew, with other bits perhaps."""
+    with one_device_runtime(tmp_path, CFG) as run:
+        run.workdir.writes_behind = True
+        before = run.workdir.phase("before", {}, lambda folder: {"params": {"w": jnp.ones(3)}})
+        begun_while_written = not (before.path / "manifest.json").exists()
+
+        def begin():
+            work = Counting(run, fails={3: memory.OutOfMemory("x")})
+            work.save_steps = 2
+            return work
+
+        with pytest.raises(memory.OutOfMemory):
+            run_to_end(run, "toy", {"n": 1}, begin)
+        assert begun_while_written and saved(tmp_path) == [2] and (before.path / "manifest.json").exists()
+
+
+def test_the_tree_that_is_kept_is_the_one_that_was_left(tmp_path):
+    with one_device_runtime(tmp_path, CFG) as run:
+        first, again, other = (
+            run_to_end(run, name, {"n": 1}, lambda: Counting(run), kept)
+            for name, kept in (("toy", "state"), ("toy", "state"), ("other", ""))
+        )
+        assert first.tree is not None and first.tree["n"] == STEPS
+        assert again.tree is None and other.tree is None, "found on disk, and not asked for"
