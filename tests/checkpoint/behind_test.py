@@ -212,10 +212,10 @@ def test_a_run_that_ends_leaves_whole_what_it_finished(tmp_path, begun, monkeypa
     workdir, settled = opened(tmp_path), []
     monkeypatch.setattr(workdir, "settle", lambda: settled.append(True))
     monkeypatch.setattr(experiment.hosts, "count", lambda: processes)
-    with contextlib.suppress(Preempted, NonFinite, ValueError):
-        with experiment._writing_behind(workdir, make_mesh(1, 1, 1, devices=jax.devices()[:1])):
-            assert not workdir.writes_behind, "on CPUs"
-            if error is not None:
-                raise error
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    with contextlib.suppress(Preempted, NonFinite, ValueError), experiment._writing_behind(workdir, mesh):
+        assert not workdir.writes_behind, "on CPUs"
+        if error is not None:
+            raise error
     alone = processes == 2 and type(error) is ValueError
     assert settled == [True] * (not alone)
