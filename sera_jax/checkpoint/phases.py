@@ -309,8 +309,8 @@ def _finish_move(folder: pathlib.Path) -> None:
         whole.move_files(torn, folder, last="manifest.json")
     elif is_whole(read_json(rewritten)):
         whole.appear(rewritten, folder / "manifest.json")
-    if is_whole(read_json(folder / "manifest.json")):
-        (folder / UNFINISHED).unlink(missing_ok=True)
+    if (folder / UNFINISHED).exists() and is_whole(read_json(folder / "manifest.json")):
+        (folder / UNFINISHED).unlink()
 
 
 def make(name: str, folder: pathlib.Path, inputs: dict[str, Any], produce: Produce, way_out: str) -> Mapping[str, Any]:

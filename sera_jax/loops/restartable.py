@@ -127,8 +127,9 @@ def run_to_end(
 
     product = run.workdir.phase(name, inputs, produce, LOWER)
     tree = trees.get(kept)
-    trees.clear()
-    memory.trim()
+    if trees:
+        trees.clear()
+        memory.trim()
     own, _ = read_records(product.path / METRICS)
     if own and run.writer.digest(key := key_of(own[0])) != digest_of_lines(own):
         there = [without_clock(line) for line in run.writer.lines(key)]
