@@ -21,13 +21,14 @@ class ModelGroup:
 
     revision: branch, tag or commit of the repository of `model_name_or_path`, wherever that one is named.
     dtype: of the matmuls. param_dtype: of the parameters as they are kept; see master_weights of `train` for bfloat16.
-    remat: what the backward pass computes again instead of keeping it: `none`, `dots` (all but the matmuls), `full`
-        (all but the input of each layer), `groups` (all but the input of every fourth layer, at the price of about one
-        more forward pass), or `auto`, the least of the first three that keeps at most 1 GiB of a row.
+    remat: what the backward pass computes again instead of keeping it: `none`, `dots` (all but matmuls and attention,
+        which is faster than to store and fetch it), `full` (all but the input of each layer), `groups` (all but the
+        input of every fourth layer, at the price of about one more forward pass), or `auto`: `dots` where that keeps
+        at most 1 GiB of a row, else `full`.
     attn_implementation: `xla`, blocks of queries in plain XLA; `xla_loop`, which holds less and compiles sooner where
         rows are long, for up to twice the work of attention; `xla_tiles`, which computes only tiles that are not
         masked; `splash`, a kernel of TPUs; `cudnn`, one of NVIDIA GPUs; or `auto`, the kernel of the devices where it
-        can do what the model asks, else `xla_loop`, and on a CPU `xla_tiles`, or `xla` in rows of up to 128 tokens.
+        can do what the model asks, else `xla_loop`, and on a CPU `xla_tiles`, or `xla` in rows of up to 64 tokens.
     """
 
     model_name_or_path: str = ""

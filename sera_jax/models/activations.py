@@ -14,11 +14,11 @@ ACTIVATION_BYTES = 2**30  # what an update may keep on each device at a time, un
 
 
 def chosen_remat(cfg: ModelConfig, row_tokens: int) -> str:
-    """What the backward pass recomputes: `cfg.remat`, or for `auto` the least that lets a row fit ACTIVATION_BYTES."""
+    """What the backward pass recomputes: `cfg.remat`, or for `auto` all but matmuls and attention, where a row then fits
+    ACTIVATION_BYTES, else `full`. To store and fetch the rest takes longer than to compute it again."""
     if cfg.remat != "auto":
         return cfg.remat
-    fitting = (kind for kind in ("none", "dots") if _bytes(cfg, row_tokens, kind) <= ACTIVATION_BYTES)
-    return next(fitting, "full")
+    return "dots" if _bytes(cfg, row_tokens, "dots") <= ACTIVATION_BYTES else "full"
 
 
 def activation_bytes(cfg: ModelConfig, row_tokens: int) -> int:
@@ -38,7 +38,7 @@ def _bytes(cfg: ModelConfig, row_tokens: int, remat: str) -> int:
     group = group_layers(cfg)
     kept = {
         "none": layer * layers,
-        "dots": (2 * hidden + 2 * inner + projected) * layers,
+        "dots": (2 * hidden + 2 * inner + projected + cfg.num_attention_heads * cfg.head_dim) * layers,
         "full": hidden * layers,
         "groups": hidden * (layers // group + group),  # the inputs of groups, and of the layers of one
     }[remat]

@@ -29,7 +29,7 @@ from sera_jax.models.layers import Linear, Norm
 from sera_jax.models.lora import merged
 from sera_jax.models.parts import BLOCK, LAST, joined, last_layers
 from sera_jax.ops import backends
-from sera_jax.ops.attention import Places
+from sera_jax.ops.attention import KEPT, Places
 
 Params = dict[str, Any]
 ACTIVATIONS = {
@@ -247,7 +247,9 @@ def _scan(cfg: ModelConfig, layer: Callable, x: jax.Array, given: Any) -> tuple[
     remat = chosen_remat(cfg, x.shape[1])
     if remat == "none":
         return jax.lax.scan(layer, x, given)
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    policies = jax.checkpoint_policies
+    multiplied = policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(KEPT)
+    policy = policies.save_from_both_policies(*multiplied) if remat == "dots" else None
     layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
     if remat != "groups":
         return jax.lax.scan(layer, x, given)

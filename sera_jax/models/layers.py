@@ -11,7 +11,11 @@ from sera_jax.models.lora import KEY, A, B, dropped
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the last axis, in float32."""
+    """RMSNorm or LayerNorm over the last axis, in float32.
+
+    Leading axes are one while it computes: on a CPU XLA sums over the last of three axes, as the gradients of norms do,
+    ten times as long as over the last of two.
+    """
 
     cfg: ModelConfig
 
@@ -19,15 +23,16 @@ class Norm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.param_dtype)
         scale = self.param("scale", nn.initializers.constant(1 - cfg.norm_offset), (x.shape[-1],), dtype)
+        shape, x = x.shape, x.reshape(-1, x.shape[-1])
         wide, bias = x.astype(jnp.float32), None
         if cfg.norm == "layernorm":
             bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), dtype)
             wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + cfg.rms_norm_eps)
         if cfg.norm == "rmsnorm" and not cfg.norm_offset:
-            return wide.astype(x.dtype) * scale.astype(x.dtype)
+            return (wide.astype(x.dtype) * scale.astype(x.dtype)).reshape(shape)
         wide = wide * (scale.astype(jnp.float32) + cfg.norm_offset)
-        return (wide if bias is None else wide + bias.astype(jnp.float32)).astype(x.dtype)
+        return (wide if bias is None else wide + bias.astype(jnp.float32)).astype(x.dtype).reshape(shape)
 
 
 class Linear(nn.Module):

@@ -10,11 +10,13 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from sera_jax.core import Array
 
 BLOCK = 128  # queries handled at a time
 BAND = 8  # blocks of a longer row that share a loop, and so a number of keys
+KEPT = "attention"  # the name (`checkpoint_name`) of what a backward pass wants of the forward pass besides its inputs
 MASKED = -1e30  # finite, so that a fully masked (padding) query stays finite
 
 
@@ -158,7 +160,7 @@ def blocked_attention(
 
     parts = _bands(length, 0 if one_loop else longest)
     bands = [band(start, stop) for start, stop in parts]
-    return jnp.concatenate(bands, axis=2) if len(bands) > 1 else bands[0]
+    return checkpoint_name(jnp.concatenate(bands, axis=2) if len(bands) > 1 else bands[0], KEPT)
 
 
 def _bands(length: int, longest: int) -> list[tuple[int, int]]:

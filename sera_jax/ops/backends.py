@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from sera_jax.ops.attention import Attention, Places, blocked_attention
+from sera_jax.ops.attention import KEPT, Attention, Places, blocked_attention
 from sera_jax.ops.kernels import LANES, dot_product, of_kernel, splash
-from sera_jax.ops.tiles import KEPT, TILE, tiled
+from sera_jax.ops.tiles import TILE, tiled
 
 LONGEST = 16384  # tokens of a row whose mask a kernel is given: 2 GiB with its copies
-SHORT = 128  # tokens of a row up to which a CPU takes `xla`: there a run gains 3 % by tiles
 _DEEPEST = 128  # dimensions of a head, of cuDNN on every GPU that computes in bfloat16
 
 
@@ -102,7 +101,7 @@ def choose(name: str, asked: Asked) -> tuple[str, str]:
         return name, ""
     kernel = _KERNELS.get(asked.devices)
     if asked.devices == "cpu":
-        return "xla_tiles" if asked.tokens > SHORT and not _why_not("xla_tiles", asked) else "xla", ""
+        return "xla" if asked.tokens <= TILE or _why_not("xla_tiles", asked) else "xla_tiles", ""
     if kernel is None:
         return "xla_loop", ""
     why = _why_not(kernel, asked)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from sera_jax.mesh import ROW_AXES, row_shards
-from sera_jax.ops.attention import Attention, Places, visible
+from sera_jax.ops.attention import KEPT, Attention, Places, visible
 
 LANES = 128  # numbers that a TPU handles side by side: the least block of queries or keys
 BLOCKS = (512, 256, LANES)  # of queries and of keys; the largest that divides the row
@@ -113,6 +113,7 @@ def splash(
             head_shards=1,
             q_seq_shards=1,
             attn_logits_soft_cap=soft_cap,
+            residual_checkpoint_name=KEPT,
             interpret=interpret,
         )
         # made an array with all else of the mask, and yet asked for in Python, where under jit it has no value

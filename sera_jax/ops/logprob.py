@@ -11,17 +11,19 @@ from sera_jax.core import Array, Rows
 from sera_jax.ops import backends
 
 Unembed = Callable[[jax.Array], jax.Array]  # a decoder's: hidden states [..., D] -> logits f32[..., V]
-# Of the float32 logits that are alive at a time, where no number of tokens is asked for: a CPU gains nothing from more;
-# an accelerator reads the whole head for every chunk, and of large vocabularies needs hundreds of tokens to pay for it.
-LOGITS_BYTES = 2**26
+# Of the float32 logits that are alive at a time, where no number of tokens is asked for. What fits one chunk is not
+# computed again for the backward pass, so on a CPU it is as much as a small update holds anyway; an accelerator reads
+# the whole head for every chunk, and of large vocabularies needs hundreds of tokens to pay for it.
+LOGITS_BYTES = 2**27
 LOGITS_BYTES_ON_ACCELERATORS = 2**29
-MOST_TOKENS = 2048  # and never more tokens than this: matmuls gain nothing from more
+MOST_TOKENS = 2048  # and there never more tokens than this: matmuls gain nothing from more
 
 
 def default_tokens(vocab_size: int, devices: str) -> int:
     """Tokens whose logits are alive at a time on each device, one of `backends.devices`, where none are asked for."""
-    limit = LOGITS_BYTES if devices == "cpu" else LOGITS_BYTES_ON_ACCELERATORS
-    return min(MOST_TOKENS, limit // (4 * vocab_size))
+    if devices == "cpu":
+        return LOGITS_BYTES // (4 * vocab_size)
+    return min(MOST_TOKENS, LOGITS_BYTES_ON_ACCELERATORS // (4 * vocab_size))
 
 
 def chunk_columns(rows: int, vocab_size: int, tokens: int, shards: int) -> int:

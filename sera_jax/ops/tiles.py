@@ -16,11 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from sera_jax.ops.attention import MASKED, scores_of
+from sera_jax.ops.attention import KEPT, MASKED, scores_of
 
 # Queries, and keys, of a tile: with fewer the matmuls are slow, with more most of what they compute is masked.
 TILE = 64
-KEPT = "attention"  # the name of what the backward pass wants of the forward pass
 
 
 class _Tiles(NamedTuple):
@@ -94,24 +93,24 @@ def _forward(
 
     def tile(turn: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """The softmax of a block's queries, with one more block of keys."""
-        mixed, highest, total = carry
+        mixed, normaliser, *of_block = carry
         i, j = tiles.queries[turn], tiles.keys[turn]
+        another = (turn == 0) | (i != tiles.queries[turn - 1])
+        so_far, before, total = (jnp.where(another, none, x) for none, x in zip((0.0, MASKED, 0.0), of_block))
         scores = _scores(_at(queries, i), _at(keys, j), _at(tiles.seen, tiles.number[turn]), scale, soft_cap)
-        before = _at(highest, i)
-        now = jnp.maximum(before, scores.max(-1))
-        weights, fade = jnp.exp(scores - now[..., None]), jnp.exp(before - now)
+        highest = jnp.maximum(before, scores.max(-1))
+        weights, fade = jnp.exp(scores - highest[..., None]), jnp.exp(before - highest)
         more = jnp.einsum("gts,gsd->gtd", weights.astype(v.dtype), _at(values, j), preferred_element_type=jnp.float32)
-        return (
-            _put(mixed, _at(mixed, i) * fade[..., None] + more, i),
-            _put(highest, now, i),
-            _put(total, _at(total, i) * fade + weights.sum(-1), i),
-        )
+        so_far = so_far * fade[..., None] + more
+        total = total * fade + weights.sum(-1)
+        of_all = _put(mixed, so_far / total[..., None], i), _put(normaliser, highest + jnp.log(total), i)
+        return *of_all, so_far, highest, total
 
     each = queries.shape[:-1]
-    start = jnp.zeros(queries.shape, jnp.float32), jnp.full(each, MASKED), jnp.zeros(each)
-    mixed, highest, total = jax.lax.fori_loop(0, tiles.full, tile, start)
-    out = checkpoint_name(_rows((mixed / total[..., None]).astype(q.dtype), q.shape[0]), KEPT)
-    normaliser = checkpoint_name(highest + jnp.log(total), KEPT)
+    start = tuple(jnp.zeros(shape, jnp.float32) for shape in (queries.shape, each, queries.shape[1:], each[1:], each[1:]))
+    mixed, normaliser, *_ = jax.lax.fori_loop(0, tiles.full, tile, start)
+    out = checkpoint_name(_rows(mixed.astype(q.dtype), q.shape[0]), KEPT)
+    normaliser = checkpoint_name(normaliser, KEPT)
     return out, (q, k, v, seen, out, normaliser)
 
 

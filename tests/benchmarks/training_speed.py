@@ -36,7 +36,7 @@ from sera_jax.training.score import make_score, place_rows
 from sera_jax.training.step import abstract_state, init_state, make_step, place_batch
 from tests.benchmarks.bench.works import SHAPE
 
-BENCH = ModelConfig(**SHAPE, tie_word_embeddings=False)
+BENCH = ModelConfig(**SHAPE, tie_word_embeddings=False, remat="auto")
 SCORE_TOKENS = 16384  # tokens of a scoring batch, as the experiments take them
 MATMUL = 2048
 

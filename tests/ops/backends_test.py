@@ -19,7 +19,6 @@ from sera_jax.ops.backends import (
     ATTENTION,
     AUTO,
     LONGEST,
-    SHORT,
     Asked,
     BackEnd,
     anywhere,
@@ -27,6 +26,7 @@ from sera_jax.ops.backends import (
     devices,
     error_of,
 )
+from sera_jax.ops.tiles import TILE
 from tests import oracles
 from tests.ops.attention_test import close, mixed, places, plain_attention, random_heads, whole_mask
 
@@ -120,7 +120,7 @@ def test_devices_are_those_of_the_mesh_that_is_set(kind):
     ("asked", "name", "why"),
     [
         ({"devices": "cpu"}, "xla_tiles", ""),
-        ({"devices": "cpu", "tokens": SHORT}, "xla", ""),
+        ({"devices": "cpu", "tokens": TILE}, "xla", ""),
         ({"devices": "cpu", "tokens": LONGEST + 1}, "xla", ""),
         ({"devices": "gpu"}, "xla_loop", ""),
         ({}, "splash", ""),

@@ -18,6 +18,8 @@ from sera_jax.data.items import Item, PairItem
 from sera_jax.data.packing import Layout, gather_scores, window_for
 from sera_jax.losses.preference import resolve
 from sera_jax.mesh import make_mesh
+from sera_jax.models.config import ModelConfig
+from sera_jax.models.decoder import Params
 from sera_jax.models.huggingface import load_pretrained
 from sera_jax.sampling import Draws, SamplingParams, generate
 from sera_jax.training.objectives import align_objective
@@ -30,7 +32,12 @@ from tests.benchmarks.bench.works import Pair, Work
 
 NAME = f"sera_jax (jax {jax.__version__})"
 ROW, SCORE_TOKENS = 1024, 16384
-DPO_ROW, POLITE_ROW = 1280, 640  # of W1, W1c and W6: the rows that a step of so few pairs fills best
+DPO_ROW, POLITE_ROW = 2560, 640  # of W1, W1c and W6: the rows that a step of so few pairs fills best
+
+
+def _loaded(folder: pathlib.Path) -> tuple[ModelConfig, Params]:
+    """As a run has it."""
+    return load_pretrained(folder, remat="auto")
 
 
 def _items(pairs: Sequence[Pair], logps: np.ndarray | None = None) -> list[PairItem]:
@@ -61,7 +68,7 @@ class Dpo:
     def __init__(
         self, folder: pathlib.Path, pairs: Sequence[Pair], *, batch: int, row: int, in_step: bool, epoch: bool = False
     ) -> None:
-        self.cfg, self.params = load_pretrained(folder / works.MODEL if (folder / works.MODEL).is_dir() else folder)
+        self.cfg, self.params = _loaded(folder / works.MODEL if (folder / works.MODEL).is_dir() else folder)
         self.pairs, self.in_step = _items(pairs, works.reference_logps(list(pairs))), in_step
         self.mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
         self.loader = PairLoader(self.pairs, Layout(row), batch_size=batch, seed=0)
@@ -109,7 +116,7 @@ class Scoring:
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.pairs = works.random_pairs(seed=1)
-        self.models = [load_pretrained(folder / name) for name in (works.MODEL, works.REFERENCE)]
+        self.models = [_loaded(folder / name) for name in (works.MODEL, works.REFERENCE)]
         self.scorer = _Scorer(self.models[0][0], self.pairs, ROW)
 
     def check(self) -> list[float]:
@@ -123,7 +130,7 @@ class Scoring:
 
 class Sampling:
     def __init__(self, folder: pathlib.Path, top_p: float) -> None:
-        self.cfg, self.params = load_pretrained(folder / works.MODEL)
+        self.cfg, self.params = _loaded(folder / works.MODEL)
         self.prompts, self.top_p, self.done = works.random_prompts(works.PROMPTS), top_p, 0
 
     def check(self) -> list[float]:
@@ -187,7 +194,6 @@ WORKS: dict[str, Any] = {
 
 def make_inputs(folder: pathlib.Path) -> None:
     """Write the models of random weights that all workers load."""
-    from sera_jax.models.config import ModelConfig
     from sera_jax.models.decoder import init_params
     from sera_jax.models.huggingface import save_pretrained
 
