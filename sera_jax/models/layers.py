@@ -11,10 +11,10 @@ from sera_jax.models.lora import KEY, A, B, dropped
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the last axis, in float32.
+    """RMSNorm or LayerNorm over the last axis of [R, T, ...], in float32.
 
-    Leading axes are one while it computes: on a CPU XLA sums over the last of three axes, as the gradients of norms do,
-    ten times as long as over the last of two.
+    R and T are one axis while it computes: with R = 1 a sum over the last of three axes, as the gradient has it, takes
+    XLA on a CPU ten times as long as over the last of two.
     """
 
     cfg: ModelConfig
@@ -23,7 +23,7 @@ class Norm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.param_dtype)
         scale = self.param("scale", nn.initializers.constant(1 - cfg.norm_offset), (x.shape[-1],), dtype)
-        shape, x = x.shape, x.reshape(-1, x.shape[-1])
+        shape, x = x.shape, x.reshape(-1, *x.shape[2:])
         wide, bias = x.astype(jnp.float32), None
         if cfg.norm == "layernorm":
             bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), dtype)
