@@ -92,7 +92,8 @@ def _forward(
     queries, keys, values = (_blocks(x, groups) for x in (q, k, v))
 
     def tile(turn: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        """The softmax of a block's queries, with one more block of keys."""
+        """The softmax of a block's queries, with one more block of keys. Of one block the tiles come one after the other:
+        what they have so far is carried by itself, since what was read from the arrays of all would have them copied."""
         mixed, normaliser, *of_block = carry
         i, j = tiles.queries[turn], tiles.keys[turn]
         another = (turn == 0) | (i != tiles.queries[turn - 1])
@@ -107,7 +108,9 @@ def _forward(
         return *of_all, so_far, highest, total
 
     each = queries.shape[:-1]
-    start = tuple(jnp.zeros(shape, jnp.float32) for shape in (queries.shape, each, queries.shape[1:], each[1:], each[1:]))
+    start = tuple(
+        jnp.zeros(shape, jnp.float32) for shape in (queries.shape, each, queries.shape[1:], each[1:], each[1:])
+    )
     mixed, normaliser, *_ = jax.lax.fori_loop(0, tiles.full, tile, start)
     out = checkpoint_name(_rows(mixed.astype(q.dtype), q.shape[0]), KEPT)
     normaliser = checkpoint_name(normaliser, KEPT)
