@@ -92,8 +92,11 @@ def _forward(
     queries, keys, values = (_blocks(x, groups) for x in (q, k, v))
 
     def tile(turn: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        """The softmax of a block's queries, with one more block of keys. Of one block the tiles come one after the other:
-        what they have so far is carried by itself, since what was read from the arrays of all would have them copied."""
+        """The softmax of a block's queries, with one more block of keys.
+
+        Tiles of a block follow one another. What they have so far is carried by itself: read from the arrays of all
+        blocks, it would have those copied in every turn.
+        """
         mixed, normaliser, *of_block = carry
         i, j = tiles.queries[turn], tiles.keys[turn]
         another = (turn == 0) | (i != tiles.queries[turn - 1])

@@ -1,6 +1,7 @@
 """Speed of alignment steps and of scoring at bench size, beside the matmul peak of the machine in the same run.
 
-    python -m tests.benchmarks.training_speed [--repeats 5] [--row-tokens 1024 2560] [--work cached in_step score]
+    python -m tests.benchmarks.training_speed [--repeats 5] [--row-tokens 1024 2512] [--work cached in_step score]
+        [--remat auto none]
 
 Llama shape: hidden 256, intermediate 688, 8 layers, 8 heads, 4 key/value heads, vocabulary 8192, untied, float32,
 random weights; prompts of 64 tokens, responses uniform in 48..192. `cached` is one DPO step of 8 pairs with AdamW and
@@ -28,7 +29,7 @@ from sera_jax.data.items import Item, PairItem
 from sera_jax.data.packing import Layout, window_for
 from sera_jax.losses.preference import resolve
 from sera_jax.mesh import make_mesh
-from sera_jax.models.config import ModelConfig
+from sera_jax.models.config import REMAT, ModelConfig
 from sera_jax.models.decoder import init_params
 from sera_jax.training.objectives import align_objective
 from sera_jax.training.optimizer import make_optimizer
@@ -184,8 +185,14 @@ def main() -> None:
     parser.add_argument("--row-tokens", type=int, nargs="+", default=[1024])
     parser.add_argument("--chunk-tokens", type=int, default=TrainGroup().logits_chunk_tokens)
     parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK))
+    parser.add_argument("--remat", nargs="+", choices=REMAT, default=[BENCH.remat], help="of training, as model.remat")
     args = parser.parse_args()
-    works = {(name, T): WORK[name](T, args) for name in args.work for T in args.row_tokens}
+    works = {
+        (name, T, remat): WORK[name](T, args, dataclasses.replace(BENCH, remat=remat))
+        for name in args.work
+        for T in args.row_tokens
+        for remat in (args.remat if name != "score" else args.remat[:1])
+    }
     compile_seconds = {}
     for key, work in works.items():
         start = time.perf_counter()
@@ -193,8 +200,8 @@ def main() -> None:
         compile_seconds[key] = time.perf_counter() - start
     peak = matmul_peak()
     peaks: list[float] = []
-    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in works}
-    counts: dict[tuple[str, int], list[Count]] = {key: [] for key in works}
+    seconds: dict[tuple[str, int, str], list[float]] = {key: [] for key in works}
+    counts: dict[tuple[str, int, str], list[Count]] = {key: [] for key in works}
     for _ in range(args.repeats):
         peaks.append(peak())
         for key, work in works.items():
@@ -204,8 +211,8 @@ def main() -> None:
     top = float(np.median(peaks))
     print(f"square float32 matmul: median {top:.0f} GFLOP/s, best {max(peaks):.0f}; {jax.devices()[0].device_kind}")
     print(
-        f"{'work':9}{'rows x T':>24}{'tokens/s median':>17}{'best':>8}{'laid/s':>8}{'padding %':>11}{'of peak':>9}"
-        f"{'first call s':>14}"
+        f"{'work':9}{'remat':7}{'rows x T':>24}{'tokens/s median':>17}{'best':>8}{'laid/s':>8}{'padding %':>11}"
+        f"{'of peak':>9}{'first call s':>14}"
     )
     for key, work in works.items():
         times, done = np.array(seconds[key]), counts[key]
@@ -213,17 +220,17 @@ def main() -> None:
         laid, used = sum(c.laid for c in done), sum(c.used for c in done)
         share = np.median([c.flops / s / 1e9 for c, s in zip(done, times)]) / top
         print(
-            f"{key[0]:9}{work.shape:>24}{np.median(rate):17.0f}{rate.max():8.0f}"
+            f"{key[0]:9}{key[2]:7}{work.shape:>24}{np.median(rate):17.0f}{rate.max():8.0f}"
             f"{np.median([c.laid / s for c, s in zip(done, times)]):8.0f}{100 * (1 - used / laid):11.1f}"
             f"{share:9.2f}{compile_seconds[key]:14.1f}",
             flush=True,
         )
 
 
-WORK: dict[str, Callable[[int, argparse.Namespace], Training | Scoring]] = {
-    "cached": lambda T, args: Training(T, args, in_step=False),
-    "in_step": lambda T, args: Training(T, args, in_step=True),
-    "score": Scoring,
+WORK: dict[str, Callable[[int, argparse.Namespace, ModelConfig], Training | Scoring]] = {
+    "cached": lambda T, args, cfg: Training(T, args, in_step=False, cfg=cfg),
+    "in_step": lambda T, args, cfg: Training(T, args, in_step=True, cfg=cfg),
+    "score": lambda T, args, cfg: Scoring(T, args),
 }
 
 
