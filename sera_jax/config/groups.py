@@ -292,7 +292,7 @@ class TrainGroup:
     gradient_accumulation_steps: parts of a batch that are computed one after the other; 0: as few as keep activations
         of at most 1 GiB on each device, or of one row where a row has more.
     logits_chunk_tokens: tokens whose logits are alive at a time on each device, that of `train` in every phase; 0: as
-        many as 64 MiB of float32 logits, on accelerators 512 MiB, at most 2048.
+        many as 128 MiB of float32 logits; on accelerators 512 MiB and at most 2048 tokens.
     master_weights: with model.param_dtype="bfloat16" the optimiser state holds what is trained in float32 as well; the
         updates go there, and the parameters are its rounded values. Without it most updates of a small rate round to
         nothing. Parameters in float32 have no second copy.

@@ -21,10 +21,10 @@ class ModelGroup:
 
     revision: branch, tag or commit of the repository of `model_name_or_path`, wherever that one is named.
     dtype: of the matmuls. param_dtype: of the parameters as they are kept; see master_weights of `train` for bfloat16.
-    remat: what the backward pass computes again instead of keeping it: `none`, `dots` (all but matmuls and attention,
-        which is faster than to store and fetch it), `full` (all but the input of each layer), `groups` (all but the
-        input of every fourth layer, at the price of about one more forward pass), or `auto`: `dots` where that keeps
-        at most 1 GiB of a row, else `full`.
+    remat: what the backward pass computes again instead of keeping it: `none`, `dots` (all but what matmuls and
+        attention gave, which on a CPU is faster than storing and fetching the rest; `cudnn` attends again), `full`
+        (all but the input of each layer), `groups` (all but the input of every fourth layer, at the price of about one
+        more forward pass), or `auto`: `dots` where that keeps at most 1 GiB of a row, else `full`.
     attn_implementation: `xla`, blocks of queries in plain XLA; `xla_loop`, which holds less and compiles sooner where
         rows are long, for up to twice the work of attention; `xla_tiles`, which computes only tiles that are not
         masked; `splash`, a kernel of TPUs; `cudnn`, one of NVIDIA GPUs; or `auto`, the kernel of the devices where it

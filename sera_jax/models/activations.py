@@ -15,7 +15,7 @@ ACTIVATION_BYTES = 2**30  # what an update may keep on each device at a time, un
 
 def chosen_remat(cfg: ModelConfig, row_tokens: int) -> str:
     """What the backward pass recomputes: `cfg.remat`, or for `auto` all but matmuls and attention, where a row then
-    fits ACTIVATION_BYTES, else `full`. To store and fetch the rest takes longer than to compute it again."""
+    fits ACTIVATION_BYTES, else `full`. On a CPU to store and fetch the rest takes longer than to compute it again."""
     if cfg.remat != "auto":
         return cfg.remat
     return "dots" if _bytes(cfg, row_tokens, "dots") <= ACTIVATION_BYTES else "full"

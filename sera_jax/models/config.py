@@ -60,8 +60,8 @@ class ModelConfig:
             the vocabulary projection's output. Log-probs and sums over tokens are float32 always.
         export_dtype: dtype that an export writes unless told otherwise: that of the file the weights came from.
         remat: what the backward pass recomputes: `none`, `full` (keep only layer inputs), `dots` (keep matmuls
-            and what attention gave), `groups` (keep only the input of every fourth layer), or `auto`, the fastest that
-            bounds memory (`models.activations`).
+            and what attention gave, but of `cudnn`), `groups` (keep only the input of every fourth layer), or `auto`,
+            the fastest that bounds memory (`models.activations`).
         attn_implementation: a name in `ops.backends.ATTENTION`, or `auto`.
         absent_ids: ranges [first, last) of ids that the tokenizer does not have (padded embeddings): they have no
             probability, for who samples and for who scores alike. Not part of the model: an export knows nothing of it.

@@ -247,9 +247,11 @@ def _scan(cfg: ModelConfig, layer: Callable, x: jax.Array, given: Any) -> tuple[
     remat = chosen_remat(cfg, x.shape[1])
     if remat == "none":
         return jax.lax.scan(layer, x, given)
-    policies = jax.checkpoint_policies
-    multiplied = policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(KEPT)
-    policy = policies.save_from_both_policies(*multiplied) if remat == "dots" else None
+    policy = None
+    if remat == "dots":
+        known = jax.checkpoint_policies
+        multiplied, attended = known.dots_with_no_batch_dims_saveable, known.save_only_these_names(KEPT)
+        policy = known.save_from_both_policies(multiplied, attended)
     layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
     if remat != "groups":
         return jax.lax.scan(layer, x, given)

@@ -16,7 +16,7 @@ from sera_jax.core import Array
 
 BLOCK = 128  # queries handled at a time
 BAND = 8  # blocks of a longer row that share a loop, and so a number of keys
-KEPT = "attention"  # the name (`checkpoint_name`) of what a backward pass wants of the forward pass besides its inputs
+KEPT = "attention"  # the name (`checkpoint_name`) of what attention gave, which `remat=dots` keeps
 MASKED = -1e30  # finite, so that a fully masked (padding) query stays finite
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from sera_jax.ops.attention import KEPT, Attention, Places, blocked_attention
+from sera_jax.ops.attention import Attention, Places, blocked_attention
 from sera_jax.ops.kernels import LANES, dot_product, of_kernel, splash
 from sera_jax.ops.tiles import TILE, tiled
 
@@ -69,7 +69,7 @@ def _beyond_cudnn(asked: Asked) -> str:
 ATTENTION: dict[str, BackEnd] = {
     "xla": BackEnd(blocked_attention),
     "xla_loop": BackEnd(functools.partial(blocked_attention, one_loop=True)),
-    "xla_tiles": BackEnd(of_kernel(tiled, TILE, KEPT), lacks=_rows_too_long),
+    "xla_tiles": BackEnd(of_kernel(tiled, TILE), lacks=_rows_too_long),
     "splash": BackEnd(of_kernel(splash, LANES), "tpu", _beyond_splash),
     "cudnn": BackEnd(of_kernel(dot_product, 2), "cuda", _beyond_cudnn),
 }
@@ -101,7 +101,8 @@ def choose(name: str, asked: Asked) -> tuple[str, str]:
         return name, ""
     kernel = _KERNELS.get(asked.devices)
     if asked.devices == "cpu":
-        return "xla" if asked.tokens <= TILE or _why_not("xla_tiles", asked) else "xla_tiles", ""
+        one_tile = asked.tokens <= TILE  # has nothing to leave out
+        return "xla" if one_tile or _why_not("xla_tiles", asked) else "xla_tiles", ""
     if kernel is None:
         return "xla_loop", ""
     why = _why_not(kernel, asked)

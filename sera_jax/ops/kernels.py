@@ -32,13 +32,8 @@ class Kernel(Protocol):
     ) -> jax.Array: ...
 
 
-def of_kernel(kernel: Kernel, multiple: int, kept: str = "") -> Attention:
-    """`Attention` by a kernel that wants rows of a multiple of so many tokens.
-
-    Args:
-        kept: the name (`checkpoint_name`) of all that its backward pass wants besides the inputs; the mask, which may
-            be another in every layer, is then made again there and not kept.
-    """
+def of_kernel(kernel: Kernel, multiple: int) -> Attention:
+    """`Attention` by a kernel that wants rows of a multiple of so many tokens."""
 
     def attend(
         q: jax.Array,
@@ -56,18 +51,12 @@ def of_kernel(kernel: Kernel, multiple: int, kept: str = "") -> Attention:
         more = -length % multiple
         given = functools.partial(kernel, scale=depth**-0.5 if scale is None else scale, soft_cap=soft_cap)
 
-        def masked(q: jax.Array, k: jax.Array, v: jax.Array, queries: Places, keys: Places) -> jax.Array:
-            seen = visible(queries, keys, sliding_window=sliding_window) & (queries.segment > 0)[:, :, None]
-            seen = jnp.pad(seen, ((0, 0), (0, more), (0, more))) | jnp.eye(length + more, dtype=bool)
-            seen = jnp.broadcast_to(seen, (rows, *seen.shape[1:]))
-            if more:
-                q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in (q, k, v))
-            return _on_each_device(given, q, k, v, seen)[:, :, :length]
-
-        if kept:
-            policy = jax.checkpoint_policies.save_only_these_names(kept)
-            masked = jax.checkpoint(masked, policy=policy, prevent_cse=False)
-        return masked(q, k, v, queries, keys)
+        seen = visible(queries, keys, sliding_window=sliding_window) & (queries.segment > 0)[:, :, None]
+        seen = jnp.pad(seen, ((0, 0), (0, more), (0, more))) | jnp.eye(length + more, dtype=bool)
+        seen = jnp.broadcast_to(seen, (rows, *seen.shape[1:]))
+        if more:
+            q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in (q, k, v))
+        return _on_each_device(given, q, k, v, seen)[:, :, :length]
 
     return attend
 

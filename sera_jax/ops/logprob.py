@@ -16,7 +16,7 @@ Unembed = Callable[[jax.Array], jax.Array]  # a decoder's: hidden states [..., D
 # the whole head for every chunk, and of large vocabularies needs hundreds of tokens to pay for it.
 LOGITS_BYTES = 2**27
 LOGITS_BYTES_ON_ACCELERATORS = 2**29
-MOST_TOKENS = 2048  # and there never more tokens than this: matmuls gain nothing from more
+MOST_TOKENS = 2048  # of an accelerator: its matmuls gain nothing from more
 
 
 def default_tokens(vocab_size: int, devices: str) -> int:
@@ -40,8 +40,8 @@ def chunk_columns(rows: int, vocab_size: int, tokens: int, shards: int) -> int:
 def token_logps(hidden: jax.Array, unembed: Unembed, rows: Rows, *, chunk: int) -> jax.Array:
     """Log-probability of every scored token, f32[R, M]; 0 at unused places.
 
-    The vocabulary projection is done at most `chunk` columns of M at a time, in steps of equal width, and recomputed in
-    the backward pass, so the largest live array is [R, chunk, V].
+    The vocabulary projection is done at most `chunk` columns of M at a time, in steps of equal width, and where there
+    are several recomputed in the backward pass, so the largest live array is [R, chunk, V].
 
     Args:
         hidden: [R, T, D] final hidden states.

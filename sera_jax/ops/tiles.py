@@ -23,7 +23,7 @@ TILE = 64
 
 
 class _Tiles(NamedTuple):
-    """The tiles that are not empty, row after row.
+    """The tiles that are not empty, row after row: those of a block of queries follow one another, and each has some.
 
     Attributes:
         full: i32[], how many they are; of the rest of each array nothing is read.
@@ -94,8 +94,8 @@ def _forward(
     def tile(turn: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """The softmax of a block's queries, with one more block of keys.
 
-        Tiles of a block follow one another. What they have so far is carried by itself: read from the arrays of all
-        blocks, it would have those copied in every turn.
+        What the tiles of a block have so far is carried by itself: the highest score is read again after it was
+        replaced, so an array of those of all blocks would be copied in every turn.
         """
         mixed, normaliser, *of_block = carry
         i, j = tiles.queries[turn], tiles.keys[turn]

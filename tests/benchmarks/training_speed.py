@@ -220,7 +220,8 @@ def main() -> None:
         laid, used = sum(c.laid for c in done), sum(c.used for c in done)
         share = np.median([c.flops / s / 1e9 for c, s in zip(done, times)]) / top
         print(
-            f"{key[0]:9}{key[2]:7}{work.shape:>24}{np.median(rate):17.0f}{rate.max():8.0f}"
+            f"{key[0]:9}{key[2] if key[0] != 'score' else '-':7}{work.shape:>24}"
+            f"{np.median(rate):17.0f}{rate.max():8.0f}"
             f"{np.median([c.laid / s for c, s in zip(done, times)]):8.0f}{100 * (1 - used / laid):11.1f}"
             f"{share:9.2f}{compile_seconds[key]:14.1f}",
             flush=True,

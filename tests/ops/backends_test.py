@@ -121,6 +121,7 @@ def test_devices_are_those_of_the_mesh_that_is_set(kind):
     [
         ({"devices": "cpu"}, "xla_tiles", ""),
         ({"devices": "cpu", "tokens": TILE}, "xla", ""),
+        ({"devices": "cpu", "tokens": TILE + 1}, "xla_tiles", ""),
         ({"devices": "cpu", "tokens": LONGEST + 1}, "xla", ""),
         ({"devices": "gpu"}, "xla_loop", ""),
         ({}, "splash", ""),

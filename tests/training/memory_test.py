@@ -15,7 +15,7 @@ from sera_jax.mesh import make_mesh
 from sera_jax.models.activations import ACTIVATION_BYTES, activation_bytes, chosen_remat
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import abstract_params, hidden_states
-from sera_jax.ops.logprob import LOGITS_BYTES, chunk_columns
+from sera_jax.ops.logprob import LOGITS_BYTES, MOST_TOKENS, chunk_columns, default_tokens
 from sera_jax.training.objectives import align_objective
 from sera_jax.training.optimizer import make_optimizer
 from sera_jax.training.step import abstract_state, make_step, microbatches_for
@@ -32,7 +32,7 @@ CFG = ModelConfig(
 )
 T, M, K, Q = 128, 64, 4, 2
 CHUNK_TOKENS = 64
-# Layers are scanned, so many cost nothing to compile; a row of these keeps 2 GB, as does one of a real model.
+# Layers are scanned, so many cost nothing to compile; a row of these keeps 1 GB, as does one of a real model.
 DEEP = dataclasses.replace(
     CFG, vocab_size=32768, hidden_size=128, intermediate_size=512, head_dim=128, num_hidden_layers=1024, remat="auto"
 )
@@ -126,10 +126,18 @@ def test_the_embedded_worlds_models_multiply_nothing_again_and_are_never_split()
     assert chunk_columns(64, 512, 0, 1) > 128, "all logits of a step at once"
 
 
+@pytest.mark.parametrize(
+    ("vocabulary", "devices", "tokens"),
+    [(512, "cpu", 2**16), (2**17, "cpu", 2**8), (512, "tpu", MOST_TOKENS), (2**17, "cuda", 2**10)],
+)
+def test_so_many_tokens_are_projected_at_a_time_where_no_number_is_asked_for(vocabulary, devices, tokens):
+    assert default_tokens(vocabulary, devices) == tokens
+
+
 @pytest.mark.parametrize("attention", ["xla", "xla_tiles"])
-@pytest.mark.parametrize("remat", ["none", "dots", "full", "groups"])
-def test_the_activations_of_a_row_are_what_jax_keeps_of_it(remat, attention):
-    """Within a third: of what jax would keep, the compiler recomputes what costs it nothing."""
+@pytest.mark.parametrize(("remat", "within"), [("none", 0.34), ("dots", 0.05), ("full", 0.2), ("groups", 0.2)])
+def test_the_activations_of_a_row_are_what_jax_keeps_of_it(remat, within, attention):
+    """Of what jax would keep with `none`, the compiler recomputes what costs it nothing."""
     cfg = dataclasses.replace(DEEP, remat=remat, attn_implementation=attention)
 
     def kept(rows):
@@ -139,4 +147,4 @@ def test_the_activations_of_a_row_are_what_jax_keeps_of_it(remat, attention):
         leaves = jax.tree.leaves(jax.eval_shape(backward, abstract_params(cfg), abstract_batch(rows)))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
-    assert activation_bytes(cfg, T) == pytest.approx(kept(2) - kept(1), rel=0.34)
+    assert activation_bytes(cfg, T) == pytest.approx(kept(2) - kept(1), rel=within)
