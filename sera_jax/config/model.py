@@ -28,7 +28,7 @@ class ModelGroup:
     attn_implementation: `xla`, blocks of queries in plain XLA; `xla_loop`, which holds less and compiles sooner where
         rows are long, for up to twice the work of attention; `xla_tiles`, which computes only tiles that are not
         masked; `splash`, a kernel of TPUs; `cudnn`, one of NVIDIA GPUs; or `auto`, the kernel of the devices where it
-        can do what the model asks, else `xla_loop`, and on a CPU `xla_tiles`, or `xla` in rows of up to 64 tokens.
+        can do what the model asks, else `xla_loop`, and on a CPU `xla_tiles`, or `xla` in rows of up to 128 tokens.
     """
 
     model_name_or_path: str = ""

@@ -16,6 +16,7 @@ from sera_jax.ops.kernels import LANES, dot_product, of_kernel, splash
 from sera_jax.ops.tiles import TILE, tiled
 
 LONGEST = 16384  # tokens of a row whose mask a kernel is given: 2 GiB with its copies
+SHORT = 128  # tokens of a row up to which a CPU takes `xla`: most of a short run is not attention, and it has no loops
 _DEEPEST = 128  # dimensions of a head, of cuDNN on every GPU that computes in bfloat16
 
 
@@ -101,8 +102,7 @@ def choose(name: str, asked: Asked) -> tuple[str, str]:
         return name, ""
     kernel = _KERNELS.get(asked.devices)
     if asked.devices == "cpu":
-        one_tile = asked.tokens <= TILE  # has nothing to leave out
-        return "xla" if one_tile or _why_not("xla_tiles", asked) else "xla_tiles", ""
+        return "xla_tiles" if asked.tokens > SHORT and not _why_not("xla_tiles", asked) else "xla", ""
     if kernel is None:
         return "xla_loop", ""
     why = _why_not(kernel, asked)

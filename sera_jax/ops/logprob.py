@@ -75,7 +75,8 @@ def token_logps_and_entropies(
 def _logp(logits: jax.Array, target: jax.Array) -> jax.Array:
     """Of logits f32[R, m, V] and targets i32[R, m]."""
     at_target = jnp.take_along_axis(logits, target[:, :, None], axis=2)[:, :, 0]
-    return jnp.minimum(at_target - jax.nn.logsumexp(logits, axis=-1), 0.0)
+    logp = at_target - jax.nn.logsumexp(logits, axis=-1)
+    return jnp.where(logp > 0.0, 0.0, logp)  # XLA's minimum makes 0 of NaN on a CPU where there are many
 
 
 def _by_columns(

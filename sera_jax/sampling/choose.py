@@ -56,7 +56,8 @@ def choose(
         weights = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
         token = draw(weights=weights, keys=jax.vmap(jax.random.fold_in)(keys, index), top_p=top_p)
     at_token = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-    return token, jnp.minimum(at_token - jax.nn.logsumexp(logits, axis=-1), 0.0)
+    logp = at_token - jax.nn.logsumexp(logits, axis=-1)
+    return token, jnp.where(logp > 0.0, 0.0, logp)  # as in `ops.logprob`, where XLA's minimum hid what is not a number
 
 
 def kth_largest(values: jax.Array, k: int) -> jax.Array:

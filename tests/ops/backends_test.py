@@ -19,6 +19,7 @@ from sera_jax.ops.backends import (
     ATTENTION,
     AUTO,
     LONGEST,
+    SHORT,
     Asked,
     BackEnd,
     anywhere,
@@ -26,7 +27,6 @@ from sera_jax.ops.backends import (
     devices,
     error_of,
 )
-from sera_jax.ops.tiles import TILE
 from tests import oracles
 from tests.ops.attention_test import close, mixed, places, plain_attention, random_heads, whole_mask
 
@@ -120,8 +120,8 @@ def test_devices_are_those_of_the_mesh_that_is_set(kind):
     ("asked", "name", "why"),
     [
         ({"devices": "cpu"}, "xla_tiles", ""),
-        ({"devices": "cpu", "tokens": TILE}, "xla", ""),
-        ({"devices": "cpu", "tokens": TILE + 1}, "xla_tiles", ""),
+        ({"devices": "cpu", "tokens": SHORT}, "xla", ""),
+        ({"devices": "cpu", "tokens": SHORT + 1}, "xla_tiles", ""),
         ({"devices": "cpu", "tokens": LONGEST + 1}, "xla", ""),
         ({"devices": "gpu"}, "xla_loop", ""),
         ({}, "splash", ""),

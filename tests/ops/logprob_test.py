@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sera_jax.aot.collectives import collectives
+from sera_jax.core import Rows
 from sera_jax.data.packing import build_rows, gather_scores, pack, spec_for, window_for
 from sera_jax.mesh import make_mesh, rows_sharding
 from sera_jax.models.config import ModelConfig
@@ -163,6 +164,17 @@ def test_unused_places_score_zero_and_lengths_count_scored_tokens(params, items)
     for item, got in zip(some, lengths):
         np.testing.assert_array_equal(got, [len(r) for r in item.responses])
     assert not np.asarray(sums)[rows.item < 0].any()
+
+
+def test_what_is_not_a_number_is_no_log_prob_of_0_however_many_there_are():
+    """XLA's minimum makes 0 of NaN on a CPU, where there are some thousands."""
+    count, width = 64, 96
+    one, scored = (np.zeros((count, size), np.int32) for size in (1, width))
+    rows = Rows(one, one, one, one, scored, scored, scored, 1)
+    hidden = jnp.full((count, 1, 4), jnp.nan)
+    for chunk in (width, width // 2):
+        logps = jax.jit(functools.partial(token_logps, unembed=lambda h: h, rows=rows, chunk=chunk))(hidden)
+        assert jnp.isnan(logps).all()
 
 
 def test_values_are_summed_by_slot(items):
