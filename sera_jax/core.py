@@ -20,6 +20,12 @@ from flax import struct
 Array = jax.Array | np.ndarray
 
 
+def at_most(x: Array, limit: float) -> jax.Array:
+    """f32[...], x where it is not above the limit, and NaN where x is: on a CPU XLA's minimum and maximum make a number
+    of it where there are some thousands."""
+    return jnp.where(x > limit, limit, x)
+
+
 @struct.dataclass
 class Rows:
     """Items (a prompt and its responses) laid into rows of fixed length.

@@ -39,7 +39,8 @@ def policy_loss(*, logp: Array, old_logp: Array, advantage: Array, cliprange: fl
 
     Source: Schulman et al. 2017, eq. 7.
     """
-    return jnp.maximum(*_policy_branches(logp, old_logp, advantage, cliprange))
+    plain, clipped = _policy_branches(logp, old_logp, advantage, cliprange)
+    return jnp.where(clipped > plain, clipped, plain)  # NaN where plain is: see `core.at_most`
 
 
 def policy_clipped(*, logp: Array, old_logp: Array, advantage: Array, cliprange: float) -> jax.Array:
@@ -75,7 +76,7 @@ def value_loss(
     Source: the value clipping of OpenAI's PPO, which the paper does not state; described by Engstrom et al. 2020.
     """
     plain, clipped = _value_branches(value, old_value, returns, cliprange_value, scale)
-    return 0.5 * (plain if cliprange_value is None else jnp.maximum(plain, clipped))
+    return 0.5 * jnp.where(clipped > plain, clipped, plain)
 
 
 def value_clipped(

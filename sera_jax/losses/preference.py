@@ -26,6 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from sera_jax.core import at_most
+
 Array = jax.Array | np.ndarray
 
 REDUCTIONS = ("sum", "mean")
@@ -200,7 +202,7 @@ def log_odds(*, mean_logp: Array) -> jax.Array:
 
     Source: Hong et al. 2024 (ORPO), eq. 4, with the length-normalised likelihood of its eq. 3.
     """
-    logp = jnp.minimum(mean_logp, MAX_ODDS_LOGP)
+    logp = at_most(mean_logp, MAX_ODDS_LOGP)
     # Of the two ways to write log(1 - e^x) each is exact on its own side of -log 2; both are finite on either.
     log_complement = jnp.where(logp < -math.log(2.0), jnp.log1p(-jnp.exp(logp)), jnp.log(-jnp.expm1(logp)))
     return logp - log_complement

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from sera_jax.core import Array, Rows
+from sera_jax.core import Array, Rows, at_most
 from sera_jax.ops import backends
 
 Unembed = Callable[[jax.Array], jax.Array]  # a decoder's: hidden states [..., D] -> logits f32[..., V]
@@ -75,8 +75,7 @@ def token_logps_and_entropies(
 def _logp(logits: jax.Array, target: jax.Array) -> jax.Array:
     """Of logits f32[R, m, V] and targets i32[R, m]."""
     at_target = jnp.take_along_axis(logits, target[:, :, None], axis=2)[:, :, 0]
-    logp = at_target - jax.nn.logsumexp(logits, axis=-1)
-    return jnp.where(logp > 0.0, 0.0, logp)  # XLA's minimum makes 0 of NaN on a CPU where there are many
+    return at_most(at_target - jax.nn.logsumexp(logits, axis=-1), 0.0)
 
 
 def _by_columns(

@@ -15,6 +15,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from sera_jax.core import at_most
+
 # Beyond these, logits divided by the temperature leave float32; at them, the likeliest tokens have all the mass, or all
 # tokens have the same.
 COLDEST, HOTTEST = 1e-30, 1e30
@@ -56,8 +58,7 @@ def choose(
         weights = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
         token = draw(weights=weights, keys=jax.vmap(jax.random.fold_in)(keys, index), top_p=top_p)
     at_token = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-    logp = at_token - jax.nn.logsumexp(logits, axis=-1)
-    return token, jnp.where(logp > 0.0, 0.0, logp)  # as in `ops.logprob`, where XLA's minimum hid what is not a number
+    return token, at_most(at_token - jax.nn.logsumexp(logits, axis=-1), 0.0)
 
 
 def kth_largest(values: jax.Array, k: int) -> jax.Array:

@@ -1,6 +1,6 @@
 """Speed of alignment steps and of scoring at bench size, beside the matmul peak of the machine in the same run.
 
-    python -m tests.benchmarks.training_speed [--repeats 5] [--row-tokens 1024 2512] [--work cached in_step score]
+    python -m tests.benchmarks.training_speed [--repeats 5] [--row-tokens 1024 2560] [--work cached in_step score]
         [--remat auto none]
 
 Llama shape: hidden 256, intermediate 688, 8 layers, 8 heads, 4 key/value heads, vocabulary 8192, untied, float32,

@@ -59,6 +59,20 @@ def test_the_first_step_is_the_policy_gradient():
     assert not ppo.policy_clipped(logp=logp, old_logp=logp, advantage=advantage, cliprange=0.2).any()
 
 
+@pytest.mark.parametrize("loss", ["policy", "value"])
+def test_what_is_not_a_number_is_none_in_the_sum_however_many_there_are(loss):
+    """XLA's maximum drops NaN on a CPU, where some thousands are summed."""
+    unknown, known = jnp.full((16, 1024), jnp.nan), jnp.ones((16, 1024))
+
+    @jax.jit
+    def total(x):
+        if loss == "policy":
+            return ppo.policy_loss(logp=2 * x, old_logp=known, advantage=known, cliprange=0.2).sum()
+        return ppo.value_loss(value=2 * x, old_value=known, returns=known, cliprange_value=0.2).sum()
+
+    assert jnp.isnan(total(unknown)) and jnp.isfinite(total(known))
+
+
 def test_the_value_loss_and_its_slope_are_half_the_larger_squared_error():
     value = [-2.0, -0.65, -0.31, 0.0, 0.28, 0.45, 3.0]
     cases = np.array(list(itertools.product(value, [-0.5, 0.1], [-1.0, 0.0, 0.33, 2.0])))

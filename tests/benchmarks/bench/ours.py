@@ -32,7 +32,7 @@ from tests.benchmarks.bench.works import Pair, Work
 
 NAME = f"sera_jax (jax {jax.__version__})"
 ROW, SCORE_TOKENS = 1024, 16384
-DPO_ROW, POLITE_ROW = 2512, 640  # of W1, W1c and W6: the rows that a step of so few pairs fills best
+DPO_ROW, POLITE_ROW = 2560, 640  # of W1, W1c and W6: the rows that a step of so few pairs fills best
 
 
 def _loaded(folder: pathlib.Path) -> tuple[ModelConfig, Params]:
