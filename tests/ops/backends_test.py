@@ -14,7 +14,7 @@ from sera_jax.mesh import AXES, make_mesh
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.decoder import abstract_params, hidden_states
 from sera_jax.ops import kernels
-from sera_jax.ops.attention import Places, blocked_attention
+from sera_jax.ops.attention import KEPT, Places, blocked_attention
 from sera_jax.ops.backends import (
     ATTENTION,
     AUTO,
@@ -99,6 +99,18 @@ def test_each_device_computes_its_own_rows_and_heads(rows, name, count, groups):
     assert own.sharding.shard_shape(own.shape)[:2] == (2 if count == 4 else 3, 2 if groups == 2 else 4)
     for left, right in zip(got, want, strict=True):
         close(left, right, "packing")
+
+
+def test_splash_names_what_it_gave_so_that_it_may_be_kept(rows):
+    """Else its forward pass stands in the backward pass once more. Traced alone, of two rows: one after the other."""
+    heads = [np.resize(x, (2, *x.shape[1:])) for x in random_heads(rows, depth=8)]
+    at = Places.in_rows(*(np.resize(x, (2, LENGTH)) for x in (rows.segment, rows.branch, rows.positions)))
+
+    def kernels_of(policy):
+        attend = jax.checkpoint(functools.partial(KERNELS["splash"], queries=at, keys=at), policy=policy)
+        return str(jax.make_jaxpr(jax.grad(lambda q, k, v: attend(q, k, v).sum()))(*heads)).count("pallas_call")
+
+    assert 0 < kernels_of(jax.checkpoint_policies.save_only_these_names(KEPT)) < kernels_of(None)
 
 
 def test_tiles_take_bfloat16_and_a_window_that_is_known_only_within_the_program(rows):
