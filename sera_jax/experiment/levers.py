@@ -12,9 +12,9 @@ from sera_jax.aot.topology import Topology
 from sera_jax.config import Config, to_config_dict
 from sera_jax.experiment.ahead import programs_of
 from sera_jax.experiment.methods import parse
+from sera_jax.ops.logprob import MOST_TOKENS
 
 LEAST_CHUNK = 128
-DEFAULT_CHUNK = 2048  # tokens of logits at a time, at most, where the config does not say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ def smaller(config: Config, field: str, devices: int) -> list[int]:
         most = max(1, getattr(config, group).batch_size // min(devices, getattr(config, group).batch_size))
         return [parts for parts in _doublings(max(now, 1), most) if parts > now]
     if name == "logits_chunk_tokens":
-        return [value for value in _halvings(now or DEFAULT_CHUNK) if value >= LEAST_CHUNK]
+        return [value for value in _halvings(now or MOST_TOKENS) if value >= LEAST_CHUNK]
     if name == "row_tokens":
         answer = max(data.max_completion_length, config.sampling.max_new_tokens)
         least = data.max_prompt_length * (1 if data.share_prompt else 2) + 2 * answer
