@@ -7,11 +7,12 @@ all alike. Before anything is timed the workers' numbers are compared (log-probs
 that differs is left out. A round during which other processes took more than a tenth of the cores is busy: their number
 stands beside the row.
 
-tokens/s count real tokens, a prompt once per response; the ratio is ours to the best peer's, above 1 is faster. `peak`
-is the most memory that the worker's process had in a round. --check ends with 1 where a goal is missed. A peer that
-cannot be imported, or has no such work, is left out by name; so is work whose environment variables are not set
-(`works.Bench.needs`). Tunix and EasyDeL need other versions of what TRL needs
-too, so each has an environment of its own.
+tokens/s count real tokens, a prompt once per response; the ratio is ours to the best peer's, above 1 is faster. Of our
+own side a line says what share of the matmul peak it reached, counting what real tokens need alone (no padding, nothing
+computed again, a shared prompt once, visible keys only), and what it compiled. `peak` is the most memory that the
+worker's process had in a round. --check ends with 1 where a goal is missed. A peer that cannot be imported, or has no
+such work, is left out by name; so is work whose environment variables are not set (`works.Bench.needs`). Tunix and
+EasyDeL need other versions of what TRL needs too, so each has an environment of its own.
 """
 
 from __future__ import annotations
@@ -143,6 +144,8 @@ def _row(
             "busy_rounds": sum(one["busy"] for one in worker.rounds),
         }
     ours, peers = found[OURS], [found[m] for m in found if m != OURS]
+    peak = statistics.median(one["matmul_gflops"] for one in peaks)
+    rounds = workers[0].rounds
     ratio = memory = None
     if peers:
         best = (max if rate else min)(peer["median"] for peer in peers)
@@ -155,8 +158,12 @@ def _row(
         "goal": BENCHES[name].goal,
         "ratio": ratio,
         "memory_ratio": memory,
+        "share_of_peak": statistics.median(one["flops"] / one["seconds"] for one in rounds) / (1e9 * peak),
+        "programs": checks[0]["programs"],
+        "compile_s": checks[0]["compile_s"],
+        "compiled_while_timed": rounds[-1]["programs"] - checks[0]["programs"],
         "apart": apart,
-        "matmul_gflops": statistics.median(one["matmul_gflops"] for one in peaks),
+        "matmul_gflops": peak,
         "bandwidth_gbs": statistics.median(one["bandwidth_gbs"] for one in peaks),
         "workers": found,
     }
@@ -173,7 +180,12 @@ def _print(row: dict[str, Any]) -> None:
     if row["ratio"] is not None:
         reached = "reached" if row["ratio"] >= row["goal"] else "missed"
         print(f"  ratio {row['ratio']:.2f}, goal {row['goal']}: {reached}; memory ratio {row['memory_ratio']:.2f}")
-    print(f"  float32 matmul {row['matmul_gflops']:.0f} GFLOP/s, vectors {row['bandwidth_gbs']:.1f} GB/s", flush=True)
+    print(
+        f"  float32 matmul {row['matmul_gflops']:.0f} GFLOP/s, {row['share_of_peak']:.2f} of it ours; vectors "
+        f"{row['bandwidth_gbs']:.1f} GB/s; {row['programs']} programs compiled in {row['compile_s']:.0f} s, "
+        f"{row['compiled_while_timed']} more while timed",
+        flush=True,
+    )
 
 
 def main() -> int:

@@ -29,8 +29,10 @@ from sera_jax.training.step import abstract_state, init_state, make_step, microb
 from tests.benchmarks import ppo_speed
 from tests.benchmarks.bench import works
 from tests.benchmarks.bench.works import Pair, Work
+from tests.benchmarks.training_speed import item_flops
 
 NAME = f"sera_jax (jax {jax.__version__})"
+COMPILING = "/jax/core/compile/backend_compile_duration"
 ROW, SCORE_TOKENS = 1024, 16384
 DPO_ROW, POLITE_ROW = 2560, 640  # of W1, W1c and W6: the rows that a step of so few pairs fills best
 
@@ -83,7 +85,7 @@ class Dpo:
         )
         self.reference = self.params
         self.score = make_score(self.cfg, self.mesh, **how)
-        self.row, self.checked = row, pairs[: works.CHECKED]
+        self.row, self.checked, self.flops = row, pairs[: works.CHECKED], 0.0
 
     def check(self) -> list[float]:
         wanted = {rows for rows, *_ in self.loader.compiled}
@@ -94,9 +96,10 @@ class Dpo:
         return _Scorer(self.cfg, self.checked, self.row)(self.params).ravel().tolist()
 
     def round(self) -> dict[str, float]:
-        before = self.at
+        before, self.flops = self.at, 0.0
         self.at += self.steps
-        return {"tokens": sum(map(self._update, range(before, self.at))), "repeats": self.steps}
+        tokens = sum(map(self._update, range(before, self.at)))
+        return {"tokens": tokens, "repeats": self.steps, "flops": self.flops}
 
     def _update(self, at: int) -> int:
         batch = self.loader.batch(at)
@@ -108,6 +111,7 @@ class Dpo:
         self.state, metrics = self.step(self.state, placed)
         assert np.isfinite(metrics["loss"].value())
         chosen = [self.pairs[i].item for i in batch.index[batch.index >= 0]]
+        self.flops += (4 if self.in_step else 3) * sum(item_flops(self.cfg, item) for item in chosen)
         return sum(2 * len(i.prompt) + sum(map(len, i.responses)) for i in chosen)
 
 
@@ -125,7 +129,8 @@ class Scoring:
     def round(self) -> dict[str, float]:
         for _, params in self.models:
             assert np.isfinite(self.scorer(params)).all()
-        return {"tokens": 2 * sum(pair.tokens for pair in self.pairs)}
+        flops = 2 * sum(item_flops(self.models[0][0], pair.item) for pair in _items(self.pairs))
+        return {"tokens": 2 * sum(pair.tokens for pair in self.pairs), "flops": flops}
 
 
 class Sampling:
@@ -151,7 +156,9 @@ class Sampling:
         self.done += 1
         ids = range(self.done * works.PROMPTS, (self.done + 1) * works.PROMPTS)
         samples = generate(self.cfg, self.params, Draws(self.prompts, ids), how, slots=works.PROMPTS)
-        return {"tokens": sum(len(sample.tokens) for sample in samples)}
+        drawn = [Item("", self.prompts[sample.prompt], (sample.tokens,)) for sample in samples]
+        flops = sum(item_flops(self.cfg, item) for item in drawn)
+        return {"tokens": sum(len(sample.tokens) for sample in samples), "flops": flops}
 
 
 class Ppo:
@@ -170,7 +177,7 @@ class Ppo:
 
     def round(self) -> dict[str, float]:
         self.iterating.next()
-        return {"tokens": self.iterating.tokens()}
+        return {"tokens": self.iterating.tokens(), "flops": ppo_speed.needed_flops()}
 
 
 def _smollm2() -> Dpo:
@@ -205,4 +212,18 @@ def make_inputs(folder: pathlib.Path) -> None:
 
 
 def work(name: str, folder: pathlib.Path) -> Work:
+    jax.monitoring.register_event_duration_secs_listener(_note)
     return WORKS[name](folder)
+
+
+def compiled() -> dict[str, float]:
+    """So far: how many programs, and the seconds that took."""
+    return {"programs": len(_COMPILED), "compile_s": sum(_COMPILED)}
+
+
+_COMPILED: list[float] = []
+
+
+def _note(event: str, seconds: float, **details: Any) -> None:
+    if event == COMPILING:
+        _COMPILED.append(seconds)

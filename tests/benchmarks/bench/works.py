@@ -69,7 +69,8 @@ class Work(Protocol):
         ...
 
     def round(self) -> dict[str, float]:
-        """Do it once: tokens, a prompt once per response, and `repeats` where it is a mean of several."""
+        """Do it once: tokens, a prompt once per response; `repeats` where it is a mean of several; and, of our own
+        side, `flops`, of the matmuls that real tokens need."""
         ...
 
 
