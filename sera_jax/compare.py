@@ -50,7 +50,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--arms", default="", help="those shown, comma-separated; default: all")
     add("--baseline", default="", help="differences to an arm, a part of a setting's name, PART/ARM or SETTING/ARM")
     add("--panels", default="", help="a field, by whose values tables are made")
-    add("--curve", default="", help="a field, over whose values the picture draws lines")
+    add(
+        "--curve",
+        default="",
+        help="a field, or a further one of the metrics, over whose values the picture draws lines",
+    )
     add("--smaller_is_better", action="store_true", help="of the first metric")
     add("--out", default="", help="folder for comparison.md, comparison.json and comparison.png")
     return parser

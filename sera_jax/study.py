@@ -154,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     add("smaller_is_better", true_or_false, "of the first metric: true or false")
     add("baseline", str, "an arm, a part of a setting's name, PART/ARM or SETTING/ARM")
     add("panels", str, "a field of the grid whose values are compared apart")
-    add("curve", str, "a field over whose values the picture draws lines")
+    add("curve", str, "a field, or a further one of the metrics, over whose values the picture draws lines")
     add("workdir", str, "folder of the runs")
     add("rows", str, "file of the rows")
     add("threads", int, "cores of each run")

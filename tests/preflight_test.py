@@ -85,12 +85,13 @@ def test_every_phase_of_a_run_has_its_programs():
         r".*/pairs\d": None,  # on the host
         r".*/candidates": "candidates: decode",
         r".*/candidates_by_.*": "score candidates",
-        r".*/generations": "answers: decode",
         r".*/iteration\d+": "srppo: policy update",
-        r".*/generations_by_.*": "score answers",
+        r".*/generations(_at_.*)?": "answers: decode",
+        r".*/(generations|draws)_by_.*": "score answers",
         r".*/heldout_demonstrations": "score answers",
     }
-    for config in (tiny_config("runs/tiny"), tiny_srppo("runs/tiny")):
+    sharper = dict(eval__temperature=0.0, eval__temperatures=(0.0, 1.0))
+    for config in (tiny_config("runs/tiny", **sharper), tiny_srppo("runs/tiny"), tiny_srppo("runs/tiny", **sharper)):
         programs, _, planned = programs_of(config, topology.find("gpu:h100:2"))
         names = {program.name: program for program in programs}
         assert len(names) == len(programs), "no name twice"

@@ -132,7 +132,7 @@ def compare(
         metrics: the first one ranks. `MINE:OTHER` compares an entry's MINE with the baseline's OTHER. `FACT/*` is that
             part of a fact which has the best mean over the seeds, of each entry for itself.
         arms: those shown; empty: all. The baseline may be another.
-        baseline: as `studies.plan.Study` says. panels, curve: fields of `varied`.
+        baseline: as `studies.plan.Study` says. panels: a field of `varied`. curve: such a field, or one of the metrics.
 
     Raises:
         ValueError: a metric, an arm, the baseline or the field of panels or of a curve that no row has; a curve that is
@@ -204,12 +204,16 @@ def check(
     there = list(dict.fromkeys(arm for _, arm in keys))
     if absent := [arm for arm in arms if arm not in there]:
         raise ValueError(f"no run has the arm {absent[0]!r}; they have {_listed(there)}")
+    if curve in metrics[1:]:
+        _check_alone(curve, panels)
+        curve = ""
     for name, field in (("panels", panels), ("curve", curve)):
         if lacking := [setting for setting, fields in varied.items() if field and field not in fields]:
             every = set.intersection(*(set(fields) for fields in varied.values()))
+            metric = " (or a metric after the first)" if name == "curve" else ""
             raise ValueError(
                 f"{name}={field!r} is no field of the setting {lacking[0]!r}; choose of those that differ and that "
-                f"every setting has: {_listed(sorted(every))}"
+                f"every setting has: {_listed(sorted(every))}{metric}"
             )
     if curve:
         _check_curve(curve, {setting: fields[curve] for setting, fields in varied.items()}, panels)
@@ -221,9 +225,13 @@ def check(
     return against
 
 
-def _check_curve(curve: str, values: Mapping[str, Any], panels: str) -> None:
+def _check_alone(curve: str, panels: str) -> None:
     if panels:
         raise ValueError(f"panels={panels!r} and curve={curve!r}; a picture has one or the other: leave one out")
+
+
+def _check_curve(curve: str, values: Mapping[str, Any], panels: str) -> None:
+    _check_alone(curve, panels)
     for setting, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"curve={curve!r} is {value!r} in the setting {setting!r}; it must be a number")

@@ -37,8 +37,8 @@ def markdown(comparison: Comparison) -> str:
 
 
 def draw(comparison: Comparison, path: str | os.PathLike[str], looks: look.Looks) -> None:
-    """The first metric of every entry, and its difference to the baseline, with intervals: as lines over the field of a
-    curve, else at a place for each entry with its number of runs."""
+    """The first metric of every entry, and its difference to the baseline, with intervals: as lines over the field or
+    the metric of a curve, else at a place for each entry with its number of runs."""
     (_draw_curve if comparison.curve else _draw_places)(comparison, path, looks)
 
 
@@ -70,31 +70,47 @@ def _draw_curve(comparison: Comparison, path: str | os.PathLike[str], looks: loo
     mine, minus = comparison.headings(metric)
     kinds = [("means", mine), *([("differences", f"{mine}\n{minus}")] if comparison.baseline else [])]
     by_arm = look.looks_of(list(dict.fromkeys(entry.arm for entry in comparison.entries)), looks)
-    values = sorted(fields[comparison.curve] for fields in comparison.varied.values())
+    of_metric = comparison.curve in comparison.metrics
+    values = [] if of_metric else sorted(fields[comparison.curve] for fields in comparison.varied.values())
     drawn = set()
     with look.page(path, columns=len(kinds), lines=1) as figure:
         axes = figure.subplots(1, len(kinds), squeeze=False)[0]
         for axis, (kind, words) in zip(axes, kinds, strict=True):
             for arm, its in by_arm.items():
                 points = sorted(
-                    (comparison.varied[entry.setting][comparison.curve], found.mean, found.half)
+                    (*at, found.mean, _half(found))
                     for entry in comparison.entries
-                    if entry.arm == arm and (found := getattr(entry, kind).get(metric))
+                    if entry.arm == arm
+                    and (found := getattr(entry, kind).get(metric))
+                    and (at := _at(comparison, entry))
                 )
                 if points:
-                    x, y, half = zip(*points, strict=True)
-                    half = [0 if math.isnan(one) else one for one in half]
-                    axis.errorbar(x, y, yerr=half, color=its.colour, marker=its.marker, elinewidth=1.2, capsize=2)
+                    x, across, y, half = zip(*points, strict=True)
+                    error = {"yerr": half} | ({"xerr": across} if of_metric else {})
+                    axis.errorbar(x, y, **error, color=its.colour, marker=its.marker, elinewidth=1.2, capsize=2)
                     drawn.add(arm)
-            if values[0] > 0 and values[-1] >= 10 * values[0]:
-                axis.set_xscale("log")
-            axis.set_xticks(values, [str(value) for value in values])
-            axis.minorticks_off()
+            if values:
+                if values[0] > 0 and values[-1] >= 10 * values[0]:
+                    axis.set_xscale("log")
+                axis.set_xticks(values, [str(value) for value in values])
+                axis.minorticks_off()
             axis.set(title="paired by seed" if kind == "differences" else "", xlabel=comparison.curve, ylabel=words)
         if comparison.baseline:
             axes[-1].axhline(0, color=look.GREY, lw=0.8, zorder=1)
         handles = [look.line(its.colour, its.marker, arm) for arm, its in by_arm.items() if arm in drawn]
         look.head(figure, _title(comparison), handles, wide=False)
+
+
+def _at(comparison: Comparison, entry: Entry) -> tuple[float, float] | None:
+    """Where an entry stands in the picture of a curve, with half an interval; None where that is not known."""
+    if comparison.curve not in comparison.metrics:
+        return comparison.varied[entry.setting][comparison.curve], 0.0
+    found = entry.means.get(comparison.curve)
+    return None if found is None else (found.mean, _half(found))
+
+
+def _half(found: Estimate) -> float:
+    return 0.0 if math.isnan(found.half) else found.half
 
 
 def _draw_panel(axis: Any, entries: list[Entry], found: list[Estimate | None], looks: dict[str, look.ArmLook]) -> None:
@@ -104,8 +120,7 @@ def _draw_panel(axis: Any, entries: list[Entry], found: list[Estimate | None], l
         names.append(f"{name} ({value.count})" if value else name)
         if value:
             its = looks[entry.arm]
-            half = 0 if math.isnan(value.half) else value.half
-            axis.errorbar(value.mean, place, xerr=half, color=its.colour, marker=its.marker, lw=1.6)
+            axis.errorbar(value.mean, place, xerr=_half(value), color=its.colour, marker=its.marker, lw=1.6)
     axis.set_yticks(range(len(names)), names)
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.grid(axis="y", visible=False)

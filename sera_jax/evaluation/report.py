@@ -195,13 +195,14 @@ def plain(name: str) -> Cell:
     return lambda facts: str(facts[name])
 
 
+KL_COLUMN: Column = ("KL", number("kl_to_sft", 2))
 _IN_A_LINE: Sequence[Column] = (
     ("accuracy", percent("heldout_accuracy")),
     ("gold", number("gold_mean", 3)),
     ("wins vs sft", percent("win_rate_vs_sft")),
     ("right", percent("answer_accuracy")),
     ("coherent", number("coherent_reward_mean", 2)),
-    ("KL", number("kl_to_sft", 2)),
+    KL_COLUMN,
     ("NLL", number("heldout_nll", 3)),
     ("tokens", number("response_tokens_mean", 1)),
 )
@@ -230,6 +231,7 @@ OUT_OF_DOMAIN = (
     "out of domain",
     "gold on the tasks of world.heldout_tasks; in domain: on others",
 )
+KL = ("kl_to_sft", "KL", "of the policy to the SFT model, on its own answers, nats per answer")
 COST = (
     "cost/passes_tokens",
     "cost [M]",

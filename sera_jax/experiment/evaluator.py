@@ -1,7 +1,8 @@
 """Held-out facts of a policy, each where the run has what it needs.
 
 Preference pairs: reward accuracy. Prompts: length of the answers, gold where a world has one, what `answer_pattern`
-finds. Demonstrations: their likelihood. A base model: the coherent reward of the answers, and the KL to the SFT model.
+finds, and, of answers at temperature 1, the KL to the SFT model. Demonstrations: their likelihood. A base model: the
+coherent reward of the answers.
 """
 
 from __future__ import annotations
@@ -50,17 +51,23 @@ def phases(
         names.append(f"{policy}/heldout_demonstrations")
     if corpus.eval_prompts:
         names += [f"{policy}/generations"] if trained else []
-        if trained and last and corpus.gold is not None:
-            names += [f"{policy}/{answers_phase(settings, t)}" for t in settings.temperatures]
-        drawn = trained and settings.temperature == 1.0 and policy != "sft"
-        scorers = ["sft", "base", *(["itself"] if drawn else [])] if base else []
-        names += [f"{policy}/generations_by_{scorer}" for scorer in scorers]
-    return names
+        names += [f"{policy}/generations_by_{scorer}" for scorer in ("sft", "base")] if base else []
+        temperatures = settings.temperatures if trained and last and corpus.gold is not None else ()
+        names += [f"{policy}/{answers_phase(settings, t)}" for t in temperatures]
+        known = (settings.temperature == 1.0 and (base or last)) or 1.0 in temperatures
+        if known and trained and policy != "sft":
+            names += [f"{policy}/{draws_phase(settings, scorer)}" for scorer in ("sft", "itself")]
+    return list(dict.fromkeys(names))
 
 
 def answers_phase(settings: EvalGroup, temperature: float | None = None) -> str:
     """The phase of a policy that answers held-out prompts; None: at `settings.temperature`."""
     return "generations" if temperature in (None, settings.temperature) else f"generations_at_{temperature:g}"
+
+
+def draws_phase(settings: EvalGroup, scorer: str) -> str:
+    """The phase in which a policy's answers at temperature 1 are scored."""
+    return f"{'generations' if settings.temperature == 1.0 else 'draws'}_by_{scorer}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,13 +116,13 @@ class Evaluator:
         self._said.add(name)
 
     def of_arm(self, policy: Policy) -> dict[str, Any]:
-        """The same facts with their intervals, and the gold by temperature."""
+        """The same facts with their intervals, the gold by temperature, and the KL to the SFT model."""
         with self.run.ledger.account():
-            return self._measured(policy) | self._gold_by_temperature(policy)
+            return self._measured(policy, last=True) | self._gold_by_temperature(policy)
 
-    def _measured(self, policy: Policy) -> dict[str, Any]:
-        """All facts but those, with intervals and the win rate against the SFT model."""
-        facts = self._facts(policy)
+    def _measured(self, policy: Policy, *, last: bool = False) -> dict[str, Any]:
+        """All facts but the gold by temperature, with intervals and the win rate against the SFT model."""
+        facts = self._facts(policy, last=last)
         return facts | self._win_rate(self.answers(policy)) if self.prompts else facts
 
     def facts_of_answers(self, name: str, answers: Answers) -> dict[str, Any]:
@@ -168,12 +175,11 @@ class Evaluator:
             "response": self.tokenizer.decode_response(tokens),
         }
 
-    def _facts(self, policy: Policy) -> dict[str, Any]:
+    def _facts(self, policy: Policy, *, last: bool) -> dict[str, Any]:
         facts = self._pair_facts(policy) | self._demonstration_facts(policy)
         if not self.prompts:
             return facts
-        answers = self.answers(policy)
-        return facts | self._answer_facts(policy.name, answers) | self._divergence(policy, answers)
+        return facts | self._answer_facts(policy.name, self.answers(policy)) | self._divergence(policy, last=last)
 
     def _pair_facts(self, policy: Policy) -> dict[str, Any]:
         if not self.pairs or self.loss is None:
@@ -203,20 +209,26 @@ class Evaluator:
             facts |= gold.facts(golds) | gold.by_domain(golds, self.tasks, self.heldout_tasks)
             facts |= {"gold_by_task": gold.by_task(golds, self.tasks)} if self.tasks else {}
         if self.base is not None:
-            by_sft = self._logps(name, answers, "sft", self.reference)
-            facts |= coherent_facts(by_sft, self._logps(name, answers, "base", self.base), lengths)
+            by_sft = self._logps(f"{name}/generations_by_sft", answers, self.reference)
+            by_base = self._logps(f"{name}/generations_by_base", answers, self.base)
+            facts |= coherent_facts(by_sft, by_base, lengths)
         if self.settings.answer_pattern:
             said = [self.tokenizer.decode_response(answer.tokens) for answer in answers]
             facts |= pattern_facts(self.settings.answer_pattern, said, self._references())
         return facts
 
-    def _divergence(self, policy: Policy, answers: Answers) -> dict[str, Any]:
-        """KL to the SFT model, where the answers are draws from the policy itself."""
-        if self.base is None or self.settings.temperature != 1.0:
+    def _divergence(self, policy: Policy, *, last: bool) -> dict[str, Any]:
+        """KL to the SFT model, where the policy gave answers that are draws from itself, at temperature 1. Without a
+        base of a last policy alone: it takes two scores of its answers."""
+        drawn_at = [self.settings.temperature] if last or self.base is not None else []
+        drawn_at += self.settings.temperatures if last and self.gold is not None else ()
+        if 1.0 not in drawn_at:
             return {}
-        by_sft = self._logps(policy.name, answers, "sft", self.reference)
-        same = policy.digest == self.reference.digest
-        return kl_facts(by_sft if same else self._logps(policy.name, answers, "itself", policy), by_sft)
+        if policy.digest == self.reference.digest:
+            return {"kl_to_sft": 0.0}
+        answers, scorers = self.answers(policy, 1.0), {"itself": policy, "sft": self.reference}
+        phases = {scorer: f"{policy.name}/{draws_phase(self.settings, scorer)}" for scorer in scorers}
+        return kl_facts(*(self._logps(phases[scorer], answers, by) for scorer, by in scorers.items()))
 
     def _win_rate(self, answers: Answers) -> dict[str, Any]:
         if self.gold is None:
@@ -234,13 +246,13 @@ class Evaluator:
                 found.setdefault(f"{name}_by_temperature", {})[f"{t:g}"] = mean
         return found
 
-    def _logps(self, name: str, answers: Answers, scorer: str, policy: Policy) -> np.ndarray:
-        """Summed log-prob f32[prompts] of the answers of arm `name` under `policy`, whose part is `scorer`."""
+    def _logps(self, phase: str, answers: Answers, policy: Policy) -> np.ndarray:
+        """Summed log-prob f32[prompts] of the answers under `policy`, scored in `phase`."""
         items = [
             dataclasses.replace(item, responses=(answer.tokens,))
             for item, answer in zip(self.prompts, answers, strict=True)
         ]
-        return np.concatenate(self.run.score(f"{name}/generations_by_{scorer}", policy, items))
+        return np.concatenate(self.run.score(phase, policy, items))
 
     def _references(self) -> list[str | None]:
         """The text of the first held-out demonstration of each prompt."""

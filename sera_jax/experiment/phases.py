@@ -26,6 +26,7 @@ _DOES = {
     r"generations": "answering the held-out prompts",
     r"generations_by_(.*)": r"scoring these answers by \1",
     r"generations_at_(.*)": r"answering them at temperature \1",
+    r"draws_by_(.*)": r"scoring its answers at temperature 1 by \1",
     r"candidates\d*": "sampling candidates",
     r"candidates\d*_by_(.*)": r"scoring the candidates by \1",
     r"support": "sampling its own answers, for what it supports",

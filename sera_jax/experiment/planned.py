@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import re
 
-from sera_jax.aot.programs import Program, first_parameters, full_items, params_on, shapes_of, training
+from sera_jax.aot.programs import Program, first_parameters, full_items, params_on, scoring, shapes_of, training
 from sera_jax.aot.sampler import Use, sampler
 from sera_jax.config import SamplingGroup
 from sera_jax.data.items import Item
@@ -108,3 +108,16 @@ def answering(planned: Planned) -> tuple[str, SamplingGroup, float, float, int]:
     """The use of the sampler that answers the held-out prompts, at whatever temperatures."""
     count, settings = planned.sizes.eval_prompts, planned.given.evaluator().answer_settings()
     return "answers", settings, count, count, planned.count(r"generations(_at_.*)?")
+
+
+def scored_answers(planned: Planned) -> float:
+    """How many answers to held-out prompts are scored, a policy that scores them counted by itself."""
+    return planned.count(r"(generations|draws)_by_.*") * planned.sizes.eval_prompts
+
+
+def answer_scoring(planned: Planned) -> list[Program]:
+    """Scoring those answers, where that is all that scores answers."""
+    if not (count := scored_answers(planned)):
+        return []
+    answer = planned.answered(1, answering(planned)[1].max_new_tokens)
+    return [scoring(planned.given.runtime, "score answers", answer, count=count)]

@@ -41,7 +41,8 @@ class Study:
     baseline: what differences are to, paired by seed: an arm (of the same setting), a part of a setting's name (the
         same arm, all other parts alike), that part's arm, PART/ARM, or SETTING/ARM, one for all; empty: none.
     panels: a field of the grid whose values are compared apart; empty: none.
-    curve: a field over whose values the picture draws a line for each arm; empty: a place for each setting.
+    curve: a field, or a further one of the metrics, over whose values the picture draws a line for each arm; empty: a
+        place for each setting.
     workdir, rows: the folder of the runs, and the file of their rows; empty: `runs/NAME` and
         `studies/results/NAME.jsonl`.
     threads: cores of each run. processes: runs at a time; 0: as many as there are cores for.

@@ -208,6 +208,31 @@ def test_a_curve_has_every_arm_at_its_means_in_the_order_of_the_field_with_its_i
     assert [legend.get_text() for legend in drawn.legends[0].get_texts()] == ["sera", "daa"]
 
 
+def test_a_curve_over_a_metric_has_every_arm_at_both_its_means_with_the_intervals_of_both(monkeypatch, tmp_path):
+    kl = {"a": [4.0, 6.0], "b": [1.0, 2.0], "c": [9.0, 9.5]}  # of settings that no number tells apart
+    rows = [
+        row(setting, "daa", seed, gold=10 - value, kl=value) | {"varied": {"how": setting}}
+        for setting, values in kl.items()
+        for seed, value in enumerate(values)
+    ]
+    rows.append(row("a", "sft", gold=1.0) | {"varied": {"how": "a"}})  # of which no KL is known: it has no place
+    found = compare(rows, ["gold", "kl"], curve="kl")
+    drawn = Figure()
+    monkeypatch.setattr("sera_jax.evaluation.look.page", lambda *_, **__: contextlib.nullcontext(drawn))
+    draw(found, "", {})
+    (container,) = drawn.axes[0].containers
+    line, _, (across, up) = container
+    means = [np.mean(kl[setting]) for setting in "bac"]
+    np.testing.assert_allclose(line.get_xydata(), [(x, 10 - x) for x in means])
+    for axis, bars in enumerate((across, up)):
+        halves = [(segment[1, axis] - segment[0, axis]) / 2 for segment in bars.get_segments()]
+        np.testing.assert_allclose(halves, [estimate(kl[setting]).half for setting in "bac"])
+    assert drawn.axes[0].get_xlabel() == "kl"
+    for metrics, options in ((["gold"], {}), (["kl", "gold"], {}), (["gold", "kl"], {"panels": "how"})):
+        with pytest.raises(ValueError, match="curve='kl'"):
+            compare(rows, metrics, curve="kl", **options)
+
+
 def test_every_figure_of_the_page_has_its_number_of_runs_and_is_bold_where_0_is_left_out(tmp_path):
     gold = {"daa": [0.1, 0.2, 0.3], "sera": [0.5, 0.61, 0.7], "random": [0.1, 0.5]}
     rows = [row("noise=0.2", arm, s, gold=g) for arm, golds in gold.items() for s, g in enumerate(golds)]

@@ -149,6 +149,17 @@ def test_the_sft_model_is_at_no_distance_from_itself_and_scored_once(make):
     assert "sft/generations_by_itself" not in evaluator.run.scored
 
 
+def test_a_last_policy_has_its_kl_by_its_answers_at_temperature_1_wherever_it_gave_some(make):
+    evaluator = make(temperature=0.0, temperatures=(0.0, 1.0), base=None)
+    lengths = [len(answer.tokens) for answer in evaluator.answers(OTHER, 1.0)]
+    assert evaluator.of_arm(OTHER)["kl_to_sft"] == pytest.approx(0.5 * np.mean(lengths))
+    assert evaluator.of_arm(SFT)["kl_to_sft"] == 0.0
+    assert set(evaluator.run.scored) - {f"{name}/heldout_demonstrations" for name in (OTHER.name, SFT.name)} == {
+        f"{OTHER.name}/draws_by_{scorer}" for scorer in ("itself", "sft")
+    }
+    assert "kl_to_sft" not in evaluator.look_at(OTHER, 3), "of a round it would cost as much again"
+
+
 def test_the_kl_is_left_out_where_answers_are_not_draws_from_the_policy(make):
     greedy = make(temperature=0.0)
     assert "kl_to_sft" not in greedy.of_arm(OTHER)
@@ -177,7 +188,7 @@ def test_an_answer_is_compared_with_the_held_out_demonstration_of_its_prompt(mak
 
 def test_without_a_base_there_is_no_coherent_reward_and_without_prompts_there_are_no_answers(make):
     facts = make(base=None).of_arm(OTHER)
-    assert not [name for name in facts if name.startswith("coherent_reward") or name == "kl_to_sft"]
+    assert not [name for name in facts if name.startswith("coherent_reward")]
     silent = make(prompts=[])
     assert set(silent.of_arm(OTHER)) == {"heldout_nll"}
     silent.show(OTHER)

@@ -13,7 +13,7 @@ from sera_jax.data.items import PairItem
 from sera_jax.data.packing import pack
 from sera_jax.data.rollouts import rounded_rows
 from sera_jax.experiment.methods.sera_programs import pair_scoring
-from sera_jax.experiment.planned import Planned, answering, sampling_programs, starting_programs
+from sera_jax.experiment.planned import Planned, answer_scoring, answering, sampling_programs, starting_programs
 from sera_jax.loops.online import self_made
 from sera_jax.loops.optimise import Training, Updates
 from sera_jax.loops.restartable import Span
@@ -44,7 +44,7 @@ def online_programs(planned: Planned, study: SeraStudy, *, samples: bool, traini
     ]
     if samples:
         out += _self_made(planned, study)
-    return [*out, *sampling_programs(planned, [answering(planned)])]
+    return [*out, *sampling_programs(planned, [answering(planned)]), *answer_scoring(planned)]
 
 
 def _self_made(planned: Planned, study: SeraStudy) -> list[Program]:

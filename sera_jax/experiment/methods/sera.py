@@ -15,6 +15,8 @@ from sera_jax.evaluation.report import (
     COST_COLUMN,
     GOLD,
     GOLD_AT,
+    KL,
+    KL_COLUMN,
     OUT_OF_DOMAIN,
     Report,
     interval,
@@ -288,6 +290,7 @@ PAIR_ARM_COLUMNS = [
     ("by length", percent("length_baseline_accuracy")),
     ("on shorter", percent("heldout_accuracy_shorter")),
     ("margin", number("heldout_margin", 2)),
+    KL_COLUMN,
     ("tokens", number("response_tokens_mean", 1)),
     COST_COLUMN,
 ]
@@ -311,6 +314,7 @@ PAIR_LEGEND = [
         "margin",
         "chosen minus rejected, nats (a token if the loss averages): held-out above, offline below",
     ),
+    KL,
     COST,
 ]
 REPORT = Report(

@@ -7,7 +7,7 @@ import dataclasses
 
 from sera_jax.aot.programs import Program, scoring, training
 from sera_jax.experiment.methods.sera_arms import settings_of
-from sera_jax.experiment.planned import Planned, answering, sampling_programs, starting_programs
+from sera_jax.experiment.planned import Planned, answer_scoring, answering, sampling_programs, starting_programs
 from sera_jax.loops.review import SUPPORT_PROMPTS
 from sera_jax.loops.sera_study import Round, SeraStudy, round_training, updates_of
 
@@ -46,7 +46,7 @@ def sera_programs(planned: Planned, study: SeraStudy) -> list[Program]:
     ]
     if scored:
         out.append(scoring(run, "score candidates", candidates, count=scored / len(candidates.responses)))
-    return out
+    return [*out, *answer_scoring(planned)]
 
 
 def pair_scoring(planned: Planned, *, again: str) -> Program:

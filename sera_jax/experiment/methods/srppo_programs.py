@@ -29,7 +29,7 @@ from sera_jax.aot.programs import (
 from sera_jax.aot.sampler import Use, sampler
 from sera_jax.core import Rows
 from sera_jax.data.rollouts import lay_rollouts
-from sera_jax.experiment.planned import Planned, answering, sampling_programs, starting_programs
+from sera_jax.experiment.planned import Planned, answering, sampling_programs, scored_answers, starting_programs
 from sera_jax.loops.ppo import Learner
 from sera_jax.loops.ppo_segment import SPARE_BYTES
 from sera_jax.loops.reward_model import OWN_ANSWERS, reward_model_training
@@ -137,7 +137,7 @@ def srppo_programs(
     answer = planned.answered(1, how.max_new_tokens)
     scored = (
         planned.count("heldout_demonstrations") * sizes.heldout
-        + planned.count("generations_by_.*") * sizes.eval_prompts
+        + scored_answers(planned)
         + planned.count("candidates_by_.*") * answers
         + planned.count("answers_by_.*") * own
     )
