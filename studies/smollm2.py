@@ -19,6 +19,7 @@ def get_config() -> Study:
         metrics=(
             "gold_by_temperature/0:gold_by_temperature/*",  # the likeliest answers against DPO at its best temperature
             "gold_mean",
+            "kl_to_sft",
             "heldout_accuracy",
             "response_tokens_mean",
             "eos_fraction",

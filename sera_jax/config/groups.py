@@ -340,9 +340,8 @@ class EvalGroup:
 
     max_pairs: of held-out pairs, or of held-out demonstrations with method="srppo".
     temperature: at which held-out prompts are answered; whatever is reported of answers is of these.
-    temperatures: where there is a gold reward, further temperatures at which the SFT model and every arm's last policy
-        answer them, for `gold_by_temperature`; each costs one more answer to every prompt and policy, and 1.0 also two
-        scores of it, for `kl_to_sft`.
+    temperatures: where there is a gold reward, more of them, at which the SFT model and each last policy answer, for
+        `gold_by_temperature` and, at 1.0, `kl_to_sft`; each costs one more answer to every prompt and policy.
     num_generations: of the answers at `temperature`, how many of every policy stand in generations.jsonl.
     gold: what answers of real rows are compared by with the data's own preferred answer of their prompt, for a gold
         reward: `chrf` (needs the package sacrebleu); empty: none. The embedded world has its own.
