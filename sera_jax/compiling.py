@@ -15,7 +15,7 @@ from jax import monitoring
 from sera_jax import stamps
 
 # Begins with a scalar of this name and ends with a duration of it; both say `fun_name`.
-_COMPILATION = "/jax/core/compile/backend_compile_duration"
+COMPILATION = "/jax/core/compile/backend_compile_duration"
 _WORDS = {
     "step": "an update",
     "score": "the scorer",
@@ -44,7 +44,7 @@ def said(say: Callable[[str], None], *, after_seconds: float = 2.0, again_second
     last: dict[str, float] = {}  # when a name was said
 
     def begins(event: str, value: float, **details: Any) -> None:
-        if event == _COMPILATION:
+        if event == COMPILATION:
             stamps.compiles(True)
             name = in_words(str(details.get("fun_name", "")))
             timer = timers[threading.get_ident()] = threading.Timer(after_seconds, notice, [name])
@@ -58,7 +58,7 @@ def said(say: Callable[[str], None], *, after_seconds: float = 2.0, again_second
             say(f"compiling {name} for shapes that are new ...")
 
     def ends(event: str, seconds: float, **details: Any) -> None:
-        if event == _COMPILATION:
+        if event == COMPILATION:
             stamps.compiles(False)
             if timer := timers.pop(threading.get_ident(), None):
                 timer.cancel()

@@ -91,7 +91,7 @@ def test_every_phase_of_a_run_has_its_programs():
         r".*/heldout_demonstrations": "score answers",
     }
     sharper = dict(eval__temperature=0.0, eval__temperatures=(0.0, 1.0))
-    for config in (tiny_config("runs/tiny", **sharper), tiny_srppo("runs/tiny"), tiny_srppo("runs/tiny", **sharper)):
+    for config in (make("runs/tiny", **how) for make in (tiny_config, tiny_srppo) for how in ({}, sharper)):
         programs, _, planned = programs_of(config, topology.find("gpu:h100:2"))
         names = {program.name: program for program in programs}
         assert len(names) == len(programs), "no name twice"

@@ -204,8 +204,9 @@ def check(
     there = list(dict.fromkeys(arm for _, arm in keys))
     if absent := [arm for arm in arms if arm not in there]:
         raise ValueError(f"no run has the arm {absent[0]!r}; they have {_listed(there)}")
-    if curve in metrics[1:]:
-        _check_alone(curve, panels)
+    if curve and panels:
+        raise ValueError(f"panels={panels!r} and curve={curve!r}; a picture has one or the other: leave one out")
+    if over_metric(curve, metrics):
         curve = ""
     for name, field in (("panels", panels), ("curve", curve)):
         if lacking := [setting for setting, fields in varied.items() if field and field not in fields]:
@@ -216,7 +217,7 @@ def check(
                 f"every setting has: {_listed(sorted(every))}{metric}"
             )
     if curve:
-        _check_curve(curve, {setting: fields[curve] for setting, fields in varied.items()}, panels)
+        _check_curve(curve, {setting: fields[curve] for setting, fields in varied.items()})
     if both := [metric for metric in metrics if ":" in metric and not baseline]:
         raise ValueError(f"metric {both[0]!r} is a difference to a baseline; name one, or leave out what follows the :")
     against = {key: _baseline_of(key, baseline, keys) for key in keys if not arms or key[1] in arms}
@@ -225,13 +226,12 @@ def check(
     return against
 
 
-def _check_alone(curve: str, panels: str) -> None:
-    if panels:
-        raise ValueError(f"panels={panels!r} and curve={curve!r}; a picture has one or the other: leave one out")
+def over_metric(curve: str, metrics: Sequence[str]) -> bool:
+    """Whether a curve is over a metric and not over a field of the settings."""
+    return curve in metrics[1:]
 
 
-def _check_curve(curve: str, values: Mapping[str, Any], panels: str) -> None:
-    _check_alone(curve, panels)
+def _check_curve(curve: str, values: Mapping[str, Any]) -> None:
     for setting, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"curve={curve!r} is {value!r} in the setting {setting!r}; it must be a number")

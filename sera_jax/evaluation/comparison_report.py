@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 from sera_jax.evaluation import look
-from sera_jax.evaluation.comparison import Comparison, Entry, Estimate, parts_of
+from sera_jax.evaluation.comparison import Comparison, Entry, Estimate, over_metric, parts_of
 from sera_jax.evaluation.report import Column, aligned
 
 _ENTRIES_A_PANEL = 9  # that a panel of the usual height has room for
@@ -70,7 +70,7 @@ def _draw_curve(comparison: Comparison, path: str | os.PathLike[str], looks: loo
     mine, minus = comparison.headings(metric)
     kinds = [("means", mine), *([("differences", f"{mine}\n{minus}")] if comparison.baseline else [])]
     by_arm = look.looks_of(list(dict.fromkeys(entry.arm for entry in comparison.entries)), looks)
-    of_metric = comparison.curve in comparison.metrics
+    of_metric = over_metric(comparison.curve, comparison.metrics)
     values = [] if of_metric else sorted(fields[comparison.curve] for fields in comparison.varied.values())
     drawn = set()
     with look.page(path, columns=len(kinds), lines=1) as figure:
@@ -103,7 +103,7 @@ def _draw_curve(comparison: Comparison, path: str | os.PathLike[str], looks: loo
 
 def _at(comparison: Comparison, entry: Entry) -> tuple[float, float] | None:
     """Where an entry stands in the picture of a curve, with half an interval; None where that is not known."""
-    if comparison.curve not in comparison.metrics:
+    if not over_metric(comparison.curve, comparison.metrics):
         return comparison.varied[entry.setting][comparison.curve], 0.0
     found = entry.means.get(comparison.curve)
     return None if found is None else (found.mean, _half(found))

@@ -54,8 +54,7 @@ def phases(
         names += [f"{policy}/generations_by_{scorer}" for scorer in ("sft", "base")] if base else []
         temperatures = settings.temperatures if trained and last and corpus.gold is not None else ()
         names += [f"{policy}/{answers_phase(settings, t)}" for t in temperatures]
-        known = (settings.temperature == 1.0 and (base or last)) or 1.0 in temperatures
-        if known and trained and policy != "sft":
+        if trained and policy != "sft" and draws(settings, base=base, gold=corpus.gold is not None, last=last):
             names += [f"{policy}/{draws_phase(settings, scorer)}" for scorer in ("sft", "itself")]
     return list(dict.fromkeys(names))
 
@@ -63,6 +62,12 @@ def phases(
 def answers_phase(settings: EvalGroup, temperature: float | None = None) -> str:
     """The phase of a policy that answers held-out prompts; None: at `settings.temperature`."""
     return "generations" if temperature in (None, settings.temperature) else f"generations_at_{temperature:g}"
+
+
+def draws(settings: EvalGroup, *, base: bool, gold: bool, last: bool) -> bool:
+    """Whether answers are draws from the policy itself, at temperature 1, and its KL to the SFT model is known by them.
+    Without a base that is of a last policy alone: it takes two scores of its answers."""
+    return (settings.temperature == 1.0 and (base or last)) or (gold and last and 1.0 in settings.temperatures)
 
 
 def draws_phase(settings: EvalGroup, scorer: str) -> str:
@@ -218,11 +223,8 @@ class Evaluator:
         return facts
 
     def _divergence(self, policy: Policy, *, last: bool) -> dict[str, Any]:
-        """KL to the SFT model, where the policy gave answers that are draws from itself, at temperature 1. Without a
-        base of a last policy alone: it takes two scores of its answers."""
-        drawn_at = [self.settings.temperature] if last or self.base is not None else []
-        drawn_at += self.settings.temperatures if last and self.gold is not None else ()
-        if 1.0 not in drawn_at:
+        """KL to the SFT model, where the policy gave `draws`."""
+        if not draws(self.settings, base=self.base is not None, gold=self.gold is not None, last=last):
             return {}
         if policy.digest == self.reference.digest:
             return {"kl_to_sft": 0.0}

@@ -189,6 +189,7 @@ def test_an_answer_is_compared_with_the_held_out_demonstration_of_its_prompt(mak
 def test_without_a_base_there_is_no_coherent_reward_and_without_prompts_there_are_no_answers(make):
     facts = make(base=None).of_arm(OTHER)
     assert not [name for name in facts if name.startswith("coherent_reward")]
+    assert "kl_to_sft" in facts and "kl_to_sft" not in make(base=None).look_at(OTHER, 3)
     silent = make(prompts=[])
     assert set(silent.of_arm(OTHER)) == {"heldout_nll"}
     silent.show(OTHER)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from sera_jax.compiling import COMPILATION
 from sera_jax.config import TrainGroup
 from sera_jax.data.batches import PairLoader, score_batches
 from sera_jax.data.items import Item, PairItem
@@ -32,7 +33,6 @@ from tests.benchmarks.bench.works import Pair, Work
 from tests.benchmarks.training_speed import item_flops
 
 NAME = f"sera_jax (jax {jax.__version__})"
-COMPILING = "/jax/core/compile/backend_compile_duration"
 ROW, SCORE_TOKENS = 1024, 16384
 DPO_ROW, POLITE_ROW = 2560, 640  # of W1, W1c and W6: the rows that a step of so few pairs fills best
 
@@ -216,14 +216,14 @@ def work(name: str, folder: pathlib.Path) -> Work:
     return WORKS[name](folder)
 
 
-def compiled() -> dict[str, float]:
-    """So far: how many programs, and the seconds that took."""
-    return {"programs": len(_COMPILED), "compile_s": sum(_COMPILED)}
-
-
-_COMPILED: list[float] = []
+_COMPILED: list[float] = []  # seconds, of each program
 
 
 def _note(event: str, seconds: float, **details: Any) -> None:
-    if event == COMPILING:
+    if event == COMPILATION:
         _COMPILED.append(seconds)
+
+
+def compiled() -> dict[str, float]:
+    """So far: how many programs, and the seconds that took."""
+    return {"programs": len(_COMPILED), "compile_s": sum(_COMPILED)}
