@@ -106,10 +106,10 @@ def test_while_a_program_compiles_the_process_gets_on(fresh, tmp_path):
 
     folder = tmp_path / "progress"
     with compiling.said(print, after_seconds=60), stamps.kept(folder, 0, 2, seconds=0.01):
-        monitoring.record_scalar(compiling._COMPILATION, 0.0, fun_name="f")
+        monitoring.record_scalar(compiling.COMPILATION, 0.0, fun_name="f")
         before = time.time()
         until(lambda: stamps.read(folder) and stamps.read(folder)[0].moved > before + 0.05)
-        monitoring.record_event_duration_secs(compiling._COMPILATION, 0.1, fun_name="f")
+        monitoring.record_event_duration_secs(compiling.COMPILATION, 0.1, fun_name="f")
         after = time.time()
         until(lambda: stamps.read(folder)[0].time > after + 0.05)
         assert stamps.read(folder)[0].moved <= after
