@@ -1,8 +1,9 @@
-"""Gold rewards of generated responses: mean with an interval, and win rate of one policy against another; and chrF, a
-gold reward for real text."""
+"""Gold rewards of generated responses: mean with an interval, and win rate of one policy against another; and two gold
+rewards for real text, likeness to preferred answers and sentiment."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -12,10 +13,21 @@ from sera_jax.core import Stream, rng_for
 TIE = 1e-9  # gold rewards are sums of a few decimals; closer than this is the same reward
 RESAMPLES = 2000
 
-Likeness = Callable[[str, Sequence[str]], float]  # of a text and the nearest of those that it should be like
+
+@dataclasses.dataclass(frozen=True)
+class OfText:
+    """A gold reward of real text, from 0 to 1.
+
+    Attributes:
+        of: the reward of a text, given the preferred answers of its prompt.
+        compares: it is of the nearest of these, so that a prompt without one has no gold reward.
+    """
+
+    of: Callable[[str, Sequence[str]], float]
+    compares: bool
 
 
-def chrf() -> Likeness:
+def chrf() -> OfText:
     """chrF (Popovic 2015), from 0 to 1, as sacrebleu computes it of a sentence by default.
 
     Raises:
@@ -24,14 +36,33 @@ def chrf() -> Likeness:
     try:
         import sacrebleu  # no run needs it that does not ask for it
     except ImportError as error:
-        raise ValueError(
-            "config.eval.gold='chrf' needs the package sacrebleu, which is not installed: pip install sacrebleu; or "
-            "leave eval.gold empty"
-        ) from error
-    return lambda said, references: sacrebleu.sentence_chrf(said, references).score / 100
+        raise _missing("chrf", "sacrebleu") from error
+    return OfText(lambda said, references: sacrebleu.sentence_chrf(said, references).score / 100, compares=True)
 
 
-LIKENESS = {"chrf": chrf}  # by eval.gold
+def sentiment() -> OfText:
+    """How positive a text is, by the lexicon and rules of VADER (Hutto and Gilbert 2014): its compound score of -1 to 1,
+    moved to 0 to 1. 0.5 is neutral, and long texts saturate.
+
+    Raises:
+        ValueError: vaderSentiment is not installed.
+    """
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ImportError as error:
+        raise _missing("sentiment", "vaderSentiment") from error
+    scores = SentimentIntensityAnalyzer().polarity_scores
+    return OfText(lambda said, references: (1 + scores(said)["compound"]) / 2, compares=False)
+
+
+def _missing(name: str, package: str) -> ValueError:
+    return ValueError(
+        f"config.eval.gold={name!r} needs the package {package}, which is not installed: pip install {package}; or "
+        "leave eval.gold empty"
+    )
+
+
+OF_TEXT = {"chrf": chrf, "sentiment": sentiment}  # by eval.gold
 
 
 def facts(golds: Sequence[float] | np.ndarray, *, seed: int = 0) -> dict[str, float | list[float]]:

@@ -21,7 +21,7 @@ from sera_jax.data.loading import Limits, load_records
 from sera_jax.data.packing import Layout
 from sera_jax.data.sources import content_hash, is_there, parse_mixture
 from sera_jax.data.tokenizing import Tokenizer
-from sera_jax.evaluation.gold import LIKENESS
+from sera_jax.evaluation.gold import OF_TEXT
 from sera_jax.experiment import overlaps
 from sera_jax.experiment.brought import SOURCES
 from sera_jax.experiment.corpus import Corpus, Reader
@@ -56,7 +56,7 @@ def read_corpus(
     method = METHODS[config.method]
     if method.needs_base:
         check_two_models(config.model, say)
-    likeness = LIKENESS[config.eval.gold]() if config.eval.gold else None
+    gold_of_text = OF_TEXT[config.eval.gold]() if config.eval.gold else None
     data, model, heldout_prompts = config.data, config.model, ""
     if config.world.name:
         data, model, heldout_prompts = make_world_files(config, method, workdir)
@@ -79,7 +79,7 @@ def read_corpus(
         tokenizer=tokenizer,
         tokenizer_dir=tokenizer_dir,
         gold=world_gold(tokenizer) if config.world.name else None,
-        likeness=likeness,
+        gold_of_text=gold_of_text,
         options=options,
         say=say,
         workdir=workdir,

@@ -32,7 +32,7 @@ from sera_jax.data.loading import (
 from sera_jax.data.sources import content_hash, parse_mixture
 from sera_jax.data.stored import Items, Pairs, chosen_from, id_of, items_of, keys_of, known
 from sera_jax.data.tokenizing import Tokenizer
-from sera_jax.evaluation.gold import Likeness
+from sera_jax.evaluation.gold import OfText
 from sera_jax.loops.sera_study import Gold
 
 Entry = TypeVar("Entry", Item, PairItem)
@@ -84,7 +84,7 @@ class Reader:
 
     Attributes:
         tokenizer, tokenizer_dir: as in Corpus.
-        gold: the embedded world's. likeness: what eval.gold names.
+        gold: the embedded world's. gold_of_text: what eval.gold names.
         options: of every load: limits, max_bad_fraction, workdir, seed, reading.
         say: takes a line for the user.
         workdir: where tokens are kept.
@@ -93,7 +93,7 @@ class Reader:
     tokenizer: Tokenizer
     tokenizer_dir: str
     gold: Gold | None
-    likeness: Likeness | None
+    gold_of_text: OfText | None
     options: dict[str, Any]
     say: Callable[[str], None]
     workdir: Workdir
@@ -128,26 +128,29 @@ class Reader:
         return Pairs(items) if kind == 2 else items
 
     def gold_of(self, preferred: Iterable[Item], prompts: Sequence[Item]) -> Gold | None:
-        """The gold reward of a run: the embedded world's, or how like the nearest preferred answer of its prompt an
-        answer is. A prompt without one has none (NaN).
+        """The gold reward of a run: the embedded world's, or what `eval.gold` names. Where that compares an answer with
+        the preferred ones of its prompt, a prompt without one has none (NaN).
 
         Args:
             preferred: prompts with their preferred answers. prompts: what is sampled on in training; how many of them
                 have no preferred answer is said.
         """
-        likeness = self.likeness
-        if likeness is None:
+        reward = self.gold_of_text
+        if reward is None:
             return self.gold
         references: dict[bytes, list[str]] = {}
         for item in preferred:
             said = [self.tokenizer.decode_response(tokens) for tokens in item.responses]
             references.setdefault(item.prompt.tobytes(), []).extend(said)
-        if without := sum(item.prompt.tobytes() not in references for item in prompts):
+        without = sum(item.prompt.tobytes() not in references for item in prompts)
+        if without and reward.compares:
             self.say(f"gold: {without} of {len(prompts)} prompts have no preferred answer, and so no gold reward")
 
         def gold(item: Item, tokens: np.ndarray) -> float:
-            known = references.get(item.prompt.tobytes())
-            return likeness(self.tokenizer.decode_response(tokens), known) if known else math.nan
+            known = references.get(item.prompt.tobytes(), ())
+            if reward.compares and not known:
+                return math.nan
+            return reward.of(self.tokenizer.decode_response(tokens), known)
 
         return gold
 

@@ -112,7 +112,7 @@ SAID = ["He goes to the park every day.", "He go to park", "Yes.", "", "Une rép
 
 def test_chrf_is_that_of_sacrebleu_from_0_to_1_and_of_the_nearest_reference():
     sacrebleu = pytest.importorskip("sacrebleu", reason="eval.gold='chrf' reads it")
-    chrf, reference, other = gold.chrf(), "He goes to the park every day.", "Yes, he goes."
+    chrf, reference, other = gold.chrf().of, "He goes to the park every day.", "Yes, he goes."
     for said in SAID:
         assert chrf(said, [reference]) == sacrebleu.CHRF().sentence_score(said, [reference]).score / 100
         assert chrf(said, [reference]) == pytest.approx(chrf_oracle(said, reference))
@@ -120,7 +120,18 @@ def test_chrf_is_that_of_sacrebleu_from_0_to_1_and_of_the_nearest_reference():
     assert (chrf(reference, [reference]), chrf("", [reference])) == (1.0, 0.0)
 
 
-def test_chrf_without_sacrebleu_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    with pytest.raises(ValueError, match=r"config\.eval\.gold='chrf'.* pip install sacrebleu"):
-        gold.chrf()
+def test_sentiment_is_that_of_vader_from_0_to_1():
+    pytest.importorskip("vaderSentiment", reason="eval.gold='sentiment' reads it")
+    reward = gold.sentiment()
+    good, plain, bad = (reward.of(said, ()) for said in ("A great day!", "It is a day.", "A horrible day."))
+    assert 0 <= bad < plain == 0.5 < good <= 1
+    assert reward.of("", ()) == 0.5
+    assert reward.of("VADER is smart, handsome, and funny.", ()) == (1 + 0.8316) / 2  # of the package's README
+
+
+@pytest.mark.parametrize(("name", "package"), [("chrf", "sacrebleu"), ("sentiment", "vaderSentiment")])
+def test_a_gold_without_its_package_says_what_to_install(monkeypatch, name, package):
+    for module in (package, f"{package}.{package}"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=rf"config\.eval\.gold='{name}'.* pip install {package}"):
+        gold.OF_TEXT[name]()

@@ -233,7 +233,8 @@ def test_without_demonstrations_sft_imitates_what_the_labels_say_after_the_noise
 @pytest.fixture
 def exact(monkeypatch):
     """A gold reward that needs no package: 1 for an answer that is a reference of its prompt."""
-    monkeypatch.setitem(gold.LIKENESS, "chrf", lambda: lambda said, references: float(said in references))
+    reward = gold.OfText(lambda said, references: float(said in references), compares=True)
+    monkeypatch.setitem(gold.OF_TEXT, "chrf", lambda: reward)
 
 
 def golds(corpus, items, responses):
@@ -265,6 +266,14 @@ def test_answers_are_compared_with_the_preferred_ones_before_the_flips(tmp_path,
     assert golds(corpus, [*corpus.eval_prompts] * 2, ["oak", "elm"]) == [1.0, 0.0]
     assert np.isnan(golds(corpus, corpus.prompts, ["cow drill", "fig"])).tolist() == [False, True]
     assert "gold: 1 of 2 prompts have no preferred answer, and so no gold reward" in said
+
+
+def test_a_gold_that_compares_nothing_is_of_prompts_without_a_preferred_answer_too(read, rows, monkeypatch):
+    reward = gold.OfText(lambda said, references: float(said == "oak"), compares=False)
+    monkeypatch.setitem(gold.OF_TEXT, "sentiment", lambda: reward)
+    corpus, said = read(heldout=rows["heldout_demonstrations"], prompts=rows["prompts"], eval__gold="sentiment")
+    assert golds(corpus, corpus.prompts[:2], ["oak", "elm"]) == [1.0, 0.0]
+    assert "preferred answer" not in said
 
 
 def test_self_rewarding_ppo_compares_answers_with_the_demonstrations(read, rows, exact):

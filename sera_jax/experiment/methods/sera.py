@@ -232,10 +232,10 @@ def _check_judges(config: Config, arms: Sequence[SeraGroup]) -> None:
         )
         if not config.world.name and not config.eval.gold:
             raise ValueError(
-                f"{asked} a gold reward, which the embedded world has, and real rows with config.eval.gold='chrf'; set "
-                "config.world.name or config.eval.gold, or leave them out"
+                f"{asked} a gold reward, which the embedded world has, and real rows by config.eval.gold='chrf' or "
+                "'sentiment'; set config.world.name or config.eval.gold, or leave them out"
             )
-        if config.eval.gold and config.data.prompts:
+        if config.eval.gold == "chrf" and config.data.prompts:
             raise ValueError(
                 f"{asked} a gold reward of every prompt, and those of config.data.prompts={config.data.prompts!r} may "
                 f"have no preferred answer, which config.eval.gold={config.eval.gold!r} compares with; empty "
