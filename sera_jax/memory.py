@@ -12,11 +12,12 @@ from typing import Any
 
 import jax
 
+from sera_jax.compiling import COMPILATION
+
 WAY_OUT = (
     "take more devices; or, under a new --config.workdir, a smaller model or another size that --help and "
     "configs/base.py have"
 )
-_COMPILED = "/jax/core/compile/backend_compile_duration"
 _SECONDS = 1.0  # a compilation that took less has left little behind
 _MEMINFO = pathlib.Path("/proc/meminfo")
 _OF_GROUP = pathlib.Path("/sys/fs/cgroup/memory.max")
@@ -47,7 +48,7 @@ def trim_after_compilations() -> None:
     """From now on, give back what the compiler has freed before the program that it made first runs."""
 
     def listen(event: str, seconds: float, **_: str | int) -> None:
-        if event == _COMPILED and seconds > _SECONDS:
+        if event == COMPILATION and seconds > _SECONDS:
             trim()
 
     jax.monitoring.register_event_duration_secs_listener(listen)

@@ -3,8 +3,8 @@ method as published and as recommended, and pairs ranked by the lexicon itself.
 
 python -m sera_jax.study --config=studies/smollm2_sentiment.py
 
-The controlled setting of Rafailov et al. (2023, arXiv:2305.18290, section 6.1): the gold is a known function of the text,
-and so the reward can be drawn over the KL. docs/real-model.md shows how the pairs are made.
+The controlled setting of Rafailov et al. (2023, arXiv:2305.18290, section 6.1): the gold is a known function of the
+text, and so the reward can be drawn over the KL. docs/real-model.md shows how the pairs are made.
 """
 
 from sera_jax.evaluation.rankings import RANKINGS

@@ -32,7 +32,8 @@ LAYERS = [
     ["losses", "models", "data", "world", "checkpoint", "writer"],
     ["ops", "hub"],
     ["mesh"],
-    ["core", "config", "progress", "memory", "compiling", "board", "stop", "hosts", "world_authors"],
+    ["core", "config", "progress", "memory", "board", "stop", "hosts", "world_authors"],
+    ["compiling"],
     ["stamps"],
     ["whole"],
 ]

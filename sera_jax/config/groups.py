@@ -343,8 +343,8 @@ class EvalGroup:
     temperatures: where there is a gold reward, more of them, at which the SFT model and each last policy answer, for
         `gold_by_temperature` and, at 1.0, `kl_to_sft`; each costs one more answer to every prompt and policy.
     num_generations: of the answers at `temperature`, how many of every policy stand in generations.jsonl.
-    gold: a gold reward for answers of real rows: `chrf`, likeness to the data's own preferred answer of the prompt (needs
-        the package sacrebleu), or `sentiment` (vaderSentiment); empty: none. The embedded world has its own.
+    gold: a gold reward for answers of real rows: `chrf`, likeness to the data's own preferred answer of the prompt
+        (needs the package sacrebleu), or `sentiment` (vaderSentiment); empty: none. The embedded world has its own.
     answer_pattern: a regular expression with one group; the report then shows the share of held-out answers in which it
         is found (`wellformed_fraction`) and, where the rows have responses, the share whose last match is theirs
         (`answer_accuracy`).

@@ -41,8 +41,8 @@ def chrf() -> OfText:
 
 
 def sentiment() -> OfText:
-    """How positive a text is, by the lexicon and rules of VADER (Hutto and Gilbert 2014): its compound score of -1 to 1,
-    moved to 0 to 1. 0.5 is neutral, and long texts saturate.
+    """How positive a text is, by the lexicon and rules of VADER (Hutto and Gilbert 2014): its compound score of -1 to
+    1, moved to 0 to 1. 0.5 is neutral, and long texts saturate.
 
     Raises:
         ValueError: vaderSentiment is not installed.
