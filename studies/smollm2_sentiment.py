@@ -15,8 +15,8 @@ def get_config() -> Study:
     return Study(
         base="configs/smollm2_sera.py",
         overrides={
-            "data.train": "runs/data/sentiment_pairs.jsonl=0.45",
-            "data.eval_fraction": 0.375,
+            "data.train": "runs/data/sentiment_pairs.jsonl=0.4",
+            "data.eval_fraction": 0.36,
             "data.max_prompt_length": 96,
             "data.max_completion_length": 48,
             "sampling.max_new_tokens": 48,
