@@ -58,7 +58,7 @@ def one_device():
     with pytest.MonkeyPatch.context() as patch:
         for entry in (generate, evaluate):
             patch.setattr(entry, "make_mesh", lambda *sizes: make_mesh(1, 1, 1, devices=jax.devices()[:1]))
-        patch.setattr("sera_jax.loops.runtime.SCORE_TOKENS", 8 * 96)
+        patch.setattr("sera_jax.loops.runtime.CPU_SCORE_TOKENS", 8 * 96)
         yield
 
 

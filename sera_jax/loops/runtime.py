@@ -48,7 +48,9 @@ from sera_jax.training.score import make_rewards, make_score
 from sera_jax.training.step import microbatches_for
 from sera_jax.writer import MetricWriter
 
-SCORE_TOKENS = 16384  # tokens of packed rows scored at a time, per device
+# Tokens of packed rows that are scored at a time by each device. All batches have as many rows, so the last computes up
+# to that much filling: a CPU loses nothing by small ones.
+SCORE_TOKENS, CPU_SCORE_TOKENS = 16384, 2048
 # Ways out of memory; other sizes make another run.
 LOWER_ROWS = "take more devices, or lower config.data.row_tokens under a new --config.workdir"
 LOWER_SLOTS = (
@@ -266,7 +268,8 @@ class Runtime:
 
     def batches_to_score(self, items: Sequence[Item]) -> ScoreBatches:
         """The rows of items that are scored in a phase of their own."""
-        rows = max(1, SCORE_TOKENS // self.layout.row_tokens) * row_shards(self.mesh)
+        tokens = CPU_SCORE_TOKENS if self.mesh.devices.flat[0].platform == "cpu" else SCORE_TOKENS
+        rows = max(1, tokens // self.layout.row_tokens) * row_shards(self.mesh)
         return score_batches(items, self.layout, rows)
 
     def _score(

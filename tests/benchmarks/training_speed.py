@@ -27,6 +27,7 @@ from sera_jax.config import TrainGroup
 from sera_jax.data.batches import PairLoader, score_batches
 from sera_jax.data.items import Item, PairItem
 from sera_jax.data.packing import Layout, window_for
+from sera_jax.loops.runtime import CPU_SCORE_TOKENS
 from sera_jax.losses.preference import resolve
 from sera_jax.mesh import make_mesh
 from sera_jax.models.config import REMAT, ModelConfig
@@ -38,7 +39,6 @@ from sera_jax.training.step import abstract_state, init_state, make_step, place_
 from tests.benchmarks.bench.works import SHAPE
 
 BENCH = ModelConfig(**SHAPE, tie_word_embeddings=False, remat="auto")
-SCORE_TOKENS = 16384  # tokens of a scoring batch, as the experiments take them
 MATMUL = 2048
 
 
@@ -141,7 +141,7 @@ class Scoring:
     def __init__(self, row_tokens: int, args: argparse.Namespace) -> None:
         self.items = [p.item for p in make_pairs(256, seed=1)]
         self.mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
-        self.rows = max(1, SCORE_TOKENS // row_tokens)
+        self.rows = max(1, CPU_SCORE_TOKENS // row_tokens)
         self.row_tokens = row_tokens
         self.policies = [jax.jit(lambda key: init_params(BENCH, key))(jax.random.key(i)) for i in range(2)]
         window = window_for(self.items, row_tokens)

@@ -39,7 +39,7 @@ def items():
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
-    monkeypatch.setattr(runtime, "SCORE_TOKENS", ROW)
+    monkeypatch.setattr(runtime, "CPU_SCORE_TOKENS", ROW)
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_what_was_kept_by_another_plan_or_of_other_inputs_is_left_alone_until_th
     whole, again = start(Scoring(), "whole"), Scoring()
     with pytest.raises(Preempted):
         start(Scoring(), "stopped", stop_at(3))
-    monkeypatch.setattr(runtime, "SCORE_TOKENS", 2 * ROW)
+    monkeypatch.setattr(runtime, "CPU_SCORE_TOKENS", 2 * ROW)
     found = np.frombuffer(start(again, "stopped")[-4 * BATCHES :], np.float32)
     assert len(again.worked) == BATCHES // 2, "all of them, two rows at a time"
     np.testing.assert_allclose(found, np.frombuffer(whole[-4 * BATCHES :], np.float32), rtol=1e-5)

@@ -113,7 +113,7 @@ IN_PIECES = """
 import runpy, sys
 from sera_jax.checkpoint import pieces
 from sera_jax.loops import runtime
-pieces.SECONDS, runtime.SCORE_TOKENS = 0, 128
+pieces.SECONDS, runtime.CPU_SCORE_TOKENS = 0, 128
 sys.argv = sys.argv[1:]
 runpy.run_module("sera_jax.main", run_name="__main__")
 """

@@ -17,6 +17,7 @@ from sera_jax.config import TrainGroup
 from sera_jax.data.batches import PairLoader, score_batches
 from sera_jax.data.items import Item, PairItem
 from sera_jax.data.packing import Layout, gather_scores, window_for
+from sera_jax.loops.runtime import CPU_SCORE_TOKENS
 from sera_jax.losses.preference import resolve
 from sera_jax.mesh import make_mesh
 from sera_jax.models.config import ModelConfig
@@ -33,7 +34,7 @@ from tests.benchmarks.bench.works import Pair, Work
 from tests.benchmarks.training_speed import item_flops
 
 NAME = f"sera_jax (jax {jax.__version__})"
-ROW, SCORE_TOKENS = 1024, 16384
+ROW = 1024
 DPO_ROW, POLITE_ROW = 2560, 640  # of W1, W1c and W6: the rows that a step of so few pairs fills best
 
 
@@ -54,7 +55,7 @@ class _Scorer:
 
     def __init__(self, cfg: Any, pairs: Sequence[Pair], row: int) -> None:
         self.items = [pair.item for pair in _items(pairs)]
-        self.layout, self.rows = Layout(row), max(1, SCORE_TOKENS // row)
+        self.layout, self.rows = Layout(row), max(1, CPU_SCORE_TOKENS // row)
         self.mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
         self.score = make_score(cfg, self.mesh, window=window_for(self.items, row), chunk_tokens=0)
 
