@@ -29,6 +29,7 @@ from sera_jax.experiment.methods import METHODS, parse
 from sera_jax.experiment.methods.srppo import study_of
 from sera_jax.experiment.start import phases as start_phases
 from sera_jax.loops.ppo import Learner
+from sera_jax.loops.runtime import CPU_SCORE_TOKENS, SCORE_TOKENS
 from sera_jax.loops.srppo import SRPPO_ARM
 from sera_jax.models.config import ModelConfig
 from sera_jax.models.lora import ADAPTERS
@@ -99,6 +100,15 @@ def test_every_phase_of_a_run_has_its_programs():
         for phase in phases:
             rule = next(rule for rule in named if re.fullmatch(rule, phase))
             assert named[rule] is None or names[named[rule]].calls > 0, phase
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("gpu:h100:2", SCORE_TOKENS), ("cpu:2", CPU_SCORE_TOKENS)])
+def test_as_much_is_scored_at_a_time_as_suits_the_devices_also_where_others_stand_for_them(name, tokens):
+    config = tiny_config("runs/tiny")
+    _, _, planned = programs_of(config, topology.find(name))
+    items = [pair.item for pair in planned.given.corpus.train] * 40
+    (shape,) = planned.given.runtime.batches_to_score(items).compiled
+    assert shape[:2] == (tokens // config.data.row_tokens * 2, config.data.row_tokens)
 
 
 @pytest.mark.parametrize(("asked", "tensor"), [(0, 1), (2, 2)])

@@ -25,7 +25,7 @@ from sera_jax.experiment.methods import METHODS
 from sera_jax.experiment.parts import with_adapters
 from sera_jax.experiment.planned import Planned, Sizes
 from sera_jax.experiment.start import phases as start_phases
-from sera_jax.loops.runtime import Policy, Runtime
+from sera_jax.loops.runtime import SCORE_TOKENS, Policy, Runtime
 from sera_jax.mesh import make_mesh
 from sera_jax.models.families import config_from_hf
 from sera_jax.models.folder import is_adapter, read_config
@@ -39,7 +39,7 @@ def programs_of(config: Config, topology: Topology) -> tuple[list[Program], Mesh
     if not topology.compiles:  # nor are its devices those that it stands for
         model = dataclasses.replace(config.model, attn_implementation=_traced_attention(config))
         config = dataclasses.replace(config, model=model)
-    planned = plan(config, mesh)
+    planned = plan(config, mesh, score_tokens=0 if topology.compiles else SCORE_TOKENS)
     return METHODS[config.method].programs(planned), mesh, planned
 
 
@@ -54,8 +54,11 @@ def _traced_attention(config: Config) -> str:
     return "xla_loop" if backends.anywhere(name) == backends.AUTO else name
 
 
-def plan(config: Config, mesh: Mesh) -> Planned:
+def plan(config: Config, mesh: Mesh, *, score_tokens: int = 0) -> Planned:
     """The run of `config` on `mesh`; nothing is read but configs, a tokenizer where there is one, and row counts.
+
+    Args:
+        score_tokens: as `Runtime` has it.
 
     Raises:
         ValueError: the mesh, the model or the lengths do not fit each other.
@@ -70,7 +73,8 @@ def plan(config: Config, mesh: Mesh) -> Planned:
     stop = (cfg.vocab_size - 1,)
     # no workdir and no writer: nothing is run
     chunk, parts = config.train.logits_chunk_tokens, config.mesh.decode_tensor
-    run = Runtime(cfg, mesh, None, None, config.seed, layout, chunk, stop, parts, lora=lora)  # type: ignore[arg-type]
+    how = dict(decode_tensor=parts, score_tokens=score_tokens, lora=lora)
+    run = Runtime(cfg, mesh, None, None, config.seed, layout, chunk, stop, **how)  # type: ignore[arg-type]
     if method.samples_pairs(config):
         longest = max(longest, config.sampling.max_new_tokens)
     base = Policy("base", pathlib.Path(), "base")

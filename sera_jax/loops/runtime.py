@@ -48,9 +48,7 @@ from sera_jax.training.score import make_rewards, make_score
 from sera_jax.training.step import microbatches_for
 from sera_jax.writer import MetricWriter
 
-# Tokens of packed rows that are scored at a time by each device. All batches have as many rows, so the last computes up
-# to that much filling: a CPU loses nothing by small ones.
-SCORE_TOKENS, CPU_SCORE_TOKENS = 16384, 2048
+SCORE_TOKENS, CPU_SCORE_TOKENS = 16384, 2048  # the last batch is filled up; small ones are as fast on a CPU
 # Ways out of memory; other sizes make another run.
 LOWER_ROWS = "take more devices, or lower config.data.row_tokens under a new --config.workdir"
 LOWER_SLOTS = (
@@ -73,6 +71,7 @@ class Runtime:
         stop_ids: tokens that end a response.
         lora: the adapters that trainings move; None: none.
         decode_tensor: as in `sampling.engine.mesh_for`.
+        score_tokens: of packed rows, that each device scores at a time; 0: as suits the devices of the mesh.
         logging_steps: metrics are written every so many updates.
         stop_requested: asked between steps; True makes the phase save what it can and raise Preempted.
     """
@@ -86,11 +85,14 @@ class Runtime:
     chunk_tokens: int
     stop_ids: tuple[int, ...]
     decode_tensor: int = 0
+    score_tokens: int = 0
     logging_steps: int = 10
     stop_requested: Callable[[], bool] = lambda: False
     lora: Lora | None = None
 
     def __post_init__(self) -> None:
+        suits = CPU_SCORE_TOKENS if self.mesh.devices.flat[0].platform == "cpu" else SCORE_TOKENS
+        self.score_tokens = self.score_tokens or suits
         self._held: tuple[str, Params] | None = None
         self._under: tuple[str, Params] | None = None  # the model that parts lie over
         self._compiled: dict[tuple, Any] = {}  # by what they are and what they compute
@@ -268,8 +270,7 @@ class Runtime:
 
     def batches_to_score(self, items: Sequence[Item]) -> ScoreBatches:
         """The rows of items that are scored in a phase of their own."""
-        tokens = CPU_SCORE_TOKENS if self.mesh.devices.flat[0].platform == "cpu" else SCORE_TOKENS
-        rows = max(1, tokens // self.layout.row_tokens) * row_shards(self.mesh)
+        rows = max(1, self.score_tokens // self.layout.row_tokens) * row_shards(self.mesh)
         return score_batches(items, self.layout, rows)
 
     def _score(
