@@ -358,6 +358,7 @@ def test_a_gold_reward_is_missed_only_by_arms_that_judge_by_it():
     for free in ({"sera__arms": ("daa", "selection_only")}, {"sera__rounds": 1}, {"sera__bootstrap_fraction": 0.0}):
         parse(raw_config(sera__judge="gold", **free))
     parse(raw_config(sera__arms=("sera", "oracle_pairing"), eval__gold="chrf"))
+    parse(raw_config(sera__arms=("sera", "oracle_pairing"), eval__gold="sentiment", data__prompts="new.jsonl"))
 
 
 def test_every_arm_of_sera_has_a_colour_and_a_marker_of_its_own():
