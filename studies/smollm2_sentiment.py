@@ -24,7 +24,7 @@ def get_config() -> Study:
             "data.max_completion_length": 48,
             "sampling.max_new_tokens": 48,
             "sampling.temperature": 0.7,
-            "train.learning_rate": 5e-5,
+            "train.learning_rate": 2e-5,
             "sera.arms": ("daa", "sera", "sera_recommended"),
             "eval.gold": "sentiment",
             "eval.num_prompts": 64,
