@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from sera_jax import compiling, memory, world
+from sera_jax import compile_cache, compiling, memory, world
 from sera_jax.checkpoint import Workdir
 from sera_jax.checkpoint.papers import file_digest, write_json
 from sera_jax.config import EvalGroup, SamplingGroup
@@ -51,6 +51,7 @@ _FLAGS = {  # what a run's message calls a field, and what it is called here
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line, evaluate, print the facts as JSON; 2 where something is refused."""
     args = _parser().parse_args(argv)
+    compile_cache.use()
     try:
         with memory.named(f"evaluating --checkpoint={args.checkpoint}", memory.WAY_OUT):
             facts = _run(args)

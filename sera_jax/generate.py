@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from sera_jax import compiling, memory
+from sera_jax import compile_cache, compiling, memory
 from sera_jax.checkpoint.code import versions
 from sera_jax.checkpoint.papers import file_digest, write_json, write_jsonl
 from sera_jax.data.asked import read_asked
@@ -36,6 +36,7 @@ from sera_jax.sampling import Draws, Sample, SamplingParams, generate, mesh_for
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line and answer every prompt; 2 where something is refused."""
     args = _parser().parse_args(argv)
+    compile_cache.use()
     try:
         with memory.named(
             f"answering --prompts={args.prompts}", "lower --slots or --max_new_tokens, or take more devices"

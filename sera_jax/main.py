@@ -75,7 +75,7 @@ _VERIFY = flags.DEFINE_bool(
 def main(argv: list[str], *, stop_requested: Callable[[], bool] = lambda: False) -> None:
     """Run what the flags ask for; ends the process with the exit codes above where it is not done."""
     # Seconds of imports, so not before signals are heard.
-    from sera_jax import experiment, hosts, memory
+    from sera_jax import compile_cache, experiment, hosts, memory
     from sera_jax.experiment.methods import parse
     from sera_jax.loops.runtime import Preempted
 
@@ -99,6 +99,7 @@ def main(argv: list[str], *, stop_requested: Callable[[], bool] = lambda: False)
                 dry_run(config, stop_requested)
             return
         hosts.connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _CONNECT_SECONDS.value, give_up)
+        compile_cache.use(processes=hosts.count())
         with memory.named("the run", memory.WAY_OUT):
             experiment.run(
                 config,

@@ -100,11 +100,7 @@ def _job(study: Study, run: Run) -> Job:
         f"--shared_phases={root / 'shared'}",
         *run.flags(),
     ]
-    unless_set = {
-        "LOGS": str((workdir / "logs").absolute()),  # where a launcher puts those of its processes
-        "JAX_COMPILATION_CACHE_DIR": str((root / "compiled").absolute()),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    unless_set = {"LOGS": str((workdir / "logs").absolute())}  # where a launcher puts those of its processes
     return Job(run.name, [*program, *flags], workdir, run.start, unless_set)
 
 

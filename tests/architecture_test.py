@@ -32,9 +32,9 @@ LAYERS = [
     ["losses", "models", "data", "world", "checkpoint", "writer"],
     ["ops", "hub"],
     ["mesh"],
-    ["core", "config", "progress", "memory", "board", "stop", "hosts", "world_authors"],
+    ["core", "config", "progress", "memory", "board", "stop", "hosts", "world_authors", "compile_cache"],
     ["compiling"],
-    ["stamps"],
+    ["stamps", "processor"],
     ["whole"],
 ]
 SIBLINGS = {

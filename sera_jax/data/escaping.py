@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from sera_jax import processor
 from sera_jax.data import words
 
 # Unicode noncharacters: never assigned, so practically never in text; where one is, the next is used.
@@ -108,7 +108,9 @@ class EscapingEncoder:
             if (marker, start) not in self._backends:
                 self._backends[marker, start] = self._build(marker, start)
             backend = self._backends[marker, start]
-            by_words = backend.by_words if len(members) >= _MANY and _cores() < _MANY_CORES else lambda text: None
+            by_words = (
+                backend.by_words if len(members) >= _MANY and processor.cores() < _MANY_CORES else lambda text: None
+            )
             left: list[tuple[int, str, list[int]]] = []
             for index in members:
                 written, wanted = self._escape(texts[index].pieces, marker)
@@ -231,10 +233,6 @@ class _Backend:
         if (ids[marked].tolist() if marked.any() else []) != wanted:
             return PromptRefused("a content was encoded to a control token by this tokenizer's own model; drop the row")
         return _finished(text, ids.tobytes())
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _reaches_out(flags: dict[str, Any]) -> bool:

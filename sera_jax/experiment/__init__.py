@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import pathlib
-import platform
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from sera_jax import compiling, hosts, stamps
+from sera_jax import compiling, hosts, processor, stamps
 from sera_jax import config as config_lib
 from sera_jax.checkpoint import Workdir, outputs
 from sera_jax.checkpoint.lock import ADDRESSED
@@ -213,20 +211,11 @@ def _besides_inputs(config: Config, mesh: Mesh) -> dict[str, Any]:
         "layout": {name: getattr(config.data, name) for name in layout},
         "mesh": dict(mesh.shape),
         "device": mesh.devices.flat[0].device_kind,
-        "processor": _processor(),
+        "processor": processor.model(),
         **({} if attention == usual else {"attention": attention}),
         **({"processes": hosts.count()} if hosts.count() > 1 else {}),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": processor.cores(),
     }
-
-
-def _processor() -> str:
-    """The model of the CPU, which JAX calls just that."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def peak_memory_bytes() -> int:

@@ -8,6 +8,7 @@ import pytest
 import tokenizers
 from tokenizers import Regex, pre_tokenizers
 
+from sera_jax import processor
 from sera_jax.data import escaping, words
 from sera_jax.data.escaping import EscapingEncoder, PromptRefused, Text
 
@@ -99,7 +100,7 @@ def test_many_texts_are_encoded_as_each_of_them(monkeypatch):
         Text(((True, "<s>\nuser: "), (False, content), (True, " </s>\n")), skip=k % 2, end=1 if k % 3 else None)
         for k, content in enumerate(contents)
     ]
-    monkeypatch.setattr(escaping, "_cores", lambda: 1)
+    monkeypatch.setattr(processor, "cores", lambda: 1)
     asked = []
     by_words = escaping._Backend.by_words
     monkeypatch.setattr(escaping._Backend, "by_words", lambda *given: asked.append(by_words(*given)) or asked[-1])

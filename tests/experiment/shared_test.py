@@ -5,7 +5,7 @@ import json
 import jax
 import pytest
 
-from sera_jax import experiment
+from sera_jax import experiment, processor
 from sera_jax.experiment import verifying
 from sera_jax.loops.runtime import Preempted
 from sera_jax.mesh import make_mesh
@@ -95,5 +95,5 @@ def test_what_lays_rows_out_otherwise_takes_nothing(tmp_path, monkeypatch):
     auto, tiles, plain = (experiment._besides_inputs(changed, mesh) for changed in by_name)
     assert auto == tiles != plain == besides, "what computes counts, not how it was asked for"
     assert experiment._besides_inputs(tiny_config(tmp_path, **LITTLE, data__label_noise=0.1), mesh) == besides
-    monkeypatch.setattr(experiment, "_processor", lambda: "another model of a CPU")
+    monkeypatch.setattr(processor, "model", lambda: "another model of a CPU")
     assert experiment._besides_inputs(config, mesh) != besides
