@@ -69,10 +69,18 @@ class Dpo:
     """Updates of DPO; with `in_step` each scores its batch under the reference first."""
 
     def __init__(
-        self, folder: pathlib.Path, pairs: Sequence[Pair], *, batch: int, row: int, in_step: bool, epoch: bool = False
+        self,
+        folder: pathlib.Path,
+        pairs: Sequence[Pair],
+        *,
+        batch: int,
+        row: int,
+        in_step: bool,
+        epoch: bool = False,
+        a_token: float = works.RANDOM_A_TOKEN,
     ) -> None:
         self.cfg, self.params = _loaded(folder / works.MODEL if (folder / works.MODEL).is_dir() else folder)
-        self.pairs, self.in_step = _items(pairs, works.reference_logps(list(pairs))), in_step
+        self.pairs, self.in_step = _items(pairs, works.reference_logps(list(pairs), a_token)), in_step
         self.mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
         self.loader = PairLoader(self.pairs, Layout(row), batch_size=batch, seed=0)
         self.steps, self.at = self.loader.steps_per_epoch if epoch else works.STEPS, 0
@@ -183,7 +191,8 @@ class Ppo:
 
 def _smollm2() -> Dpo:
     folder, pairs = pathlib.Path(os.environ[works.SMOLLM2]), works.polite_pairs()
-    return Dpo(folder, pairs, batch=works.REAL_BATCH, row=POLITE_ROW, in_step=False)
+    how: dict[str, Any] = dict(in_step=False, a_token=works.SMOLLM2_A_TOKEN)
+    return Dpo(folder, pairs, batch=works.REAL_BATCH, row=POLITE_ROW, **how)
 
 
 WORKS: dict[str, Any] = {

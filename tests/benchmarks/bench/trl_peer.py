@@ -78,12 +78,13 @@ class Dpo:
         in_step: bool,
         micro: int = 0,
         epoch: bool = False,
+        a_token: float = works.RANDOM_A_TOKEN,
     ) -> None:
         path = folder / works.MODEL if (folder / works.MODEL).is_dir() else folder
         self.model = _load(path)
         self.trainer = _trainer(self.model, _load(path) if in_step else None, not in_step)
         self.pairs, self.batch, self.micro = list(pairs), batch, micro or batch
-        self.logps = works.reference_logps(self.pairs)
+        self.logps = works.reference_logps(self.pairs, a_token)
         self.in_step, self.at = in_step, 0
         self.steps = len(self.pairs) // batch if epoch else works.STEPS
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, weight_decay=0.0)
@@ -173,7 +174,8 @@ class Sampling:
 
 def _smollm2() -> Dpo:
     folder = pathlib.Path(os.environ[works.SMOLLM2])
-    return Dpo(folder, works.polite_pairs(), batch=works.REAL_BATCH, in_step=False, micro=4)
+    how: dict[str, Any] = dict(in_step=False, micro=4, a_token=works.SMOLLM2_A_TOKEN)
+    return Dpo(folder, works.polite_pairs(), batch=works.REAL_BATCH, **how)
 
 
 WORKS: dict[str, Any] = {

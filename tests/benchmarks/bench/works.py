@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import math
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
@@ -96,6 +97,7 @@ PPO_PROMPTS, PPO_NEW_TOKENS, PPO_ROW = 16, 64, 128  # of W4; its prompts have PR
 REAL_BATCH = 16  # of W5 and W6
 REAL_ROW = 1536  # no pair takes more tokens, its prompt counted twice
 TEMPERATURE = 0.7
+RANDOM_A_TOKEN, SMOLLM2_A_TOKEN = -math.log(SHAPE["vocab_size"]), -1.6  # log-prob of a token: random weights, SmolLM2's
 
 
 def random_pairs(count: int = PAIRS, seed: int = 0) -> list[Pair]:
@@ -119,9 +121,14 @@ def padded(answers: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return ids, mask
 
 
-def reference_logps(pairs: list[Pair]) -> np.ndarray:
-    """f32[n, 2], made up: what a cache would hold, for a step that does not ask how it was made."""
-    return np.random.default_rng(7).normal(-900, 5, (len(pairs), 2)).astype(np.float32)
+def reference_logps(pairs: list[Pair], a_token: float = RANDOM_A_TOKEN) -> np.ndarray:
+    """f32[n, 2], made up: what a cache would hold, for a step that does not ask how it was made.
+
+    Near those of the policy: far from them some gradients are so small (denormal) that torch, on some processors,
+    multiplies by them several times slower; XLA takes them for 0.
+    """
+    lengths = np.array([(len(pair.chosen), len(pair.rejected)) for pair in pairs])
+    return (a_token * lengths + np.random.default_rng(7).normal(0, 5, lengths.shape)).astype(np.float32)
 
 
 def random_prompts(count: int, seed: int = 3) -> list[np.ndarray]:
