@@ -18,6 +18,7 @@ from sera_jax.models.decoder import abstract_params, hidden_states
 from sera_jax.ops.logprob import LOGITS_BYTES, MOST_TOKENS, chunk_columns, default_tokens
 from sera_jax.training.objectives import align_objective
 from sera_jax.training.optimizer import make_optimizer
+from sera_jax.training.score import make_score
 from sera_jax.training.step import abstract_state, make_step, microbatches_for
 
 # Everything but the vocabulary is tiny, so that logits dominate: 64 tokens of them are 32 MB, the head is 8 MB.
@@ -75,6 +76,20 @@ def growth(rows, chunk_tokens):
     """Peak of the gradient program at twice the rows over that at `rows`, less what the activations grow by."""
     own = activations_peak(2 * rows) - activations_peak(rows)
     return (align_peak(2 * rows, chunk_tokens(2 * rows)) - own) / align_peak(rows, chunk_tokens(rows))
+
+
+def test_what_the_scorer_holds_besides_its_arguments_does_not_grow_with_the_vocabulary():
+    """Where the positions of a take are chosen by themselves: a vocabulary twice as large, half as many at a time."""
+    rows, mesh = 16, make_mesh(1, 1, 1, devices=jax.devices()[:1])
+
+    def held(vocab_size):
+        score = make_score(dataclasses.replace(CFG, vocab_size=vocab_size), mesh, window=T, chunk_tokens=0)
+        params = abstract_params(dataclasses.replace(CFG, vocab_size=vocab_size))
+        return score.lower(params, abstract_batch(rows).rows).compile().memory_analysis().temp_size_in_bytes
+
+    once, twice = held(65536), held(131072)
+    assert 4 * rows * M * 65536 > 1.5 * once, "all logits at once would be more"
+    assert abs(twice - once) < LOGITS_BYTES // 16
 
 
 def test_the_peak_of_the_gradient_at_a_large_vocabulary_does_not_grow_with_the_rows():
