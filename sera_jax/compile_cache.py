@@ -25,9 +25,10 @@ def use(*, processes: int = 1) -> None:
     lets the first alone write, and on GPUs those that find nothing wait for it to compile. Where the folder cannot be
     written, that is said, and nothing is kept. What is older than `DAYS` is deleted.
     """
-    if FOLDER in os.environ or processes > 1:
-        if not os.environ.get(FOLDER):
-            jax.config.update("jax_compilation_cache_dir", None)  # empty, JAX takes it for this folder in part
+    named = os.environ.get(FOLDER)
+    if named == "":
+        jax.config.update("jax_compilation_cache_dir", None)  # JAX takes it for the current folder in part
+    if named is not None or processes > 1:
         return
     try:
         place = folder()

@@ -13,6 +13,11 @@ from sera_jax import compile_cache, evaluate, generate, processor
 from tests.main_test import refused, start
 
 DAY = 24 * 3600
+SETTINGS = {  # JAX's own defaults
+    "jax_compilation_cache_dir": None,
+    "jax_persistent_cache_min_compile_time_secs": 1.0,
+    "jax_persistent_cache_min_entry_size_bytes": 0,
+}
 
 
 @pytest.fixture
@@ -29,13 +34,6 @@ def home(monkeypatch, tmp_path):
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
-
-
-SETTINGS = {  # JAX's own defaults
-    "jax_compilation_cache_dir": None,
-    "jax_persistent_cache_min_compile_time_secs": 1.0,
-    "jax_persistent_cache_min_entry_size_bytes": 0,
-}
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from sera_jax import processor
+
 OUTPUT = "output.txt"  # in a run's work directory: what it printed
 _START_MADE = pathlib.Path("phases", "sft", "manifest.json")
 _LOOK_SECONDS = 0.1
@@ -39,7 +41,7 @@ def slots(processes: int, threads: int) -> list[Cores]:
     Where there are not cores enough, or the system pins no process, none is pinned.
     """
     here = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    count = processes or max(1, (len(here) or os.cpu_count() or 1) // threads)
+    count = processes or max(1, processor.cores() // threads)
     if count * threads > len(here):
         return [frozenset()] * count
     return [frozenset(here[i * threads : (i + 1) * threads]) for i in range(count)]

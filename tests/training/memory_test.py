@@ -83,9 +83,10 @@ def test_what_the_scorer_holds_besides_its_arguments_does_not_grow_with_the_voca
     rows, mesh = 16, make_mesh(1, 1, 1, devices=jax.devices()[:1])
 
     def held(vocab_size):
-        score = make_score(dataclasses.replace(CFG, vocab_size=vocab_size), mesh, window=T, chunk_tokens=0)
-        params = abstract_params(dataclasses.replace(CFG, vocab_size=vocab_size))
-        return score.lower(params, abstract_batch(rows).rows).compile().memory_analysis().temp_size_in_bytes
+        cfg = dataclasses.replace(CFG, vocab_size=vocab_size)
+        score = make_score(cfg, mesh, window=T, chunk_tokens=0)
+        compiled = score.lower(abstract_params(cfg), abstract_batch(rows).rows).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
 
     once, twice = held(65536), held(131072)
     assert 4 * rows * M * 65536 > 1.5 * once, "all logits at once would be more"

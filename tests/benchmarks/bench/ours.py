@@ -191,8 +191,8 @@ class Ppo:
 
 def _smollm2() -> Dpo:
     folder, pairs = pathlib.Path(os.environ[works.SMOLLM2]), works.polite_pairs()
-    how: dict[str, Any] = dict(in_step=False, a_token=works.SMOLLM2_A_TOKEN)
-    return Dpo(folder, pairs, batch=works.REAL_BATCH, row=POLITE_ROW, **how)
+    a_token = works.SMOLLM2_A_TOKEN
+    return Dpo(folder, pairs, batch=works.REAL_BATCH, row=POLITE_ROW, in_step=False, a_token=a_token)
 
 
 WORKS: dict[str, Any] = {

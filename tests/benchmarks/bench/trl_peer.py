@@ -173,9 +173,8 @@ class Sampling:
 
 
 def _smollm2() -> Dpo:
-    folder = pathlib.Path(os.environ[works.SMOLLM2])
-    how: dict[str, Any] = dict(in_step=False, micro=4, a_token=works.SMOLLM2_A_TOKEN)
-    return Dpo(folder, works.polite_pairs(), batch=works.REAL_BATCH, **how)
+    folder, pairs, a_token = pathlib.Path(os.environ[works.SMOLLM2]), works.polite_pairs(), works.SMOLLM2_A_TOKEN
+    return Dpo(folder, pairs, batch=works.REAL_BATCH, in_step=False, micro=4, a_token=a_token)
 
 
 WORKS: dict[str, Any] = {
