@@ -26,6 +26,8 @@ class Ranking:
 RANKINGS = {
     "log_ratio_sum": Ranking("log pi - log pi_ref", lambda now, ref, n: now - ref, True),
     "log_ratio_mean": Ranking("log pi - log pi_ref, a token", lambda now, ref, n: (now - ref) / n, True),
+    "tenth_mean": Ranking("log pi - 0.9 log pi_ref, a token", lambda now, ref, n: (now - 0.9 * ref) / n, True),
+    "half_mean": Ranking("log pi - 0.5 log pi_ref, a token", lambda now, ref, n: (now - 0.5 * ref) / n, True),
     "logp_mean": Ranking("log pi, a token", lambda now, ref, n: now / n),
     "ref_logp_mean": Ranking("log pi_ref, a token", lambda now, ref, n: ref / n, True),
     "shortest": Ranking("shortest", lambda now, ref, n: -n),

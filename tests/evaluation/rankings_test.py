@@ -8,6 +8,8 @@ import pytest
 from sera_jax import irm
 from sera_jax.data.items import Item
 from sera_jax.evaluation import rankings
+from sera_jax.loops.rewards import implicit
+from sera_jax.losses.preference import resolve
 from sera_jax.sampling import Candidates, Sample
 
 
@@ -57,7 +59,15 @@ def test_without_a_reference_only_the_others_are_compared_and_without_candidates
 
 def test_a_ranking_that_finds_all_alike_makes_no_pair_and_is_left_out():
     given = [dataclasses.replace(candidates(seed), ref_logp=candidates(seed).logp) for seed in range(3)]
-    assert set(rankings.facts(given, [np.arange(4.0)] * 3, pair)) == {"logp_mean", "ref_logp_mean", "shortest"}
+    found = rankings.facts(given, [np.arange(4.0)] * 3, pair)
+    assert set(found) == set(rankings.RANKINGS) - {"log_ratio_sum", "log_ratio_mean"}
+
+
+def test_a_part_of_the_likelihood_is_what_the_option_ranks_by():
+    for name, weight in (("log_ratio_mean", 0.0), ("tenth_mean", 0.1), ("half_mean", 0.5), ("logp_mean", 1.0)):
+        offered = implicit(resolve("dpo"), likelihood_weight=weight, reduction="mean")
+        for given in (candidates(seed) for seed in range(3)):
+            np.testing.assert_allclose(rankings.reward_of(rankings.RANKINGS[name], given), offered(given), rtol=1e-4)
 
 
 def test_arms_with_the_same_candidates_share_their_lines():
