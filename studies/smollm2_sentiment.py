@@ -5,8 +5,8 @@ python -m sera_jax.study --config=studies/smollm2_sentiment.py
 
 The controlled setting of Rafailov et al. (2023, arXiv:2305.18290, section 6.1): the gold is a known function of the
 text, which the labels are right about but for the flips, and likelihood knows nothing of. docs/real-model.md shows how
-the pairs are made. Of the rates 1e-5 and 2e-5 it is that at which DPO alone had the higher greedy gold (0.825 and 0.891 at
-20 % flips, seed 10). A run takes half an hour on one core, and 5 GB of memory.
+the pairs are made. Of the rates 1e-5 and 2e-5 it is that at which DPO alone had the higher greedy gold (0.825 and 0.891
+at 20 % flips, seed 10). A run takes half an hour on one core, and 5 GB of memory.
 """
 
 import dataclasses

@@ -16,15 +16,25 @@ from sera_jax.sampling import Candidates
 
 @dataclasses.dataclass(frozen=True)
 class Ranking:
-    """What orders candidates: says: in words. of: from log pi, log pi_ref and tokens, f[N] each; larger is better."""
+    """What orders candidates.
+
+    Attributes:
+        says: in words.
+        of: from log pi, log pi_ref and tokens, f[N] each; larger is better.
+        judge: another ranking, which has to put the chosen candidate of a pair no lower than the rejected one.
+    """
 
     says: str
     of: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
     reads_reference: bool = False
+    judge: str | None = None
 
 
 RANKINGS = {
     "log_ratio_sum": Ranking("log pi - log pi_ref", lambda now, ref, n: now - ref, True),
+    "log_ratio_agreed": Ranking(
+        "log pi - log pi_ref, where log pi a token agrees", lambda now, ref, n: now - ref, True, judge="logp_mean"
+    ),
     "log_ratio_mean": Ranking("log pi - log pi_ref, a token", lambda now, ref, n: (now - ref) / n, True),
     "tenth_mean": Ranking("log pi - 0.9 log pi_ref, a token", lambda now, ref, n: (now - 0.9 * ref) / n, True),
     "half_mean": Ranking("log pi - 0.5 log pi_ref, a token", lambda now, ref, n: (now - 0.5 * ref) / n, True),
@@ -68,6 +78,9 @@ def facts(
             continue
         rewards = [reward_of(ranking, c) for c in candidates]
         pairings = pair(candidates, rewards)
+        if ranking.judge is not None:
+            judge = RANKINGS[ranking.judge]
+            pairings = [guards.agreed(p, [reward_of(judge, c)]) for p, c in zip(pairings, candidates, strict=True)]
         pairs = [(i, made.chosen, made.rejected) for i, pairing in enumerate(pairings) for made in pairing.pairs]
         if not pairs:
             continue

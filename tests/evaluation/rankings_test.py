@@ -31,7 +31,7 @@ def judged_by(name, sign=1.0, count=12):
     return given, golds, rankings.facts(given, golds, pair)
 
 
-@pytest.mark.parametrize("name", rankings.RANKINGS)
+@pytest.mark.parametrize("name", [name for name, ranking in rankings.RANKINGS.items() if ranking.judge is None])
 def test_a_ranking_agrees_with_itself_and_never_with_its_opposite(name):
     given, golds, found = judged_by(name)
     assert set(found) == set(rankings.RANKINGS)
@@ -60,7 +60,15 @@ def test_without_a_reference_only_the_others_are_compared_and_without_candidates
 def test_a_ranking_that_finds_all_alike_makes_no_pair_and_is_left_out():
     given = [dataclasses.replace(candidates(seed), ref_logp=candidates(seed).logp) for seed in range(3)]
     found = rankings.facts(given, [np.arange(4.0)] * 3, pair)
-    assert set(found) == set(rankings.RANKINGS) - {"log_ratio_sum", "log_ratio_mean"}
+    assert set(found) == set(rankings.RANKINGS) - {"log_ratio_sum", "log_ratio_agreed", "log_ratio_mean"}
+
+
+def test_a_judge_leaves_the_pairs_on_which_it_agrees():
+    given, golds, _ = judged_by("logp_mean", count=40)
+    found = rankings.facts(given, golds, pair)
+    assert 0 < found["log_ratio_agreed"]["pairs"] < found["log_ratio_sum"]["pairs"] == 40
+    assert found["log_ratio_agreed"]["agreement"]["agree"] == 1.0, "of those the judge is right, since it is the gold"
+    assert found["log_ratio_sum"]["agreement"]["agree"] * 40 == pytest.approx(found["log_ratio_agreed"]["pairs"])
 
 
 def test_a_part_of_the_likelihood_is_what_the_option_ranks_by():
