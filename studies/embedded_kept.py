@@ -8,15 +8,12 @@ That of studies/embedded_plane.py, where 0.7 are kept, on three of its seeds.
 from sera_jax.studies.plan import Study
 from studies.embedded_plane import FEW_SEEDS, NOISY, like
 
-SERA = {"sera.arms": ("sera_recommended",)}
-
 
 def get_config() -> Study:
     return like(
         settings={
             "kept 0.7": {"sera.arms": ("daa", "sera_recommended")},
-            "kept 0.5": {**SERA, "sera.keep_fraction": 0.5},
-            "kept 0.3": {**SERA, "sera.keep_fraction": 0.3},
+            "kept 0.5": {"sera.arms": ("sera_recommended",), "sera.keep_fraction": 0.5},
         },
         grid=NOISY,
         seeds=FEW_SEEDS,
