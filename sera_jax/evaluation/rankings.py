@@ -30,10 +30,11 @@ class Ranking:
     judge: str | None = None
 
 
+_LOG_RATIO = Ranking("log pi - log pi_ref", lambda now, ref, n: now - ref, True)
 RANKINGS = {
-    "log_ratio_sum": Ranking("log pi - log pi_ref", lambda now, ref, n: now - ref, True),
-    "log_ratio_agreed": Ranking(
-        "log pi - log pi_ref, where log pi a token agrees", lambda now, ref, n: now - ref, True, judge="logp_mean"
+    "log_ratio_sum": _LOG_RATIO,
+    "log_ratio_agreed": dataclasses.replace(
+        _LOG_RATIO, says=f"{_LOG_RATIO.says}, where log pi a token agrees", judge="logp_mean"
     ),
     "log_ratio_mean": Ranking("log pi - log pi_ref, a token", lambda now, ref, n: (now - ref) / n, True),
     "tenth_mean": Ranking("log pi - 0.9 log pi_ref, a token", lambda now, ref, n: (now - 0.9 * ref) / n, True),
